@@ -1,0 +1,292 @@
+"""The typed configuration. Hydra composes it from `conf/`, `config.load` checks it, nothing below sees OmegaConf.
+
+A field's docstring stands below it and says unit, rule and meaning. Enum members are written by name on the
+command line (`supervision.encoding=hidden`).
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class JobName(Enum):
+    """What a process does; one file in `eagle_rpc/jobs/` each."""
+
+    train = "train"
+    regenerate = "regenerate"
+    export = "export"
+    evaluate = "evaluate"
+    verify = "verify"
+    plan = "plan"
+
+
+class Membership(Enum):
+    """How RPC workers find each other."""
+
+    static = "static"
+
+
+class Encoding(Enum):
+    """How supervision travels; all three decode to the same batch."""
+
+    probs = "probs"
+    logits = "logits"
+    hidden = "hidden"
+
+
+class Rows(Enum):
+    """Which rows carry a target distribution."""
+
+    position_mask = "position_mask"
+    loss_mask = "loss_mask"
+
+
+class DType(Enum):
+    """Floating point formats by their torch names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Overlong(Enum):
+    """What happens to a chat with more than `data.max_length` tokens."""
+
+    truncate = "truncate"
+    drop = "drop"
+
+
+class OnError(Enum):
+    """What happens to a broken record in a data file."""
+
+    fail = "fail"
+    skip = "skip"
+
+
+class Resume(Enum):
+    """Whether a run continues from the newest checkpoint of its directory."""
+
+    never = "never"
+    auto = "auto"
+
+
+@dataclass(kw_only=True, slots=True)
+class JobConfig:
+    name: JobName = MISSING
+    verify_steps: int = 3
+    """Optimiser steps that `job=verify` compares (> 0)."""
+    verify_topologies: list[str] = field(default_factory=lambda: ["1x1"])
+    """Topologies (`targets x trainers`) that `job=verify` runs, each with the same number of trainer ranks on both sides."""
+    verify_encodings: list[Encoding] = field(default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden])
+    """Encodings that `job=verify` compares."""
+    verify_timeout: float = 600.0
+    """Seconds one side of one comparison may take."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    name: str = MISSING
+    dir: str = MISSING
+    """The run directory: config, metrics, logs, checkpoints, export, plots."""
+    cache_dir: str = MISSING
+    """Where converted models and vocabulary mappings are kept between runs."""
+    seed: int = 0
+    threads: int = 0
+    """CPU threads of each worker of a multi-process job; 0 divides the cores between the workers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TopologyConfig:
+    targets: int = 1
+    """Target replicas (> 0)."""
+    trainers: int = 1
+    """Trainer processes (> 0)."""
+    single: bool = False
+    """One process is target and trainer and calls itself over RPC."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RpcConfig:
+    membership: Membership = Membership.static
+    interface: str = "lo"
+    """Network interface that RPC, the registry and gloo bind to."""
+    start_timeout: float = 120.0
+    """Seconds until all workers must have joined."""
+    model_timeout: float = 600.0
+    """Seconds that trainers wait for a target to load its model."""
+    request_timeout: float = 300.0
+    """Seconds a request may take, queue included; travels with it as its deadline."""
+    shutdown_timeout: float = 60.0
+    """Seconds an orderly shutdown may take before the process ends itself."""
+    worker_threads: int = 4
+    """RPC handler threads of each worker (> 1: a handler may wait for another)."""
+    transports: list[str] = field(default_factory=lambda: ["uv"])
+    """TensorPipe transports. `shm` is faster on large hosts but burns a core while idle."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetConfig:
+    model: str = MISSING
+    """Directory or hub name of a causal language model; a `.gguf` file inside a package is written `package/file.gguf`."""
+    random: dict[str, Any] = field(default_factory=dict)
+    """Architecture of a random target instead of a stored one (`model_type` and its config fields); empty: load `model`."""
+    dtype: DType = DType.bfloat16
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: the local rank's GPU where there is one."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers."""
+    aux_layer_ids: list[int] | None = None
+    """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
+    max_length: int | None = None
+    """Longest sequence accepted; null: the model's context."""
+    max_batch_tokens: int = 65536
+    """Largest B x T of one request (> 0)."""
+    chunk_rows: int = 512
+    """Rows that are projected onto the whole vocabulary at a time (> 0)."""
+    max_queued_requests: int = 64
+    """Requests that wait for the forward thread at most (> 0)."""
+    max_sessions: int = 256
+    """Sessions that are open at a time at most (> 0)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SupervisionConfig:
+    encoding: Encoding = Encoding.hidden
+    rows: Rows = Rows.position_mask
+    prefetch: int = 4
+    """Requests in flight for each trainer (> 0)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DraftConfig:
+    vocab_size: int = 8192
+    """Draft vocabulary K (> 0, at most the target's)."""
+    intermediate_size: int | None = None
+    """Width of the feed-forward block; null: the target's."""
+    num_attention_heads: int | None = None
+    """null: the target's."""
+    num_key_value_heads: int | None = None
+    """null: the target's."""
+    norm_before_residual: bool = False
+    """Residual of the decoder layer after `hidden_norm` instead of before it."""
+    ttt_steps: int = 7
+    """Steps the draft is unrolled in training (> 0)."""
+    step_decay: float = 0.8
+    """Weight of step k is `step_decay ** k`, normalised over the steps (0 < decay <= 1)."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    train_path: str = MISSING
+    """JSONL of chats, one a line: `messages` or ShareGPT's `conversations`."""
+    validation_path: str | None = None
+    """A second file; null: `validation_share` of the chats of `train_path`."""
+    validation_share: float = 0.02
+    """Share of the chats set aside by a hash of their content (0 <= share < 1)."""
+    max_length: int = 2048
+    """Longest sequence in tokens (> 2)."""
+    overlong: Overlong = Overlong.truncate
+    on_error: OnError = OnError.fail
+    bucket_lengths: list[int] = field(default_factory=list)
+    """Ascending lengths that batches are padded to; empty: the longest of the batch, rounded up to 64."""
+    chat_template: str | None = None
+    """Path of a Jinja template that replaces the tokenizer's."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    max_steps: int = 1000
+    """Optimiser steps (> 0); the data repeat as needed."""
+    max_epochs: int | None = None
+    """Ends earlier when the data have been seen this often; null: `max_steps` alone decides."""
+    batch_size: int = 4
+    """Chats of one micro-batch of one trainer (> 0)."""
+    accumulation: int = 1
+    """Micro-batches of one optimiser step of one trainer (> 0)."""
+    learning_rate: float = 1e-3
+    min_learning_rate_share: float = 0.05
+    """The cosine ends at this share of `learning_rate` (0 <= share <= 1)."""
+    warmup_share: float = 0.05
+    """Share of the steps that the rate climbs linearly (0 <= share <= 1)."""
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm (> 0)."""
+    autocast: DType | None = DType.bfloat16
+    """Format of matrix products; weights stay fp32. null: fp32 throughout."""
+    device: str = "auto"
+    validate_every: int = 100
+    """Optimiser steps between validations (>= 0; 0: only at the end)."""
+    validation_batches: int = 16
+    """Micro-batches of a validation (>= 0)."""
+    checkpoint_every: int = 200
+    """Optimiser steps between checkpoints (> 0)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay (> 0)."""
+    log_every: int = 10
+    """Optimiser steps between lines of `metrics.jsonl` (> 0)."""
+    resume: Resume = Resume.never
+
+
+@dataclass(kw_only=True, slots=True)
+class ServingConfig:
+    checkpoint: str | None = None
+    """Checkpoint directory to export; null: the newest of the run."""
+    dtype: DType = DType.bfloat16
+    """Format of the exported weights."""
+    dir: str = MISSING
+    """Where the exported draft goes."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    draft: str = MISSING
+    """Directory of an exported draft."""
+    prompts: str = MISSING
+    """JSONL of chats whose last user turn is answered; any assistant turns after it are ignored."""
+    num_prompts: int = 16
+    """Prompts that are decoded (> 0)."""
+    max_new_tokens: int = 64
+    """Tokens of an answer (> 0)."""
+    num_draft_tokens: int = 3
+    """Guesses k of each round (> 0)."""
+    dtype: DType = DType.float32
+    near_tie: float = 1e-4
+    """A differing token counts as a tie when the target's two best logits are closer than this."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RegenerateConfig:
+    prompts: str = MISSING
+    """JSONL of chats: their user turns are asked, the target answers."""
+    output: str = MISSING
+    """JSONL that answers are appended to; a chat already in it is not asked again."""
+    num_prompts: int | None = None
+    """null: all."""
+    batch_size: int = 64
+    max_new_tokens: int = 96
+    max_prompt_tokens: int = 512
+    """Longer prompts are skipped and counted."""
+    temperature: float = 0.0
+    """0: greedy."""
+    dtype: DType = DType.bfloat16
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """The whole of a run."""
+
+    job: JobConfig = field(default_factory=JobConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    rpc: RpcConfig = field(default_factory=RpcConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)

@@ -1,0 +1,68 @@
+"""One exception tree. Every message says which field, which rule and which value.
+
+Classes take one message and keep it, so that they survive pickling and a process boundary.
+"""
+
+
+class EagleRpcError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+
+class ConfigError(EagleRpcError, ValueError):
+    """A configuration that cannot work; raised before anything heavy starts."""
+
+
+class DataError(EagleRpcError, ValueError):
+    """A data file or record that cannot be used; names file and line."""
+
+
+class InvalidRequest(EagleRpcError, ValueError):
+    """A request that the target refuses; the sender has to change it."""
+
+
+class TargetMismatch(EagleRpcError, ValueError):
+    """The target that answered is not the one that the draft expects."""
+
+
+class UnsupportedTarget(EagleRpcError, ValueError):
+    """A model whose supervision would not be exact, or that has no layers to capture."""
+
+
+class UnknownSession(EagleRpcError, LookupError):
+    """The session is not (or no longer) registered at this target; open it again."""
+
+
+class TargetBusy(EagleRpcError, RuntimeError):
+    """The target's queue is full; try again later."""
+
+
+class TargetDraining(EagleRpcError, RuntimeError):
+    """The target is shutting down and takes no new work."""
+
+
+class RequestExpired(EagleRpcError, TimeoutError):
+    """The request's deadline passed before the target ran it."""
+
+
+class TargetOutOfMemory(EagleRpcError, MemoryError):
+    """The target had too little memory for this request; the server lives on."""
+
+
+class TargetFailed(EagleRpcError, RuntimeError):
+    """The target raised something unforeseen while it ran a request."""
+
+
+class ConnectionLost(EagleRpcError, ConnectionError):
+    """The peer's process or the way to it is gone."""
+
+
+class WaitTimeout(EagleRpcError, TimeoutError):
+    """A bounded wait ended; the message says what it was waiting for and how long."""
+
+
+class CheckpointError(EagleRpcError, RuntimeError):
+    """A checkpoint that is absent, incomplete, or of another run."""
+
+
+class TrainingDiverged(EagleRpcError, RuntimeError):
+    """A loss or a weight is not finite; nothing was saved over a good checkpoint."""

@@ -1,0 +1,55 @@
+"""The contract between target and trainer: requests, supervision, encodings, sessions."""
+
+from eagle_rpc.supervision.backend import Eagle3TargetBackend
+from eagle_rpc.supervision.batch import DraftTargets, Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
+from eagle_rpc.supervision.encoding import (
+    ENCODINGS,
+    DraftVocabOnDevice,
+    EncodedSupervision,
+    bytes_per_token,
+    decode_supervision,
+    encode_supervision,
+)
+from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from eagle_rpc.supervision.head import DraftHead
+from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
+from eagle_rpc.supervision.plain import compute_supervision
+from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
+from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, SessionSpec, TargetExpectation
+from eagle_rpc.supervision.shift import shift_left
+from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision.vocab import VocabMapping
+
+__all__ = [
+    "ENCODINGS",
+    "DraftHead",
+    "DraftTargets",
+    "DraftVocabOnDevice",
+    "Eagle3Target",
+    "Eagle3TargetBackend",
+    "Eagle3TargetBatch",
+    "EncodedSupervision",
+    "Failure",
+    "GenerateRequest",
+    "ModelInfo",
+    "Ok",
+    "ProjectedTargets",
+    "Reply",
+    "SessionSpec",
+    "StoredLogits",
+    "StoredProbs",
+    "TargetExpectation",
+    "TargetOutput",
+    "TokenBatch",
+    "VocabMapping",
+    "bytes_per_token",
+    "compute_supervision",
+    "decode_supervision",
+    "encode_supervision",
+    "failure_of",
+    "shift_left",
+    "shifted_loss_mask",
+    "tokenizer_fingerprint",
+    "unwrap",
+    "weights_fingerprint",
+]

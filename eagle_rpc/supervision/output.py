@@ -1,0 +1,33 @@
+"""What a target model returns from one forward pass, and what may serve as a target.
+
+Legend: B batch, T sequence, H target hidden, V target vocab, N rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass(kw_only=True, slots=True)
+class TargetOutput:
+    """One forward pass, unshifted and without logits: `project` makes those of chosen rows."""
+
+    aux_hidden_states: Tensor  # [B, T, 3H]
+    last_hidden_state: Tensor  # [B, T, H], what the head reads
+    project: Callable[[Tensor], Tensor]  # [N, H] -> [N, V], the model's own head
+
+
+class Eagle3Target(Protocol):
+    """Any object with these two methods serves as a target.
+
+    `generate_batch` returns a `TargetOutput`, or, as NeMo AutoModel's target wrapper does, an object with
+    `aux_hidden_states` [B, T, 3H] and `logits` [B, T, V] that are already shifted left by one.
+    """
+
+    def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **packing: Tensor) -> Any:
+        """Runs the target once on [B, T] ids. `segment_ids` [B, T] is passed only for packed batches."""
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding [V, H]."""
