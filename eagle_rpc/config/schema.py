@@ -51,6 +51,13 @@ class DType(Enum):
     float16 = "float16"
 
 
+class PromptSource(Enum):
+    """Where the prompts of `regenerate.prompts` and `evaluate.prompts` come from when the files are absent."""
+
+    files = "files"
+    chitchat = "chitchat"
+
+
 class Overlong(Enum):
     """What happens to a chat with more than `data.max_length` tokens."""
 
@@ -193,6 +200,8 @@ class DataConfig:
     """Ascending lengths that batches are padded to; empty: the longest of the batch, rounded up to 64."""
     chat_template: str | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
+    prompt_source: PromptSource = PromptSource.files
+    """`chitchat` writes the two prompt files from an installed package; `files` expects them."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,0 +1,76 @@
+"""Rules that types cannot express; each message names field, rule and value."""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from eagle_rpc.config.schema import Config, JobName
+from eagle_rpc.errors import ConfigError
+
+_POSITIVE = (
+    "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
+    "rpc.request_timeout rpc.shutdown_timeout target.max_batch_tokens target.chunk_rows target.max_queued_requests "
+    "target.max_sessions supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps train.batch_size "
+    "train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every train.keep_checkpoints "
+    "train.log_every evaluate.num_prompts evaluate.max_new_tokens evaluate.num_draft_tokens regenerate.batch_size "
+    "regenerate.max_new_tokens regenerate.max_prompt_tokens"
+).split()
+_NOT_NEGATIVE = (
+    "run.threads train.validate_every train.validation_batches train.weight_decay evaluate.near_tie regenerate.temperature"
+).split()
+_SHARES = "train.min_learning_rate_share train.warmup_share".split()
+_POSITIVE_OR_NULL = (
+    "target.max_length draft.intermediate_size draft.num_attention_heads draft.num_key_value_heads train.max_epochs "
+    "regenerate.num_prompts"
+).split()
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` for the first rule that does not hold."""
+    for paths, holds, rule in (
+        (_POSITIVE, lambda value: value > 0, "must be positive"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (_SHARES, lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+        (_POSITIVE_OR_NULL, lambda value: value is None or value > 0, "must be positive or null"),
+    ):
+        for path in paths:
+            _require(config, path, holds, rule)
+    _require(config, "rpc.worker_threads", lambda value: value > 1, "must be at least 2")
+    _require(config, "rpc.transports", lambda value: len(value) > 0, "must name at least one transport")
+    _require(config, "draft.step_decay", lambda value: 0 < value <= 1, "must lie in (0, 1]")
+    _require(config, "data.validation_share", lambda value: 0 <= value < 1, "must lie in [0, 1)")
+    _require(config, "data.max_length", lambda value: value > 2, "must be at least 3")
+    _require(config, "data.bucket_lengths", lambda value: value == sorted(set(value)), "must ascend")
+    _require(
+        config, "train.betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "must be two numbers in [0, 1)"
+    )
+    _require(
+        config,
+        "target.aux_layer_ids",
+        lambda value: value is None or (len(value) == 3 and len(set(value)) == 3 and value == sorted(value)),
+        "must be three distinct layers in ascending order, or null",
+    )
+    _check_across(config)
+
+
+def _check_across(config: Config) -> None:
+    if config.topology.single and (config.topology.targets, config.topology.trainers) != (1, 1):
+        raise ConfigError(
+            "topology.single must go with one target and one trainer, "
+            f"got {config.topology.targets} and {config.topology.trainers}"
+        )
+    longest = config.data.bucket_lengths[-1:] or [config.data.max_length]
+    if longest[0] < config.data.max_length:
+        raise ConfigError(f"data.bucket_lengths must reach data.max_length {config.data.max_length}, got {longest[0]}")
+    padded = config.train.batch_size * longest[0]
+    if config.job.name is JobName.train and padded > config.target.max_batch_tokens:
+        raise ConfigError(
+            f"train.batch_size x data.max_length must be at most target.max_batch_tokens {config.target.max_batch_tokens}, "
+            f"got {config.train.batch_size} x {longest[0]} = {padded}"
+        )
+
+
+def _require(config: Config, path: str, holds: Callable[[Any], bool], rule: str) -> None:
+    value = attrgetter(path)(config)
+    if not holds(value):
+        raise ConfigError(f"{path} {rule}, got {value}")

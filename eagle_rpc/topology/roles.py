@@ -1,0 +1,85 @@
+"""Which worker this process is: pure data from the topology and torchrun's view of the world."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from eagle_rpc.config.schema import TopologyConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.topology.environment import World
+
+
+class Role(Enum):
+    """What a worker does."""
+
+    target = "target"
+    trainer = "trainer"
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One process of a job. In the single topology it has both roles and one name."""
+
+    name: str
+    roles: frozenset[Role]
+    index: int  # among the workers of its role
+
+    def has(self, role: Role) -> bool:
+        return role in self.roles
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Everybody in a static job."""
+
+    me: Worker
+    target_names: tuple[str, ...]
+    trainer_names: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All workers, targets first, each once."""
+        return tuple(dict.fromkeys(self.target_names + self.trainer_names))
+
+
+SINGLE_NAME = "single0"
+
+
+def assign_roles(topology: TopologyConfig, world: World) -> Cast:
+    """Names come from roles. Raises `ConfigError` with both numbers when the workers do not fit the topology."""
+    if topology.single:
+        if world.size != 1:
+            raise ConfigError(f"topology.single needs exactly 1 worker, got {world.size}")
+        me = Worker(SINGLE_NAME, frozenset(Role), 0)
+        return Cast(me, (SINGLE_NAME,), (SINGLE_NAME,))
+    expected = topology.targets + topology.trainers
+    if world.size != expected:
+        raise ConfigError(
+            f"topology with {topology.targets} targets and {topology.trainers} trainers needs {expected} workers, "
+            f"got {world.size}: start it with torchrun --nproc-per-node={expected} -m eagle_rpc"
+        )
+    if world.num_agents > 1 and world.max_restarts > 0:
+        raise ConfigError(
+            f"--max-restarts must be 0 with several torchrun agents in the static membership, got {world.max_restarts} with "
+            f"{world.num_agents} agents: their restart counts can disagree"
+        )
+    role, index = _role_and_index(topology, world)
+    return Cast(
+        Worker(f"{role.value}{index}", frozenset([role]), index),
+        tuple(f"target{i}" for i in range(topology.targets)),
+        tuple(f"trainer{i}" for i in range(topology.trainers)),
+    )
+
+
+def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
+    if world.role_name == "default":
+        if world.rank < topology.targets:
+            return Role.target, world.rank
+        return Role.trainer, world.rank - topology.targets
+    try:
+        role = Role[world.role_name]
+    except KeyError:
+        raise ConfigError(f"torchrun --role must be target or trainer, got {world.role_name!r}") from None
+    expected = topology.targets if role is Role.target else topology.trainers
+    if world.role_size != expected:
+        raise ConfigError(f"topology needs {expected} workers with --role {role.value}, got {world.role_size}")
+    return role, world.role_rank
