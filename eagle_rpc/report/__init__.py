@@ -1,0 +1,1 @@
+"""What a run tells people: figures, progress, log lines, plots."""

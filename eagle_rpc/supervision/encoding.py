@@ -4,7 +4,7 @@ Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ class EncodedSupervision:
         """Bytes of the tensors on the wire."""
         tensors = (self.aux, self.supervised_rows, self.values, self.log_normalizer, self.argmax)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def to(self, device: torch.device) -> "EncodedSupervision":
+        moved = {
+            field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True, slots=True)

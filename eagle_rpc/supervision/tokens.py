@@ -62,6 +62,8 @@ def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> No
             continue
         if not isinstance(value, Tensor):
             raise InvalidRequest(f"{field.name} must be a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_meta:
+            raise InvalidRequest(f"{field.name} must be a dense tensor with data, got {value.layout} on {value.device}")
         if value.dim() != 2:
             raise InvalidRequest(f"{field.name} must have shape [B, T], got {list(value.shape)}")
         if value.shape != tokens.input_ids.shape:

@@ -1,0 +1,94 @@
+"""Which keys a draft's queries see: in training, unrolled over steps, and in decoding, from a cache.
+
+Both sides are an `AttentionMemory`, so one decoder layer serves both. Faster kernels take `ttt_attention`'s place.
+Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G query heads of one key head, J key heads,
+D head width.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class AttentionMemory(Protocol):
+    """Keeps the keys and values of earlier calls of one decoder layer."""
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Adds keys and values [B, J, T, D] to the memory and answers the queries [B, Q, T, D]; same shape as those."""
+
+
+class UnrollMemory:
+    """Training-time test: each call is one step over the same T slots."""
+
+    def __init__(self, segment_ids: Tensor | None) -> None:
+        self._segment_ids = segment_ids
+        self._step_keys: list[Tensor] = []
+        self._step_values: list[Tensor] = []
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self._step_keys.append(keys)
+        self._step_values.append(values)
+        return ttt_attention(queries, self._step_keys, self._step_values, self._segment_ids)
+
+
+class DraftCache:
+    """Decoding: each call appends tokens; a token sees itself and everything before it."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None  # [B, J, C, D]
+        self._values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Cached tokens C."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens (0 <= length <= self.length)."""
+        assert 0 <= length <= self.length, f"length must lie in [0, {self.length}], got {length}"
+        if self._keys is not None and self._values is not None:
+            self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        if self._keys is not None and self._values is not None:
+            keys = torch.cat((self._keys, keys), dim=2)
+            values = torch.cat((self._values, values), dim=2)
+        self._keys, self._values = keys, values
+        new, total = queries.shape[2], keys.shape[2]
+        visible_SC = None
+        if new > 1:
+            # SDPA's own causal flag aligns the first query with the first key; ours is aligned with the last.
+            visible_SC = torch.ones(new, total, dtype=torch.bool, device=keys.device).tril(total - new)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible_SC, enable_gqa=True)
+
+
+def ttt_attention(
+    queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor], segment_ids: Tensor | None
+) -> Tensor:
+    """One step of the unrolled draft: causal over step 0, plus the same slot in every later step so far.
+
+    `queries` [B, Q, T, D] belong to the last of the steps whose keys and values [B, J, T, D] are given, all rotated to
+    their phases; `segment_ids` [B, T] keep packed chats apart. Returns [B, Q, T, D]. Padding on the right needs no
+    mask: no real slot looks to the right.
+    """
+    key_heads, length, width = step_keys[0].shape[1:]
+    queries_BJGTD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
+    scores_BJGTT = (queries_BJGTD.flatten(2, 3) @ step_keys[0].transpose(-1, -2)).unflatten(2, (-1, length))
+    own_BJGT1 = [(queries_BJGTD * keys.unsqueeze(2)).sum(-1, keepdim=True) for keys in step_keys[1:]]
+    weights = torch.cat((scores_BJGTT + _causal_bias(queries, segment_ids), *own_BJGT1), dim=-1).softmax(dim=-1)
+    output_BJGTD = (weights[..., :length].flatten(2, 3) @ step_values[0]).unflatten(2, (-1, length))
+    for step, values in enumerate(step_values[1:]):
+        output_BJGTD = output_BJGTD + weights[..., length + step, None] * values.unsqueeze(2)
+    return output_BJGTD.flatten(1, 2)
+
+
+def _causal_bias(queries: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """0 where a slot may look, -inf at later slots and other segments; [B or 1, 1, 1, T, T] in the queries' dtype."""
+    length = queries.shape[2]
+    visible = torch.ones(1, length, length, dtype=torch.bool, device=queries.device).tril()
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return queries.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None, None]

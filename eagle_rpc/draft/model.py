@@ -1,0 +1,137 @@
+"""The EAGLE-3 draft: one Llama decoder layer that reads token embeddings beside hidden states.
+
+Parameter names are those of the exported checkpoint. Legend: B batch, T sequence, S new tokens, H hidden, K draft vocab.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eagle_rpc.draft.attention import AttentionMemory, DraftCache
+from eagle_rpc.draft.config import Eagle3DraftConfig
+from eagle_rpc.draft.norm import RMSNorm
+from eagle_rpc.draft.rope import RopeTables, RotaryEmbedding, rotate
+from eagle_rpc.errors import ConfigError
+
+INITIAL_STD = 0.02
+
+
+class DraftAttention(nn.Module):
+    """Grouped-query attention over concatenated embeddings and hidden states."""
+
+    def __init__(self, config: Eagle3DraftConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(2 * config.hidden_size, query_width, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+
+    def forward(self, inputs_BT2H: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
+        queries, keys, values = (
+            projection(inputs_BT2H).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = memory.attend(rotate(queries, tables), rotate(keys, tables), values)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class DraftMLP(nn.Module):
+    """Llama's gated feed-forward block."""
+
+    def __init__(self, config: Eagle3DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTH)) * self.up_proj(x_BTH))
+
+
+class DraftLayer(nn.Module):
+    """Attention and feed-forward; the residual is the hidden state, before its norm unless configured otherwise."""
+
+    def __init__(self, config: Eagle3DraftConfig) -> None:
+        super().__init__()
+        self.norm_before_residual = config.norm_before_residual
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DraftAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DraftMLP(config)
+
+    def forward(self, embeds_BTH: Tensor, hidden_BTH: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
+        normed_BTH = self.hidden_norm(hidden_BTH)
+        residual_BTH = normed_BTH if self.norm_before_residual else hidden_BTH
+        inputs_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
+        hidden_BTH = residual_BTH + self.self_attn(inputs_BT2H, tables, memory)
+        return hidden_BTH + self.mlp(self.post_attention_layernorm(hidden_BTH))
+
+
+class Eagle3Draft(nn.Module):
+    """The draft as serving engines compute it. Call `initialise`, or load a state dict, before use.
+
+    `input_embeddings` is the target's token embedding [V, H]; the draft keeps a frozen copy in its dtype. Raises
+    `ConfigError` if its shape is not the config's.
+    """
+
+    def __init__(self, config: Eagle3DraftConfig, input_embeddings: Tensor) -> None:
+        super().__init__()
+        expected = (config.vocab_size, config.hidden_size)
+        if tuple(input_embeddings.shape) != expected:
+            raise ConfigError(f"input_embeddings must have shape {list(expected)}, got {list(input_embeddings.shape)}")
+        self.config = config
+        self.embed_tokens = nn.Embedding.from_pretrained(input_embeddings.detach().clone(), freeze=True)
+        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = DraftLayer(config)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draws all trainable weights; the same on every rank and device for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                continue
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=INITIAL_STD, generator=generator)
+                parameter.copy_(drawn)
+
+    @torch.no_grad()
+    def seed_lm_head(self, weight_KH: Tensor) -> None:
+        """Starts the head from the target's draft rows [K, H], which saves it from learning the vocabulary anew."""
+        if weight_KH.shape != self.lm_head.weight.shape:
+            raise ConfigError(f"weight_KH must have shape {list(self.lm_head.weight.shape)}, got {list(weight_KH.shape)}")
+        self.lm_head.weight.copy_(weight_KH)
+
+    def fuse(self, aux_BT3H: Tensor) -> Tensor:
+        """The target's three hidden states as one, [B, T, H]; any floating dtype."""
+        if not torch.is_autocast_enabled(aux_BT3H.device.type):
+            aux_BT3H = aux_BT3H.to(self.fc.weight.dtype)
+        return self.fc(aux_BT3H)
+
+    def advance(self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory) -> Tensor:
+        """One pass: the pre-norm output [B, T, H] that the next step carries.
+
+        Token ids follow the hidden states by one: slot t pairs the hidden state of token t with the id of token t + 1.
+        Positions are [B or 1, T].
+        """
+        embeds_BTH = self.embed_tokens(ids_BT).to(hidden_BTH.dtype)
+        return self.midlayer(embeds_BTH, hidden_BTH, self.rotary.tables(positions_BT), memory)
+
+    def decode_step(self, ids_BS: Tensor, hidden_BSH: Tensor, cache: DraftCache) -> tuple[Tensor, Tensor]:
+        """Appends S slots to the cache; returns their pre-norm outputs [B, S, H] and the last slot's logits [B, K].
+
+        After the target's tokens pass fused hidden states, then one guess at a time the draft's own last output; before
+        the next round truncate the cache to the slots of verified tokens.
+        """
+        positions_1S = torch.arange(cache.length, cache.length + ids_BS.shape[1], device=ids_BS.device)[None]
+        output_BSH = self.advance(ids_BS, hidden_BSH, positions_1S, cache)
+        return output_BSH, self.lm_head(self.norm(output_BSH[:, -1]))

@@ -1,0 +1,70 @@
+"""A target that continues one sequence greedily, with a KV cache that can be rolled back.
+
+Legend: N new tokens of a call, P of them whose successors are predicted, H target hidden, V target vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from eagle_rpc.target.capture import aux_layers, captured_layers, find_decoder_layers
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStep:
+    """What the target makes of N new tokens."""
+
+    logits_PV: Tensor  # [P, V], after each of the last P tokens
+    aux_N3H: Tensor  # [N, 3H] in the target's dtype
+
+    @property
+    def choices(self) -> list[int]:
+        """The most likely token after each of the last P tokens."""
+        return self.logits_PV.argmax(dim=-1).tolist()
+
+    @property
+    def margin(self) -> float:
+        """Distance between the two best logits after the last token."""
+        best, second = self.logits_PV[-1].float().topk(2).values.tolist()
+        return best - second
+
+
+class GreedyTarget:
+    """Feeds the tokens of one sequence to a transformers causal LM."""
+
+    def __init__(self, model: PreTrainedModel, aux_layer_ids: Sequence[int] | None = None) -> None:
+        """`aux_layer_ids` are the layers that steps return, counted after the layer; null: the target's default.
+
+        Raises `ConfigError` for layers that the model does not have.
+        """
+        self._model = model
+        self._layers = find_decoder_layers(model)
+        self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
+        self.start()
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the model's context."""
+        return self._model.config.get_text_config().max_position_embeddings
+
+    def start(self) -> None:
+        """Forgets the sequence; the next `read` begins another."""
+        # Made without the model's config, the cache keeps all keys of sliding windows too, so they can be rolled back.
+        self._cache = DynamicCache()
+
+    def read(self, token_ids: Sequence[int], *, predictions: int) -> TargetStep:
+        """Appends N tokens to the sequence and predicts what follows each of the last `predictions` of them."""
+        ids_1N = torch.tensor([token_ids], device=self._model.device)
+        with captured_layers(self._layers, self.aux_layer_ids) as captured:
+            output = self._model(input_ids=ids_1N, past_key_values=self._cache, use_cache=True, logits_to_keep=predictions)
+        aux_N3H = torch.cat([captured[layer][0] for layer in self.aux_layer_ids], dim=-1)
+        return TargetStep(output.logits[0], aux_N3H)
+
+    def keep(self, length: int) -> None:
+        """Rolls the sequence back to its first `length` tokens."""
+        surplus = self._cache.get_seq_length() - length
+        if surplus:
+            self._cache.crop(-surplus)

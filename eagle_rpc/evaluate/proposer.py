@@ -1,0 +1,67 @@
+"""Who guesses the next tokens.
+
+Legend: N newly verified tokens, H target hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.draft.attention import DraftCache
+from eagle_rpc.draft.model import Eagle3Draft
+from eagle_rpc.supervision import VocabMapping
+
+
+class Proposer(Protocol):
+    """Sees what the target verified and guesses what comes next."""
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Guesses k of each proposal."""
+
+    def start(self) -> None:
+        """Forgets the sequence."""
+
+    def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
+        """k guesses of the target ids that follow the last of `next_token_ids`.
+
+        The target read N more tokens: `aux_N3H` are their hidden states, `next_token_ids` the N tokens one place later,
+        of which the last was chosen by the target and not read yet.
+        """
+
+
+class DraftProposer:
+    """A chain of guesses of an EAGLE-3 draft, as vLLM makes it.
+
+    The first guess reads the target's own hidden states; each later one the draft's output for the guess before it. Slots
+    of guesses leave the cache again: when the target has verified them they are computed anew from its hidden states.
+    """
+
+    def __init__(self, draft: Eagle3Draft, mapping: VocabMapping, num_draft_tokens: int) -> None:
+        self._draft = draft
+        self._target_ids: list[int] = mapping.selected_token_ids.tolist()
+        self._num_draft_tokens = num_draft_tokens
+        self._cache = DraftCache()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self._num_draft_tokens
+
+    def start(self) -> None:
+        self._cache = DraftCache()
+
+    def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
+        ids = list(next_token_ids)
+        hidden_1NH = self._draft.fuse(aux_N3H[None])
+        verified = self._cache.length + len(ids)
+        guesses: list[int] = []
+        while True:
+            ids_1N = torch.tensor([ids], device=aux_N3H.device)
+            output_1NH, logits_1K = self._draft.decode_step(ids_1N, hidden_1NH, self._cache)
+            guesses.append(self._target_ids[int(logits_1K.argmax())])
+            if len(guesses) == self._num_draft_tokens:
+                self._cache.truncate(verified)
+                return guesses
+            ids, hidden_1NH = guesses[-1:], output_1NH[:, -1:]

@@ -1,0 +1,84 @@
+"""The two pictures of a run. matplotlib is loaded when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eagle_rpc.errors import DataError
+from eagle_rpc.report.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TRAINING, _VALIDATION = "#4c78a8", "#e45756"
+_DPI = 150
+
+
+def plot_loss(metrics_path: Path, output: Path) -> None:
+    """Loss and simulated accept length over optimiser steps, of training and validation.
+
+    Raises `DataError` if the file is absent or holds no training line.
+    """
+    if not metrics_path.is_file():
+        raise DataError(f"{metrics_path} must be the metrics.jsonl of a run, which is absent")
+    lines = list(read_metrics(metrics_path))
+    if not any("loss" in line for line in lines):
+        raise DataError(f"{metrics_path} must hold the loss of at least one step, got {len(lines)} lines without one")
+    figure = _figure(7.0, 6.0)
+    loss_axes, accept_axes = figure.subplots(2, 1, sharex=True)
+    _draw_curves(loss_axes, lines, "loss")
+    loss_axes.set_ylabel("loss (nats a token)")
+    loss_axes.legend(frameon=False)
+    _draw_curves(accept_axes, lines, "simulated_accept_length")
+    accept_axes.set_ylabel("accept length, simulated\n(tokens a target call)")
+    accept_axes.set_xlabel("optimiser step")
+    loss_axes.set_title("Draft training")
+    _save(figure, output)
+
+
+def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: float, output: Path) -> None:
+    """Share of drafts whose guess at each position was accepted, all earlier guesses included."""
+    figure = _figure(1.6 + 1.0 * max(4, len(acceptance_per_position)), 4.0)
+    axes = figure.subplots()
+    positions = [str(position + 1) for position in range(len(acceptance_per_position))]
+    bars = axes.bar(positions, [100 * share for share in acceptance_per_position], width=0.6, color=_TRAINING)
+    axes.bar_label(bars, fmt="%.1f %%", padding=3)
+    axes.set_ylim(0, 108)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_xlabel("position of the guess")
+    axes.set_ylabel("accepted (% of drafts)")
+    axes.set_title(f"Accept length {accept_length:.2f} tokens a target call")
+    axes.xaxis.grid(False)
+    _save(figure, output)
+
+
+def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
+    training = [(line["step"], line[name]) for line in lines if name in line]
+    validation = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
+    axes.plot(*zip(*training, strict=True), color=_TRAINING, linewidth=1.4, label="training", marker=_marker(training))
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color=_VALIDATION, linewidth=1.4, marker="o", markersize=4, label="validation")
+
+
+def _marker(points: list[tuple[int, float]]) -> str | None:
+    """A single point makes no line."""
+    return "." if len(points) == 1 else None
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Inches. Drawn without pyplot, whose state is global and whose backend may want a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def _save(figure: Figure, output: Path) -> None:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)

@@ -1,0 +1,40 @@
+"""Bounded waiting for RPC futures."""
+
+import threading
+import time
+from typing import Any
+
+from torch.futures import Future
+
+from eagle_rpc.errors import WaitTimeout
+from eagle_rpc.rpc.failures import classify
+
+# torch marks a call as timed out itself; ours is the second fence, for a future that nobody ever completes.
+_GRACE_SECONDS = 5.0
+
+
+class PendingCall:
+    """One RPC under way. `Future.wait` has no bound and swallows Ctrl-C until it ends, so an event is waited for."""
+
+    def __init__(self, future: Future, *, peer: str, what: str, timeout: float) -> None:
+        self._future = future
+        self._peer = peer
+        self._what = what
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout + _GRACE_SECONDS
+        self._done = threading.Event()
+        future.add_done_callback(lambda _: self._done.set())
+
+    @property
+    def done(self) -> bool:
+        """Whether `result` returns at once."""
+        return self._done.is_set()
+
+    def result(self) -> Any:
+        """The remote value. Raises `WaitTimeout`, `ConnectionLost`, or `TargetFailed` for what the peer raised."""
+        if not self._done.wait(max(0.0, self._deadline - time.monotonic())):
+            raise WaitTimeout(f"{self._peer} did not answer {self._what} within {self._timeout:.0f} s")
+        try:
+            return self._future.wait()
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise classify(error, peer=self._peer, what=self._what) from None

@@ -1,0 +1,20 @@
+"""Reads torch RPC's error texts: it keeps no exception classes, so the text is all there is.
+
+Seen on torch 2.11 to 2.13; `tests/rpc` provokes each kind.
+"""
+
+from eagle_rpc.errors import ConnectionLost, EagleRpcError, TargetFailed, WaitTimeout
+
+_TIMEOUT_PREFIX = "RPCErr:1:"
+_CONNECTION_MARKS = ("this error originated at tensorpipe/", "pipe closed", "ECONNREFUSED", "could not find destination")
+
+
+def classify(error: RuntimeError, *, peer: str, what: str) -> EagleRpcError:
+    """The exception of this package for an error of an RPC call named `what` to `peer`."""
+    text = str(error).strip()
+    if text.startswith(_TIMEOUT_PREFIX):
+        return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT_PREFIX)}")
+    if any(mark in text for mark in _CONNECTION_MARKS):
+        return ConnectionLost(f"lost the connection to {peer} during {what}: {text.splitlines()[0]}")
+    # A remote exception's text is its traceback on the peer, which has logged it; the last line names it.
+    return TargetFailed(f"{peer} raised during {what}: {text.splitlines()[-1]}")

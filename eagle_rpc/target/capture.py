@@ -1,0 +1,77 @@
+"""Reading decoder layers while the model runs.
+
+Legend: B batch, T sequence, H target hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
+
+
+def find_base(model: PreTrainedModel) -> nn.Module:
+    """The model without its head. Raises `UnsupportedTarget` if it has no such part."""
+    base = getattr(model, model.base_model_prefix, None)
+    if not isinstance(base, nn.Module):
+        raise UnsupportedTarget(f"{type(model).__name__} has no submodule {model.base_model_prefix!r} beside its head")
+    return base
+
+
+def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers in order: the one list in the base model that has as many entries as the config has layers.
+
+    Raises `UnsupportedTarget` if there is none or more than one.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    found = [layers for layers in _outermost_lists(find_base(model)) if len(layers) == num_layers]
+    if len(found) != 1:
+        raise UnsupportedTarget(
+            f"{type(model).__name__} must hold exactly one list of {num_layers} decoder layers, found {len(found)} such lists"
+        )
+    return found[0]
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Module lists that are not inside another one (experts of a layer are)."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
+
+
+def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int, int]:
+    """The three layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
+
+    Raises `ConfigError` unless they are three distinct ids in range, as for targets too shallow for the default.
+    """
+    ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
+    if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
+        origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
+        raise ConfigError(f"target.aux_layer_ids must be three distinct ids in [0, {num_layers}), {origin} {list(ids)}")
+    return ids
+
+
+@contextmanager
+def captured_layers(layers: nn.ModuleList, ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Fills a dict with the outputs [B, T, H] of the layers `ids` as the model runs inside the block.
+
+    The hooks go with the block, however it ends.
+    """
+    captured: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for layer in ids:
+            hooks.callback(layers[layer].register_forward_hook(partial(_keep_output, captured, layer)).remove)
+        yield captured
+
+
+def _keep_output(captured: dict[int, Tensor], layer: int, module: nn.Module, args: Any, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        raise UnsupportedTarget(f"decoder layer {type(module).__name__} must return hidden states [B, T, H]")
+    captured[layer] = hidden

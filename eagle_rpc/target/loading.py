@@ -1,0 +1,122 @@
+"""From the `target` section of the configuration to a frozen causal language model and its tokenizer.
+
+Weights come from safetensors only, and no code that a model ships is run.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.target.gguf import convert_gguf, locate_gguf
+
+logger = logging.getLogger(__name__)
+
+# What a model directory needs to be loaded: no pickled weights, no code.
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def resolve_model_dir(config: TargetConfig, cache_dir: str | Path) -> Path:
+    """The local directory of `config.model`, downloaded or converted if it was not there yet.
+
+    Raises `ConfigError` for a random target, which has none, and for a model that cannot be found.
+    """
+    if config.random:
+        raise ConfigError("target.random describes a model without a directory, tokenizer or stored weights")
+    if config.model.endswith(".gguf"):
+        return convert_gguf(locate_gguf(config.model), Path(cache_dir))
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(config.model, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ConfigError(
+            f"target.model must be a directory, a hub model or package/file.gguf, got {config.model}: {error}"
+        ) from error
+
+
+def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> PretrainedConfig:
+    """The transformers configuration of the target, without its weights."""
+    if not config.random:
+        return AutoConfig.from_pretrained(resolve_model_dir(config, cache_dir), trust_remote_code=False)
+    fields = dict(config.random)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"target.random must name a model_type that transformers knows, got {config.random}") from error
+
+
+def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> Any | None:
+    """The target's tokenizer; None for a random target, which has none."""
+    if config.random:
+        return None
+    return AutoTokenizer.from_pretrained(resolve_model_dir(config, cache_dir), trust_remote_code=False)
+
+
+def load_model(
+    config: TargetConfig, device: torch.device | str, *, cache_dir: str | Path, seed: int = 0
+) -> tuple[PreTrainedModel, Any | None]:
+    """The frozen model on `device`, ready for forward passes, and its tokenizer.
+
+    A random target has the same weights in every process and on every device for equal `seed` and `config.dtype`.
+    Raises `ConfigError` if the model cannot be found, is of an unknown kind or has no safetensors weights.
+    """
+    started = time.monotonic()
+    hf_config = load_target_config(config, cache_dir=cache_dir)
+    dtype = getattr(torch, config.dtype.value)
+    attention = exact_attention(hf_config, config.attention)
+    if config.random:
+        model = _random_model(hf_config, attention, seed).to(dtype)
+    else:
+        directory = resolve_model_dir(config, cache_dir)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"target.model must be a causal language model with safetensors weights, got {directory}: {error}"
+            ) from error
+    model = model.to(device).eval().requires_grad_(False)
+    model.config.use_cache = False
+    logger.info(
+        "target %s: %s, %.1f M parameters, %s, %s attention, on %s, loaded in %.1f s",
+        "with random weights" if config.random else config.model,
+        type(model).__name__,
+        model.num_parameters() / 1e6,
+        config.dtype.value,
+        attention,
+        device,
+        time.monotonic() - started,
+    )
+    return model, load_tokenizer(config, cache_dir=cache_dir)
+
+
+def exact_attention(hf_config: PretrainedConfig, wanted: str) -> str:
+    """`wanted`, or `eager` where the model soft-caps its attention scores, which sdpa leaves out without a word."""
+    if wanted == "sdpa" and caps_attention(hf_config):
+        logger.info("target.attention is eager: sdpa ignores the soft cap on attention scores of %s", hf_config.model_type)
+        return "eager"
+    return wanted
+
+
+def caps_attention(hf_config: PretrainedConfig) -> bool:
+    """Whether attention scores pass through a soft cap (Gemma 2)."""
+    return getattr(hf_config.get_text_config(), "attn_logit_softcapping", None) is not None
+
+
+def _random_model(hf_config: PretrainedConfig, attention: str, seed: int) -> PreTrainedModel:
+    # Drawn on the CPU in fp32 whatever the target's device and dtype.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(
+            hf_config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+        )

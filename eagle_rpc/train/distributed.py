@@ -1,0 +1,138 @@
+"""Trainers that work on one draft: sums over all of them, and the check that they are alike."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
+
+logger = logging.getLogger(__name__)
+
+_DIGEST_BYTES = 32
+
+
+class TrainerGroup:
+    """`size` trainers, this one with number `rank`. Without a process group a trainer is alone and nothing waits.
+
+    Every wait ends after the process group's time-out: with `WaitTimeout` if the others are silent, with
+    `ConnectionLost` if one of them is gone.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0) -> None:
+        self.rank = rank
+        self.size = size
+        self._timeout = timeout
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this trainer writes checkpoints and reports."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor, what: str) -> Tensor:
+        """Replaces the tensor by its sum over all trainers, with the same bits on each; `what` is for error messages."""
+        if self.size > 1:
+            with self._bounded(f"the sum of {what}"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def barrier(self, what: str) -> None:
+        """Returns when all trainers have come here."""
+        if self.size > 1:
+            with self._bounded(what):
+                dist.monitored_barrier(timeout=timedelta(seconds=self._timeout), wait_all_ranks=True)
+
+    def require_equal(self, digests: Mapping[str, str]) -> None:
+        """Raises `ConfigError` naming the first entry (a name and a SHA-256 in hex) that differs between trainers."""
+        if self.size == 1:
+            return
+        mine = torch.tensor([list(bytes.fromhex(digest)) for digest in digests.values()], dtype=torch.uint8)
+        everyone = torch.empty(self.size, len(digests), _DIGEST_BYTES, dtype=torch.uint8)
+        with self._bounded("the comparison of " + ", ".join(digests)):
+            dist.all_gather_into_tensor(everyone.view(self.size * len(digests), _DIGEST_BYTES), mine)
+        for position, name in enumerate(digests):
+            for rank in range(1, self.size):
+                first, other = (bytes(everyone[r, position].tolist()).hex()[:12] for r in (0, rank))
+                if first != other:
+                    raise ConfigError(f"{name} must be equal on all trainers, got {first} on trainer 0 and {other} on trainer {rank}")
+
+    @contextlib.contextmanager
+    def _bounded(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise _wait_error(error, f"trainer {self.rank} of {self.size}, waiting for {what}", self._timeout) from error
+
+
+@contextlib.contextmanager
+def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> Iterator[TrainerGroup]:
+    """The group of all trainers while the body runs; `store` is a namespace of their own.
+
+    `timeout` in seconds bounds the start and every later wait, so it has to exceed what one trainer may be busy with
+    alone: a request to the target, a checkpoint. Raises `WaitTimeout` if not all have joined by then.
+    """
+    if size == 1:
+        yield TrainerGroup()
+        return
+    limit = timedelta(seconds=timeout)
+    store.set_timeout(limit)
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    except RuntimeError as error:
+        raise _wait_error(error, f"trainer {rank}, waiting for {size} trainers to join", timeout) from error
+    logger.info("trainer %d of %d joined over %s", rank, size, backend)
+    try:
+        yield TrainerGroup(rank, size, timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def _wait_error(error: RuntimeError, what: str, timeout: float) -> WaitTimeout | ConnectionLost:
+    """torch says by text alone whether time ran out or a peer is gone."""
+    text = str(error).splitlines()[0]
+    if any(sign in text.lower() for sign in ("timed out", "timeout", "time out")):
+        return WaitTimeout(f"{what}: gave up after {timeout:.0f} s ({text})")
+    return ConnectionLost(f"{what}: {text}")
+
+
+class FlatGradients:
+    """All gradients in one fp32 buffer, laid out once: zeroing, the sum over trainers, norm and clipping are one call each.
+
+    One buffer also makes the sum's rounding a matter of layout alone; buckets that depend on timing would not.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        parameters = list(parameters)
+        self._flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
+        start = 0
+        for parameter in parameters:
+            end = start + parameter.numel()
+            parameter.grad = self._flat[start:end].view_as(parameter)
+            start = end
+
+    def zero_(self) -> None:
+        self._flat.zero_()
+
+    def sum_(self, group: TrainerGroup) -> None:
+        """Adds up the gradients of all trainers; the objective is normalised already."""
+        group.sum_(self._flat, "gradients")
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Scales down to a global norm of at most `max_norm`; returns the norm before, a scalar."""
+        norm = torch.linalg.vector_norm(self._flat)
+        self._flat.mul_((max_norm / norm).clamp(max=1.0))
+        return norm
+
+
+def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and all bits."""
+    digest = hashlib.sha256()
+    for name, tensor in parameters.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Figures of training and validation, from sums that stay on the device until someone looks.
+
+Legend: S steps of training-time test.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.draft import TTTResult, simulated_accept_length, step_weights
+from eagle_rpc.report.metrics import Figure
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
+
+
+class RunningSums:
+    """What figures are made of, added up over batches, trainers and optimiser steps.
+
+    All of it lies in one fp64 vector, so adding over trainers is one call, looking at it is one, and counts stay exact.
+    """
+
+    _OF_STEPS = ("loss_sums", "rows", "correct", "accepted", "drafts")  # as in `TTTResult`
+    _SCALARS = ("tokens", "supervised_tokens", "optimiser_steps", "grad_norms")
+
+    def __init__(self, steps: int, device: torch.device) -> None:
+        self._steps = steps
+        self.flat = torch.zeros(len(self._OF_STEPS) * steps + len(self._SCALARS), dtype=torch.float64, device=device)
+        columns, scalars = self.flat[: -len(self._SCALARS)].view(-1, steps), self.flat[-len(self._SCALARS) :]
+        self._named = dict(zip(self._OF_STEPS + self._SCALARS, (*columns, *scalars), strict=True))
+
+    def add_batch(self, batch: Eagle3TargetBatch, result: TTTResult) -> None:
+        for name in self._OF_STEPS:
+            self._named[name] += getattr(result, name)
+        self._named["tokens"] += batch.tokens.attention_mask.sum()
+        self._named["supervised_tokens"] += batch.loss_mask.sum()
+
+    def add_step(self, of_all_trainers: "RunningSums", grad_norm: Tensor) -> None:
+        """One optimiser step."""
+        self.flat += of_all_trainers.flat
+        self._named["optimiser_steps"] += 1
+        self._named["grad_norms"] += grad_norm
+
+    def zero_(self) -> None:
+        self.flat.zero_()
+
+    def is_finite(self) -> bool:
+        return bool(self.flat.isfinite().all())
+
+    def on_host(self) -> dict[str, Tensor]:
+        """The sums by name, on the CPU; waits for the device once."""
+        copy = RunningSums(self._steps, torch.device("cpu"))
+        copy.flat.copy_(self.flat)
+        return copy._named
+
+
+def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:
+    """What training and validation have in common.
+
+    `loss` weights the steps as the objective does; `accuracy` and `acceptance_per_position` are lists [S]. Acceptance
+    takes every slot as the start of a draft, so it is simulated.
+    """
+    rows_S, drafts_S = sums["rows"].clamp(min=1), sums["drafts"].clamp(min=1)
+    weights_S = step_weights(len(rows_S), step_decay).double()
+    return {
+        "loss": float((weights_S * sums["loss_sums"] / rows_S).sum()),
+        "accuracy": (sums["correct"] / rows_S).tolist(),
+        "acceptance_per_position": (sums["accepted"] / drafts_S).tolist(),
+        "simulated_accept_length": float(simulated_accept_length(sums["accepted"], sums["drafts"])),
+        "supervised_tokens": int(sums["supervised_tokens"]),
+    }
+
+
+class Pace:
+    """Seconds of training, and of waiting for the target in them, since the last `restart`."""
+
+    def __init__(self, backend: Eagle3TargetBackend) -> None:
+        self._backend = backend
+        self.restart()
+
+    def restart(self) -> None:
+        self._started = time.monotonic()
+        self._waited_before = self._backend.seconds_waited
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What the body takes does not count."""
+        started, waited_before = time.monotonic(), self._backend.seconds_waited
+        yield
+        self._started += time.monotonic() - started
+        self._waited_before += self._backend.seconds_waited - waited_before
+
+    def figures(self, tokens: float) -> dict[str, Figure]:
+        """Real tokens of all trainers a second, and the share of this trainer's time spent waiting for the target."""
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        waited = self._backend.seconds_waited - self._waited_before
+        return {"tokens_per_second": tokens / seconds, "wait_share": min(1.0, waited / seconds)}

@@ -1,0 +1,62 @@
+"""AdamW and its learning rate."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eagle_rpc.config.schema import TrainConfig
+
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def trainable_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, in the model's order; frozen embeddings are not among them."""
+    return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
+
+
+def make_optimiser(draft: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Matrices decay by `config.weight_decay`, norm weights do not."""
+    parameters = list(trainable_parameters(draft).values())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    first_beta, second_beta = config.betas
+    fused = parameters[0].device.type in _FUSED_DEVICES
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(first_beta, second_beta), fused=fused)
+
+
+def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
+    """Rate of optimiser step `step` (0 <= step < total_steps).
+
+    Climbs linearly to `config.learning_rate`, then falls along a cosine and reaches its lowest value in the last step.
+    """
+    warmup_steps = round(config.warmup_share * total_steps)
+    if step < warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    progress = (step + 1 - warmup_steps) / (total_steps - warmup_steps)
+    lowest = config.min_learning_rate_share
+    return config.learning_rate * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Moments and step counts as `exp_avg/NAME` and so on; all that AdamW keeps. Empty before the first step."""
+    return {
+        f"{slot}/{name}": value
+        for name, parameter in parameters.items()
+        for slot, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def load_optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimiser_tensors` gave, on the parameters' devices."""
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition("/")
+        parameter = parameters[name]
+        optimiser.state[parameter][slot] = tensor.to(parameter.device, copy=True)

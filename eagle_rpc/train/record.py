@@ -1,0 +1,114 @@
+"""What a checkpoint belongs to: compared when a run resumes, read when a draft is exported."""
+
+import logging
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from eagle_rpc.config.schema import Config
+from eagle_rpc.draft import Eagle3DraftConfig
+from eagle_rpc.errors import CheckpointError
+from eagle_rpc.supervision import ModelInfo, VocabMapping
+
+logger = logging.getLogger(__name__)
+
+# A change of these would give the saved data position, or the saved moments, another meaning.
+_FIXED_SETTINGS = (
+    "run.seed",
+    "topology.trainers",
+    "train.batch_size",
+    "train.accumulation",
+    "draft.ttt_steps",
+    "draft.step_decay",
+    "data.train_path",
+    "data.validation_path",
+    "data.validation_share",
+    "data.max_length",
+    "data.overlong",
+    "data.bucket_lengths",
+    "data.chat_template",
+)
+_WATCHED_SECTIONS = ("train", "draft", "supervision", "data")
+_TARGET_FIELDS = ("weights_fingerprint", "tokenizer_fingerprint", "aux_layer_ids", "dtype", "hidden_size", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """One run's draft, vocabulary, target and configuration. Enough to export without loading the target."""
+
+    draft_config: Eagle3DraftConfig
+    mapping: VocabMapping
+    target: ModelInfo
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    config: dict[str, Any]  # as `plain` gives it
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the mapping, of which only the digest is in it."""
+        return {
+            "draft_config": asdict(self.draft_config),
+            "mapping_digest": self.mapping.digest,
+            "target": asdict(self.target),
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": self.eos_token_id,
+            "config": self.config,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], mapping: VocabMapping) -> "RunRecord":
+        """Raises `KeyError` or `TypeError` for content of another form."""
+        target = content["target"] | {"aux_layer_ids": tuple(content["target"]["aux_layer_ids"])}
+        return cls(
+            draft_config=Eagle3DraftConfig(**content["draft_config"]),
+            mapping=mapping,
+            target=ModelInfo(**target),
+            bos_token_id=content["bos_token_id"],
+            eos_token_id=content["eos_token_id"],
+            config=content["config"],
+        )
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as JSON keeps it, enum members by name."""
+    return _plain(asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(element) for element in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def require_same_run(saved: RunRecord, current: RunRecord) -> None:
+    """Raises `CheckpointError` naming the first field that differs, with both values.
+
+    Settings that may change between runs (rates, steps, intervals) are logged where they did.
+    """
+    for field in fields(Eagle3DraftConfig):
+        _require_equal(
+            f"draft.{field.name}", getattr(saved.draft_config, field.name), getattr(current.draft_config, field.name)
+        )
+    for name in _TARGET_FIELDS:
+        _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
+    _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
+    before, now = _flatten(saved.config), _flatten(current.config)
+    for path in _FIXED_SETTINGS:
+        _require_equal(path, before.get(path), now.get(path))
+    for path in sorted(before.keys() | now.keys()):
+        if path.partition(".")[0] in _WATCHED_SECTIONS and path != "train.resume" and before.get(path) != now.get(path):
+            logger.warning("resuming with %s=%s; the checkpoint was made with %s", path, now.get(path), before.get(path))
+
+
+def _require_equal(name: str, saved: Any, current: Any) -> None:
+    if saved != current:
+        raise CheckpointError(f"{name} must be the checkpoint's to resume, it has {saved}, this run has {current}")
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"train.batch_size": 4, ...}`"""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,101 @@
+"""The directory of a run: what lies where, and that one run at a time uses it."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+
+from eagle_rpc.config.schema import Resume
+from eagle_rpc.errors import ConfigError
+
+_LOCK, _HOLDER = ".lock", ".lock.holder"
+# Workers open their logs before anyone claims the directory.
+_MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs"})
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths inside `run.dir`. Reading them creates nothing."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def target_embedding(self) -> Path:
+        """The target's token embedding, which every checkpoint leaves out and an export needs."""
+        return self.path / "checkpoints" / "target_embedding.safetensors"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def loss_plot(self) -> Path:
+        return self.path / "plots" / "loss.png"
+
+    @property
+    def acceptance_plot(self) -> Path:
+        return self.path / "plots" / "acceptance.png"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def verification(self) -> Path:
+        return self.path / "verify.json"
+
+    def log_file(self, worker_name: str) -> Path:
+        return self.path / "logs" / f"{worker_name}.log"
+
+    @contextlib.contextmanager
+    def claimed(self, resume: Resume) -> Iterator[None]:
+        """Keeps other runs out while the body runs; ends with the process, however that ends.
+
+        Raises `ConfigError` at once if another process has it, or if it holds an earlier run and `resume` is `never`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.path / _LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise ConfigError(f"run.dir must not be in use, {self.path} is held by {self._holder()}") from None
+        try:
+            self._require_usable(resume)
+            (self.path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    def _require_usable(self, resume: Resume) -> None:
+        found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _MAY_EXIST)
+        if found and resume is Resume.never:
+            raise ConfigError(
+                f"run.dir must be empty with train.resume=never, {self.path} holds {', '.join(found)}: "
+                "choose another run.name, or continue with train.resume=auto"
+            )
+
+    def _holder(self) -> str:
+        try:
+            return (self.path / _HOLDER).read_text(encoding="utf-8")
+        except OSError:
+            return "another process"

@@ -1,0 +1,74 @@
+"""The whole of TTT again, one slot and one key at a time in float64: what the product is checked against.
+
+It takes unpadded chats, not batches, and shares nothing with the product but weights and names.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.draft import Eagle3Draft
+
+
+def slow_ttt(draft: Eagle3Draft, chats: list[dict[str, Tensor]], steps: int, decay: float) -> dict[str, Tensor]:
+    """Loss (with gradient), cross entropies' sums, rows and correct guesses of each step, denominators their own counts."""
+    weights = dict(draft.named_parameters())
+    sums = [torch.zeros((), dtype=torch.float64) for _ in range(steps)]
+    rows, correct = [0] * steps, [0] * steps
+    for chat in chats:
+        outputs = _outputs(draft, weights, chat, steps)
+        probs = {int(row): chat["probs"][i].double() for i, row in enumerate(chat["rows"])}
+        for (step, slot), output in outputs.items():
+            if slot + step in probs:
+                p = probs[slot + step]
+                logits = weights["lm_head.weight"] @ _norm(output, weights["norm.weight"], draft.config.rms_norm_eps)
+                sums[step] = sums[step] - (p * logits.log_softmax(0)).sum()
+                rows[step] += 1
+                correct[step] += int(logits.argmax() == p.argmax())
+    shares = [decay**step / sum(decay**other for other in range(steps)) for step in range(steps)]
+    loss = sum(share * total / max(1, count) for share, total, count in zip(shares, sums, rows, strict=True))
+    return {"loss": loss, "sums": torch.stack(sums).detach(), "rows": torch.tensor(rows), "correct": torch.tensor(correct)}
+
+
+def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Tensor], steps: int) -> dict:
+    """Output of every (step, slot) whose next token exists."""
+    config, ids = draft.config, chat["ids"]
+    eps = config.rms_norm_eps
+    outputs, keys, values = {}, {}, {}
+    for step in range(steps):
+        for slot in range(len(ids) - step - 1):
+            hidden = outputs[step - 1, slot] if step else weights["fc.weight"] @ chat["aux"][slot]
+            embedding = weights["embed_tokens.weight"][ids[slot + step + 1]]
+            normed = _norm(hidden, weights["midlayer.hidden_norm.weight"], eps)
+            x = torch.cat([_norm(embedding, weights["midlayer.input_layernorm.weight"], eps), normed])
+            q, k, v = (
+                (weights[f"midlayer.self_attn.{name}_proj.weight"] @ x).reshape(-1, config.head_dim) for name in ("q", "k", "v")
+            )
+            q, k = _turn(q, slot + step, config.rope_theta), _turn(k, slot + step, config.rope_theta)
+            keys[step, slot], values[step, slot] = k, v
+            seen = [(0, earlier) for earlier in range(slot + 1)] + [(later, slot) for later in range(1, step + 1)]
+            attended = []
+            for head in range(config.num_attention_heads):
+                shared = head // (config.num_attention_heads // config.num_key_value_heads)
+                scores = torch.stack([q[head] @ keys[place][shared] / math.sqrt(config.head_dim) for place in seen])
+                shares = scores.exp() / scores.exp().sum()
+                attended.append(sum(share * values[place][shared] for share, place in zip(shares, seen, strict=True)))
+            residual = normed if config.norm_before_residual else hidden
+            middle = residual + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(attended)
+            y = _norm(middle, weights["midlayer.post_attention_layernorm.weight"], eps)
+            gate, up = weights["midlayer.mlp.gate_proj.weight"] @ y, weights["midlayer.mlp.up_proj.weight"] @ y
+            outputs[step, slot] = middle + weights["midlayer.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+    return outputs
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * x / ((x * x).sum() / len(x) + eps).sqrt()
+
+
+def _turn(heads: Tensor, position: int, theta: float) -> Tensor:
+    """Rotary embedding as a rotation of complex numbers (first half real, second half imaginary)."""
+    half = heads.shape[-1] // 2
+    angles = position / theta ** (torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(heads[:, :half], heads[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([turned.real, turned.imag], dim=-1)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import nn
+
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.target.capture import aux_layers, captured_layers, find_decoder_layers
+
+
+def test_default_layers_are_second_middle_and_fourth_from_the_end():
+    assert aux_layers(30, None) == (1, 14, 26)
+    assert aux_layers(7, None) == (1, 2, 3)
+
+
+def test_named_layers_keep_their_order():
+    assert aux_layers(4, [3, 0, 1]) == (3, 0, 1)
+
+
+@pytest.mark.parametrize("ids", [[0, 1], [0, 1, 1], [0, 1, 4], [-1, 0, 1], [0, 1, 2, 3], []])
+def test_anything_but_three_distinct_layers_in_range_is_refused(ids):
+    with pytest.raises(ConfigError, match=r"three distinct ids in \[0, 4\), got"):
+        aux_layers(4, ids)
+
+
+def test_a_shallow_target_must_name_its_layers():
+    with pytest.raises(ConfigError, match=r"shallow targets must name theirs, the default would be \[1, 2, 2\]"):
+        aux_layers(6, None)
+
+
+def test_the_decoder_layers_are_found(any_model):
+    assert find_decoder_layers(any_model) is any_model.model.layers
+
+
+def test_an_ambiguous_structure_is_refused(make_model):
+    model = make_model("llama")
+    model.model.vision = nn.ModuleList(nn.Identity() for _ in range(7))
+    with pytest.raises(UnsupportedTarget, match="exactly one list of 7 decoder layers, found 2"):
+        find_decoder_layers(model)
+    del model.model.vision, model.model.layers
+    with pytest.raises(UnsupportedTarget, match="found 0"):
+        find_decoder_layers(model)
+
+
+class Tuples(nn.Module):
+    def forward(self, hidden):
+        return hidden + 1, "weights"
+
+
+class Fails(nn.Module):
+    def forward(self, hidden):
+        raise KeyError("broken layer")
+
+
+def test_outputs_are_read_from_layers_that_return_tensors_or_tuples():
+    layers = nn.ModuleList([nn.Identity(), Tuples(), nn.Identity()])
+    hidden = torch.randn(1, 2, 4)
+    with captured_layers(layers, [1, 0]) as captured:
+        layers[0](hidden)
+        layers[1](hidden)
+    assert torch.equal(captured[0], hidden)
+    assert torch.equal(captured[1], hidden + 1)
+    assert set(captured) == {0, 1}
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_hooks_are_gone_afterwards_even_when_the_forward_raises(failing):
+    layers = nn.ModuleList([nn.Identity(), Fails() if failing else nn.Identity(), nn.Identity()])
+    hidden = torch.zeros(1, 1, 1)
+    if failing:
+        with pytest.raises(KeyError, match="broken layer"), captured_layers(layers, [0, 1, 2]):
+            layers[1](hidden)
+    else:
+        with captured_layers(layers, [0, 1, 2]) as captured:
+            assert all(layer._forward_hooks for layer in layers)
+        layers[0](hidden)
+        assert not captured
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_hooks_are_gone_when_a_layer_id_is_wrong():
+    layers = nn.ModuleList([nn.Identity()])
+    with pytest.raises(IndexError), captured_layers(layers, [0, 5]):
+        pass
+    assert not layers[0]._forward_hooks
+
+
+def test_a_layer_without_hidden_states_is_refused():
+    layers = nn.ModuleList([nn.Identity()])
+    with pytest.raises(UnsupportedTarget, match=r"Identity must return hidden states \[B, T, H\]"), captured_layers(layers, [0]):
+        layers[0](torch.zeros(3))

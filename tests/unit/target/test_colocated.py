@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import InvalidRequest, UnsupportedTarget
+from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, decode_supervision, unwrap
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.server import TargetModelServer
+
+MAPPING = VocabMapping.from_token_ids(torch.arange(0, 97, 3), 97)
+CONFIG = TargetConfig(model="tiny", chunk_rows=5)
+
+
+def tokens_of(seed=0, packed=False):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(11)[None] < torch.tensor([[11], [6], [9]])
+    return TokenBatch(
+        input_ids=torch.randint(3, 97, (3, 11), generator=generator),
+        attention_mask=mask.long(),
+        loss_mask=(mask & (torch.rand(3, 11, generator=generator) < 0.8)).long(),
+        segment_ids=(torch.arange(11)[None] >= 4).long().repeat(3, 1) if packed else None,
+    )
+
+
+def backend(model, encoding="hidden", rows="loss_mask", mapping=MAPPING):
+    made = ColocatedEagle3TargetModel(HFEagle3TargetModel(model), CONFIG, encoding=encoding, rows=rows)
+    made.open_session(mapping)
+    return made
+
+
+def generate(colocated, tokens):
+    return colocated.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+
+
+def assert_bitwise(left, right):
+    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert torch.equal(left.targets.logits(slice(2, 5)), right.targets.logits(slice(2, 5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, encoding, packed):
+    any_model.to(dtype)
+    tokens = tokens_of(packed=packed)
+    server = TargetModelServer(HFEagle3TargetModel(any_model), CONFIG)
+    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
+    session = unwrap(server.open_session(spec), sender="target0")
+    request = GenerateRequest(session=session, request_id="r", tokens=tokens, seconds_left=20.0)
+    encoded = unwrap(server.generate(request).wait(), sender="target0")
+    served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
+    unwrap(server.close(), sender="target0")
+    here = generate(backend(any_model, encoding), tokens)
+    assert len(here.supervised_rows) > 10
+    assert_bitwise(here, served)
+
+
+def test_a_stream_gives_every_batch_in_order(make_model):
+    colocated = backend(make_model("llama"))
+    batches = [tokens_of(0), tokens_of(1, packed=True), tokens_of(2)]
+    for tokens, streamed in zip(batches, colocated.stream(batches), strict=True):
+        assert_bitwise(streamed, generate(colocated, tokens))
+    assert colocated.seconds_waited > 0
+
+
+def test_a_draft_can_be_trained_on_what_comes(make_model):
+    batch = generate(backend(make_model("llama"), rows="position_mask"), tokens_of())
+    fc = nn.Linear(96, len(MAPPING))
+    logits = fc(batch.aux_hidden_states.flatten(0, 1)[batch.supervised_rows])
+    loss = -(batch.targets.probs(slice(None)) * logits.log_softmax(-1)).sum() + (batch.log_normalizer * logits.sum(-1)).sum() * 0
+    loss.backward()
+    assert fc.weight.grad.abs().sum() > 0
+
+
+def test_the_embedding_and_info_are_the_models(make_model):
+    model = make_model("llama")
+    colocated = backend(model)
+    assert torch.equal(colocated.input_embeddings(), model.get_input_embeddings().weight)
+    assert colocated.model_info().max_batch_tokens == CONFIG.max_batch_tokens
+
+
+def test_refusals_are_those_of_the_service(make_model):
+    model = make_model("llama")
+    with pytest.raises(InvalidRequest, match="open_session must come before"):
+        generate(ColocatedEagle3TargetModel(HFEagle3TargetModel(model), CONFIG, encoding="probs", rows="loss_mask"), tokens_of())
+    with pytest.raises(InvalidRequest, match="encoding must be one of"):
+        backend(model, encoding="zip")
+    with pytest.raises(InvalidRequest, match="must be made for 97 target tokens, got one for 50"):
+        backend(model, mapping=VocabMapping.from_token_ids(torch.arange(5), 50))
+    bad = tokens_of()
+    bad.input_ids[0, 0] = 97
+    with pytest.raises(InvalidRequest, match="input_ids must lie in"):
+        generate(backend(model), bad)
+    closed = backend(model)
+    closed.close()
+    with pytest.raises(InvalidRequest, match="open_session"):
+        generate(closed, tokens_of())
+    model.config.logits_scaling = 4.0
+    with pytest.raises(UnsupportedTarget, match="encoding=logits"):
+        backend(model)

@@ -1,0 +1,370 @@
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.supervision import (
+    Failure,
+    GenerateRequest,
+    Ok,
+    SessionSpec,
+    TargetExpectation,
+    TokenBatch,
+    VocabMapping,
+    decode_supervision,
+    shift_left,
+    unwrap,
+)
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.server import TargetModelServer
+
+WAIT = 20.0
+SELECTED = torch.tensor([40, 3, 4, 5, 60, 61, 77, 96])
+
+
+def config(**changes):
+    return TargetConfig(**{"model": "tiny", "max_batch_tokens": 100, "chunk_rows": 5, **changes})
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(target, **changes):
+        servers.append(TargetModelServer(target, config(**changes)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        assert server.close() == Ok(True)
+
+
+@pytest.fixture
+def server(serve, model):
+    return serve(HFEagle3TargetModel(model))
+
+
+def tokens_of(batch=2, length=9, seed=0, packed=False):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(length)[None] < torch.randint(4, length + 1, (batch, 1), generator=generator)
+    return TokenBatch(
+        input_ids=torch.randint(3, 97, (batch, length), generator=generator),
+        attention_mask=mask.long(),
+        loss_mask=mask.long(),
+        segment_ids=(torch.arange(length)[None] >= 3).long().repeat(batch, 1) if packed else None,
+    )
+
+
+def open_session(server, **fields):
+    return unwrap(server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})), sender="target0")
+
+
+def ask(server, session, tokens=None, seconds_left=WAIT):
+    request = GenerateRequest(session=session, request_id="r", tokens=tokens or tokens_of(), seconds_left=seconds_left)
+    return server.generate(request).wait()
+
+
+def test_importing_the_server_loads_no_model_code():
+    code = "import eagle_rpc.target.server, sys; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_generate_bears_the_mark_of_asynchronous_execution():
+    assert hasattr(TargetModelServer.generate, "_wrapped_async_rpc_function")
+
+
+def test_model_info_has_the_limits_of_the_configuration(model, serve):
+    target = HFEagle3TargetModel(model)
+    whole, narrow = serve(target).model_info().value, serve(target, max_length=16).model_info().value
+    assert (whole.max_length, whole.max_batch_tokens, narrow.max_length) == (64, 100, 16)
+    assert whole.weights_fingerprint == narrow.weights_fingerprint
+    assert whole.incarnation != narrow.incarnation
+    with pytest.raises(ConfigError, match=r"target.max_length must be at most the model's context 64, got 65"):
+        TargetModelServer(target, config(max_length=65))
+
+
+def test_embeddings_are_the_models_and_stand_alone_in_their_storage(server, model):
+    embedding = server.input_embeddings().value
+    assert torch.equal(embedding, model.get_input_embeddings().weight)
+    head = server.output_embeddings(open_session(server)).value
+    assert torch.equal(head.weight, model.lm_head.weight[SELECTED.sort().values])
+    for tensor in (embedding, head.weight):
+        assert not tensor.requires_grad
+        assert not isinstance(tensor, nn.Parameter)
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+def test_supervision_is_that_of_full_logits(server, model, encoding, packed):
+    session, tokens = open_session(server, encoding=encoding, rows="loss_mask"), tokens_of(packed=packed)
+    batch = decode_supervision(ask(server, session, tokens).value, tokens, server.output_embeddings(session).value)
+    assert len(batch.supervised_rows) > 5
+    for row, probs_K, log_normalizer, argmax in zip(
+        batch.supervised_rows.tolist(),
+        batch.targets.probs(slice(None)),
+        batch.log_normalizer,
+        batch.argmax.tolist(),
+        strict=True,
+    ):
+        sequence, judge = row // 9, row % 9 + 1
+        first = 3 if packed and judge >= 3 else 0
+        with torch.no_grad():
+            logits_V = model(tokens.input_ids[sequence : sequence + 1, first : judge + 1]).logits[0, -1]
+        ascending = SELECTED.sort().values
+        assert torch.allclose(probs_K, logits_V[ascending].softmax(0), atol=1e-4)
+        assert torch.allclose(log_normalizer, logits_V.logsumexp(0), atol=1e-4)
+        assert argmax == (ascending.tolist().index(int(logits_V.argmax())) if int(logits_V.argmax()) in SELECTED else -1)
+
+
+def test_two_sessions_keep_their_own_mappings_and_settings(server):
+    tokens = tokens_of()
+    first = open_session(server, encoding="logits", rows="loss_mask")
+    second = open_session(server, encoding="probs", rows="loss_mask", selected_token_ids=torch.tensor([8, 9, 10]))
+    replies = [ask(server, session, tokens).value for session in (first, second, first)]
+    assert [reply.values.shape[1] for reply in replies] == [8, 3, 8]
+    assert [reply.encoding for reply in replies] == ["logits", "probs", "logits"]
+    assert torch.equal(replies[0].values, replies[2].values)
+    assert not torch.equal(replies[0].argmax, replies[1].argmax)
+
+
+def test_equal_mappings_are_held_once_and_as_long_as_they_are_used(server):
+    first, second = open_session(server), open_session(server, selected_token_ids=SELECTED.flip(0), encoding="probs")
+    other = open_session(server, selected_token_ids=torch.tensor([8, 9]))
+    assert first != second
+    assert server.stats().value == {"sessions": 3, "mappings": 2, "queued": 0}
+    assert server.disconnect(first) == Ok(None)
+    assert server.stats().value["mappings"] == 2
+    assert server.disconnect(second) == Ok(None)
+    assert server.stats().value == {"sessions": 1, "mappings": 1, "queued": 0}
+    assert ask(server, first).code == "unknown_session"
+    assert isinstance(ask(server, other), Ok)
+    assert server.disconnect(first).code == "unknown_session"
+
+
+def test_set_vocab_mapping_opens_a_session_with_defaults(server):
+    assert ask(server, server.set_vocab_mapping(SELECTED).value).value.encoding == "hidden"
+    assert server.set_vocab_mapping("all").code == "invalid_request"
+
+
+def test_heartbeat_answers_with_the_incarnation(server):
+    assert server.heartbeat(open_session(server)) == Ok(server.model_info().value.incarnation)
+    assert server.heartbeat("nobody").code == "unknown_session"
+
+
+def test_too_many_sessions_are_busy(serve, model):
+    server = serve(HFEagle3TargetModel(model), max_sessions=1)
+    session = open_session(server)
+    assert server.open_session(SessionSpec(selected_token_ids=SELECTED)).code == "busy"
+    server.disconnect(session)
+    open_session(server)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"encoding": "zip"}, "invalid_request", "encoding must be one of"),
+        ({"encoding": ["probs"]}, "invalid_request", "encoding must be a str, got list"),
+        ({"rows": None}, "invalid_request", "rows must be a str, got NoneType"),
+        ({"job": 3}, "invalid_request", "job must be a str, got int"),
+        ({"expected": None}, "invalid_request", "expected must be a TargetExpectation"),
+        ({"expected": TargetExpectation(hidden_size=5)}, "target_mismatch", "hidden_size must be 5, the target has 32"),
+        ({"selected_token_ids": None}, "invalid_request", "selected_token_ids must be a tensor"),
+        ({"selected_token_ids": torch.tensor([1, 1])}, "invalid_request", "must be distinct"),
+        ({"selected_token_ids": torch.tensor([1, 97])}, "invalid_request", r"must lie in [0, 97)"),
+        ({"selected_token_ids": torch.arange(98)}, "invalid_request", "must hold 1 to 97 ids, got 98"),
+    ],
+)
+def test_a_bad_session_is_refused_and_leaves_nothing(server, fields, code, message):
+    reply = server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields}))
+    assert reply.code == code
+    assert message in reply.message
+    assert server.stats().value["sessions"] == 0
+
+
+def bad_requests():
+    good = {"request_id": "r", "tokens": tokens_of(), "seconds_left": WAIT}
+    ids = torch.full((1, 4), 97)
+    ones = torch.ones_like(ids)
+    unset = TokenBatch.__new__(TokenBatch)
+    return {
+        "no request": None,
+        "session of another type": GenerateRequest(session=["x"], **good),
+        "unknown session": GenerateRequest(session="x", **good),
+        "request id": {"request_id": 3},
+        "tokens of another type": {"tokens": {"input_ids": ids}},
+        "tokens never set": {"tokens": unset},
+        "no tensors": {"tokens": TokenBatch(input_ids=None, attention_mask=None, loss_mask=None)},
+        "no seconds": {"seconds_left": None},
+        "seconds gone": {"seconds_left": 0.0},
+        "seconds not a number": {"seconds_left": float("nan")},
+        "endless": {"seconds_left": float("inf")},
+        "id out of range": {"tokens": TokenBatch(input_ids=ids, attention_mask=ones, loss_mask=ones)},
+        "too long": {"tokens": tokens_of(1, 65)},
+        "too many": {"tokens": tokens_of(12, 9)},
+    }
+
+
+@pytest.mark.parametrize("case", bad_requests())
+def test_a_bad_request_is_a_typed_failure_and_the_server_lives(server, case):
+    session, request = open_session(server), bad_requests()[case]
+    if isinstance(request, dict):
+        fields = {"request_id": "r", "tokens": tokens_of(), "seconds_left": WAIT, **request}
+        request = GenerateRequest(session=session, **fields)
+    reply = server.generate(request).wait()
+    assert isinstance(reply, Failure)
+    assert reply.code == {"tokens never set": "failed"}.get(case, "unknown_session" if "session" in case else "invalid_request")
+    assert isinstance(ask(server, session), Ok)
+
+
+@pytest.mark.parametrize("call", ["open_session", "output_embeddings", "heartbeat", "disconnect", "drain", "set_vocab_mapping"])
+@pytest.mark.parametrize("junk", [None, 7, b"x", [], torch.ones(2), object()])
+def test_junk_never_raises(server, call, junk):
+    assert isinstance(getattr(server, call)(junk), Failure)
+
+
+class GatedTarget:
+    """Waits in its forward until told, so that requests queue up; may raise instead of answering."""
+
+    def __init__(self, target):
+        self._target = target
+        self.started, self.opened = threading.Event(), threading.Event()
+        self.raises = None
+        self.num_forwards = 0
+
+    def generate_batch(self, *args, **packing):
+        self.num_forwards += 1
+        self.started.set()
+        assert self.opened.wait(WAIT)
+        if self.raises is not None:
+            raise self.raises
+        return self._target.generate_batch(*args, **packing)
+
+    def __getattr__(self, name):
+        return getattr(self._target, name)
+
+
+@pytest.fixture
+def gated(model):
+    return GatedTarget(HFEagle3TargetModel(model))
+
+
+def request(session, seconds_left=WAIT):
+    return GenerateRequest(session=session, request_id="r", tokens=tokens_of(), seconds_left=seconds_left)
+
+
+def test_a_full_queue_is_busy_and_expired_requests_are_not_run(serve, gated):
+    server = serve(gated, max_queued_requests=2)
+    session = open_session(server)
+    first = server.generate(request(session))
+    assert gated.started.wait(WAIT)
+    expired, last = server.generate(request(session, 1e-9)), server.generate(request(session))
+    assert server.generate(request(session)).wait().code == "busy"
+    gated.opened.set()
+    assert isinstance(first.wait(), Ok)
+    assert expired.wait().code == "expired"
+    assert isinstance(last.wait(), Ok)
+    assert gated.num_forwards == 2
+
+
+def test_drain_finishes_what_waits_and_refuses_the_rest(serve, gated):
+    server = serve(gated)
+    session = open_session(server)
+    waiting = [server.generate(request(session)) for _ in range(3)]
+    assert server.drain(1e-9) == Ok(False)
+    assert server.generate(request(session)).wait().code == "draining"
+    assert server.open_session(SessionSpec(selected_token_ids=SELECTED)).code == "draining"
+    gated.opened.set()
+    assert server.drain(WAIT) == Ok(True)
+    assert all(isinstance(future.wait(), Ok) for future in waiting)
+
+
+def test_disconnect_drops_what_waits_of_that_session_only(serve, gated):
+    server = serve(gated)
+    leaving, staying = open_session(server), open_session(server)
+    running = server.generate(request(leaving))
+    assert gated.started.wait(WAIT)
+    dropped, kept = server.generate(request(leaving)), server.generate(request(staying))
+    server.disconnect(leaving)
+    assert dropped.wait().code == "unknown_session"
+    gated.opened.set()
+    assert isinstance(running.wait(), Ok)
+    assert isinstance(kept.wait(), Ok)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ValueError("shapes"), "failed")]
+)
+def test_a_failing_forward_costs_one_request(serve, gated, error, code):
+    server = serve(gated)
+    session = open_session(server)
+    gated.opened.set()
+    gated.raises = error
+    assert ask(server, session).code == code
+    gated.raises = None
+    assert isinstance(ask(server, session), Ok)
+    assert server.stats().value[code] == 1
+
+
+class ReferenceTarget:
+    """A foreign target with two methods that returns logits, already shifted."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self._embedding = nn.Embedding(97, 16)
+        self._head = nn.Linear(16, 97)
+
+    def get_input_embeddings(self):
+        return self._embedding
+
+    def generate_batch(self, input_ids, attention_mask, loss_mask):
+        hidden = self._embedding(input_ids)
+
+        class Output:
+            aux_hidden_states = torch.cat([hidden] * 3, dim=-1)
+            logits = shift_left(self._head(hidden))
+
+        return Output()
+
+
+def test_a_duck_typed_target_serves_logits_and_is_described_by_its_embedding(serve):
+    server = serve(ReferenceTarget())
+    info = server.model_info().value
+    assert (info.architecture, info.vocab_size, info.hidden_size, info.dtype) == ("ReferenceTarget", 97, 16, "float32")
+    reply = ask(server, open_session(server, encoding="logits", rows="loss_mask")).value
+    assert reply.values.shape[1] == len(SELECTED)
+    assert not reply.values.requires_grad
+    for call in (
+        server.open_session(SessionSpec(selected_token_ids=SELECTED)),
+        server.output_embeddings(open_session(server, encoding="probs")),
+    ):
+        assert call.code == "unsupported_target"
+        assert "use supervision.encoding=logits" in call.message
+
+
+def test_a_head_that_cannot_be_rebuilt_refuses_hidden_and_serves_logits(serve, model):
+    model.config.logits_scaling = 4.0  # Granite's field, which Llama's forward does not read
+    server = serve(HFEagle3TargetModel(model))
+    refused = server.open_session(SessionSpec(selected_token_ids=SELECTED))
+    assert refused.code == "unsupported_target"
+    assert "use supervision.encoding=logits" in refused.message
+    assert isinstance(ask(server, open_session(server, encoding="logits")), Ok)
+
+
+def test_mapping_order_does_not_matter(server):
+    tokens = tokens_of()
+    replies = [
+        ask(server, open_session(server, encoding="logits", selected_token_ids=ids), tokens).value
+        for ids in (SELECTED, VocabMapping.from_token_ids(SELECTED, 97).selected_token_ids)
+    ]
+    assert torch.equal(replies[0].values, replies[1].values)
