@@ -102,7 +102,8 @@ def call_vllm(python: str, work: Work) -> Outcome:
         asked.write_text(json.dumps(asdict(work)))
         # A slice of the host's memory for keys and values; no look-ups outside the host.
         environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        subprocess.run([python, __file__, VLLM_SIDE, str(asked), str(answered)], check=True, env=environment, timeout=3600)
+        command = [python, __file__, VLLM_SIDE, str(asked), str(answered)]
+        subprocess.run(command, check=True, env=environment, stdout=sys.stderr, timeout=3600)
         return Outcome(**json.loads(answered.read_text()))
 
 
@@ -156,10 +157,9 @@ def compare(title: str, work: Work, python: str) -> tuple[Outcome, bool]:
     agree = ours.counts() == theirs.counts()
     print(f"{title}: {len(work.prompts)} prompts, {sum(map(len, ours.texts))} tokens, {same_texts} texts equal")
     for name, outcome in (("eagle_rpc", ours), ("vLLM", theirs)):
-        accept_length = 1 + sum(outcome.accepted_per_position) / outcome.num_drafts
-        print(
-            f"  {name:9} drafts {outcome.num_drafts:5}  accepted {outcome.accepted_per_position}  accept length {accept_length:.4f}"
-        )
+        accepted = outcome.accepted_per_position
+        accept_length = 1 + sum(accepted) / outcome.num_drafts
+        print(f"  {name:9} drafts {outcome.num_drafts:5}  accepted per position {accepted}  accept length {accept_length:.4f}")
     print(f"  counts {'agree' if agree else 'DIFFER'}", flush=True)
     return ours, agree
 

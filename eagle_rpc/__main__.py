@@ -4,6 +4,7 @@ Nothing heavy is imported before the configuration is known to be good.
 """
 
 import importlib
+import logging
 import sys
 
 import hydra
@@ -22,7 +23,8 @@ def _run(composed: DictConfig) -> None:
         job = importlib.import_module(f"eagle_rpc.jobs.{config.job.name.value}")
         sys.exit(job.run(config))
     except EagleRpcError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        logging.getLogger(__package__).error("%s: %s", type(error).__name__, error)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

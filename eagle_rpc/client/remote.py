@@ -86,7 +86,7 @@ class RemoteEagle3TargetModel:
         return self._replicas[0].input_embeddings()
 
     def open_session(self, mapping: VocabMapping) -> None:
-        """Registers the mapping at every replica; the `hidden` encoding fetches the head's draft rows once."""
+        """Registers the mapping at every replica; `hidden` needs the head's draft rows as well."""
         spec = SessionSpec(
             selected_token_ids=mapping.selected_token_ids,
             encoding=self._encoding,
@@ -97,8 +97,15 @@ class RemoteEagle3TargetModel:
         )
         for replica in self._replicas:
             replica.open_session(spec)
+        self._head = None
         if self._encoding == "hidden":
+            self.output_embeddings()
+
+    def output_embeddings(self) -> DraftHead:
+        """The head's draft rows, on the trainer's device; fetched once a session."""
+        if self._head is None:
             self._head = self._replicas[0].output_embeddings().to(self._device)
+        return self._head
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
@@ -125,7 +132,9 @@ class RemoteEagle3TargetModel:
         started = time.monotonic()
         encoded = pending.result()
         self._seconds_waited += time.monotonic() - started
-        return decode_supervision(encoded.to(self._device), tokens.to(self._device), self._head)
+        return decode_supervision(
+            encoded.to(self._device), tokens.to(self._device), self._head if self._encoding == "hidden" else None
+        )
 
     @property
     def seconds_waited(self) -> float:

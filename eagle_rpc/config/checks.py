@@ -42,7 +42,10 @@ def check(config: Config) -> None:
     _require(config, "data.max_length", lambda value: value > 2, "must be at least 3")
     _require(config, "data.bucket_lengths", lambda value: value == sorted(set(value)), "must ascend")
     _require(
-        config, "train.betas", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value), "must be two numbers in [0, 1)"
+        config,
+        "train.betas",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "must be two numbers in [0, 1)",
     )
     _require(
         config,
@@ -56,8 +59,7 @@ def check(config: Config) -> None:
 def _check_across(config: Config) -> None:
     if config.topology.single and (config.topology.targets, config.topology.trainers) != (1, 1):
         raise ConfigError(
-            "topology.single must go with one target and one trainer, "
-            f"got {config.topology.targets} and {config.topology.trainers}"
+            f"topology.single must go with one target and one trainer, got {config.topology.targets} and {config.topology.trainers}"
         )
     longest = config.data.bucket_lengths[-1:] or [config.data.max_length]
     if longest[0] < config.data.max_length:

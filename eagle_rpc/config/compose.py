@@ -11,6 +11,8 @@ from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
+# As in conf/config.yaml: Hydra neither changes the directory nor writes or logs anything of its own.
+_QUIET_HYDRA = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
 
 
 def conf_dir() -> Path:
@@ -35,6 +37,8 @@ def to_config(composed: DictConfig) -> Config:
     return config
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved configuration as `config.yaml` keeps it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def write_config(config: Config, path: Path) -> None:
+    """The resolved configuration as YAML. `python -m eagle_rpc --config-dir DIR --config-name NAME` runs it again."""
+    resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    content = {"defaults": ["schema", "_self_"], **resolved, "hydra": _QUIET_HYDRA}
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")

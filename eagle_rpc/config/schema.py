@@ -178,6 +178,8 @@ class DraftConfig:
     """null: the target's."""
     norm_before_residual: bool = False
     """Residual of the decoder layer after `hidden_norm` instead of before it."""
+    seed_head: bool = True
+    """The draft's head starts from the target's rows instead of from noise."""
     ttt_steps: int = 7
     """Steps the draft is unrolled in training (> 0)."""
     step_decay: float = 0.8

@@ -135,7 +135,9 @@ def interface_address(interface: str) -> str:
         try:
             answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError as error:
-            raise ConfigError(f"rpc.interface must be a network interface with an IPv4 address, got {interface!r} ({error})") from None
+            raise ConfigError(
+                f"rpc.interface must be a network interface with an IPv4 address, got {interface!r} ({error})"
+            ) from None
     return socket.inet_ntoa(answer[20:24])
 
 

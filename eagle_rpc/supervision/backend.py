@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
+from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.session import ModelInfo
 from eagle_rpc.supervision.tokens import TokenBatch
 from eagle_rpc.supervision.vocab import VocabMapping
@@ -22,6 +23,9 @@ class Eagle3TargetBackend(Protocol):
 
     def open_session(self, mapping: VocabMapping) -> None:
         """Fixes the draft vocabulary of everything that follows."""
+
+    def output_embeddings(self) -> DraftHead:
+        """The head's rows of the session's draft vocabulary."""
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None

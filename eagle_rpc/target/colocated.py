@@ -63,6 +63,12 @@ class ColocatedEagle3TargetModel:
         self._vocab = DraftVocabOnDevice.of(mapping, device_of(self._target))
         self._head = exact_draft_head(self._target, self._vocab.selected_token_ids) if self._encoding == "hidden" else None
 
+    def output_embeddings(self) -> DraftHead:
+        """The head's rows of the session's draft vocabulary."""
+        if self._vocab is None:
+            raise InvalidRequest("open_session must come before output_embeddings, got no draft vocabulary")
+        return self._head or exact_draft_head(self._target, self._vocab.selected_token_ids)
+
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> Eagle3TargetBatch:

@@ -14,6 +14,7 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int  # workers of this agent
     role_name: str  # "default" unless torchrun was given --role
     role_rank: int
     role_size: int
@@ -38,6 +39,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             rank=0,
             size=1,
             local_rank=0,
+            local_size=1,
             role_name="default",
             role_rank=0,
             role_size=1,
@@ -54,6 +56,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             rank=int(environ["RANK"]),
             size=int(environ["WORLD_SIZE"]),
             local_rank=int(environ["LOCAL_RANK"]),
+            local_size=int(environ["LOCAL_WORLD_SIZE"]),
             role_name=environ["ROLE_NAME"],
             role_rank=int(environ["ROLE_RANK"]),
             role_size=int(environ["ROLE_WORLD_SIZE"]),

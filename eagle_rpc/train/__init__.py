@@ -1,0 +1,20 @@
+"""The training of a draft: loop, optimiser, trainers' group, checkpoints, run directory."""
+
+from eagle_rpc.train.checkpoint import Checkpoint, latest_checkpoint, load_target_embedding, read_checkpoint
+from eagle_rpc.train.distributed import TrainerGroup, join_trainers
+from eagle_rpc.train.loop import Trainer
+from eagle_rpc.train.record import RunRecord, plain
+from eagle_rpc.train.rundir import RunDirectory
+
+__all__ = [
+    "Checkpoint",
+    "RunDirectory",
+    "RunRecord",
+    "Trainer",
+    "TrainerGroup",
+    "join_trainers",
+    "latest_checkpoint",
+    "load_target_embedding",
+    "plain",
+    "read_checkpoint",
+]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft import TTTResult, simulated_accept_length, step_weights
+from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 
@@ -44,6 +45,12 @@ class RunningSums:
 
     def zero_(self) -> None:
         self.flat.zero_()
+
+    def load(self, values: list[float]) -> None:
+        """Puts back what `flat.tolist()` gave. Raises `CheckpointError` for another number of steps."""
+        if len(values) != self.flat.numel():
+            raise CheckpointError(f"running_sums must hold {self.flat.numel()} numbers, got {len(values)}")
+        self.flat.copy_(torch.tensor(values, dtype=torch.float64))
 
     def is_finite(self) -> bool:
         return bool(self.flat.isfinite().all())

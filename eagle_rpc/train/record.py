@@ -1,7 +1,9 @@
 """What a checkpoint belongs to: compared when a run resumes, read when a draft is exported."""
 
+import hashlib
+import json
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
@@ -53,6 +55,12 @@ class RunRecord:
             "eos_token_id": self.eos_token_id,
             "config": self.config,
         }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that is the same on every trainer: they may talk to different processes of one target."""
+        content = replace(self, target=replace(self.target, incarnation="")).to_json()
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def from_json(cls, content: dict[str, Any], mapping: VocabMapping) -> "RunRecord":

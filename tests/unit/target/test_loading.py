@@ -4,7 +4,9 @@ import threading
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from eagle_rpc.config.schema import DType, TargetConfig
 from eagle_rpc.errors import ConfigError
@@ -55,13 +57,29 @@ def test_an_unknown_kind_of_random_target_is_refused(tmp_path):
         resolve_model_dir(random_config(), tmp_path)
 
 
-def test_a_directory_loads_the_weights_that_were_saved_in_the_asked_format(tmp_path):
+def test_a_directory_loads_with_its_tokenizer_in_the_asked_format(tmp_path):
     model, _ = load_model(random_config(), "cpu", cache_dir=tmp_path)
     model.save_pretrained(tmp_path / "saved")
-    config = TargetConfig(model=str(tmp_path / "saved"), dtype=DType.float32)
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "hello": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path / "saved")
+    config = TargetConfig(model=str(tmp_path / "saved"), dtype=DType.bfloat16)
     assert resolve_model_dir(config, tmp_path) == tmp_path / "saved"
-    loaded = AutoModelForCausalLM.from_pretrained(resolve_model_dir(config, tmp_path))
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    loaded, tokenizer = load_model(config, "cpu", cache_dir=tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert tokenizer.eos_token_id == 1
+    assert HFEagle3TargetModel(loaded, tokenizer=tokenizer).model_info().tokenizer_fingerprint is not None
+
+
+def test_an_interrupted_conversion_is_done_again(package, tmp_path, monkeypatch):
+    def convert(source, target):
+        raise KeyboardInterrupt
+
+    config, cache = TargetConfig(model="shipped_model/tiny.gguf"), tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(gguf, "_convert", convert)
+        resolve_model_dir(config, cache)
+    monkeypatch.setattr(gguf, "_convert", lambda source, target: target.mkdir())
+    assert resolve_model_dir(config, cache).is_dir()
 
 
 def test_pickled_weights_are_refused(tmp_path):

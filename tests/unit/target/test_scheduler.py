@@ -87,6 +87,12 @@ def test_sessions_take_turns(scheduler, gate):
     assert order == ["a1", "b1", "a2", "a3"]
 
 
+def test_drain_waits_for_the_work_under_way(scheduler, gate):
+    assert not scheduler.drain(0.0)
+    gate.opened.set()
+    assert scheduler.drain(WAIT)
+
+
 def test_drain_finishes_the_queue_and_refuses_new_work(scheduler, gate):
     waiting = scheduler.submit(lambda: 1, session="a", deadline=soon())
     assert not scheduler.drain(0.0)

@@ -22,6 +22,7 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
+from eagle_rpc.target.supervise import own_storage
 
 WAIT = 20.0
 SELECTED = torch.tensor([40, 3, 4, 5, 60, 61, 77, 96])
@@ -102,6 +103,16 @@ def test_embeddings_are_the_models_and_stand_alone_in_their_storage(server, mode
         assert not tensor.requires_grad
         assert not isinstance(tensor, nn.Parameter)
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def test_a_view_of_a_larger_storage_is_copied_and_a_whole_one_is_not():
+    whole = torch.randn(4, 6)
+    for view in (whole[:3], whole[:, :2], whole.T):
+        alone = own_storage(view)
+        assert torch.equal(alone, view)
+        assert alone.is_contiguous()
+        assert alone.untyped_storage().nbytes() == view.numel() * 4
+    assert own_storage(whole).data_ptr() == whole.data_ptr()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -228,7 +239,7 @@ def test_a_bad_request_is_a_typed_failure_and_the_server_lives(server, case):
 
 
 @pytest.mark.parametrize("call", ["open_session", "output_embeddings", "heartbeat", "disconnect", "drain", "set_vocab_mapping"])
-@pytest.mark.parametrize("junk", [None, 7, b"x", [], torch.ones(2), object()])
+@pytest.mark.parametrize("junk", [None, -7, b"x", [], torch.ones(2), object()])
 def test_junk_never_raises(server, call, junk):
     assert isinstance(getattr(server, call)(junk), Failure)
 

@@ -1,0 +1,45 @@
+"""What happens to a record that cannot be used: the first one ends the run, or all are counted."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eagle_rpc.config.schema import OnError
+from eagle_rpc.errors import DataError
+
+
+class RecordProblem(DataError):
+    """One record's fault. Where file and line are known, `RecordProblems` adds them or counts the fault under its `kind`."""
+
+    def __init__(self, detail: str, *, kind: str = "broken") -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class RecordProblems:
+    """The faults of one file."""
+
+    def __init__(self, path: Path, on_error: OnError) -> None:
+        self.skipped: Counter[str] = Counter()
+        self._path = path
+        self._on_error = on_error
+
+    @contextmanager
+    def record(self, line: int) -> Iterator[None]:
+        """Surrounds the handling of one record; what is left of it does not run after a `RecordProblem`.
+
+        Raises `DataError` naming file, line and fault when the policy is to fail.
+        """
+        try:
+            yield
+        except RecordProblem as problem:
+            if self._on_error is OnError.fail:
+                raise DataError(f"{self._path}, line {line}: {problem} (data.on_error=skip leaves such records out)") from problem
+            self.skipped[problem.kind] += 1
+
+
+def describe(skipped: Counter[str]) -> str:
+    """How many records were left out, and for what."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
+    return f"{skipped.total()} skipped ({kinds})" if skipped else "none skipped"

@@ -1,0 +1,120 @@
+"""The choice of the draft vocabulary.
+
+Legend: V target vocab, K draft vocab.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from eagle_rpc.data.dataset import ChatDataset
+from eagle_rpc.data.template import special_token_ids
+from eagle_rpc.errors import ConfigError, DataError, InvalidRequest
+from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
+from eagle_rpc.supervision.vocab import VocabMapping
+
+logger = logging.getLogger(__name__)
+
+
+def build_vocab_mapping(
+    dataset: ChatDataset,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    target_vocab_size: int,
+    draft_vocab_size: int,
+    cache_dir: str | Path,
+) -> tuple[VocabMapping, float]:
+    """The K tokens that the draft can emit, and the share of predicted tokens that are among them.
+
+    All special tokens of the tokenizer, then the most frequent tokens that `dataset` has the draft predict, then the lowest
+    unused ids. Kept in `cache_dir` under a hash of everything it depends on; a damaged file is built anew. Raises `ConfigError` if
+    sizes cannot work, `DataError` if the data hold ids that the target does not know.
+    """
+    if not 0 < draft_vocab_size <= target_vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size must lie in [1, {target_vocab_size}] (the target's vocabulary), got {draft_vocab_size}"
+        )
+    # A tokenizer may know tokens that its model has no row for.
+    special = sorted(token_id for token_id in special_token_ids(tokenizer) if token_id < target_vocab_size)
+    if len(special) > draft_vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size must have room for the tokenizer's {len(special)} special tokens, got {draft_vocab_size}"
+        )
+    identity = f"{dataset.digest} {tokenizer_fingerprint(tokenizer)} {special} {target_vocab_size} {draft_vocab_size}"
+    path = Path(cache_dir) / f"vocab-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
+    found = _read(path, target_vocab_size, draft_vocab_size)
+    if found is None:
+        found = _build(dataset, special, target_vocab_size, draft_vocab_size)
+        _write(path, *found)
+    mapping, coverage = found
+    logger.info(
+        "the draft vocabulary (%d of %d tokens) covers %.2f %% of the predicted tokens; kept in %s",
+        draft_vocab_size,
+        target_vocab_size,
+        100 * coverage,
+        path,
+    )
+    return mapping, coverage
+
+
+def count_predicted_tokens(dataset: ChatDataset, target_vocab_size: int) -> Tensor:
+    """How often each token is what the draft has to guess, [V] int64.
+
+    The target's output at a supervised token is judged, and that predicts the token after it. Raises `DataError` on ids
+    outside the vocabulary.
+    """
+    counts_V = torch.zeros(target_vocab_size, dtype=torch.int64)
+    for example in dataset:
+        highest = int(example.input_ids.max())
+        if highest >= target_vocab_size:
+            raise DataError(
+                f"token ids must be below the target's vocabulary size {target_vocab_size}, got {highest}: "
+                "the tokenizer is not the target's"
+            )
+        predicted = example.input_ids[1:][example.loss_mask[:-1]]
+        counts_V.index_add_(0, predicted, torch.ones_like(predicted))
+    return counts_V
+
+
+def _build(
+    dataset: ChatDataset, special: Sequence[int], target_vocab_size: int, draft_vocab_size: int
+) -> tuple[VocabMapping, float]:
+    counts_V = count_predicted_tokens(dataset, target_vocab_size)
+    ranking_V = counts_V.clone()
+    ranking_V[list(special)] = torch.iinfo(torch.int64).max
+    # A stable sort keeps equal counts, zero included, in the order of their ids.
+    selected = ranking_V.sort(descending=True, stable=True).indices[:draft_vocab_size]
+    mapping = VocabMapping.from_token_ids(selected, target_vocab_size)
+    return mapping, float(counts_V[selected].sum() / counts_V.sum().clamp(min=1))
+
+
+def _read(path: Path, target_vocab_size: int, draft_vocab_size: int) -> tuple[VocabMapping, float] | None:
+    """The kept mapping; None if there is none that can be trusted."""
+    try:
+        kept = json.loads(path.read_bytes())
+        mapping = VocabMapping.from_token_ids(torch.tensor(kept["selected_token_ids"]), target_vocab_size)
+        coverage = float(kept["coverage"])
+        if mapping.digest != kept["digest"] or len(mapping) != draft_vocab_size:
+            raise ValueError("its digest does not fit its content")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, InvalidRequest) as error:
+        logger.warning("%s is damaged and built anew: %s", path, error)
+        return None
+    return mapping, coverage
+
+
+def _write(path: Path, mapping: VocabMapping, coverage: float) -> None:
+    """Atomic: trainers of one job may do this at the same time."""
+    kept = {"selected_token_ids": mapping.selected_token_ids.tolist(), "coverage": coverage, "digest": mapping.digest}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+        json.dump(kept, file)
+    Path(file.name).replace(path)

@@ -1,0 +1,39 @@
+"""A checkpoint as the directory that serving engines load."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from eagle_rpc.config import Config
+from eagle_rpc.errors import CheckpointError
+from eagle_rpc.jobs.setting import run_directory, start_worker
+from eagle_rpc.serving import export_draft
+from eagle_rpc.train import latest_checkpoint, load_target_embedding, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Writes `serving.dir`; always 0. Raises `CheckpointError` if there is nothing to export."""
+    start_worker(config, "export")
+    directory = run_directory(config)
+    path = Path(config.serving.checkpoint) if config.serving.checkpoint else latest_checkpoint(directory.checkpoints)
+    if path is None:
+        raise CheckpointError(f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first")
+    checkpoint = read_checkpoint(path)
+    record = checkpoint.record
+    files = export_draft(
+        checkpoint.weights,
+        record.draft_config,
+        record.mapping,
+        Path(config.serving.dir),
+        dtype=getattr(torch, config.serving.dtype.value),
+        aux_layer_ids=record.target.aux_layer_ids,
+        num_target_layers=record.target.num_layers,
+        target_embedding=load_target_embedding(path.parent / directory.target_embedding.name),
+        bos_token_id=record.bos_token_id,
+        eos_token_id=record.eos_token_id,
+    )
+    logger.info("exported step %d: %s", checkpoint.step, ", ".join(map(str, files)))
+    return 0

@@ -1,0 +1,86 @@
+"""Prints what a configuration would start and cost, without starting anything."""
+
+import sys
+from collections.abc import Iterator
+
+from transformers import PretrainedConfig
+
+from eagle_rpc.config import Config
+from eagle_rpc.draft import Eagle3DraftConfig
+from eagle_rpc.jobs.trainer_worker import draft_config
+from eagle_rpc.serving.export import weight_shapes
+from eagle_rpc.supervision import bytes_per_token
+from eagle_rpc.target.capture import aux_layers
+from eagle_rpc.target.loading import load_target_config
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_GIB = 2**30
+# AdamW keeps two moments beside each fp32 weight and its gradient.
+_TRAINED_BYTES = 4 * 4
+
+
+def run(config: Config) -> int:
+    """Prints the plan; always 0."""
+    target = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    for label, value in _lines(config, target):
+        sys.stdout.write(f"{label:<28}{value}\n")
+    return 0
+
+
+def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]]:
+    topology, draft = config.topology, draft_config(config, target)
+    yield "run directory", config.run.dir
+    if topology.single:
+        yield "workers", "single0 (target and trainer in one process)"
+    else:
+        yield "workers", f"{', '.join(_names('target', topology.targets))}; {', '.join(_names('trainer', topology.trainers))}"
+    yield "devices", f"target {config.target.device}, trainer {config.train.device}"
+    yield "target", f"{config.target.model}, {target.model_type}, {target.num_hidden_layers} layers, hidden {target.hidden_size}"
+    yield "captured layers", str(aux_layers(target.num_hidden_layers, config.target.aux_layer_ids))
+    yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
+    yield "encoding", f"{config.supervision.encoding.value}, {config.supervision.prefetch} requests in flight a trainer"
+    yield from _traffic(config, draft)
+    yield from _memory(config, target, draft)
+
+
+def _names(role: str, count: int) -> list[str]:
+    return [f"{role}{index}" for index in range(count)]
+
+
+def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
+    dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
+    for encoding in ("probs", "logits", "hidden"):
+        size = bytes_per_token(
+            encoding, hidden_size=draft.hidden_size, draft_vocab_size=draft.draft_vocab_size, dtype_bytes=dtype_bytes
+        )
+        yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
+
+
+def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
+    dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
+    chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4)
+    yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
+    state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
+    yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"
+    length = (config.data.bucket_lengths or [config.data.max_length])[-1]
+    tokens = config.train.batch_size * length
+    reply = tokens * bytes_per_token(
+        config.supervision.encoding.value,
+        hidden_size=draft.hidden_size,
+        draft_vocab_size=draft.draft_vocab_size,
+        dtype_bytes=dtype_bytes,
+    )
+    in_flight = config.supervision.prefetch + config.train.accumulation
+    yield "trainer, replies", f"{in_flight * reply / _GIB:.2f} GiB at most: {in_flight} of {tokens} tokens"
+
+
+def _count(draft: Eagle3DraftConfig) -> int:
+    """Trained parameters."""
+    sizes = 0
+    for name, shape in weight_shapes(draft).items():
+        if name != "embed_tokens.weight":
+            size = 1
+            for dimension in shape:
+                size *= dimension
+            sizes += size
+    return sizes

@@ -1,0 +1,15 @@
+"""The embedded prompts, written when a job first needs them."""
+
+from pathlib import Path
+
+from eagle_rpc.config import Config
+from eagle_rpc.config.schema import PromptSource
+from eagle_rpc.data import prepare_chitchat_prompts
+
+NUM_TRAIN, NUM_HELDOUT = 8000, 200
+
+
+def ensure_prompts(config: Config) -> None:
+    """Writes `train.jsonl` and `heldout.jsonl` where `data.prompt_source` names a source; the halves share no prompt."""
+    if config.data.prompt_source is PromptSource.chitchat:
+        prepare_chitchat_prompts(Path(config.run.cache_dir) / "chitchat", num_train=NUM_TRAIN, num_heldout=NUM_HELDOUT, seed=0)

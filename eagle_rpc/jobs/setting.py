@@ -1,0 +1,32 @@
+"""What every job does first: log, choose threads and a device."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from eagle_rpc.config import Config
+from eagle_rpc.report import setup_logging
+from eagle_rpc.train import RunDirectory
+
+
+def run_directory(config: Config) -> RunDirectory:
+    return RunDirectory(Path(config.run.dir))
+
+
+def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None:
+    """Logs under `name` to stderr and the run directory; divides the cores between the workers of this host."""
+    setup_logging(name, run_directory(config).log_file(name))
+    torch.set_num_threads(config.run.threads or max(1, available_cores() // workers_on_host))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve_device(setting: str) -> torch.device:
+    """Of a job of one process; `auto` is the GPU where there is one."""
+    if setting == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(setting)

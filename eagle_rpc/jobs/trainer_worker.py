@@ -1,0 +1,140 @@
+"""A worker that trains the draft."""
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.config import Config
+from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.jobs.setting import run_directory
+from eagle_rpc.jobs.target_worker import DONE, READY
+from eagle_rpc.rpc import StaticMembership
+from eagle_rpc.supervision import Eagle3TargetBackend, TargetExpectation, VocabMapping, tokenizer_fingerprint
+from eagle_rpc.target.capture import aux_layers
+from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
+
+logger = logging.getLogger(__name__)
+
+
+def train_until_done(config: Config, device: torch.device, membership: StaticMembership) -> None:
+    """The whole life of a trainer in a static job: data, target, draft, training."""
+    index = membership.cast.me.index
+    tokenizer = load_tokenizer(config.target, cache_dir=config.run.cache_dir)
+    if tokenizer is None:
+        raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
+    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    training, validation = load_datasets(config.data, ChatTemplate(tokenizer, config.data.chat_template), show_progress=index == 0)
+    mapping, _ = build_vocab_mapping(
+        training,
+        tokenizer=tokenizer,
+        target_vocab_size=target_config.vocab_size,
+        draft_vocab_size=config.draft.vocab_size,
+        cache_dir=config.run.cache_dir,
+    )
+    with contextlib.closing(connect_target(config, target_config, tokenizer, device, membership)) as backend:
+        backend.open_session(mapping)
+        with join_group(config, membership) as group:
+            plan = plan_batches(config, training, rank=index, num_ranks=group.size)
+            Trainer(
+                config.train,
+                config.draft,
+                draft=make_draft(config, target_config, backend, device),
+                backend=backend,
+                batches=plan,
+                validation=plan_batches(config, validation) if len(validation) else None,
+                group=group,
+                run=run_directory(config),
+                record=make_record(config, target_config, backend, mapping),
+            ).train()
+    membership.mark(DONE)
+
+
+def connect_target(
+    config: Config, target_config: PretrainedConfig, tokenizer: Any | None, device: torch.device, membership: StaticMembership
+) -> RemoteEagle3TargetModel:
+    """Waits until the targets have loaded their model, and refuses them if it is not the one that the draft expects."""
+    membership.wait_for(membership.cast.target_names, READY, timeout=config.rpc.model_timeout)
+    return RemoteEagle3TargetModel(
+        membership.cast.target_names,
+        trainer=membership.cast.me.name,
+        index=membership.cast.me.index,
+        job=config.run.name,
+        encoding=config.supervision.encoding.value,
+        rows=config.supervision.rows.value,
+        prefetch=config.supervision.prefetch,
+        expected=expectation(config, target_config, tokenizer),
+        device=device,
+        request_timeout=config.rpc.request_timeout,
+    )
+
+
+def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any | None) -> TargetExpectation:
+    """What this configuration's draft requires of a target."""
+    return TargetExpectation(
+        vocab_size=target_config.vocab_size,
+        hidden_size=target_config.hidden_size,
+        aux_layer_ids=aux_layers(target_config.num_hidden_layers, config.target.aux_layer_ids),
+        dtype=config.target.dtype.value,
+        tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    )
+
+
+def join_group(config: Config, membership: StaticMembership) -> Any:
+    """The trainers' process group. A wait in it may include another trainer's request to the target."""
+    cast = membership.cast
+    return join_trainers(
+        membership.group_store("trainers"),
+        cast.me.index,
+        len(cast.trainer_names),
+        timeout=config.rpc.start_timeout + config.rpc.request_timeout,
+    )
+
+
+def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ranks: int = 1) -> BatchPlan:
+    return BatchPlan(
+        dataset,
+        batch_size=config.train.batch_size,
+        seed=config.run.seed,
+        rank=rank,
+        num_ranks=num_ranks,
+        bucket_lengths=config.data.bucket_lengths,
+    )
+
+
+def make_draft(config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, device: torch.device) -> Eagle3Draft:
+    """The draft at its start, equal on all trainers."""
+    draft = Eagle3Draft(draft_config(config, target_config), backend.input_embeddings())
+    draft.initialise(config.run.seed)
+    if config.draft.seed_head:
+        draft.seed_lm_head(backend.output_embeddings().weight.cpu())
+    return draft.to(device)
+
+
+def draft_config(config: Config, target_config: PretrainedConfig) -> Eagle3DraftConfig:
+    """The draft that the configuration asks for, for a target of this transformers configuration."""
+    return Eagle3DraftConfig.from_target(
+        target_config,
+        draft_vocab_size=config.draft.vocab_size,
+        intermediate_size=config.draft.intermediate_size,
+        num_attention_heads=config.draft.num_attention_heads,
+        num_key_value_heads=config.draft.num_key_value_heads,
+        norm_before_residual=config.draft.norm_before_residual,
+    )
+
+
+def make_record(config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, mapping: VocabMapping) -> RunRecord:
+    return RunRecord(
+        draft_config=draft_config(config, target_config),
+        mapping=mapping,
+        target=backend.model_info(),
+        bos_token_id=target_config.bos_token_id,
+        eos_token_id=target_config.eos_token_id,
+        config=plain(config),
+    )

@@ -1,0 +1,124 @@
+"""The draft in training: one optimiser step from supervision, and the state that a checkpoint keeps.
+
+Legend: S steps of training-time test.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.config.schema import DraftConfig, DType, TrainConfig
+from eagle_rpc.draft import Eagle3Draft, count_rows, ttt_loss
+from eagle_rpc.errors import CheckpointError, ConfigError
+from eagle_rpc.supervision import Eagle3TargetBatch
+from eagle_rpc.train.distributed import FlatGradients, TrainerGroup, weights_digest
+from eagle_rpc.train.metrics import RunningSums
+from eagle_rpc.train.optimiser import (
+    learning_rate,
+    load_optimiser_tensors,
+    make_optimiser,
+    optimiser_tensors,
+    set_learning_rate,
+    trainable_parameters,
+)
+
+
+@dataclass(kw_only=True, slots=True)
+class StepOutcome:
+    """One optimiser step, the same on all trainers."""
+
+    sums: RunningSums  # over its micro-batches and all trainers
+    grad_norm: Tensor  # before clipping, scalar
+    learning_rate: float
+
+
+class Learner:
+    """The draft with its optimiser, alike on every trainer of `group`.
+
+    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype and for
+    fp16, whose gradients would need scaling.
+    """
+
+    def __init__(self, draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, group: TrainerGroup, total_steps: int) -> None:
+        self.parameters = trainable_parameters(draft)
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                raise ConfigError(f"the draft's {name} must be float32 for training, got {parameter.dtype}")
+        if config.autocast is DType.float16:
+            raise ConfigError("train.autocast must be bfloat16, float32 or null, got float16")
+        self.steps_done = 0
+        self.device = draft.fc.weight.device
+        self._draft = draft
+        self._config = config
+        self._objective = objective
+        self._group = group
+        self._total_steps = total_steps
+        self._gradients = FlatGradients(self.parameters.values())
+        self._optimiser = make_optimiser(draft, config)
+
+    def learn(self, batches: Sequence[Eagle3TargetBatch]) -> StepOutcome:
+        """One optimiser step on this trainer's share of the micro-batches; every trainer has to take part."""
+        denominators_S = torch.stack([count_rows(batch, self._objective.ttt_steps) for batch in batches]).sum(dim=0)
+        self._group.sum_(denominators_S, "supervised rows")
+        sums = self.empty_sums()
+        self._gradients.zero_()
+        for batch in batches:
+            with self._autocast():
+                result = ttt_loss(self._draft, batch, **self._unroll, denominators=denominators_S)
+            result.loss.backward()
+            sums.add_batch(batch, result)
+        self._group.sum_(sums.flat, "losses")
+        self._gradients.sum_(self._group)
+        grad_norm = self._gradients.clip_(self._config.max_grad_norm)
+        rate = learning_rate(self.steps_done, self._total_steps, self._config)
+        set_learning_rate(self._optimiser, rate)
+        self._optimiser.step()
+        self.steps_done += 1
+        return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
+
+    @torch.no_grad()
+    def judge(self, batch: Eagle3TargetBatch, sums: RunningSums) -> None:
+        """Adds one batch's figures to `sums` and changes nothing else."""
+        with self._autocast():
+            rows_S = count_rows(batch, self._objective.ttt_steps)
+            sums.add_batch(batch, ttt_loss(self._draft, batch, **self._unroll, denominators=rows_S))
+
+    def empty_sums(self) -> RunningSums:
+        return RunningSums(self._objective.ttt_steps, self.device)
+
+    def weights_are_finite(self) -> bool:
+        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()]).all())
+
+    def digest(self) -> str:
+        """SHA-256 of weights, optimiser state and step."""
+        state = {**self.parameters, **optimiser_tensors(self._optimiser, self.parameters)}
+        return weights_digest(state | {"steps_done": torch.tensor([self.steps_done])})
+
+    def optimiser_tensors(self) -> dict[str, Tensor]:
+        return optimiser_tensors(self._optimiser, self.parameters)
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], optimiser: dict[str, Tensor], steps_done: int) -> None:
+        """Puts a checkpoint's state in place. Raises `CheckpointError` if its weights are not this draft's."""
+        if weights.keys() != self.parameters.keys():
+            differing = sorted(weights.keys() ^ self.parameters.keys())
+            raise CheckpointError(f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}")
+        for name, parameter in self.parameters.items():
+            if weights[name].shape != parameter.shape:
+                raise CheckpointError(f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}")
+            parameter.copy_(weights[name])
+        load_optimiser_tensors(self._optimiser, self.parameters, optimiser)
+        self.steps_done = steps_done
+
+    @property
+    def _unroll(self) -> dict[str, Any]:
+        return {"steps": self._objective.ttt_steps, "step_decay": self._objective.step_decay}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._config.autocast in (None, DType.float32):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self._config.autocast.name))

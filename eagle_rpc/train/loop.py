@@ -1,0 +1,199 @@
+"""The training loop: supervision in, optimiser steps, figures, validation, checkpoints.
+
+The stream from the target runs ahead of training, so the data position is counted in micro-batches that were consumed.
+"""
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any as BatchPlan
+
+from eagle_rpc.config.schema import DraftConfig, Resume, TrainConfig
+from eagle_rpc.draft import Eagle3Draft
+from eagle_rpc.errors import TrainingDiverged
+from eagle_rpc.report.training import Figures, SilentReport, TrainingReport, WrittenReport
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
+from eagle_rpc.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    save_target_embedding,
+    write_checkpoint,
+)
+from eagle_rpc.train.distributed import TrainerGroup
+from eagle_rpc.train.learner import Learner
+from eagle_rpc.train.metrics import Pace, RunningSums, figures_of
+from eagle_rpc.train.record import RunRecord, require_same_run
+from eagle_rpc.train.rundir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One trainer of a run. Construct it and call `train` on every trainer of `group` alike.
+
+    Args:
+        config, objective: the sections `train` and `draft` of the configuration.
+        draft: initialised, on this trainer's device, weights in fp32.
+        backend: the target, with an open session.
+        batches: this trainer's share of the training data.
+        validation: all of the validation data, the same on every trainer; null: none.
+        run: the run directory; the caller has claimed it.
+        record: what checkpoints belong to.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: DraftConfig,
+        *,
+        draft: Eagle3Draft,
+        backend: Eagle3TargetBackend,
+        batches: BatchPlan,
+        validation: BatchPlan | None,
+        group: TrainerGroup,
+        run: RunDirectory,
+        record: RunRecord,
+    ) -> None:
+        self._config = config
+        self._objective = objective
+        self._draft = draft
+        self._backend = backend
+        self._batches = batches
+        self._validation = validation
+        self._group = group
+        self._run = run
+        self._record = record
+        self.total_steps = planned_steps(config, batches.batches_per_epoch)
+        self.learner = Learner(draft, config, objective, group, self.total_steps)
+        self._sums = self.learner.empty_sums()  # since the last line of metrics
+        self._micro_batches = 0  # consumed by this trainer
+        self._learning_rate = 0.0
+        self._pace = Pace(backend)
+
+    def train(self) -> None:
+        """Runs to the last step, from the newest checkpoint on where `train.resume` says so.
+
+        Raises `TrainingDiverged` before anything that is not finite is saved, `CheckpointError` if the checkpoint is of
+        another run, `ConfigError` if trainers do not start alike, and whatever the target's backend raises.
+        """
+        self._start()
+        report = self._open_report()
+        ahead = self._backend.stream(self._batches.batches(self._micro_batches))
+        with contextlib.closing(report), contextlib.closing(ahead) as stream:
+            self._pace.restart()
+            while self.learner.steps_done < self.total_steps:
+                self._train_step(stream, report)
+        self._group.barrier("the other trainers to finish")
+
+    def _train_step(self, stream: Iterator[Eagle3TargetBatch], report: TrainingReport) -> None:
+        outcome = self.learner.learn(list(islice(stream, self._config.accumulation)))
+        self._micro_batches += self._config.accumulation
+        self._sums.add_step(outcome.sums, outcome.grad_norm)
+        self._learning_rate = outcome.learning_rate
+        report.advance(self._training_figures)
+        step = self.learner.steps_done
+        if self._due(self._config.log_every):
+            self._require_finite(self._sums, "loss or gradient norm")
+            report.write(step, self._training_figures())
+            self._sums.zero_()
+            self._pace.restart()
+        with self._pace.paused():
+            if self._due(self._config.validate_every):
+                self._validate(report)
+            if self._due(self._config.checkpoint_every):
+                self._save()
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now; 0: only at the end."""
+        step = self.learner.steps_done
+        return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _training_figures(self) -> Figures:
+        sums = self._sums.on_host()
+        return {
+            **figures_of(sums, self._objective.step_decay),
+            "grad_norm": float(sums["grad_norms"] / sums["optimiser_steps"].clamp(min=1)),
+            "learning_rate": self._learning_rate,
+            **self._pace.figures(float(sums["tokens"])),
+        }
+
+    def _validate(self, report: TrainingReport) -> None:
+        """Each trainer takes every `size`-th batch; the figures are those of one trainer that takes all."""
+        if self._validation is None:
+            return
+        count = min(self._config.validation_batches, self._validation.batches_per_epoch)
+        if count == 0:
+            return
+        mine = (self._validation.batch(index) for index in range(self._group.rank, count, self._group.size))
+        sums = self.learner.empty_sums()
+        self._draft.eval()
+        with contextlib.closing(self._backend.stream(mine)) as stream:
+            for batch in stream:
+                self.learner.judge(batch, sums)
+        self._draft.train()
+        self._group.sum_(sums.flat, "validation losses")
+        self._require_finite(sums, "validation loss")
+        figures = figures_of(sums.on_host(), self._objective.step_decay)
+        step = self.learner.steps_done
+        report.write(step, {f"validation/{name}": value for name, value in figures.items()})
+        if self._group.is_primary:
+            logger.info(
+                "step %d: validation loss %.3f, accept length %.2f", step, figures["loss"], figures["simulated_accept_length"]
+            )
+
+    def _require_finite(self, sums: RunningSums, what: str) -> None:
+        if not sums.is_finite():
+            raise TrainingDiverged(
+                f"the {what} must be finite, it is not at or shortly before step {self.learner.steps_done}; "
+                "checkpoints so far are kept, train.learning_rate may be too high"
+            )
+
+    def _save(self) -> None:
+        self._require_finite(self._sums, "loss or gradient norm")
+        if not self.learner.weights_are_finite():
+            raise TrainingDiverged(f"the draft's weights must be finite, they are not after step {self.learner.steps_done}")
+        if not self._group.is_primary:
+            return
+        checkpoint = Checkpoint(
+            step=self.learner.steps_done,
+            micro_batches=self._micro_batches,
+            record=self._record,
+            weights=dict(self.learner.parameters),
+            optimiser=self.learner.optimiser_tensors(),
+            running_sums=self._sums.flat.tolist(),
+        )
+        write_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.keep_checkpoints)
+
+    def _start(self) -> None:
+        """Brings draft, optimiser and sums to where the run stands, and makes sure that all trainers stand there."""
+        if self._group.is_primary:
+            remove_leftovers(self._run.checkpoints)
+        newest = latest_checkpoint(self._run.checkpoints) if self._config.resume is Resume.auto else None
+        if newest is not None:
+            checkpoint = read_checkpoint(newest)
+            require_same_run(checkpoint.record, self._record)
+            self.learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
+            self._sums.load(checkpoint.running_sums)
+            self._micro_batches = checkpoint.micro_batches
+            logger.info("resuming from %s", newest)
+        elif self._group.is_primary:
+            save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)
+        self._group.require_equal({"the configuration": self._record.digest, "the draft at the start": self.learner.digest()})
+
+    def _open_report(self) -> TrainingReport:
+        if not self._group.is_primary:
+            return SilentReport()
+        return WrittenReport(
+            self._run.metrics, self._run.tensorboard, total_steps=self.total_steps, first_step=self.learner.steps_done
+        )
+
+
+def planned_steps(config: TrainConfig, batches_per_epoch: int) -> int:
+    """Optimiser steps of the run; `batches_per_epoch` are one trainer's micro-batches."""
+    if config.max_epochs is None:
+        return config.max_steps
+    return min(config.max_steps, math.ceil(config.max_epochs * batches_per_epoch / config.accumulation))

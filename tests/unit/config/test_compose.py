@@ -1,0 +1,68 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+
+from eagle_rpc.config import Config
+from eagle_rpc.config.compose import conf_dir, register_schema, to_config, write_config
+from eagle_rpc.errors import ConfigError
+
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in conf_dir().glob("*/*.yaml"))
+
+
+def load(*overrides: str, directory: Path | None = None, name: str = "config") -> Config:
+    register_schema()
+    with initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
+        return to_config(compose(name, list(overrides)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_file_of_conf_composes(choice: str):
+    required = {"target=hf": ["target.model=somewhere"], "data=chats": ["data.train_path=chats.jsonl"]}
+    assert isinstance(load(choice, *required.get(choice, [])), Config)
+
+
+def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
+    assert load("job=verify").target.random
+    assert not load("job=verify", "target=smollm2").target.random
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batch_size=0", "train.batch_size must be positive, got 0"),
+        ("draft.step_decay=1.5", r"draft.step_decay must lie in \(0, 1\], got 1.5"),
+        ("target.aux_layer_ids=[3,3,5]", r"target.aux_layer_ids must be three distinct layers .* got \[3, 3, 5\]"),
+        ("data.bucket_lengths=[64,32]", r"data.bucket_lengths must ascend, got \[64, 32\]"),
+        ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 256, got 128"),
+        ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 256 = 256000"),
+        ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
+        ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
+    ],
+)
+def test_an_impossible_value_names_field_rule_and_value(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(override)
+
+
+def test_single_takes_one_of_each():
+    with pytest.raises(ConfigError, match=r"topology\.single .* got 2 and 1"):
+        load("topology=single", "topology.targets=2")
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(ConfigError, match=r"target\.model"):
+        load("target=hf")
+
+
+@pytest.mark.parametrize("override", ["train.batchsize=4", "supervision.encoding=fp8", "train.max_steps=many", "topology=3y1"])
+def test_unknown_keys_wrong_types_and_unknown_choices_are_refused(override: str):
+    with pytest.raises(HydraException, match=override.split("=")[0].split(".")[-1]):
+        load(override)
+
+
+def test_a_written_configuration_loads_as_the_same_run(tmp_path: Path):
+    config = load("train.batch_size=3", "target.aux_layer_ids=[1,2,3]", "job=verify")
+    write_config(config, tmp_path / "config.yaml")
+    assert load(directory=tmp_path) == config

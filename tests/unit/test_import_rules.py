@@ -1,0 +1,83 @@
+"""The direction of imports in the design's section 4, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "eagle_rpc"
+
+# Rooms that each room may import, beside itself and `errors`.
+ALLOWED = {
+    "config": set(),
+    "topology": {"config"},
+    "rpc": {"config", "topology"},
+    "supervision": set(),
+    "target": {"config", "supervision"},
+    "client": {"rpc", "supervision"},
+    "data": {"config", "supervision"},
+    "draft": {"supervision"},
+    "report": {"config"},
+    "train": {"config", "supervision", "draft", "data", "report"},
+    "serving": {"config", "supervision", "draft"},
+    "evaluate": {"config", "supervision", "draft", "data", "serving", "target"},
+    "jobs": {
+        "config",
+        "topology",
+        "rpc",
+        "supervision",
+        "target",
+        "client",
+        "data",
+        "draft",
+        "train",
+        "serving",
+        "evaluate",
+        "report",
+    },
+}
+ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def test_every_room_has_a_rule():
+    assert set(ROOMS) == set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_the_design_allows(room: str):
+    allowed = ALLOWED[room] | {room, "errors", "__version__"}
+    for path in (PACKAGE / room).rglob("*.py"):
+        rooms = {module.split(".")[1] for module in imported_modules(path) if module.startswith("eagle_rpc.")}
+        assert rooms <= allowed, f"{path.name} imports {rooms - allowed}"
+
+
+def test_only_config_knows_omegaconf():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name == "config" or path.name == "__main__.py":
+            continue
+        assert not any(module.split(".")[0] in ("omegaconf", "hydra") for module in imported_modules(path)), path
+
+
+def test_only_the_rpc_room_uses_torchs_private_rpc_parts():
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "rpc":
+            assert "rpc.api._" not in path.read_text() and "_transports" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("module", ["config.compose", "topology", "errors"])
+def test_the_entry_point_imports_nothing_heavy(module: str):
+    path = PACKAGE / Path(*module.split("."))
+    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    for file in files:
+        assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported_modules(file)), file

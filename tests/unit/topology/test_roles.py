@@ -1,0 +1,99 @@
+import dataclasses
+
+import pytest
+
+from eagle_rpc.config.schema import TopologyConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.topology import Role, World, assign_roles, plan_devices, read_world
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "3",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "3",
+    "ROLE_NAME": "default",
+    "ROLE_RANK": "1",
+    "ROLE_WORLD_SIZE": "3",
+    "GROUP_WORLD_SIZE": "1",
+    "TORCHELASTIC_RESTART_COUNT": "2",
+    "TORCHELASTIC_MAX_RESTARTS": "3",
+    "TORCHELASTIC_RUN_ID": "abc",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def world(**changes: object) -> World:
+    return dataclasses.replace(read_world(TORCHRUN), max_restarts=0, **changes)
+
+
+def test_a_process_started_by_hand_is_a_world_of_one():
+    alone = read_world({})
+    assert (alone.rank, alone.size, alone.launched) == (0, 1, False)
+
+
+def test_torchruns_variables_are_read():
+    seen = read_world(TORCHRUN)
+    assert (seen.rank, seen.size, seen.restart_count, seen.master_port, seen.launched) == (1, 3, 2, 29500, True)
+
+
+def test_an_incomplete_environment_names_what_is_missing():
+    with pytest.raises(ConfigError, match="ROLE_NAME"):
+        read_world({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
+
+
+@pytest.mark.parametrize(("rank", "name"), [(0, "target0"), (1, "target1"), (2, "trainer0"), (3, "trainer1")])
+def test_plain_torchrun_gives_the_first_ranks_to_targets(rank: int, name: str):
+    cast = assign_roles(TopologyConfig(targets=2, trainers=2), world(rank=rank, size=4))
+    assert cast.me.name == name
+    assert cast.names == ("target0", "target1", "trainer0", "trainer1")
+
+
+def test_with_role_names_the_rank_order_does_not_matter():
+    last = world(rank=2, size=3, role_name="target", role_rank=0, role_size=1)
+    assert assign_roles(TopologyConfig(targets=1, trainers=2), last).me.name == "target0"
+    first = world(rank=0, size=3, role_name="trainer", role_rank=1, role_size=2)
+    assert assign_roles(TopologyConfig(targets=1, trainers=2), first).me.name == "trainer1"
+
+
+def test_single_is_both_roles():
+    me = assign_roles(TopologyConfig(single=True), read_world({})).me
+    assert me.has(Role.target) and me.has(Role.trainer)
+
+
+@pytest.mark.parametrize(
+    ("topology", "changes", "message"),
+    [
+        (TopologyConfig(targets=1, trainers=1), {"size": 3}, "needs 2 workers, got 3"),
+        (TopologyConfig(single=True), {"size": 2}, "exactly 1 worker, got 2"),
+        (TopologyConfig(targets=1, trainers=2), {"role_name": "teacher"}, "'teacher'"),
+        (
+            TopologyConfig(targets=1, trainers=2),
+            {"role_name": "target", "role_size": 2},
+            "needs 1 workers with --role target, got 2",
+        ),
+        (TopologyConfig(targets=1, trainers=2), {"num_agents": 2, "max_restarts": 1}, "got 1 with 2 agents"),
+    ],
+)
+def test_workers_that_do_not_fit_are_refused_with_the_numbers(topology: TopologyConfig, changes: dict[str, object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        assign_roles(topology, dataclasses.replace(read_world(TORCHRUN), **{"max_restarts": 0, "size": 3, **changes}))
+
+
+def test_trainers_map_their_gpu_to_each_targets_gpu():
+    cast = assign_roles(TopologyConfig(targets=2, trainers=1), world(rank=2, size=3))
+    plan = plan_devices(cast, setting="auto", local_rank=2, num_gpus=3)
+    assert plan.device == "cuda:2"
+    assert plan.device_maps == {"target0": {"cuda:2": "cuda:0"}, "target1": {"cuda:2": "cuda:1"}}
+
+
+def test_workers_share_a_gpu_when_there_are_too_few():
+    cast = assign_roles(TopologyConfig(), world(rank=1, size=2))
+    assert plan_devices(cast, setting="auto", local_rank=1, num_gpus=1).device_maps == {"target0": {"cuda:0": "cuda:0"}}
+
+
+def test_without_gpus_everything_is_on_the_cpu():
+    cast = assign_roles(TopologyConfig(), world(rank=1, size=2))
+    plan = plan_devices(cast, setting="auto", local_rank=1, num_gpus=0)
+    assert (plan.device, plan.device_maps) == ("cpu", {})

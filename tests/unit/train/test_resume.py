@@ -1,0 +1,192 @@
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from training_cases import (
+    DRAFT_CONFIG,
+    OBJECTIVE,
+    TARGET_INFO,
+    TableTarget,
+    assert_same_bits,
+    final_state,
+    make_trainer,
+    run_record,
+    train_config,
+    without_clock,
+)
+
+from eagle_rpc.errors import CheckpointError
+from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
+
+SETTINGS = train_config(max_steps=10, accumulation=2, log_every=2, checkpoint_every=3, validate_every=5)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedTarget(TableTarget):
+    """Fails when it has delivered so many batches, those of validation included."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def deliver(self, tokens):
+        if self.batches_delivered == self._at:
+            raise Interrupted
+        return super().deliver(tokens)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed")
+    trainer = make_trainer(path, SETTINGS)
+    trainer.train()
+    return final_state(trainer), without_clock(read_metrics(path / "metrics.jsonl"))
+
+
+def resume_and_compare(path, undisturbed):
+    trainer = make_trainer(path, SETTINGS)
+    trainer.train()
+    state, lines = undisturbed
+    assert_same_bits(final_state(trainer), state)
+    assert without_clock(read_metrics(path / "metrics.jsonl")) == lines
+
+
+# Micro-batches: before the first checkpoint, after it, in the middle of a step and of a validation, before the end.
+@pytest.mark.parametrize("interrupted_at", [0, 5, 7, 10, 11, 16, 22])
+def test_an_interrupted_run_ends_as_one_left_alone(tmp_path, undisturbed, interrupted_at):
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(interrupted_at)).train()
+    resume_and_compare(tmp_path, undisturbed)
+
+
+def test_a_run_interrupted_many_times_ends_as_one_left_alone(tmp_path, undisturbed):
+    for interrupted_at in (9, 8, 3, 8):
+        with pytest.raises(Interrupted):
+            make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(interrupted_at)).train()
+    resume_and_compare(tmp_path, undisturbed)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
+    make_trainer(tmp_path, SETTINGS).train()
+    target = TableTarget()
+    make_trainer(tmp_path, SETTINGS, target=target).train()
+    assert target.batches_delivered == 0
+    assert without_clock(read_metrics(tmp_path / "metrics.jsonl")) == undisturbed[1]
+
+
+# A worker that kills itself with SIGKILL at the n-th fsync of the process, or the n-th batch; nothing of Python runs after.
+WORKER = """
+import os, signal, sys
+from pathlib import Path
+from test_resume import SETTINGS
+from training_cases import TableTarget, make_trainer
+
+path, event, number = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+count = 0
+
+def die_at(function):
+    def counted(*arguments):
+        global count
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return counted
+
+if event == "fsync":
+    os.fsync = die_at(os.fsync)
+elif event == "removal":
+    import eagle_rpc.train.checkpoint as checkpoint
+    checkpoint.shutil.rmtree = die_at(checkpoint.shutil.rmtree)
+else:
+    TableTarget.deliver = die_at(TableTarget.deliver)
+make_trainer(path, SETTINGS).train()
+"""
+
+
+def run_until_killed(path: Path, event: str, number: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    worker = subprocess.run(
+        [sys.executable, "-c", WORKER, str(path), event, str(number)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert worker.returncode == -signal.SIGKILL, worker.stderr
+
+
+@pytest.mark.parametrize(("event", "number"), [("batch", 17), ("fsync", 9), ("fsync", 13), ("removal", 6)])
+def test_a_killed_process_ends_as_one_left_alone(tmp_path, undisturbed, event, number):
+    run_until_killed(tmp_path, event, number)
+    resume_and_compare(tmp_path, undisturbed)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_10",
+        "step_9",
+        "target_embedding.safetensors",
+    ]
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(8)).train()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"draft_config": replace(DRAFT_CONFIG, rope_theta=500.0)},
+            r"draft\.rope_theta must be the checkpoint's to resume, it has 10000\.0, this run has 500\.0",
+        ),
+        ({"target": replace(TARGET_INFO, weights_fingerprint="other")}, "weights_fingerprint .* it has weights, this run has other"),
+        ({"config": run_record(replace(SETTINGS, batch_size=5)).config}, r"train\.batch_size .* it has 2, this run has 5"),
+        ({"config": run_record(SETTINGS, trainers=3).config}, r"topology\.trainers .* it has 1, this run has 3"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(interrupted, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        make_trainer(interrupted, SETTINGS, record=run_record(SETTINGS, **changes) if "config" not in changes else _with(changes)).train()
+
+
+def _with(changes):
+    return replace(run_record(SETTINGS), **changes)
+
+
+def test_a_restarted_target_and_longer_training_are_accepted(interrupted, caplog):
+    longer = replace(SETTINGS, max_steps=12)
+    record = run_record(longer, target=replace(TARGET_INFO, incarnation="second"))
+    make_trainer(interrupted, longer, record=record).train()
+    assert "resuming with train.max_steps=12; the checkpoint was made with 10" in caplog.text
+    assert latest_checkpoint(interrupted / "checkpoints").name == "step_12"
+
+
+def test_a_damaged_checkpoint_is_named(interrupted):
+    newest = latest_checkpoint(interrupted / "checkpoints")
+    weights = newest / "draft.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"step_3/draft\.safetensors must be a safetensors file"):
+        make_trainer(interrupted, SETTINGS).train()
+
+
+def test_a_checkpoint_of_another_format_is_refused(interrupted):
+    facts = latest_checkpoint(interrupted / "checkpoints") / "checkpoint.json"
+    facts.write_text(facts.read_text().replace('"format_version": 1', '"format_version": 7'))
+    with pytest.raises(CheckpointError, match="format_version must be 1, got 7"):
+        make_trainer(interrupted, SETTINGS).train()
+
+
+def test_a_checkpoint_holds_what_an_export_needs(interrupted):
+    checkpoint = read_checkpoint(latest_checkpoint(interrupted / "checkpoints"))
+    record = run_record(SETTINGS)
+    assert checkpoint.record == replace(record, mapping=checkpoint.record.mapping)
+    assert checkpoint.record.mapping.digest == record.mapping.digest
+    assert "embed_tokens.weight" not in checkpoint.weights
+    assert len(checkpoint.weights) == 13
+    assert OBJECTIVE.ttt_steps == checkpoint.record.config["draft"]["ttt_steps"]
