@@ -1,5 +1,6 @@
 """Rules that types cannot express; each message names field, rule and value."""
 
+import re
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from eagle_rpc.config.schema import Config, JobName
 from eagle_rpc.errors import ConfigError
 
+TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
     "rpc.request_timeout rpc.shutdown_timeout target.max_batch_tokens target.chunk_rows target.max_queued_requests "
@@ -52,6 +54,12 @@ def check(config: Config) -> None:
         "target.aux_layer_ids",
         lambda value: value is None or (len(value) == 3 and len(set(value)) == 3 and value == sorted(value)),
         "must be three distinct layers in ascending order, or null",
+    )
+    _require(
+        config,
+        "job.verify_topologies",
+        lambda value: value and all(TOPOLOGY.fullmatch(topology) for topology in value),
+        "must name at least one topology, targets x trainers as in 1x2",
     )
     _check_across(config)
 

@@ -11,7 +11,8 @@ from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
-# As in conf/config.yaml: Hydra neither changes the directory nor writes or logs anything of its own.
+# As in conf/config.yaml: Hydra neither changes the directory nor writes or logs anything.
+_DEFAULTS = ["schema", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
 _QUIET_HYDRA = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
 
 
@@ -38,7 +39,7 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """The resolved configuration as YAML. `python -m eagle_rpc --config-dir DIR --config-name NAME` runs it again."""
+    """The resolved configuration as YAML. `python -m eagle_rpc --config-path DIR --config-name NAME` runs it again (DIR absolute)."""
     resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    content = {"defaults": ["schema", "_self_"], **resolved, "hydra": _QUIET_HYDRA}
+    content = {"defaults": _DEFAULTS, **resolved, "hydra": _QUIET_HYDRA}
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")

@@ -58,6 +58,14 @@ class PromptSource(Enum):
     chitchat = "chitchat"
 
 
+class VerifySide(Enum):
+    """Which part of `job=verify` a process plays; people start `both`, which starts the others."""
+
+    both = "both"
+    colocated = "colocated"
+    remote = "remote"
+
+
 class Overlong(Enum):
     """What happens to a chat with more than `data.max_length` tokens."""
 
@@ -84,7 +92,8 @@ class JobConfig:
     name: JobName = MISSING
     verify_steps: int = 3
     """Optimiser steps that `job=verify` compares (> 0)."""
-    verify_topologies: list[str] = field(default_factory=lambda: ["1x1"])
+    verify_side: VerifySide = VerifySide.both
+    verify_topologies: list[str] = field(default_factory=lambda: ["1x1", "1x2", "2x2"])
     """Topologies (`targets x trainers`) that `job=verify` runs, each with the same number of trainer ranks on both sides."""
     verify_encodings: list[Encoding] = field(default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden])
     """Encodings that `job=verify` compares."""

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 _DISTRIBUTION = "chitchat-dataset"
 _FILE = "chitchat_dataset/dataset.json"
 _INSTALL = "pip install --no-deps chitchat-dataset==0.9.0"
-_QUESTION_WORDS = frozenset(
-    "what how why who where when which whose is are was were am do does did have has can could would should will may".split()
+_QUESTION = re.compile(
+    r"(what|how|why|who|where|when|which|whose|is|are|was|were|am|do|does|did|have|has|can|could|would|should|will|may)\b",
+    re.IGNORECASE,
 )
 _SHORTEST, _LONGEST = 20, 200  # characters
 
@@ -74,10 +75,10 @@ def _select(texts: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def _dependence(text: str) -> int:
-    """How much a text needs what was said before: 0 a question from its first word on, 1 one that begins otherwise, 2 a statement."""
+    """How much a text needs what was said before: a question from its first word on (0), another question (1), a statement (2)."""
     if not text.endswith("?"):
         return 2
-    return 0 if re.split("[^a-z]", text.lower(), maxsplit=1)[0] in _QUESTION_WORDS else 1
+    return 0 if _QUESTION.match(text) else 1
 
 
 def _write(path: Path, prompts: list[str]) -> None:

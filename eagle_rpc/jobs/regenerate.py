@@ -22,7 +22,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, ChatWriter, Message, content_hash, read_chats
 from eagle_rpc.data.problems import RecordProblems
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.jobs.prompts import prepare_prompts
+from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.jobs.setting import resolve_device, start_worker
 from eagle_rpc.supervision.fingerprint import weights_fingerprint
 from eagle_rpc.target.generate import Answer, AnswerEngine
@@ -41,7 +41,7 @@ def run(config: Config) -> int:
     """
     start_worker(config, "regenerate")
     settings = config.regenerate
-    prepare_prompts(config, settings.prompts)
+    ensure_prompts(config)
     target = replace(config.target, dtype=settings.dtype)
     if target.random:
         raise ConfigError(f"regenerate must ask a target with a tokenizer, got target.random {target.random}")
@@ -101,7 +101,7 @@ class Regeneration:
             self._progress.add_tokens(len(answer.token_ids) + (not answer.truncated))
             self._hear(self._asked.pop(answer.key), answer)
         self._progress.close()
-        counts = ", ".join(f"{count} {what}" for what, count in self._counts.items())
+        counts = ", ".join(f"{what} {count}" for what, count in (self._counts + self._problems.skipped).items())
         logger.info("%s: %s", self._config.output, counts or "nothing new")
 
     def _dialogues(self, done: set[str]) -> Iterator[_Dialogue]:

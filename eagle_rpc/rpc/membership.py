@@ -71,7 +71,7 @@ def join(cast: Cast, world: World, config: RpcConfig, devices: DevicePlan) -> It
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
-    store = _attempt_store(world, timeout=config.start_timeout)
+    store = attempt_store(world, timeout=config.start_timeout)
     _init_rpc(cast, store, config, devices)
     graceful = False
     try:
@@ -84,7 +84,7 @@ def join(cast: Cast, world: World, config: RpcConfig, devices: DevicePlan) -> It
             rpc.shutdown(graceful=graceful)
 
 
-def _attempt_store(world: World, *, timeout: float) -> dist.Store:
+def attempt_store(world: World, *, timeout: float) -> dist.Store:
     """The store that torchrun hosts (or rank 0, where it does not), in this attempt's namespace."""
     if not world.launched:
         return dist.HashStore()

@@ -26,7 +26,12 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d+)")
-_FACTS, _WEIGHTS, _OPTIMISER, _MAPPING = "checkpoint.json", "draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors"
+_FACTS, _WEIGHTS, _OPTIMISER, _MAPPING = (
+    "checkpoint.json",
+    "draft.safetensors",
+    "optimiser.safetensors",
+    "vocab_mapping.safetensors",
+)
 _EMBEDDING_KEY = "embed_tokens.weight"
 
 

@@ -59,7 +59,9 @@ class TrainerGroup:
             for rank in range(1, self.size):
                 first, other = (bytes(everyone[r, position].tolist()).hex()[:12] for r in (0, rank))
                 if first != other:
-                    raise ConfigError(f"{name} must be equal on all trainers, got {first} on trainer 0 and {other} on trainer {rank}")
+                    raise ConfigError(
+                        f"{name} must be equal on all trainers, got {first} on trainer 0 and {other} on trainer {rank}"
+                    )
 
     @contextlib.contextmanager
     def _bounded(self, what: str) -> Iterator[None]:

@@ -43,7 +43,9 @@ class Learner:
     fp16, whose gradients would need scaling.
     """
 
-    def __init__(self, draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, group: TrainerGroup, total_steps: int) -> None:
+    def __init__(
+        self, draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, group: TrainerGroup, total_steps: int
+    ) -> None:
         self.parameters = trainable_parameters(draft)
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:

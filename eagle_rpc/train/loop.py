@@ -8,9 +8,9 @@ import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any as BatchPlan
 
 from eagle_rpc.config.schema import DraftConfig, Resume, TrainConfig
+from eagle_rpc.data import BatchPlan
 from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import TrainingDiverged
 from eagle_rpc.report.training import Figures, SilentReport, TrainingReport, WrittenReport

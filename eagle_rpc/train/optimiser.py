@@ -54,7 +54,9 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn
     }
 
 
-def load_optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def load_optimiser_tensors(
+    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+) -> None:
     """Puts back what `optimiser_tensors` gave, on the parameters' devices."""
     for key, tensor in tensors.items():
         slot, _, name = key.partition("/")

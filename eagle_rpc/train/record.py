@@ -95,9 +95,7 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     Settings that may change between runs (rates, steps, intervals) are logged where they did.
     """
     for field in fields(Eagle3DraftConfig):
-        _require_equal(
-            f"draft.{field.name}", getattr(saved.draft_config, field.name), getattr(current.draft_config, field.name)
-        )
+        _require_equal(f"draft.{field.name}", getattr(saved.draft_config, field.name), getattr(current.draft_config, field.name))
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)

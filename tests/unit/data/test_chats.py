@@ -39,10 +39,10 @@ BROKEN = {
     "no role": {"messages": [{"content": "hello"}]},
     "unknown role": {"messages": [{"role": "tool", "content": "hello"}]},
     "role not a string": {"messages": [{"role": ["user"], "content": "hello"}]},
-    "content not a string": {"messages": turns("hello") + [{"role": "assistant", "content": None}]},
+    "content not a string": {"messages": [*turns("hello"), {"role": "assistant", "content": None}]},
     "content empty": {"messages": turns("hello", " \n")},
     "half a surrogate pair": '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "hi"}]}',
-    "tool calls": {"messages": turns("hello") + [{"role": "assistant", "content": "hi", "tool_calls": [{"id": 1}]}]},
+    "tool calls": {"messages": [*turns("hello"), {"role": "assistant", "content": "hi", "tool_calls": [{"id": 1}]}]},
     "no assistant": {"messages": turns("hello")},
     "only a system turn": {"messages": [{"role": "system", "content": "be brief"}]},
     "assistant first": {"messages": [{"role": "assistant", "content": "hi"}, *turns("hello", "hi")]},
@@ -58,7 +58,7 @@ def test_a_broken_record_is_refused_with_file_and_line(tmp_path, record):
 
 def test_the_fault_is_named_with_its_value(tmp_path):
     path = write_lines(tmp_path / "chats.jsonl", {"messages": [*turns("hello"), {"role": "robot", "content": "hi"}]})
-    with pytest.raises(DataError, match="message 2 must have a role out of system, user, .*, got 'robot'"):
+    with pytest.raises(DataError, match=r"message 2 must have a role out of system, user, .*, got 'robot'"):
         read_chats(path, on_error=OnError.fail)
 
 

@@ -75,19 +75,22 @@ def test_a_prompt_is_what_the_answer_follows():
     assert mask.index(True) == len(prompt)
 
 
+PLAIN = (
+    "{% for message in messages %}{{ message['role'] + ':\n' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
 def test_a_turn_without_a_special_token_at_its_end_is_supervised_whole():
-    plain = (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    )
-    template = ChatTemplate(make_tiny_tokenizer(plain))
-    prompt = template.prompt_ids([Message("user", "hello")])
-    # The space after the colon belongs to the next word, so a prompt that ends with it is not a prefix.
-    with pytest.raises(DataError, match="message 2 differently"):
-        template.supervised_ids([Message("user", "hello"), Message("assistant", "hi")])
-    assert template.tokenizer.decode(prompt).endswith("assistant: ")
-    template = ChatTemplate(make_tiny_tokenizer(plain.replace(": ", ":\n")))
+    template = ChatTemplate(make_tiny_tokenizer(PLAIN))
     assert supervised_text(template, CHAT) == ["hi there\n", "fine\n"]
+
+
+def test_a_prompt_whose_last_token_merges_with_the_answer_is_refused():
+    template = ChatTemplate(make_tiny_tokenizer(PLAIN.replace(":\n", ": ")))
+    assert len(template.tokenizer.tokenize(" the")) == 1
+    with pytest.raises(DataError, match="message 2 differently"):
+        template.supervised_ids([Message("user", "hello"), Message("assistant", "the sea")])
 
 
 def test_a_template_that_is_not_prefix_stable_is_refused_only_where_it_matters():

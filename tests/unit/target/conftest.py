@@ -1,8 +1,12 @@
-"""Tiny random targets of the three tested families."""
+"""Tiny random targets of the three tested families, and servers of them."""
 
 import pytest
 import torch
+from server_calls import config
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
+
+from eagle_rpc.supervision import Ok
+from eagle_rpc.target.server import TargetModelServer
 
 _COMMON = {
     "vocab_size": 97,
@@ -44,3 +48,21 @@ def make_model():
 @pytest.fixture(params=list(_CONFIGS))
 def any_model(request):
     return random_model(request.param)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model("llama")
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(target, **changes):
+        servers.append(TargetModelServer(target, config(**changes)))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        assert server.close() == Ok(True)

@@ -1,12 +1,11 @@
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
+from server_calls import SELECTED, WAIT, ask, config, open_session, tokens_of
 from torch import nn
 
-from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.supervision import (
     Failure,
@@ -18,61 +17,15 @@ from eagle_rpc.supervision import (
     VocabMapping,
     decode_supervision,
     shift_left,
-    unwrap,
 )
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.target.supervise import own_storage
 
-WAIT = 20.0
-SELECTED = torch.tensor([40, 3, 4, 5, 60, 61, 77, 96])
-
-
-def config(**changes):
-    return TargetConfig(**{"model": "tiny", "max_batch_tokens": 100, "chunk_rows": 5, **changes})
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model("llama")
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(target, **changes):
-        servers.append(TargetModelServer(target, config(**changes)))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        assert server.close() == Ok(True)
-
 
 @pytest.fixture
 def server(serve, model):
     return serve(HFEagle3TargetModel(model))
-
-
-def tokens_of(batch=2, length=9, seed=0, packed=False):
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length)[None] < torch.randint(4, length + 1, (batch, 1), generator=generator)
-    return TokenBatch(
-        input_ids=torch.randint(3, 97, (batch, length), generator=generator),
-        attention_mask=mask.long(),
-        loss_mask=mask.long(),
-        segment_ids=(torch.arange(length)[None] >= 3).long().repeat(batch, 1) if packed else None,
-    )
-
-
-def open_session(server, **fields):
-    return unwrap(server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})), sender="target0")
-
-
-def ask(server, session, tokens=None, seconds_left=WAIT):
-    request = GenerateRequest(session=session, request_id="r", tokens=tokens or tokens_of(), seconds_left=seconds_left)
-    return server.generate(request).wait()
 
 
 def test_importing_the_server_loads_no_model_code():
@@ -242,89 +195,6 @@ def test_a_bad_request_is_a_typed_failure_and_the_server_lives(server, case):
 @pytest.mark.parametrize("junk", [None, -7, b"x", [], torch.ones(2), object()])
 def test_junk_never_raises(server, call, junk):
     assert isinstance(getattr(server, call)(junk), Failure)
-
-
-class GatedTarget:
-    """Waits in its forward until told, so that requests queue up; may raise instead of answering."""
-
-    def __init__(self, target):
-        self._target = target
-        self.started, self.opened = threading.Event(), threading.Event()
-        self.raises = None
-        self.num_forwards = 0
-
-    def generate_batch(self, *args, **packing):
-        self.num_forwards += 1
-        self.started.set()
-        assert self.opened.wait(WAIT)
-        if self.raises is not None:
-            raise self.raises
-        return self._target.generate_batch(*args, **packing)
-
-    def __getattr__(self, name):
-        return getattr(self._target, name)
-
-
-@pytest.fixture
-def gated(model):
-    return GatedTarget(HFEagle3TargetModel(model))
-
-
-def request(session, seconds_left=WAIT):
-    return GenerateRequest(session=session, request_id="r", tokens=tokens_of(), seconds_left=seconds_left)
-
-
-def test_a_full_queue_is_busy_and_expired_requests_are_not_run(serve, gated):
-    server = serve(gated, max_queued_requests=2)
-    session = open_session(server)
-    first = server.generate(request(session))
-    assert gated.started.wait(WAIT)
-    expired, last = server.generate(request(session, 1e-9)), server.generate(request(session))
-    assert server.generate(request(session)).wait().code == "busy"
-    gated.opened.set()
-    assert isinstance(first.wait(), Ok)
-    assert expired.wait().code == "expired"
-    assert isinstance(last.wait(), Ok)
-    assert gated.num_forwards == 2
-
-
-def test_drain_finishes_what_waits_and_refuses_the_rest(serve, gated):
-    server = serve(gated)
-    session = open_session(server)
-    waiting = [server.generate(request(session)) for _ in range(3)]
-    assert server.drain(1e-9) == Ok(False)
-    assert server.generate(request(session)).wait().code == "draining"
-    assert server.open_session(SessionSpec(selected_token_ids=SELECTED)).code == "draining"
-    gated.opened.set()
-    assert server.drain(WAIT) == Ok(True)
-    assert all(isinstance(future.wait(), Ok) for future in waiting)
-
-
-def test_disconnect_drops_what_waits_of_that_session_only(serve, gated):
-    server = serve(gated)
-    leaving, staying = open_session(server), open_session(server)
-    running = server.generate(request(leaving))
-    assert gated.started.wait(WAIT)
-    dropped, kept = server.generate(request(leaving)), server.generate(request(staying))
-    server.disconnect(leaving)
-    assert dropped.wait().code == "unknown_session"
-    gated.opened.set()
-    assert isinstance(running.wait(), Ok)
-    assert isinstance(kept.wait(), Ok)
-
-
-@pytest.mark.parametrize(
-    ("error", "code"), [(torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"), (ValueError("shapes"), "failed")]
-)
-def test_a_failing_forward_costs_one_request(serve, gated, error, code):
-    server = serve(gated)
-    session = open_session(server)
-    gated.opened.set()
-    gated.raises = error
-    assert ask(server, session).code == code
-    gated.raises = None
-    assert isinstance(ask(server, session), Ok)
-    assert server.stats().value[code] == 1
 
 
 class ReferenceTarget:

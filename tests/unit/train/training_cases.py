@@ -15,6 +15,8 @@ from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.record import RunRecord, plain
 from eagle_rpc.train.rundir import RunDirectory
 
+torch.set_num_threads(1)  # bits depend on the number of threads, and so few numbers are quicker with one
+
 VOCAB, DRAFT_VOCAB, HIDDEN = 40, 24, 16
 OBJECTIVE = DraftConfig(vocab_size=DRAFT_VOCAB, ttt_steps=3)
 DRAFT_CONFIG = Eagle3DraftConfig(
@@ -91,6 +93,13 @@ class RandomPlan:
 
     def batches(self, start: int) -> Iterator[TokenBatch]:
         return (self.batch(index) for index in itertools.count(start))
+
+
+class RepeatedPlan(RandomPlan):
+    """The first micro-batch for ever."""
+
+    def batch(self, index: int) -> TokenBatch:
+        return RandomPlan.batch(self, 0)
 
 
 class TableTarget:

@@ -1,0 +1,181 @@
+"""A worker of one side of `job=verify`: trains a few steps on synthetic tokens and records the bits it saw."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from eagle_rpc.config import Config
+from eagle_rpc.config.schema import Encoding, VerifySide
+from eagle_rpc.jobs.setting import run_directory, start_worker
+from eagle_rpc.jobs.target_worker import DONE, serve_until_done
+from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record
+from eagle_rpc.rpc import StaticMembership, attempt_store, join
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.topology import Cast, Role, Worker, assign_roles, bind_to_interface, plan_devices, read_world
+from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
+
+_SHORTEST = 8  # tokens of a synthetic sequence
+_SUPERVISED_SHARE = 0.7
+
+
+def record_steps(config: Config) -> int:
+    """Plays this process's role on its side; returns 0."""
+    if config.job.verify_side is VerifySide.colocated:
+        _record_colocated(config)
+    else:
+        _record_remote(config)
+    return 0
+
+
+def record_path(directory: Path, encoding: str, trainer: int) -> Path:
+    return directory / encoding / f"trainer{trainer}.json"
+
+
+def _record_colocated(config: Config) -> None:
+    world = read_world()
+    names = tuple(f"trainer{index}" for index in range(world.size))
+    cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
+    start_worker(config, cast.me.name, workers_on_host=world.local_size)
+    bind_to_interface(config.rpc.interface)
+    device = torch.device(
+        plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()).device
+    )
+    membership = StaticMembership(cast, attempt_store(world, timeout=config.rpc.start_timeout))
+    target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
+    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    with join_group(config, membership) as group:
+        for encoding in config.job.verify_encodings:
+            backend = ColocatedEagle3TargetModel(target, config.target, encoding=encoding.name, rows=config.supervision.rows.value)
+            _train_and_record(config, encoding, target_config, backend, group, device)
+        # Whoever hosts the store leaves last.
+        group.barrier("the other trainers to finish")
+
+
+def _record_remote(config: Config) -> None:
+    world = read_world()
+    cast = assign_roles(config.topology, world)
+    start_worker(config, cast.me.name, workers_on_host=world.local_size)
+    devices = plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    device = torch.device(devices.device)
+    with join(cast, world, config.rpc, devices) as membership:
+        if cast.me.has(Role.target):
+            serve_until_done(config, device, membership)
+            return
+        target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+        with join_group(config, membership) as group:
+            for encoding in config.job.verify_encodings:
+                of_encoding = replace(config, supervision=replace(config.supervision, encoding=encoding))
+                backend = connect_target(of_encoding, target_config, None, device, membership)
+                _train_and_record(of_encoding, encoding, target_config, backend, group, device)
+        membership.mark(DONE)
+
+
+def _train_and_record(
+    config: Config,
+    encoding: Encoding,
+    target_config: PretrainedConfig,
+    backend: Eagle3TargetBackend,
+    group: TrainerGroup,
+    device: torch.device,
+) -> None:
+    mapping = _random_mapping(target_config.vocab_size, config.draft.vocab_size, config.run.seed)
+    path = record_path(run_directory(config).path, encoding.name, group.rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = RunDirectory(path.parent)
+    with contextlib.closing(RecordingBackend(backend)) as recording:
+        recording.open_session(mapping)
+        trainer = Trainer(
+            config.train,
+            config.draft,
+            draft=make_draft(config, target_config, recording, device),
+            backend=recording,
+            batches=SyntheticBatches(config, target_config.vocab_size, group.rank),
+            validation=None,
+            group=group,
+            run=run,
+            record=make_record(config, target_config, recording, mapping),
+        )
+        trainer.train()
+    metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()] if group.is_primary else []
+    used = config.job.verify_steps * config.train.accumulation
+    record = {
+        "supervision": recording.digests[:used],
+        "loss": [line["loss"] for line in metrics],
+        "grad_norm": [line["grad_norm"] for line in metrics],
+        "weights": trainer.learner.digest(),
+    }
+    path.write_text(json.dumps(record, indent=1))
+
+
+class SyntheticBatches:
+    """Stands in for a `BatchPlan`: sequences of random tokens and lengths, a function of seed, rank and number."""
+
+    def __init__(self, config: Config, vocab_size: int, rank: int) -> None:
+        self.batches_per_epoch = config.job.verify_steps * config.train.accumulation
+        self._vocab_size = vocab_size
+        self._shape = (config.train.batch_size, config.data.max_length)
+        self._seed = config.run.seed
+        self._rank = rank
+
+    def batch(self, number: int) -> TokenBatch:
+        draw = torch.Generator().manual_seed((self._seed << 32) + (self._rank << 24) + number)
+        batch, length = self._shape
+        real = torch.arange(length)[None] < torch.randint(_SHORTEST, length + 1, (batch, 1), generator=draw)
+        ids = torch.randint(0, self._vocab_size, self._shape, generator=draw)
+        supervised = real & (torch.rand(self._shape, generator=draw) < _SUPERVISED_SHARE)
+        return TokenBatch(input_ids=ids * real, attention_mask=real.long(), loss_mask=supervised.long())
+
+    def batches(self, start: int = 0) -> Iterator[TokenBatch]:
+        for number in range(start, self.batches_per_epoch):
+            yield self.batch(number)
+
+
+def _random_mapping(vocab_size: int, draft_vocab_size: int, seed: int) -> VocabMapping:
+    ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:draft_vocab_size]
+    return VocabMapping.from_token_ids(ids, vocab_size)
+
+
+class RecordingBackend:
+    """Passes everything on and keeps a digest of every supervision tensor that passes."""
+
+    def __init__(self, backend: Eagle3TargetBackend) -> None:
+        self._backend = backend
+        self.digests: list[dict[str, str]] = []  # one dict a batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
+        for batch in self._backend.stream(batches):
+            self.digests.append({name: _digest(tensor) for name, tensor in _tensors(batch).items()})
+            yield batch
+
+
+def _tensors(batch: Eagle3TargetBatch) -> dict[str, Tensor]:
+    return {
+        "input_ids": batch.input_ids,
+        "loss_mask": batch.loss_mask,
+        "aux_hidden_states": batch.aux_hidden_states,
+        "supervised_rows": batch.supervised_rows,
+        "target_probs": batch.target_probs,
+        "position_mask": batch.position_mask,
+        "log_normalizer": batch.log_normalizer,
+        "argmax": batch.argmax,
+    }
+
+
+def _digest(tensor: Tensor) -> str:
+    """Over every bit."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()).hexdigest()

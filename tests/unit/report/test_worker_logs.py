@@ -1,0 +1,65 @@
+import io
+import logging
+import re
+
+import pytest
+from tqdm import tqdm
+
+from eagle_rpc.report.logs import setup_logging
+
+PREFIX = r"\d\d:\d\d:\d\d trainer0 "
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    root, package = logging.getLogger(), logging.getLogger("eagle_rpc")
+    handlers, level = list(root.handlers), package.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    package.setLevel(level)
+    logging.captureWarnings(False)
+
+
+def test_lines_go_to_stderr_and_to_the_workers_file(tmp_path, capsys):
+    setup_logging("trainer0", tmp_path / "logs" / "trainer0.log")
+    logging.getLogger("eagle_rpc.train").info("step %d", 3)
+    logging.getLogger("somebody.else").info("chatter")
+    logging.getLogger("somebody.else").warning("trouble")
+    written = (tmp_path / "logs" / "trainer0.log").read_text()
+    assert capsys.readouterr().err == written
+    assert re.fullmatch(f"{PREFIX}step 3\n{PREFIX}warning: trouble\n", written)
+
+
+def test_a_second_call_replaces_the_first(tmp_path, capsys):
+    setup_logging("early", tmp_path / "early.log")
+    setup_logging("trainer0", tmp_path / "trainer0.log", logging.WARNING)
+    logging.getLogger("eagle_rpc.train").info("quiet")
+    logging.getLogger("eagle_rpc.train").error("loud")
+    assert re.fullmatch(f"{PREFIX}error: loud\n", capsys.readouterr().err)
+    assert (tmp_path / "early.log").read_text() == ""
+
+
+def test_every_line_of_a_traceback_is_prefixed(capsys):
+    setup_logging("trainer0")
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("eagle_rpc").exception("failed")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 4
+    assert all(re.match(PREFIX, line) for line in lines)
+
+
+def test_a_line_does_not_run_into_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stderr", terminal)
+    setup_logging("trainer0")
+    with tqdm(total=2, file=terminal, mininterval=0) as bar:
+        bar.update()
+        logging.getLogger("eagle_rpc").info("between")
+        bar.update()
+    pieces = re.split("[\r\n]", terminal.getvalue())
+    assert sum("between" in piece for piece in pieces) == 1
+    assert any(re.fullmatch(f"{PREFIX}between", piece) for piece in pieces)

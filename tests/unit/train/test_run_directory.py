@@ -1,0 +1,64 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eagle_rpc.config.schema import Resume
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.train.rundir import RunDirectory
+
+
+def test_a_fresh_directory_is_made_and_may_hold_logs(tmp_path):
+    run = RunDirectory(tmp_path / "runs" / "first")
+    run.log_file("target0").parent.mkdir(parents=True)
+    run.log_file("target0").write_text("ready\n")
+    with run.claimed(Resume.never):
+        assert run.path.is_dir()
+
+
+def test_an_earlier_run_is_refused_unless_resuming(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text("")
+    with pytest.raises(ConfigError, match=r"run\.dir must be empty with train\.resume=never, .* holds metrics\.jsonl"):
+        with run.claimed(Resume.never):
+            pass
+    with run.claimed(Resume.auto):
+        pass
+
+
+def test_a_claim_ends_with_its_body_and_leaves_nothing_that_counts(tmp_path):
+    for _ in range(2):
+        with RunDirectory(tmp_path).claimed(Resume.never):
+            pass
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from eagle_rpc.config.schema import Resume
+from eagle_rpc.train.rundir import RunDirectory
+with RunDirectory(Path(sys.argv[1])).claimed(Resume.never):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_directory_in_use_is_refused_with_its_holder_until_that_is_killed(tmp_path):
+    arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "claimed\n"
+        with pytest.raises(ConfigError, match=f"held by process {holder.pid} on "):
+            with RunDirectory(tmp_path).claimed(Resume.auto):
+                pass
+        holder.kill()
+        holder.wait(timeout=30)
+    with RunDirectory(tmp_path).claimed(Resume.auto):
+        pass
+
+
+def test_names_are_those_that_users_know():
+    run = RunDirectory(Path("runs/smollm2"))
+    assert str(run.log_file("trainer0")) == "runs/smollm2/logs/trainer0.log"
+    assert str(run.loss_plot) == "runs/smollm2/plots/loss.png"
+    assert str(run.evaluation) == "runs/smollm2/evaluation.json"
