@@ -63,6 +63,8 @@ main() {
     job=train) run_workers "${1#job=}" "${@:2}" ;;
     job=*) run "${1#job=}" "${@:2}" ;;
     *)
+      # Without a target or data of the caller's own this is the embedded first run.
+      given 'experiment=*' "$@" || given 'target=*' "$@" || given 'data=*' "$@" || set -- experiment=smollm2 "$@"
       # Own chats (data=chats) are trained on as they are; the embedded prompts have to be answered first.
       given 'data=chats' "$@" || run regenerate "$@"
       run_workers train train.resume=auto "$@"

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 
@@ -96,10 +97,11 @@ def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, ba
 
 def _wait_error(error: RuntimeError, what: str, timeout: float) -> WaitTimeout | ConnectionLost:
     """torch says by text alone whether time ran out or a peer is gone."""
-    text = str(error).splitlines()[0]
-    if any(sign in text.lower() for sign in ("timed out", "timeout", "time out")):
-        return WaitTimeout(f"{what}: gave up after {timeout:.0f} s ({text})")
-    return ConnectionLost(f"{what}: {text}")
+    # One sentence, without the place in torch's own source.
+    reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).split(". ")[0]
+    if any(sign in reason.lower() for sign in ("timed out", "timeout", "failed to pass")):
+        return WaitTimeout(f"{what}: gave up after {timeout:.0f} s ({reason})")
+    return ConnectionLost(f"{what}: {reason}")
 
 
 class FlatGradients:
