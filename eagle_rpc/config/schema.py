@@ -285,8 +285,10 @@ class RegenerateConfig:
     """JSONL that answers are appended to; a chat already in it is not asked again."""
     num_prompts: int | None = None
     """null: all."""
-    batch_size: int = 64
+    batch_size: int = 128
+    """Answers that are decoded at a time (> 0); a finished one makes room for the next prompt."""
     max_new_tokens: int = 96
+    """Tokens of one answer, the end of turn included (> 0)."""
     max_prompt_tokens: int = 512
     """Longer prompts are skipped and counted."""
     temperature: float = 0.0

@@ -1,6 +1,7 @@
 """Chat files: JSON lines, one chat each.
 
 A record holds its turns under `messages` or `conversations`; a turn is `{"role", "content"}` or ShareGPT's `{"from", "value"}`.
+`"truncated": true` beside them says that the last answer breaks off. Other keys are ignored.
 """
 
 import hashlib
@@ -47,6 +48,7 @@ class Chat:
 
     messages: list[Message]
     line: int  # counted from 1
+    truncated: bool = False  # the last answer stopped for want of tokens, not because it was complete
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,11 @@ def read_chats(path: str | Path, *, on_error: OnError, needed_role: str = "assis
     chats = []
     for line, raw in _numbered_lines(path):
         with problems.record(line):
-            messages = _parse(raw)
+            record = _parse(raw)
+            messages = _messages(record)
             if all(message.role != needed_role for message in messages):
                 raise RecordProblem(f"the chat has no {needed_role} turn", kind=f"without {needed_role} turn")
-            chats.append(Chat(messages, line))
+            chats.append(Chat(messages, line, truncated=record.get("truncated") is True))
     if not chats:
         raise DataError(f"{path} must hold at least one usable chat, got none; {describe(problems.skipped)}")
     if problems.skipped:
@@ -133,7 +136,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path} must be a readable file of chats, got: {error.strerror}") from error
 
 
-def _parse(raw: bytes) -> list[Message]:
+def _parse(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise RecordProblem(f"the line must have at most {MAX_LINE_BYTES} bytes", kind="too long")
     try:
@@ -143,6 +146,10 @@ def _parse(raw: bytes) -> list[Message]:
         raise RecordProblem(f"the line is not JSON: {error}", kind="not JSON") from error
     if not isinstance(record, dict):
         raise RecordProblem(f"a record must be an object, got {_show(record)}", kind="of a wrong type")
+    return record
+
+
+def _messages(record: dict[str, Any]) -> list[Message]:
     turns = record.get("messages", record.get("conversations"))
     if turns is None:
         raise RecordProblem(

@@ -115,7 +115,7 @@ class _Tokenising:
         hidden = None if show_progress else True
         for chat in tqdm(self._file.chats, desc=f"tokenising {self._file.path.name}", unit="chat", disable=hidden):
             with self._problems.record(chat.line):
-                ids, mask = self._template.supervised_ids(chat.messages)
+                ids, mask = self._template.supervised_ids(chat.messages, truncated=chat.truncated)
                 if len(ids) > self._config.max_length:
                     ids, mask = self._shorten(ids, mask)
                 if ids:

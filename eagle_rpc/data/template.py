@@ -47,21 +47,21 @@ class ChatTemplate:
         """Token ids after which the assistant's answer to `messages` begins. Raises `RecordProblem`."""
         return self._tokenise([self._render(messages, add_generation_prompt=True)])[0]
 
-    def supervised_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def supervised_ids(self, messages: Sequence[Message], *, truncated: bool = False) -> tuple[list[int], list[bool]]:
         """Token ids of a chat and their loss mask, equally long and ending with the last supervised token.
 
         The mask is true on each assistant turn's content and on the token that ends the turn. White space that the
-        template writes after that token is not supervised: the target never emits it. With generation markers
-        the mask is what they enclose. Raises `RecordProblem` if the template refuses the chat or is not
-        prefix-stable on it, or if no token is supervised.
+        template writes after that token is not supervised: the target never emits it. With generation markers the mask
+        is what they enclose. A `truncated` chat loses the token that ends its last turn: the target would have gone on.
+        Raises `RecordProblem` if the template refuses the chat or is not prefix-stable on it, or if no token is supervised.
         """
-        last_answer = max(index for index, message in enumerate(messages) if message.role == "assistant")
-        heard = messages[: last_answer + 1]
-        ids, mask = self._marked_ids(heard) if self._marks_answers else self._ids_by_prefix(heard)
+        ids, mask = self._marked_ids(messages) if self._marks_answers else self._ids_by_prefix(messages)
         # The first token is nothing's successor, so supervising it alone teaches nothing.
         if not any(mask[1:]):
             raise RecordProblem("the template leaves no supervised token in the chat", kind="without supervised token")
         length = len(mask) - mask[::-1].index(True)
+        if truncated and ids[length - 1] in self._special_ids:
+            length -= 1
         return ids[:length], mask[:length]
 
     def _marked_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -69,7 +69,7 @@ class ChatTemplate:
         return encoded["input_ids"], [bool(marked) for marked in encoded["assistant_masks"]]
 
     def _ids_by_prefix(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """`messages` must end with an assistant turn."""
+        """What follows the last answer is left out."""
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         prompts = self._tokenise([self._render(messages[:index], add_generation_prompt=True) for index in answers])
         turns = self._tokenise([self._render(messages[: index + 1]) for index in answers])

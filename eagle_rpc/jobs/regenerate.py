@@ -94,11 +94,11 @@ class Regeneration:
         done = finished_prompts(self._config.output, self._produced_by)
         dialogues = list(self._dialogues(done))
         logger.info("%d chats to ask, %d already in %s", len(dialogues), len(done), self._config.output)
-        self._progress = _Progress(len(dialogues))
+        self._progress = _Progress(len(dialogues), self._engine)
         for dialogue in dialogues:
             self._go_on(dialogue)
         for answer in self._engine.answers():
-            self._progress.add_tokens(len(answer.token_ids) + (not answer.truncated))
+            self._progress.add_answer(answer)
             self._hear(self._asked.pop(answer.key), answer)
         self._progress.close()
         counts = ", ".join(f"{what} {count}" for what, count in (self._counts + self._problems.skipped).items())
@@ -227,27 +227,30 @@ def _eos_token_ids(model: PreTrainedModel, template: ChatTemplate) -> set[int]:
 class _Progress:
     """A bar on a terminal, a log line every few seconds elsewhere."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, engine: AnswerEngine) -> None:
         self._total = total
+        self._engine = engine
         self._chats = 0
-        self._tokens = 0
+        self._finished_tokens = 0
         self._started = self._shown = time.monotonic()
         self._bar = tqdm(total=total, unit="chat", dynamic_ncols=True, file=sys.stderr) if sys.stderr.isatty() else None
 
-    def add_tokens(self, count: int) -> None:
-        self._tokens += count
+    def add_answer(self, answer: Answer) -> None:
+        self._finished_tokens += len(answer.token_ids) + (not answer.truncated)
 
     def add_chat(self) -> None:
         self._chats += 1
         now = time.monotonic()
-        rate = self._tokens / max(now - self._started, 1e-9)
+        rate = self._engine.num_generated / max(now - self._started, 1e-9)
         if self._bar is not None:
             self._bar.set_postfix_str(f"{rate:.0f} answer tokens/s", refresh=False)
             self._bar.update()
         elif now - self._shown >= _LINE_SECONDS or self._chats == self._total:
             self._shown = now
-            left = (now - self._started) / self._chats * (self._total - self._chats)
-            logger.info("%d/%d chats, %.0f answer tokens/s, %.0f s left", self._chats, self._total, rate, left)
+            # Chats end in waves, so what is half said counts too.
+            tokens_left = self._total * self._finished_tokens / self._chats - self._engine.num_generated
+            seconds = max(0.0, tokens_left) / max(rate, 1e-9)
+            logger.info("%d/%d chats, %.0f answer tokens/s, %.0f s left", self._chats, self._total, rate, seconds)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from eagle_rpc.config import Config
 from eagle_rpc.report import setup_logging
@@ -17,6 +18,8 @@ def run_directory(config: Config) -> RunDirectory:
 def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None:
     """Logs under `name` to stderr and the run directory; divides the cores between the workers of this host."""
     setup_logging(name, run_directory(config).log_file(name))
+    # Of its weight loading, which takes a second; the log says what is loaded.
+    disable_progress_bar()
     torch.set_num_threads(config.run.threads or max(1, available_cores() // workers_on_host))
 
 

@@ -26,12 +26,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d+)")
-_FACTS, _WEIGHTS, _OPTIMISER, _MAPPING = (
-    "checkpoint.json",
-    "draft.safetensors",
-    "optimiser.safetensors",
-    "vocab_mapping.safetensors",
-)
+_FACTS, _WEIGHTS, _OPTIMISER = "checkpoint.json", "draft.safetensors", "optimiser.safetensors"
+_MAPPING = "vocab_mapping.safetensors"
+_PARTIAL, _REMOVED = ".partial", ".removed"
 _EMBEDDING_KEY = "embed_tokens.weight"
 
 
@@ -50,7 +47,7 @@ class Checkpoint:
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Adds `directory/step_N`, then removes all but the `keep` newest. A kill at any moment leaves the old ones usable."""
     final = directory / f"step_{checkpoint.step}"
-    partial = directory / f".{final.name}.partial"
+    partial = directory / f".{final.name}{_PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     mapping = checkpoint.record.mapping
@@ -86,7 +83,7 @@ def remove_leftovers(directory: Path) -> None:
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if path.name.startswith("."):
+        if path.suffix in (_PARTIAL, _REMOVED):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -115,7 +112,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def save_target_embedding(path: Path, embedding: Tensor) -> None:
     """Keeps the target's token embedding [V, H] once for all checkpoints of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
     _save_tensors(partial, {_EMBEDDING_KEY: embedding})
     partial.replace(path)
     _force_to_disk(path.parent)
@@ -139,7 +136,7 @@ def _complete(directory: Path) -> list[tuple[int, Path]]:
 
 def _remove(path: Path) -> None:
     """Takes the name away first: a half removed directory must not look like a checkpoint."""
-    doomed = path.with_name(f".{path.name}.removed")
+    doomed = path.with_name(f".{path.name}{_REMOVED}")
     path.rename(doomed)
     shutil.rmtree(doomed)
 

@@ -44,6 +44,7 @@ class RunRecord:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     config: dict[str, Any]  # as `plain` gives it
+    data_digest: str | None = None  # of the training examples in order; null: they follow from the seed
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the mapping, of which only the digest is in it."""
@@ -54,6 +55,7 @@ class RunRecord:
             "bos_token_id": self.bos_token_id,
             "eos_token_id": self.eos_token_id,
             "config": self.config,
+            "data_digest": self.data_digest,
         }
 
     @property
@@ -73,6 +75,7 @@ class RunRecord:
             bos_token_id=content["bos_token_id"],
             eos_token_id=content["eos_token_id"],
             config=content["config"],
+            data_digest=content["data_digest"],
         )
 
 
@@ -99,6 +102,7 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
+    _require_equal("the training data's digest", saved.data_digest, current.data_digest)
     before, now = _flatten(saved.config), _flatten(current.config)
     for path in _FIXED_SETTINGS:
         _require_equal(path, before.get(path), now.get(path))

@@ -97,10 +97,15 @@ def test_the_ranks_get_about_as_many_tokens():
     assert sum(map(max, within)) / sum(map(min, within)) < 1.15
 
 
+def test_long_and_short_chats_are_dealt_against_each_other():
+    ranks = plans(dataset_of_lengths(100, 90, 20, 10), num_ranks=2, batch_size=2)
+    assert {frozenset(plan.chats(0)) for plan in ranks} == {frozenset({0, 3}), frozenset({1, 2})}
+
+
 def test_the_longest_chat_of_a_batch_falls_to_each_rank_in_turn():
     ranks = plans(num_ranks=3, batch_size=1)
     longest = Counter(max(range(3), key=lambda rank: LENGTHS[ranks[rank].chats(i)[0]]) for i in epoch(ranks[0]))
-    assert min(longest.values()) > ranks[0].batches_per_epoch / 6
+    assert min(longest[rank] for rank in range(3)) > ranks[0].batches_per_epoch / 6
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,8 @@ def test_the_longest_chat_of_a_batch_falls_to_each_rank_in_turn():
         (65, {}, 128),
         (65, {"bucket_lengths": [32, 80, 256]}, 80),
         (80, {"bucket_lengths": [32, 80, 256]}, 80),
-        (81, {"bucket_lengths": [256, 32, 80]}, 256),
+        (81, {"bucket_lengths": [32, 80, 256]}, 256),
+        (65, {"bucket_lengths": [256, 32, 80]}, 80),
     ],
 )
 def test_batches_are_padded_to_a_bucket_or_a_multiple_of_64(longest, options, padded):

@@ -27,6 +27,11 @@ def test_a_system_turn_may_come_first_and_the_last_line_needs_no_end(tmp_path):
     assert read_chats(path, on_error=OnError.fail).chats == [Chat([Message("system", "be brief"), *HELLO], 1)]
 
 
+def test_only_a_true_mark_makes_a_chat_truncated(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", *({**GOOD, "truncated": mark} for mark in (True, False, None, "no")), GOOD)
+    assert [chat.truncated for chat in read_chats(path, on_error=OnError.fail).chats] == [True, False, False, False, False]
+
+
 BROKEN = {
     "not JSON": '{"messages": [',
     "not UTF-8": b'{"messages": "\xff"}',

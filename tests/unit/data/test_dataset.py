@@ -6,7 +6,7 @@ from data_cases import turns, write_lines
 from support.tiny_tokenizer import make_tiny_tokenizer
 
 from eagle_rpc.config.schema import DataConfig, OnError, Overlong
-from eagle_rpc.data import ChatDataset, ChatTemplate, load_datasets
+from eagle_rpc.data import ChatDataset, ChatTemplate, Example, load_datasets
 from eagle_rpc.errors import DataError
 
 TEMPLATE = ChatTemplate(make_tiny_tokenizer())
@@ -36,6 +36,11 @@ def test_examples_are_the_chats_in_order(tmp_path):
     dataset = load(write_chats(tmp_path / "chats.jsonl", ("hello", "hi"), ("how are you", "fine")))
     assert [supervised(example) for example in dataset] == ["hi<|im_end|>", "fine<|im_end|>"]
     assert all(example.input_ids.dtype == torch.int64 and example.loss_mask.dtype == torch.bool for example in dataset)
+
+
+def test_an_answer_that_breaks_off_is_not_taught_to_end(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", {"messages": turns("hello", "hi and"), "truncated": True})
+    assert supervised(load(path)[0]) == "hi and"
 
 
 def test_a_long_chat_is_cut_to_the_limit(tmp_path, caplog):
@@ -143,3 +148,5 @@ def test_the_digest_sees_tokens_masks_and_order(tmp_path):
     }
     assert len(digests) == 4
     assert load(tmp_path / "0.jsonl").digest in digests
+    ids = torch.arange(5)
+    assert Example(ids, ids > 2).digest != Example(ids, ids > 3).digest

@@ -62,8 +62,9 @@ def test_ids_are_those_of_the_whole_rendering_up_to_the_last_supervised_token():
     assert mask[-1]
 
 
-def test_turns_after_the_last_answer_are_left_out():
-    template = ChatTemplate(make_tiny_tokenizer())
+@pytest.mark.parametrize("chat_template", [CHATML, MARKED], ids=["by prefix", "by markers"])
+def test_turns_after_the_last_answer_are_left_out(chat_template):
+    template = ChatTemplate(make_tiny_tokenizer(chat_template))
     assert template.supervised_ids([*CHAT, Message("user", "bye")]) == template.supervised_ids(CHAT)
 
 
@@ -111,6 +112,29 @@ def test_markers_around_nothing_leave_no_supervised_token():
     template = ChatTemplate(make_tiny_tokenizer(CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"))
     with pytest.raises(DataError, match="no supervised token"):
         template.supervised_ids(CHAT)
+
+
+def test_a_supervised_first_token_alone_teaches_nothing():
+    answers_only = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    )
+    template = ChatTemplate(make_tiny_tokenizer(answers_only))
+    assert supervised_text(template, [Message("user", "hello"), Message("assistant", "ab")]) == ["ab"]
+    with pytest.raises(DataError, match="no supervised token"):
+        template.supervised_ids([Message("user", "hello"), Message("assistant", "a")])
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, MARKED], ids=["by prefix", "by markers"])
+def test_the_last_answer_of_a_truncated_chat_has_no_end(chat_template):
+    template = ChatTemplate(make_tiny_tokenizer(chat_template))
+    ids, mask = template.supervised_ids(CHAT)
+    assert template.supervised_ids(CHAT, truncated=True) == (ids[:-1], mask[:-1])
+    assert template.tokenizer.decode(ids[:-1]).endswith("fine")
+
+
+def test_a_truncated_answer_loses_nothing_else_where_turns_have_no_end():
+    template = ChatTemplate(make_tiny_tokenizer(PLAIN))
+    assert template.supervised_ids(CHAT, truncated=True) == template.supervised_ids(CHAT)
 
 
 def test_a_file_replaces_the_template_of_the_tokenizer(tmp_path):

@@ -65,7 +65,8 @@ def test_other_data_sizes_and_tokenizers_have_files_of_their_own(tmp_path):
     build(dataset, tmp_path, size=9)
     build(dataset, tmp_path, target=VOCAB_SIZE + 20)
     build(dataset_of(((9,), 9, 90, 80, 71)), tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    build(dataset, tmp_path, target=VOCAB_SIZE + 1)
+    assert len(list(tmp_path.iterdir())) == 5
     other = make_tiny_tokenizer()
     other.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     mapping, _ = build_vocab_mapping(

@@ -61,6 +61,7 @@ def answers_of(model, asked, *, slots=3, **settings):
         engine.submit(str(number), prompt)
     found = {answer.key: answer for answer in engine.answers()}
     assert len(found) == len(asked)
+    assert engine.num_generated == sum(len(answer.token_ids) + (not answer.truncated) for answer in found.values())
     return [(found[str(number)].token_ids, found[str(number)].truncated) for number in range(len(asked))]
 
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from training_cases import random_draft, train_config
 
 from eagle_rpc.train.optimiser import learning_rate, load_optimiser_tensors, make_optimiser, optimiser_tensors, trainable_parameters
-from training_cases import random_draft, train_config
 
 
 def test_the_rate_climbs_then_falls_along_a_cosine():

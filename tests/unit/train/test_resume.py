@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from training_cases import (
     DRAFT_CONFIG,
     OBJECTIVE,
     TARGET_INFO,
+    VOCAB,
     TableTarget,
     assert_same_bits,
     final_state,
@@ -19,6 +21,7 @@ from training_cases import (
     without_clock,
 )
 
+from eagle_rpc.data import BatchPlan, ChatDataset, Example
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
@@ -72,6 +75,22 @@ def test_a_run_interrupted_many_times_ends_as_one_left_alone(tmp_path, undisturb
         with pytest.raises(Interrupted):
             make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(interrupted_at)).train()
     resume_and_compare(tmp_path, undisturbed)
+
+
+def test_real_batch_plans_resume_where_they_were(tmp_path):
+    def chat(index: int) -> Example:
+        length = 5 + index % 7
+        return Example(torch.arange(length) * (index + 1) % VOCAB, torch.arange(length) >= 2)
+
+    chats = ChatDataset([chat(index) for index in range(9)], max_length=16)
+    plans = {"batches": BatchPlan(chats, batch_size=2, seed=3), "validation": BatchPlan(chats, batch_size=2)}
+    straight = make_trainer(tmp_path / "straight", SETTINGS, **plans)
+    straight.train()
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path / "resumed", SETTINGS, target=InterruptedTarget(19), **plans).train()
+    resumed = make_trainer(tmp_path / "resumed", SETTINGS, **plans)
+    resumed.train()
+    assert_same_bits(final_state(resumed), final_state(straight))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
@@ -149,19 +168,14 @@ def interrupted(tmp_path):
             {"target": replace(TARGET_INFO, weights_fingerprint="other")},
             "weights_fingerprint .* it has weights, this run has other",
         ),
+        ({"data_digest": "new"}, "the training data's digest .* it has None, this run has new"),
         ({"config": run_record(replace(SETTINGS, batch_size=5)).config}, r"train\.batch_size .* it has 2, this run has 5"),
         ({"config": run_record(SETTINGS, trainers=3).config}, r"topology\.trainers .* it has 1, this run has 3"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(interrupted, changes, message):
     with pytest.raises(CheckpointError, match=message):
-        make_trainer(
-            interrupted, SETTINGS, record=run_record(SETTINGS, **changes) if "config" not in changes else _with(changes)
-        ).train()
-
-
-def _with(changes):
-    return replace(run_record(SETTINGS), **changes)
+        make_trainer(interrupted, SETTINGS, record=replace(run_record(SETTINGS), **changes)).train()
 
 
 def test_a_restarted_target_and_longer_training_are_accepted(interrupted, caplog):

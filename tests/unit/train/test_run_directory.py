@@ -20,9 +20,9 @@ def test_a_fresh_directory_is_made_and_may_hold_logs(tmp_path):
 def test_an_earlier_run_is_refused_unless_resuming(tmp_path):
     run = RunDirectory(tmp_path)
     run.metrics.write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir must be empty with train\.resume=never, .* holds metrics\.jsonl"):
-        with run.claimed(Resume.never):
-            pass
+    refusal = r"run\.dir must be empty with train\.resume=never, .* holds metrics\.jsonl"
+    with pytest.raises(ConfigError, match=refusal), run.claimed(Resume.never):
+        pass
     with run.claimed(Resume.auto):
         pass
 
@@ -48,9 +48,8 @@ def test_a_directory_in_use_is_refused_with_its_holder_until_that_is_killed(tmp_
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "claimed\n"
-        with pytest.raises(ConfigError, match=f"held by process {holder.pid} on "):
-            with RunDirectory(tmp_path).claimed(Resume.auto):
-                pass
+        with pytest.raises(ConfigError, match=f"held by process {holder.pid} on "), RunDirectory(tmp_path).claimed(Resume.auto):
+            pass
         holder.kill()
         holder.wait(timeout=30)
     with RunDirectory(tmp_path).claimed(Resume.auto):

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from training_cases import assert_same_bits, final_state, make_trainer, random_draft, train_config, without_clock
 
 from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
 from eagle_rpc.report.metrics import read_metrics
 from eagle_rpc.topology import bind_to_interface
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers
-from training_cases import assert_same_bits, final_state, make_trainer, random_draft, train_config, without_clock
 
 MICRO_BATCHES_PER_STEP = 6
 TIMEOUT = 60.0
@@ -96,14 +96,16 @@ def test_trainers_that_start_unlike_are_refused_on_every_one(trained, size):
 
 
 def test_a_trainer_that_left_is_noticed(trained):
-    assert json.loads((trained[2] / "messages_0.json").read_text())["gone"].startswith("trainer 0 of 2, waiting for the sum of ones: ")
+    assert json.loads((trained[2] / "messages_0.json").read_text())["gone"].startswith(
+        "trainer 0 of 2, waiting for the sum of ones: "
+    )
 
 
 def test_trainers_that_never_come_end_the_wait():
     bind_to_interface("lo")
-    with pytest.raises(WaitTimeout, match="trainer 0, waiting for 2 trainers to join: gave up after 1 s"):
-        with join_trainers(dist.HashStore(), 0, 2, timeout=1.0):
-            pass
+    message = "trainer 0, waiting for 2 trainers to join: gave up after 1 s"
+    with pytest.raises(WaitTimeout, match=message), join_trainers(dist.HashStore(), 0, 2, timeout=1.0):
+        pass
 
 
 def test_one_trainer_needs_no_process_group():
