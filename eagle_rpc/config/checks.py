@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Callable
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from eagle_rpc.config.schema import Config, JobName
+from eagle_rpc.config.schema import Config, DType, JobName
 from eagle_rpc.errors import ConfigError
 
 TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -55,6 +56,8 @@ def check(config: Config) -> None:
         lambda value: value is None or (len(value) == 3 and len(set(value)) == 3 and value == sorted(value)),
         "must be three distinct layers in ascending order, or null",
     )
+    # The gradients of fp16 would need scaling.
+    _require(config, "train.autocast", lambda value: value is not DType.float16, "must be bfloat16, float32 or null")
     _require(
         config,
         "job.verify_topologies",
@@ -83,4 +86,4 @@ def _check_across(config: Config) -> None:
 def _require(config: Config, path: str, holds: Callable[[Any], bool], rule: str) -> None:
     value = attrgetter(path)(config)
     if not holds(value):
-        raise ConfigError(f"{path} {rule}, got {value}")
+        raise ConfigError(f"{path} {rule}, got {value.name if isinstance(value, Enum) else value}")

@@ -51,7 +51,7 @@ def train_until_done(config: Config, device: torch.device, membership: StaticMem
                 validation=plan_batches(config, validation) if len(validation) else None,
                 group=group,
                 run=run_directory(config),
-                record=make_record(config, target_config, backend, mapping),
+                record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
             ).train()
     membership.mark(DONE)
 
@@ -129,7 +129,15 @@ def draft_config(config: Config, target_config: PretrainedConfig) -> Eagle3Draft
     )
 
 
-def make_record(config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, mapping: VocabMapping) -> RunRecord:
+def make_record(
+    config: Config,
+    target_config: PretrainedConfig,
+    backend: Eagle3TargetBackend,
+    mapping: VocabMapping,
+    *,
+    data_digest: str | None = None,
+) -> RunRecord:
+    """What this run's checkpoints belong to."""
     return RunRecord(
         draft_config=draft_config(config, target_config),
         mapping=mapping,
@@ -137,4 +145,5 @@ def make_record(config: Config, target_config: PretrainedConfig, backend: Eagle3
         bos_token_id=target_config.bos_token_id,
         eos_token_id=target_config.eos_token_id,
         config=plain(config),
+        data_digest=data_digest,
     )

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 from torch.distributed.rendezvous import register_rendezvous_handler
@@ -119,6 +120,9 @@ def _init_rpc(cast: Cast, store: dist.Store, config: RpcConfig, devices: DeviceP
         rpc_timeout=config.request_timeout,
         _transports=config.transports,
     )
+    if devices.device_maps:
+        # An agent that finds CUDA uninitialised aborts the process.
+        torch.cuda.init()
     for peer, device_map in devices.device_maps.items():
         options.set_device_map(peer, device_map)
     with watchdog(config.start_timeout, f"joining {len(cast.names)} workers over RPC"), warnings.catch_warnings():

@@ -41,7 +41,7 @@ def compute_supervision(
         flat = output.project(output.last_hidden_state.flatten(0, 1))
         logits_BTV = shift_left(flat.view(batch, length, -1))
     shifted_loss_mask = shift_left(loss_mask)
-    in_draft_vocab = selected_token_mask[logits_BTV.argmax(dim=-1)]
+    in_draft_vocab = selected_token_mask[logits_BTV.float().argmax(dim=-1)]
     return {
         "aux_hidden_states": output.aux_hidden_states,
         "target_probs": logits_BTV.index_select(-1, selected_token_ids).float().softmax(dim=-1),

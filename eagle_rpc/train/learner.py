@@ -39,8 +39,7 @@ class StepOutcome:
 class Learner:
     """The draft with its optimiser, alike on every trainer of `group`.
 
-    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype and for
-    fp16, whose gradients would need scaling.
+    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype.
     """
 
     def __init__(
@@ -50,8 +49,6 @@ class Learner:
         for name, parameter in self.parameters.items():
             if parameter.dtype != torch.float32:
                 raise ConfigError(f"the draft's {name} must be float32 for training, got {parameter.dtype}")
-        if config.autocast is DType.float16:
-            raise ConfigError("train.autocast must be bfloat16, float32 or null, got float16")
         self.steps_done = 0
         self.device = draft.fc.weight.device
         self._draft = draft

@@ -38,6 +38,7 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 256, got 128"),
         ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 256 = 256000"),
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
+        ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
     ],
 )

@@ -1,0 +1,179 @@
+"""The program as a person types it: whole processes, torchrun included."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.tiny_model import save_tiny_model, write_prompts
+
+pytestmark = pytest.mark.rpc
+
+PYTHON = [sys.executable, "-m", "eagle_rpc"]
+SMALL = [
+    "target=hf",
+    "target.dtype=float32",
+    "draft.vocab_size=64",
+    "draft.ttt_steps=2",
+    "data.max_length=128",
+    "data.validation_share=0.2",
+    "train.batch_size=2",
+    "train.autocast=null",
+    "train.log_every=1",
+    "train.checkpoint_every=2",
+    "train.validate_every=0",
+    "regenerate.max_new_tokens=12",
+    "evaluate.num_prompts=3",
+    "evaluate.max_new_tokens=10",
+]
+
+
+def torchrun(workers: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", "eagle_rpc"]
+
+
+def run(command: list[str], directory: Path, *overrides: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*command, *overrides], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A directory with a model, prompts and the target's answers to them, and the overrides that name them."""
+    directory = tmp_path_factory.mktemp("workplace")
+    model = save_tiny_model(directory / "model")
+    prompts = write_prompts(directory / "prompts.jsonl", 12)
+    overrides = [
+        *SMALL,
+        f"target.model={model}",
+        "data.prompt_source=files",
+        f"regenerate.prompts={prompts}",
+        "regenerate.output=answers.jsonl",
+        f"evaluate.prompts={prompts}",
+    ]
+    done = run(PYTHON, directory, "job=regenerate", "run.name=answers", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert len((directory / "answers.jsonl").read_text().splitlines()) == 12
+    return directory, overrides
+
+
+def test_the_whole_path_from_answers_to_accept_length(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    named = ["run.name=path", *overrides]
+    trained = run(torchrun(2), directory, "job=train", "topology=1x1", "train.max_steps=4", *named)
+    assert trained.returncode == 0, trained.stderr
+    assert "target0 serving LlamaForCausalLM" in trained.stderr and "trainer0" in trained.stderr
+    for job in ("export", "evaluate"):
+        done = run(PYTHON, directory, f"job={job}", *named)
+        assert done.returncode == 0, done.stderr
+    run_dir = directory / "runs" / "path"
+    found = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    assert {
+        "config.yaml",
+        "metrics.jsonl",
+        "logs/target0.log",
+        "logs/trainer0.log",
+        "checkpoints/step_4/draft.safetensors",
+        "export/config.json",
+        "export/model.safetensors",
+        "evaluation.json",
+        "plots/loss.png",
+        "plots/acceptance.png",
+    } <= found
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert evaluation["identical_texts"] is True
+    assert evaluation["accept_length"] >= 1 and len(evaluation["acceptance_per_position"]) == 3
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()][:4] == [1, 2, 3, 4]
+
+
+def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    done = run(PYTHON, directory, "job=train", "topology=single", "train.max_steps=2", "run.name=single", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert (directory / "runs/single/checkpoints/step_2").is_dir()
+
+
+def test_training_killed_and_resumed_ends_with_the_same_weights(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    settings = ["job=train", "topology=1x1", "train.max_steps=9", *overrides]
+    alone = run(torchrun(2), directory, "run.name=alone", *settings)
+    assert alone.returncode == 0, alone.stderr
+    killed = ["run.name=killed", "train.resume=auto", *settings]
+    for step in (2, 5, 7):
+        kill_at_step(directory, killed, directory / "runs/killed/metrics.jsonl", step)
+    finished = run(torchrun(2), directory, *killed)
+    assert finished.returncode == 0, finished.stderr
+    for name in ("draft.safetensors", "optimiser.safetensors"):
+        straight, resumed = (directory / "runs" / name_of_run / "checkpoints/step_9" / name for name_of_run in ("alone", "killed"))
+        assert straight.read_bytes() == resumed.read_bytes(), name
+
+
+def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int) -> None:
+    """Starts a run and kills its launcher without warning when it has logged `step`; its workers must end by themselves."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (directory / f"killed_{step}.log").open("w") as log:
+        launcher = subprocess.Popen([*torchrun(2), *overrides], cwd=directory, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
+            assert time.monotonic() < deadline and launcher.poll() is None, (directory / f"killed_{step}.log").read_text()
+            os.sched_yield()
+        workers = children_of(launcher.pid)
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait(10)
+    while any(Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text() for pid in workers):
+        assert time.monotonic() < deadline, f"workers {workers} outlive their launcher"
+        os.sched_yield()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch_size=0"], "ConfigError: train.batch_size must be positive, got 0"),
+        (["topology=2x2"], "needs 4 workers, got 1: start it with torchrun --nproc-per-node=4"),
+        (["train.batchsize=1"], "Key 'batchsize' not in 'TrainConfig'"),
+    ],
+)
+def test_mistakes_end_with_code_1_and_one_clear_message(tmp_path: Path, overrides: list[str], message: str):
+    done = run(PYTHON, tmp_path, *overrides)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_directory_with_an_earlier_run_is_refused_unless_resumed(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    (directory / "runs/occupied").mkdir(parents=True)
+    (directory / "runs/occupied/metrics.jsonl").write_text("")
+    done = run(PYTHON, directory, "job=train", "topology=single", "run.name=occupied", *overrides)
+    assert done.returncode == 1
+    assert "run.dir must be empty with train.resume=never" in done.stderr
+
+
+def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    done = run(PYTHON, directory, "job=plan", "topology=1x2", "run.name=planned", *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "target0; trainer0, trainer1" in done.stdout
+    # Three hidden states and one more of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
+    assert f"{4 * 32 * 4 + 12} bytes a supervised token" in done.stdout
+    assert not (directory / "runs/planned").exists()
+
+
+@pytest.mark.slow
+def test_verification_finds_every_bit_equal(tmp_path: Path):
+    done = run(PYTHON, tmp_path, "job=verify", timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "runs/verify/verify.json").read_text())
+    assert [(row["topology"], row["encoding"]) for row in rows] == [
+        (topology, encoding) for topology in ("1x1", "1x2", "2x2") for encoding in ("probs", "logits", "hidden")
+    ]
+    assert all(row["tensors"] > 0 and all(row["equal"].values()) for row in rows)
