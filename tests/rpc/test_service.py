@@ -243,7 +243,7 @@ def deaths(seen: str) -> None:
 
 def test_a_target_that_dies_in_a_call_is_a_lost_connection(tmp_path: Path):
     seen = tmp_path / "seen"
-    with pytest.raises(AssertionError, match="died with exit code 1|ConnectionLost"):
+    with pytest.raises(AssertionError, match=r"died with exit code 1|ConnectionLost"):
         run_workers(deaths, 2, str(seen))
     assert "lost the connection to target0 during the last call" in seen.read_text()
 
