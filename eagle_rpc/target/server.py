@@ -72,6 +72,10 @@ class TargetModelServer:
         self._sessions = SessionTable(max_sessions=config.max_sessions, device=device)
         self._scheduler = ForwardScheduler(max_queued=config.max_queued_requests, devices=[device] if device.type == "cuda" else [])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a server never travels, but with CUDA torch looks for tensors in an RRef's value by pickling it."""
+        return {}
+
     @_replies
     def model_info(self) -> ModelInfo:
         """The target's identity and limits."""
