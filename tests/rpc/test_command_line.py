@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from support.tiny_model import save_tiny_model, write_prompts
+from support.workers import free_port
 
 pytestmark = pytest.mark.rpc
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 PYTHON = [sys.executable, "-m", "eagle_rpc"]
 SMALL = [
     "target=hf",
@@ -37,9 +39,8 @@ def torchrun(workers: int) -> list[str]:
 
 
 def run(command: list[str], directory: Path, *overrides: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*command, *overrides], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *overrides], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -116,9 +117,8 @@ def test_training_killed_and_resumed_ends_with_the_same_weights(workplace: tuple
 
 def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int) -> None:
     """Starts a run and kills its launcher without warning when it has logged `step`; its workers must end by themselves."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (directory / f"killed_{step}.log").open("w") as log:
-        launcher = subprocess.Popen([*torchrun(2), *overrides], cwd=directory, env=environment, stdout=log, stderr=log)
+        launcher = subprocess.Popen([*torchrun(2), *overrides], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while not metrics.exists() or f'"step": {step}' not in metrics.read_text():
             assert time.monotonic() < deadline and launcher.poll() is None, (directory / f"killed_{step}.log").read_text()
@@ -166,6 +166,59 @@ def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path
     # Three hidden states and one more of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
     assert f"{4 * 32 * 4 + 12} bytes a supervised token" in done.stdout
     assert not (directory / "runs/planned").exists()
+
+
+def test_agents_with_role_names_find_each_other_in_either_order(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    rendezvous = [
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
+        "--rdzv-id=roles",
+    ]
+    job = ["-m", "eagle_rpc", "job=train", "train.max_steps=2", "run.name=roles", *overrides]
+    agents = []
+    # The trainer's agent first: it gets rank 0.
+    for role in ("trainer", "target"):
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--role", role, *job]
+        agents.append(
+            subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    assert "trainer0 joined target0, trainer0" in outputs[0] and "target0 serving" in outputs[1]
+    assert (directory / "runs/roles/checkpoints/step_2").is_dir()
+
+
+def test_a_worker_that_never_comes_ends_the_others_with_a_reason(tmp_path: Path):
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "2",
+        "ROLE_NAME": "default",
+        "ROLE_RANK": "0",
+        "ROLE_WORLD_SIZE": "2",
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+        "TORCHELASTIC_RUN_ID": "alone",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    done = subprocess.run(
+        [*PYTHON, "rpc.start_timeout=4"],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, **alone},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 70
+    assert "target0" in done.stderr and "joining 2 workers over RPC did not end within 4 s" in done.stderr
 
 
 @pytest.mark.slow

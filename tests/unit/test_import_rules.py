@@ -54,6 +54,11 @@ def test_every_room_has_a_rule():
     assert set(ROOMS) == set(ALLOWED)
 
 
+def test_every_room_is_packaged():
+    listed = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert [room for room in ROOMS if f'"eagle_rpc.{room}",' not in listed] == []
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_rooms_import_only_what_the_design_allows(room: str):
     allowed = ALLOWED[room] | {room, "errors", "__version__"}
