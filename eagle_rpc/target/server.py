@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.rpc.functions import async_execution
 from torch.futures import Future
@@ -140,9 +141,11 @@ class TargetModelServer:
         return self._scheduler.submit(work, session=session.id, deadline=time.monotonic() + request.seconds_left)
 
     def _supervise(self, session: Session, tokens: TokenBatch) -> EncodedSupervision:
-        return supervise(
+        encoded = supervise(
             self._target, tokens, session.vocab, encoding=session.encoding, rows=session.rows, chunk_rows=self._chunk_rows
         )
+        # TensorPipe aborts the process on a CUDA tensor without elements.
+        return encoded if encoded.supervised_rows.numel() else encoded.to(torch.device("cpu"))
 
     @_replies
     def heartbeat(self, session: str) -> str:
