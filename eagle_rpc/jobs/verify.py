@@ -33,11 +33,12 @@ class Comparison:
     topology: str
     encoding: str
     tensors: int  # supervision tensors of all trainers and steps
+    rows: int  # supervised rows in them; without any, equality says nothing
     equal: dict[str, bool]  # by quantity
 
     @property
     def passed(self) -> bool:
-        return self.tensors > 0 and all(self.equal.values())
+        return self.rows > 0 and all(self.equal.values())
 
 
 def run(config: Config) -> int:
@@ -112,11 +113,12 @@ def compare_records(topology: str, encoding: str, colocated: list[dict[str, Any]
     """Compares what the trainers of both sides recorded, one dict a trainer with digests and numbers by quantity."""
     equal = {name: [record[name] for record in colocated] == [record[name] for record in remote] for name in _QUANTITIES}
     tensors = sum(len(batch) for record in remote for batch in record["supervision"])
-    return Comparison(topology, encoding, tensors, equal)
+    rows = sum(record["rows"] for record in remote)
+    return Comparison(topology, encoding, tensors, rows, equal)
 
 
 def _table(comparisons: list[Comparison]) -> Iterator[str]:
-    yield f"{'topology':<10}{'encoding':<10}{'tensors':>8}  " + "".join(f"{name:<13}" for name in _QUANTITIES)
+    yield f"{'topology':<10}{'encoding':<10}{'tensors':>8}{'rows':>8}  " + "".join(f"{name:<13}" for name in _QUANTITIES)
     for row in comparisons:
         verdicts = "".join(f"{'bitwise' if row.equal[name] else 'DIFFERENT':<13}" for name in _QUANTITIES)
-        yield f"{row.topology:<10}{row.encoding:<10}{row.tensors:>8}  {verdicts}"
+        yield f"{row.topology:<10}{row.encoding:<10}{row.tensors:>8}{row.rows:>8}  {verdicts}"

@@ -111,6 +111,7 @@ def _train_and_record(
     used = config.job.verify_steps * config.train.accumulation
     record = {
         "supervision": recording.digests[:used],
+        "rows": sum(recording.rows[:used]),
         "loss": [line["loss"] for line in metrics],
         "grad_norm": [line["grad_norm"] for line in metrics],
         "weights": trainer.learner.digest(),
@@ -152,6 +153,7 @@ class RecordingBackend:
     def __init__(self, backend: Eagle3TargetBackend) -> None:
         self._backend = backend
         self.digests: list[dict[str, str]] = []  # one dict a batch
+        self.rows: list[int] = []  # supervised rows of each batch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -159,6 +161,7 @@ class RecordingBackend:
     def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
         for batch in self._backend.stream(batches):
             self.digests.append({name: _digest(tensor) for name, tensor in _tensors(batch).items()})
+            self.rows.append(batch.supervised_rows.numel())
             yield batch
 
 

@@ -229,4 +229,4 @@ def test_verification_finds_every_bit_equal(tmp_path: Path):
     assert [(row["topology"], row["encoding"]) for row in rows] == [
         (topology, encoding) for topology in ("1x1", "1x2", "2x2") for encoding in ("probs", "logits", "hidden")
     ]
-    assert all(row["tensors"] > 0 and all(row["equal"].values()) for row in rows)
+    assert all(row["rows"] > 0 and all(row["equal"].values()) for row in rows)

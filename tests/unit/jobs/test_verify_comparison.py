@@ -4,12 +4,12 @@ import pytest
 
 from eagle_rpc.jobs.verify import compare_records
 
-RECORD = {"supervision": [{"argmax": "aa", "target_probs": "bb"}], "loss": [1.5], "grad_norm": [0.25], "weights": "cc"}
+RECORD = {"supervision": [{"argmax": "aa", "target_probs": "bb"}], "rows": 7, "loss": [1.5], "grad_norm": [0.25], "weights": "cc"}
 
 
 def test_equal_records_pass():
     row = compare_records("1x2", "hidden", [RECORD, RECORD], [copy.deepcopy(RECORD), RECORD])
-    assert row.passed and row.tensors == 4
+    assert row.passed and (row.tensors, row.rows) == (4, 14)
 
 
 @pytest.mark.parametrize(
@@ -28,5 +28,5 @@ def test_one_differing_bit_of_one_trainer_fails_and_is_named(quantity: str, valu
 
 
 def test_nothing_recorded_is_no_pass():
-    empty = {**RECORD, "supervision": []}
+    empty = {**RECORD, "rows": 0}
     assert not compare_records("1x1", "hidden", [empty], [empty]).passed
