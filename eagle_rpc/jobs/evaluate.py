@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from eagle_rpc.config import Config
@@ -22,9 +23,9 @@ def run(config: Config) -> int:
     start_worker(config, "evaluate")
     ensure_prompts(config)
     export = load_export(Path(config.evaluate.draft))
-    config.target.dtype = config.evaluate.dtype
+    target = replace(config.target, dtype=config.evaluate.dtype)
     model, tokenizer = load_model(
-        config.target, resolve_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed
+        target, resolve_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed
     )
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer to read evaluate.prompts with: name a stored target.model")
