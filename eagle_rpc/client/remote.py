@@ -117,12 +117,16 @@ class RemoteEagle3TargetModel:
         """Yields in order; keeps `prefetch` requests under way. Closing the iterator gives up those that are."""
         source = iter(batches)
         under_way: deque[tuple[TokenBatch, PendingSupervision]] = deque()
-        while True:
-            while len(under_way) < self._prefetch and (tokens := next(source, None)) is not None:
-                under_way.append((tokens, self._send(tokens)))
-            if not under_way:
-                return
-            yield self._receive(*under_way.popleft())
+        try:
+            while True:
+                while len(under_way) < self._prefetch and (tokens := next(source, None)) is not None:
+                    under_way.append((tokens, self._send(tokens)))
+                if not under_way:
+                    return
+                yield self._receive(*under_way.popleft())
+        finally:
+            for _, pending in under_way:
+                pending.abandon()
 
     def _send(self, tokens: TokenBatch) -> PendingSupervision:
         request_id = f"{self._trainer}-{next(self._request_numbers)}"

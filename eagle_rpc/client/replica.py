@@ -84,7 +84,11 @@ class PendingSupervision:
                 except TargetBusy as busy:
                     self._send_again(busy)
         finally:
-            self._replica.num_outstanding -= 1
+            self.abandon()
+
+    def abandon(self) -> None:
+        """The replica owes nothing more; a reply that still comes is dropped."""
+        self._replica.num_outstanding -= 1
 
     def _send_again(self, busy: TargetBusy) -> None:
         seconds_left = self._deadline - time.monotonic() - _BUSY_RETRY_SECONDS
