@@ -10,7 +10,7 @@ from eagle_rpc.data import ChatTemplate, read_chats
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate import Evaluation, evaluate_draft, stop_token_ids
 from eagle_rpc.jobs.prompts import ensure_prompts
-from eagle_rpc.jobs.setting import resolve_device, run_directory, start_worker
+from eagle_rpc.jobs.setting import only_device, run_directory, start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
 from eagle_rpc.target.loading import load_model
@@ -24,9 +24,7 @@ def run(config: Config) -> int:
     ensure_prompts(config)
     export = load_export(Path(config.evaluate.draft))
     target = replace(config.target, dtype=config.evaluate.dtype)
-    model, tokenizer = load_model(
-        target, resolve_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed
-    )
+    model, tokenizer = load_model(target, only_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed)
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer to read evaluate.prompts with: name a stored target.model")
     result = evaluate_draft(

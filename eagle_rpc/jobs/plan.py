@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 
+import torch
 from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
@@ -12,6 +13,7 @@ from eagle_rpc.serving.export import weight_shapes
 from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.topology import resolve_device
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30
@@ -28,13 +30,10 @@ def run(config: Config) -> int:
 
 
 def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]]:
-    topology, draft = config.topology, draft_config(config, target)
+    draft = draft_config(config, target)
     yield "run directory", config.run.dir
-    if topology.single:
-        yield "workers", "single0 (target and trainer in one process)"
-    else:
-        yield "workers", f"{', '.join(_names('target', topology.targets))}; {', '.join(_names('trainer', topology.trainers))}"
-    yield "devices", f"target {config.target.device}, trainer {config.train.device}"
+    for name, role, device in _workers(config):
+        yield name, f"{role} on {device}"
     yield "target", f"{config.target.model}, {target.model_type}, {target.num_hidden_layers} layers, hidden {target.hidden_size}"
     yield "captured layers", str(aux_layers(target.num_hidden_layers, config.target.aux_layer_ids))
     yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
@@ -43,8 +42,16 @@ def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]
     yield from _memory(config, target, draft)
 
 
-def _names(role: str, count: int) -> list[str]:
-    return [f"{role}{index}" for index in range(count)]
+def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Name, role and device of each worker, as on one host with this one's GPUs."""
+    topology, num_gpus = config.topology, torch.cuda.device_count()
+    if topology.single:
+        yield "single0", "target and trainer", resolve_device(config.train.device, local_rank=0, num_gpus=num_gpus)
+        return
+    targets = [(f"target{index}", "target", config.target.device) for index in range(topology.targets)]
+    trainers = [(f"trainer{index}", "trainer", config.train.device) for index in range(topology.trainers)]
+    for local_rank, (name, role, setting) in enumerate(targets + trainers):
+        yield name, role, resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
 
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from eagle_rpc.config import Config
 from eagle_rpc.report import setup_logging
+from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import RunDirectory
 
 
@@ -28,8 +29,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_device(setting: str) -> torch.device:
-    """Of a job of one process; `auto` is the GPU where there is one."""
-    if setting == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(setting)
+def only_device(setting: str) -> torch.device:
+    """The device of a job of one process."""
+    return torch.device(resolve_device(setting, local_rank=0, num_gpus=torch.cuda.device_count()))

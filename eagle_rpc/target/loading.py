@@ -46,7 +46,12 @@ def resolve_model_dir(config: TargetConfig, cache_dir: str | Path) -> Path:
 def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> PretrainedConfig:
     """The transformers configuration of the target, without its weights."""
     if not config.random:
-        return AutoConfig.from_pretrained(resolve_model_dir(config, cache_dir), trust_remote_code=False)
+        # Of a hub model this fetches config.json alone.
+        source = resolve_model_dir(config, cache_dir) if config.model.endswith(".gguf") else config.model
+        try:
+            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"target.model must be a model that transformers knows, got {config.model}: {error}") from error
     fields = dict(config.random)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -1,6 +1,6 @@
 """Who is who: torchrun's environment, roles, worker names and devices."""
 
-from eagle_rpc.topology.devices import DevicePlan, plan_devices
+from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
 from eagle_rpc.topology.environment import World, bind_to_interface, prepare_environment, read_world
 from eagle_rpc.topology.lifetime import die_with_parent
 from eagle_rpc.topology.roles import Cast, Role, Worker, assign_roles
@@ -17,4 +17,5 @@ __all__ = [
     "plan_devices",
     "prepare_environment",
     "read_world",
+    "resolve_device",
 ]

@@ -18,7 +18,7 @@ def plan_devices(cast: Cast, *, setting: str, local_rank: int, num_gpus: int) ->
 
     Worker i of `cast.names` is taken to have local rank i, so with fewer GPUs than workers several share one.
     """
-    device = _resolve(setting, local_rank, num_gpus)
+    device = resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
     if not device.startswith("cuda"):
         return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
@@ -26,7 +26,8 @@ def plan_devices(cast: Cast, *, setting: str, local_rank: int, num_gpus: int) ->
     return DevicePlan(device, maps)
 
 
-def _resolve(setting: str, local_rank: int, num_gpus: int) -> str:
+def resolve_device(setting: str, *, local_rank: int, num_gpus: int) -> str:
+    """`auto` is the local rank's GPU where there is one; with fewer GPUs than workers they share."""
     if setting == "auto":
         return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
     return "cuda:0" if setting == "cuda" else setting

@@ -162,7 +162,8 @@ def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path
     directory, overrides = workplace
     done = run(PYTHON, directory, "job=plan", "topology=1x2", "run.name=planned", *overrides)
     assert done.returncode == 0, done.stderr
-    assert "target0; trainer0, trainer1" in done.stdout
+    workers = [line.split()[:2] for line in done.stdout.splitlines()[1:4]]
+    assert workers == [["target0", "target"], ["trainer0", "trainer"], ["trainer1", "trainer"]]
     # Three hidden states and one more of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
     assert f"{4 * 32 * 4 + 12} bytes a supervised token" in done.stdout
     assert not (directory / "runs/planned").exists()
