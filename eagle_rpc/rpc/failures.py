@@ -7,6 +7,7 @@ from eagle_rpc.errors import ConnectionLost, EagleRpcError, TargetFailed, WaitTi
 
 _TIMEOUT_PREFIX = "RPCErr:1:"
 _CONNECTION_MARKS = ("this error originated at tensorpipe/", "pipe closed", "ECONNREFUSED", "could not find destination")
+_FRAME_MARKS = ("frame #", "Exception raised from")
 
 
 def classify(error: RuntimeError, *, peer: str, what: str) -> EagleRpcError:
@@ -16,5 +17,6 @@ def classify(error: RuntimeError, *, peer: str, what: str) -> EagleRpcError:
         return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT_PREFIX)}")
     if any(mark in text for mark in _CONNECTION_MARKS):
         return ConnectionLost(f"lost the connection to {peer} during {what}: {text.splitlines()[0]}")
-    # A remote exception's text is its traceback on the peer, which has logged it; the last line names it.
-    return TargetFailed(f"{peer} raised during {what}: {text.splitlines()[-1]}")
+    # A remote exception's text is its traceback on the peer, which has logged it; the last line that is no frame names it.
+    said = [line for line in text.splitlines() if line.strip() and not line.startswith(_FRAME_MARKS)]
+    return TargetFailed(f"{peer} raised during {what}: {said[-1] if said else text}")

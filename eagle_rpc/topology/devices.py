@@ -22,7 +22,7 @@ def plan_devices(cast: Cast, *, setting: str, local_rank: int, num_gpus: int) ->
     if not device.startswith("cuda"):
         return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
-    maps = {name: {device: f"cuda:{cast.names.index(name) % num_gpus}"} for name in peers if name != cast.me.name}
+    maps = {name: {device: f"cuda:{cast.names.index(name) % num_gpus}"} for name in peers}
     return DevicePlan(device, maps)
 
 

@@ -17,6 +17,7 @@ from eagle_rpc.rpc.membership import check_bound_address, interface_address
         ("EPIPE: broken pipe (this error originated at tensorpipe/transport/uv/connection_impl.cc:132)", ConnectionLost),
         ("could not find destination id 7", ConnectionLost),
         ("On WorkerInfo(id=0, name=target0):\nKeyError('x')\nTraceback ...\nKeyError: 'x'\n", TargetFailed),
+        ("On WorkerInfo(id=0, name=target0):\nRuntimeError: no map\nException raised from f at x.cpp:1\nframe #0: g", TargetFailed),
     ],
 )
 def test_torchs_texts_become_exceptions_that_name_peer_and_call(text: str, kind: type[EagleRpcError]):

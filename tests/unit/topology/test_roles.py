@@ -93,6 +93,11 @@ def test_workers_share_a_gpu_when_there_are_too_few():
     assert plan_devices(cast, setting="auto", local_rank=1, num_gpus=1).device_maps == {"target0": {"cuda:0": "cuda:0"}}
 
 
+def test_one_process_maps_its_gpu_to_itself():
+    cast = assign_roles(TopologyConfig(single=True), read_world({}))
+    assert plan_devices(cast, setting="auto", local_rank=0, num_gpus=1).device_maps == {"single0": {"cuda:0": "cuda:0"}}
+
+
 def test_without_gpus_everything_is_on_the_cpu():
     cast = assign_roles(TopologyConfig(), world(rank=1, size=2))
     plan = plan_devices(cast, setting="auto", local_rank=1, num_gpus=0)
