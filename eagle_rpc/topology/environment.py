@@ -75,10 +75,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def prepare_environment() -> None:
     """Settings that torch reads when it is imported; call before that.
 
-    Large pages make receives above 32 MB two to three times faster; OpenMP's idle threads must not spin on few cores.
+    Large pages make receives above 32 MB two to three times faster; tokenizers' threads must not outlive a fork.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
