@@ -57,7 +57,8 @@ main() {
     setup) ;;
     test)
       shift
-      "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check .
+      "$PYTHON" -m ruff check .
+      "$PYTHON" -m ruff format --check .
       "$PYTHON" -m pytest "$@"
       ;;
     job=train) run_workers "${1#job=}" "${@:2}" ;;

@@ -1,14 +1,11 @@
 """One target server as a trainer sees it: its RRef, this trainer's session there, and the requests under way."""
 
-import logging
 import time
 from typing import Any
 
 from eagle_rpc.errors import RequestExpired, TargetBusy
 from eagle_rpc.rpc import PendingCall, connect
 from eagle_rpc.supervision import DraftHead, EncodedSupervision, GenerateRequest, ModelInfo, SessionSpec, TokenBatch, unwrap
-
-logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "target"
 # A control call only validates and answers; half a minute means that the peer is stuck.

@@ -1,6 +1,5 @@
 """Real speculative decoding of held-out prompts: accept length, speed, and that the text is the target's own."""
 
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +13,6 @@ from eagle_rpc.jobs.setting import only_device, run_directory, start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
 from eagle_rpc.target.loading import load_model
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:

@@ -10,6 +10,10 @@ NUM_TRAIN, NUM_HELDOUT = 8000, 200
 
 
 def ensure_prompts(config: Config) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl` where `data.prompt_source` names a source; the halves share no prompt."""
-    if config.data.prompt_source is PromptSource.chitchat:
+    """Writes `train.jsonl` and `heldout.jsonl` where `data.prompt_source` names a source; the halves share no prompt.
+
+    Nothing is written, and no package needed, if both prompt files of the configuration exist.
+    """
+    wanted = (config.regenerate.prompts, config.evaluate.prompts)
+    if config.data.prompt_source is PromptSource.chitchat and not all(Path(path).exists() for path in wanted):
         prepare_chitchat_prompts(Path(config.run.cache_dir) / "chitchat", num_train=NUM_TRAIN, num_heldout=NUM_HELDOUT, seed=0)

@@ -1,7 +1,6 @@
 """A worker that trains the draft."""
 
 import contextlib
-import logging
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
 
-logger = logging.getLogger(__name__)
-
 
 def train_until_done(config: Config, device: torch.device, membership: StaticMembership) -> None:
     """The whole life of a trainer in a static job: data, target, draft, training."""
@@ -39,6 +36,7 @@ def train_until_done(config: Config, device: torch.device, membership: StaticMem
         cache_dir=config.run.cache_dir,
     )
     with contextlib.closing(connect_target(config, target_config, tokenizer, device, membership)) as backend:
+        require_room(config, backend.model_info().max_length)
         backend.open_session(mapping)
         with join_group(config, membership) as group:
             plan = plan_batches(config, training, rank=index, num_ranks=group.size)
@@ -73,6 +71,13 @@ def connect_target(
         device=device,
         request_timeout=config.rpc.request_timeout,
     )
+
+
+def require_room(config: Config, limit: int) -> None:
+    """Raises `ConfigError` if a batch may be longer than the target accepts: better now than in the middle of a run."""
+    longest = (config.data.bucket_lengths or [config.data.max_length])[-1]
+    if longest > limit:
+        raise ConfigError(f"data.max_length (and data.bucket_lengths) must be at most the target's {limit} tokens, got {longest}")
 
 
 def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any | None) -> TargetExpectation:

@@ -5,6 +5,7 @@ This process only starts the workers of either side, one torchrun after the othe
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,9 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     """Raises `TargetFailed` with the log's name if a worker fails, `WaitTimeout` after `job.verify_timeout`."""
     targets, trainers = map(int, TOPOLOGY.fullmatch(topology).groups())
     directory = _side_directory(config, topology, side)
-    directory.mkdir(parents=True, exist_ok=True)
+    # An earlier verification left its checkpoints here, and a run never writes over those.
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
     write_config(_side_config(config, side, directory, TopologyConfig(targets=targets, trainers=trainers)), directory / "side.yaml")
     workers = trainers + (targets if side is VerifySide.remote else 0)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]

@@ -36,5 +36,5 @@ class PendingCall:
             raise WaitTimeout(f"{self._peer} did not answer {self._what} within {self._timeout:.0f} s")
         try:
             return self._future.wait()
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001 - torch raises whatever class the peer raised
             raise classify(error, peer=self._peer, what=self._what) from None

@@ -113,7 +113,10 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
 
 def _require_equal(name: str, saved: Any, current: Any) -> None:
     if saved != current:
-        raise CheckpointError(f"{name} must be the checkpoint's to resume, it has {saved}, this run has {current}")
+        raise CheckpointError(
+            f"{name} must be the checkpoint's to resume, it has {saved}, this run has {current}: "
+            "another run.name starts a run of its own"
+        )
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

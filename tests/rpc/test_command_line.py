@@ -223,6 +223,7 @@ def test_a_worker_that_never_comes_ends_the_others_with_a_reason(tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_verification_finds_every_bit_equal(tmp_path: Path):
     done = run(PYTHON, tmp_path, "job=verify", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -123,3 +123,16 @@ def test_a_target_busy_until_the_deadline_is_given_up(monkeypatch: pytest.Monkey
     backend = connected(monkeypatch, BusyServer(server, refusals=10**9), prefetch=1, request_timeout=0.2)
     with pytest.raises(RequestExpired, match="found target0 busy until its deadline"):
         backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
+
+
+def test_a_session_that_cannot_be_ended_hides_no_error_and_keeps_no_other_session(
+    monkeypatch: pytest.MonkeyPatch, server: TargetModelServer, caplog: pytest.LogCaptureFixture
+):
+    backend = connected(monkeypatch, server, prefetch=1)
+    sessions = server.stats().value["sessions"]
+    gone = remote.Replica("target1", request_timeout=1)
+    gone._session = "no session of anybody"
+    backend._replicas.insert(0, gone)
+    backend.close()
+    assert "the session at target1 was not ended" in caplog.text
+    assert server.stats().value["sessions"] == sessions - 1

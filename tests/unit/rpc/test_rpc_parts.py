@@ -41,6 +41,14 @@ def test_a_result_that_arrives_while_waiting_is_returned():
     assert call.result() == 5 and call.done
 
 
+@pytest.mark.parametrize("raised", [KeyError, AttributeError, OSError, RuntimeError])
+def test_whatever_class_the_peer_raised_becomes_ours(raised: type[Exception]):
+    future: Future = Future()
+    future.set_exception(raised("On WorkerInfo(id=0, name=target0):\nTraceback ...\nthe last line\n"))
+    with pytest.raises(TargetFailed, match=r"^target0 raised during request 7: the last line$"):
+        calls.PendingCall(future, peer="target0", what="request 7", timeout=30).result()
+
+
 def test_loopback_is_found_and_an_unknown_interface_is_refused():
     assert interface_address("lo") == "127.0.0.1"
     with pytest.raises(ConfigError, match=r"rpc\.interface must be a network interface .* got 'nope0'"):
