@@ -81,6 +81,8 @@ class Trainer:
         another run, `ConfigError` if trainers do not start alike, and whatever the target's backend raises.
         """
         self._start()
+        if self.learner.steps_done >= self.total_steps:
+            logger.info("nothing left to train: the run has done %d of %d steps", self.learner.steps_done, self.total_steps)
         report = self._open_report()
         ahead = self._backend.stream(self._batches.batches(self._micro_batches))
         with contextlib.closing(report), contextlib.closing(ahead) as stream:
