@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
@@ -65,6 +65,9 @@ def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, st
 
 def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
+    with torch.device("meta"):
+        num_parameters = AutoModelForCausalLM.from_config(target).num_parameters()
+    yield "target, weights", f"{num_parameters * dtype_bytes / _GIB:.2f} GiB ({num_parameters / 1e6:.1f} M parameters)"
     chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4)
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes

@@ -166,6 +166,8 @@ def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path
     assert workers == [["target0", "target"], ["trainer0", "trainer"], ["trainer1", "trainer"]]
     # Three hidden states and one more of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
     assert f"{4 * 32 * 4 + 12} bytes a supervised token" in done.stdout
+    weights = next((directory / "model").glob("*.safetensors")).stat().st_size
+    assert f"{weights / 4e6:.1f} M parameters" in done.stdout
     assert not (directory / "runs/planned").exists()
 
 
