@@ -10,7 +10,7 @@ from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.errors import ConfigError
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.setting import run_directory
 from eagle_rpc.jobs.target_worker import DONE, READY
 from eagle_rpc.rpc import StaticMembership
@@ -118,7 +118,10 @@ def make_draft(config: Config, target_config: PretrainedConfig, backend: Eagle3T
     draft = Eagle3Draft(draft_config(config, target_config), backend.input_embeddings())
     draft.initialise(config.run.seed)
     if config.draft.seed_head:
-        draft.seed_lm_head(backend.output_embeddings().weight.cpu())
+        try:
+            draft.seed_lm_head(backend.output_embeddings().weight.cpu())
+        except UnsupportedTarget as error:
+            raise UnsupportedTarget(f"draft.seed_head must be false for a head that is no plain matrix: {error}") from error
     return draft.to(device)
 
 
