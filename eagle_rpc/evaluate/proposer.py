@@ -53,6 +53,7 @@ class DraftProposer:
         self._cache = DraftCache()
 
     def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
+        """The chain of guesses; of the cache only slots of verified tokens stay."""
         ids = list(next_token_ids)
         hidden_1NH = self._draft.fuse(aux_N3H[None])
         verified = self._cache.length + len(ids)

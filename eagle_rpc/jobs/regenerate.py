@@ -239,6 +239,7 @@ class _Progress:
         self._finished_tokens += len(answer.token_ids) + (not answer.truncated)
 
     def add_chat(self) -> None:
+        """One more chat is written or given up."""
         self._chats += 1
         now = time.monotonic()
         rate = self._engine.num_generated / max(now - self._started, 1e-9)

@@ -28,9 +28,11 @@ def test_an_earlier_run_is_refused_unless_resuming(tmp_path):
 
 
 def test_a_claim_ends_with_its_body_and_leaves_nothing_that_counts(tmp_path):
+    claims = 0
     for _ in range(2):
         with RunDirectory(tmp_path).claimed(Resume.never):
-            pass
+            claims += 1
+    assert claims == 2
 
 
 HOLDER = """
