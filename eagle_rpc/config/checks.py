@@ -13,13 +13,13 @@ TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 ADDRESS = re.compile(r"([^\s:]+):(\d{1,5})")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
-    "rpc.request_timeout rpc.reconnect_deadline rpc.heartbeat_interval rpc.heartbeat_misses rpc.drain_timeout rpc.shutdown_timeout "
-    "rpc.max_pickle_bytes rpc.max_request_bytes target.max_batch_tokens target.chunk_rows target.max_queued_requests "
-    "target.max_queued_per_session target.max_reply_bytes target.max_reply_bytes_per_session target.max_sessions "
-    "target.session_lease supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps train.batch_size "
-    "train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every train.keep_checkpoints "
-    "train.log_every evaluate.num_prompts evaluate.max_new_tokens evaluate.num_draft_tokens regenerate.batch_size "
-    "regenerate.max_new_tokens regenerate.max_prompt_tokens"
+    "rpc.request_timeout rpc.reconnect_deadline rpc.heartbeat_interval rpc.heartbeat_misses rpc.drain_timeout "
+    "rpc.shutdown_timeout rpc.max_pickle_bytes rpc.max_request_bytes target.max_batch_tokens target.chunk_rows "
+    "target.max_queued_requests target.max_queued_per_session target.max_reply_bytes target.max_reply_bytes_per_session "
+    "target.max_sessions target.session_lease supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps "
+    "train.batch_size train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every "
+    "train.keep_checkpoints train.log_every evaluate.num_prompts evaluate.max_new_tokens evaluate.num_draft_tokens "
+    "regenerate.batch_size regenerate.max_new_tokens regenerate.max_prompt_tokens"
 ).split()
 _NOT_NEGATIVE = (
     "run.threads job.status_watch topology.first_target train.validate_every train.validation_batches train.weight_decay evaluate.near_tie regenerate.temperature"
