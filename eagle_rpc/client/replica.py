@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from eagle_rpc.errors import UnknownSession
 from eagle_rpc.rpc import Link, PendingCall
 from eagle_rpc.supervision import DraftHead, GenerateRequest, ModelInfo, OpenedSession, SessionSpec, TokenBatch, unwrap
 
@@ -61,8 +62,9 @@ class Replica:
         return self._fetch("input_embeddings")
 
     def output_embeddings(self) -> DraftHead:
-        """The head's rows of the session's draft vocabulary."""
-        assert self.session is not None
+        """The head's rows of the session's draft vocabulary. Raises `UnknownSession` while there is none."""
+        if self.session is None:
+            raise UnknownSession(f"{self.name} has no session of this trainer yet")
         return self._fetch("output_embeddings", self.session.id)
 
     def open_session(self, spec: SessionSpec) -> None:

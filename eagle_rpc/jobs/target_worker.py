@@ -34,7 +34,8 @@ def hosted_target(config: Config, device: torch.device) -> Iterator[TargetModelS
     finally:
         server.drain(config.rpc.drain_timeout)
         server.wait_sent(config.rpc.drain_timeout)
-        logger.info("served: %s", ", ".join(f"{name} {count}" for name, count in server.stats().value.items()))
+        answered = server.status().value["requests"]
+        logger.info("served: %s", ", ".join(f"{outcome} {count}" for outcome, count in answered.items()) or "nothing")
         withdraw(SERVICE_NAME)
         server.close()
 
@@ -77,6 +78,6 @@ class Abandonment:
         self._since: float | None = None  # the last time that a session was open
 
     def now(self) -> bool:
-        if self._server.num_sessions:
+        if self._server.status().value["sessions"]:
             self._since = time.monotonic()
         return self._since is not None and time.monotonic() - self._since >= self._lease

@@ -18,7 +18,7 @@ from torch.distributed import rpc
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, ConnectionLost, StaleIncarnation
-from eagle_rpc.registry import Beat, Record, RegistryClient
+from eagle_rpc.registry import Beat, Record, RegistryClient, wait_until_reachable
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
@@ -148,9 +148,11 @@ def join_elastic(
 ) -> Iterator[ElasticMembership]:
     """Starts this worker's agent and announces it at the registry until the body ends; peers that it met stay as they are.
 
-    `when_superseded` is called if another process takes the name over. Raises `NameTaken` if a living worker has the name,
-    otherwise as `running_agent` does.
+    `when_superseded` is called if another process takes the name over. Waits `config.start_timeout` for the registry and for
+    the name; raises `ConnectionLost` or `WaitTimeout` without a registry, `NameTaken` while a living worker has the name, otherwise
+    as `running_agent` does.
     """
+    wait_until_reachable(registry, config.start_timeout)
     worker_id = registry.new_id()
     if worker_id >= _LOWEST_CONNECTION:
         raise ConfigError(f"the registry has numbered {worker_id} workers, torch takes {_LOWEST_CONNECTION}: start it anew")
@@ -177,7 +179,14 @@ def join_elastic(
             status={},
         )
         membership = ElasticMembership(me, registry)
-        with Beat(registry, me, status=membership.status, interval=config.heartbeat_interval, when_superseded=when_superseded):
+        with Beat(
+            registry,
+            me,
+            status=membership.status,
+            interval=config.heartbeat_interval,
+            patience=config.start_timeout,
+            when_superseded=when_superseded,
+        ):
             _here.append(membership)
             logger.info("%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry)
             try:

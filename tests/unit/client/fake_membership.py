@@ -34,9 +34,9 @@ class FakeTarget:
         self.server = server
         self.alive = True
         self.num_requests = 0
+        self.sessions: list[str] = []
         self.refuse: Callable[[str], Any] = lambda method: None  # a reply instead of the server's, or None
         self.held: list[tuple[Future, Callable[[], Any]]] | None = None  # calls that wait until `release`
-        self._open: list[Future] = []
 
     def call(self, method: str, *arguments: Any) -> Future:
         future: Future = Future()
@@ -51,7 +51,13 @@ class FakeTarget:
             self.held.append((future, lambda: getattr(self.server, method)(*arguments)))
         else:
             self._answer(future, getattr(self.server, method)(*arguments))
+        if method == "open_session":
+            future.add_done_callback(lambda done: self.sessions.append(done.value().value.id))
         return future
+
+    def lapse(self) -> None:
+        """Ends the session that was opened last, as an expired lease does."""
+        self.server.disconnect(self.sessions[-1])
 
     def hold(self) -> None:
         self.held = []

@@ -9,24 +9,12 @@ from fake_membership import FakeMembership, FakeTarget, remote_model
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 
 from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
-from eagle_rpc.supervision import Failure
+from eagle_rpc.supervision import Failure, Ok, Pulse
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 
 BATCHES = 8
-
-
-def make_server(seed: int = 0) -> TargetModelServer:
-    target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=seed)
-    return TargetModelServer(target, tiny_target_config())
-
-
-@pytest.fixture(scope="module")
-def server() -> Any:
-    made = make_server()
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +42,9 @@ def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, 
     assert number == BATCHES - 1
 
 
-def opened(membership: FakeMembership, **changes: Any) -> Any:
-    backend = remote_model(membership, **changes)
-    backend.open_session(tiny_mapping())
-    return backend
-
-
-def test_requests_of_a_target_that_dies_are_answered_by_another(server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_requests_of_a_target_that_dies_are_answered_by_another(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
     dying, other = FakeTarget("target0", server), FakeTarget("target1", server)
     membership = FakeMembership(dying, other)
     backend = opened(membership)
@@ -71,7 +55,7 @@ def test_requests_of_a_target_that_dies_are_answered_by_another(server: TargetMo
 
 
 def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
-    server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
     membership = FakeMembership(FakeTarget("target0", server))
@@ -84,15 +68,17 @@ def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
     assert "a target is back after" in caplog.text
 
 
-def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(server: TargetModelServer):
+def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
     backend = opened(FakeMembership(target), reconnect_deadline=0.3)
     target.die()
-    with pytest.raises(TargetUnavailable, match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0"):
+    with pytest.raises(
+        TargetUnavailable, match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0"
+    ):
         list(backend.stream([tiny_batch(0)]))
 
 
-def test_in_a_static_world_a_lost_sole_target_is_not_waited_for(server: TargetModelServer):
+def test_in_a_static_world_a_lost_sole_target_is_not_waited_for(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
     backend = opened(FakeMembership(target, elastic=False), reconnect_deadline=1000.0)
     target.die()
@@ -101,7 +87,7 @@ def test_in_a_static_world_a_lost_sole_target_is_not_waited_for(server: TargetMo
 
 
 def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
-    server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level("INFO")
     silent, other = FakeTarget("target0", server), FakeTarget("target1", server)
@@ -115,30 +101,26 @@ def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
     check_stream(backend, expected, {})
 
 
-def test_a_draining_target_gets_nothing_new(server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_draining_target_gets_nothing_new(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
     draining, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(draining, other))
     until(lambda: len(backend.status()["targets"]) == 2)
-    draining.refuse = lambda method: Failure("draining", "shutting down") if method in ("generate", "heartbeat") else None
+    refusals = {"generate": Failure("draining", "shutting down"), "heartbeat": Ok(Pulse(incarnation="", draining=True))}
+    draining.refuse = refusals.get
     check_stream(backend, expected, {})
     asked = draining.num_requests
     check_stream(backend, expected, {})
     assert draining.num_requests == asked <= 2
 
 
-def test_a_lapsed_session_is_opened_again(server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_lapsed_session_is_opened_again(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
     target = FakeTarget("target0", server)
-    backend = opened(FakeMembership(target))
-
-    def lapse() -> None:
-        for session in list(server._sessions._sessions):
-            server.disconnect(session)
-
-    check_stream(backend, expected, {2: lapse, 5: lapse})
+    check_stream(opened(FakeMembership(target)), expected, {2: target.lapse, 5: target.lapse})
+    assert len(target.sessions) == 3
 
 
 def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_raise_is_given_up(
-    server: TargetModelServer, expected: list[dict[str, Any]]
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
 ):
     ill, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(ill, other))
@@ -152,7 +134,7 @@ def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_
         list(backend.stream([tiny_batch(0)]))
 
 
-def test_a_target_that_joins_later_takes_its_share(server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_target_that_joins_later_takes_its_share(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
     membership = FakeMembership(FakeTarget("target0", server))
     backend = opened(membership)
     late = FakeTarget("target1", server)
@@ -163,9 +145,12 @@ def test_a_target_that_joins_later_takes_its_share(server: TargetModelServer, ex
 
 
 def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
-    server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+    opened: Any,
+    server: TargetModelServer,
+    foreign_server: TargetModelServer,
+    expected: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
 ):
-    foreign_server = make_server(seed=1)
     membership = FakeMembership(FakeTarget("target0", server))
     backend = opened(membership)
     foreign = FakeTarget("target1", foreign_server)
@@ -173,17 +158,14 @@ def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
     until(lambda: "target1 is not used: target1 must serve the same model" in caplog.text)
     check_stream(backend, expected, {})
     assert foreign.num_requests == 0
-    foreign_server.close()
 
 
-def test_static_replicas_of_different_weights_are_refused(server: TargetModelServer):
-    foreign_server = make_server(seed=1)
+def test_static_replicas_of_different_weights_are_refused(server: TargetModelServer, foreign_server: TargetModelServer):
     with pytest.raises(TargetMismatch, match="must serve the same model"):
         remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
-    foreign_server.close()
 
 
-def test_embeddings_come_from_a_target_that_can_give_them(server: TargetModelServer):
+def test_embeddings_come_from_a_target_that_can_give_them(opened: Any, server: TargetModelServer):
     dying, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(dying, other))
     until(lambda: len(backend.status()["targets"]) == 2)
