@@ -3,10 +3,11 @@
 Seen on torch 2.11 to 2.13; `tests/rpc` provokes each kind.
 """
 
-from eagle_rpc.errors import ConnectionLost, EagleRpcError, TargetFailed, WaitTimeout
+from eagle_rpc.errors import ConnectionLost, EagleRpcError, PayloadRefused, TargetFailed, WaitTimeout
 
 _TIMEOUT_PREFIX = "RPCErr:1:"
 _CONNECTION_MARKS = ("this error originated at tensorpipe/", "pipe closed", "ECONNREFUSED", "could not find destination")
+_REFUSAL_PREFIX = f"{PayloadRefused.__name__}: "
 _FRAME_MARKS = ("frame #", "Exception raised from")
 
 
@@ -16,6 +17,8 @@ def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:
     text = str(error.args[0] if error.args else error).strip()
     if text.startswith(_TIMEOUT_PREFIX):
         return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT_PREFIX)}")
+    if text.startswith(_REFUSAL_PREFIX):
+        return PayloadRefused(f"{peer} refused {what}: {text.removeprefix(_REFUSAL_PREFIX)}")
     if any(mark in text for mark in _CONNECTION_MARKS):
         return ConnectionLost(f"lost the connection to {peer} during {what}: {text.splitlines()[0]}")
     # A remote exception's text is its traceback on the peer, which has logged it; the last line that is no frame names it.
