@@ -32,7 +32,7 @@ def run(config: Config) -> int:
         if config.rpc.host_registry and world.rank == 0:
             stack.enter_context(hosted_registry(config))
         membership = stack.enter_context(
-            announced(config, cast.me.name, Role.target, device, target_permissions(config), when_superseded=superseded.set)
+            announced(config, cast.me.name, Role.target, device, target_permissions(config.rpc), when_superseded=superseded.set)
         )
         server = stack.enter_context(hosted_target(config, device))
         membership.report(lambda: server.status().value)

@@ -56,7 +56,7 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
     setting = config.train.device if cast.me.has(Role.trainer) else config.target.device
     devices = plan_devices(cast, setting=setting, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config)) as membership:
+    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if not cast.me.has(Role.trainer):
             serve_until_done(config, device, membership, stop)
             return
@@ -79,6 +79,6 @@ def train_in_static_job(
 def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
     device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
-    permissions = trainer_permissions(config)
+    permissions = trainer_permissions(config.rpc)
     with announced(config, cast.me.name, Role.trainer, device, permissions, when_superseded=stop.set) as membership:
         train_until_done(config, device, cast, membership, store, stop)

@@ -71,7 +71,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     devices = plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config)) as membership:
+    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):
             serve_until_done(config, device, membership, stop)
             return
