@@ -124,7 +124,7 @@ class _Fence:
             return self._refuse(error)
 
     def _refuse(self, error: Exception) -> Any:
-        text = f"{type(error).__name__}: {error}"[:_MAX_TEXT]
+        text = " ".join(f"{type(error).__name__}: {error}"[:_MAX_TEXT].split())
         self._log.note(text)
         # torch decodes escapes in what it is given.
         return internals.RemoteFailure(text.encode("unicode_escape").decode("ascii"), RuntimeError)

@@ -8,7 +8,7 @@ nested tuple ends the process, and one that contains another twice, and so on, t
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from eagle_rpc.errors import PayloadRefused
@@ -22,11 +22,11 @@ _SCALARS = (str, int, float, bool, bytes, type(None))
 _MARK = object()
 
 
-@dataclass(frozen=True, slots=True)
 class Receiver:
     """What a message may call: `receive` gets the arguments as they came and must check them."""
 
-    receive: Callable[..., Any]
+    def __init__(self, receive: Callable[..., Any]) -> None:
+        self.receive = receive
 
 
 def read_pickle(data: bytes, names: Mapping[tuple[str, str], Any]) -> Any:
