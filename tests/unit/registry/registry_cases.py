@@ -39,10 +39,12 @@ def target(number: int = 0, **changes: object) -> Record:
 
 
 @contextlib.contextmanager
-def running_registry(directory: Path, *, ttl: float = TTL, request_seconds: float = 5.0) -> Iterator[RegistryServer]:
-    with RegistryServer(
-        ("127.0.0.1", 0), TOKEN, Directory(IdFile(directory / "ids"), ttl=ttl), request_seconds=request_seconds
-    ) as server:
+def running_registry(
+    directory: Path, *, address: str = "127.0.0.1:0", ttl: float = TTL, request_seconds: float = 5.0
+) -> Iterator[RegistryServer]:
+    host, port = address.split(":")
+    ids = IdFile(directory / "ids")
+    with RegistryServer((host, int(port)), TOKEN, Directory(ids, ttl=ttl), request_seconds=request_seconds) as server:
         yield server
 
 

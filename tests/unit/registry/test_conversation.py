@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,9 +105,9 @@ def test_an_impostor_that_repeats_an_old_reply_is_not_believed(tmp_path):
 
 
 def test_something_else_at_the_address_is_not_taken_for_a_registry():
-    with impostor(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b"." * 64) as address:
-        with pytest.raises(AccessRefused, match="must be a registry"):
-            RegistryClient(address, TOKEN, timeout=10).records()
+    answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b"." * 64
+    with impostor(answer) as address, pytest.raises(AccessRefused, match="must be a registry"):
+        RegistryClient(address, TOKEN, timeout=10).records()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,6 +119,9 @@ def test_garbage_is_closed_without_an_answer(server, garbage):
         answer = read_to_end(connection)
     # A complete message of garbage is told that the token is missing.
     assert len(answer) in (0, GREETING_BYTES) or b"AccessRefused" in answer
+
+
+NONSENSE = [b"[" * 100_000, b'{"operation":"announce"}', b'{"operation":["new_id"]}', b"null"]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -197,12 +199,15 @@ def test_a_registry_that_is_not_there_and_one_that_does_not_answer():
 def test_an_address_in_use_is_named_and_free_after_closing(tmp_path):
     with running_registry(tmp_path) as server:
         address = server.address
-        with pytest.raises(ConfigError, match=f"free address of this host, got {address}"), running_at(address, tmp_path):
+        with (
+            pytest.raises(ConfigError, match=f"free address of this host, got {address}"),
+            running_registry(tmp_path, address=address),
+        ):
             pass
         client_of(server).new_id()
     with pytest.raises(ConnectionLost):
         RegistryClient(address, TOKEN).new_id()
-    with running_at(address, tmp_path) as again:
+    with running_registry(tmp_path, address=address) as again:
         assert client_of(again).new_id() == 2
 
 
@@ -210,12 +215,6 @@ def test_an_address_in_use_is_named_and_free_after_closing(tmp_path):
 def test_an_address_needs_host_and_port(text: str):
     with pytest.raises(ConfigError, match="host:port"):
         parse_address(text)
-
-
-def running_at(address: str, directory: Path) -> contextlib.AbstractContextManager[RegistryServer]:
-    from eagle_rpc.registry import Directory, IdFile
-
-    return RegistryServer(parse_address(address), TOKEN, Directory(IdFile(directory / "ids"), ttl=3))
 
 
 @contextlib.contextmanager
