@@ -11,9 +11,8 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-
 from eagle_rpc.client.fleet import Fleet
-from eagle_rpc.client.replica import Replica
+from eagle_rpc.client.replica import Attempt, Replica
 from eagle_rpc.client.routing import Router
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import (
@@ -28,7 +27,6 @@ from eagle_rpc.errors import (
     UnknownSession,
     WaitTimeout,
 )
-from eagle_rpc.rpc import PendingCall
 from eagle_rpc.supervision import EncodedSupervision, Pulse, TokenBatch, unwrap
 
 logger = logging.getLogger(__name__)
@@ -55,7 +53,7 @@ class Ticket:
         self.tokens = tokens
         self.deadline = time.monotonic() + patience
         self.failures = 0
-        self.attempts: dict[Replica, PendingCall] = {}
+        self.attempts: dict[Replica, Attempt] = {}
         self._answered = threading.Event()
         self._reply: EncodedSupervision | None = None
         self._error: EagleRpcError | None = None
@@ -99,7 +97,7 @@ class Dispatcher:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[Ticket] = []  # heap
         self._under_way: set[Ticket] = set()
-        self._pulses: dict[Replica, tuple[PendingCall, float]] = {}  # the heartbeat under way, and since when
+        self._pulses: dict[Replica, tuple[Attempt, float]] = {}  # the heartbeat under way, and since when
         self._last_pulse: dict[Replica, float] = {}
         self._unavailable_since: float | None = None
         self._last_report = 0.0
@@ -114,7 +112,7 @@ class Dispatcher:
         number = next(self._numbers)
         patience = _PATIENCE * self._settings.request_timeout
         ticket = Ticket(number, f"{self._settings.trainer}-{number}", tokens, patience)
-        self._inbox.put(functools.partial(heapq.heappush, self._waiting, ticket))
+        self._inbox.put(functools.partial(self._take_in, ticket))
         return ticket
 
     def wait(self, ticket: Ticket) -> EncodedSupervision:
@@ -143,6 +141,9 @@ class Dispatcher:
         self._thread.join()
 
     # --- the thread
+
+    def _take_in(self, ticket: Ticket) -> None:
+        heapq.heappush(self._waiting, ticket)
 
     def _run(self) -> None:
         try:
@@ -181,21 +182,21 @@ class Dispatcher:
             # A silent replica may have answered after all, or be about to.
             if ticket.settled or not all(one.silent for one in ticket.attempts):
                 continue
-            call = replica.send(ticket.id, ticket.tokens)
-            ticket.attempts[replica] = call
+            attempt = replica.send(ticket.id, ticket.tokens)
+            ticket.attempts[replica] = attempt
             self._under_way.add(ticket)
-            call.when_done(functools.partial(self._inbox.put, functools.partial(self._settle, ticket, replica, call)))
+            attempt.call.when_done(functools.partial(self._inbox.put, functools.partial(self._settle, ticket, replica, attempt)))
 
-    def _settle(self, ticket: Ticket, replica: Replica, call: PendingCall) -> None:
+    def _settle(self, ticket: Ticket, replica: Replica, attempt: Attempt) -> None:
         """An attempt has ended."""
-        if ticket.attempts.get(replica) is not call:
+        if ticket.attempts.get(replica) is not attempt:
             return
         del ticket.attempts[replica]
         try:
-            reply = unwrap(call.result(), sender=replica.name)
+            reply = unwrap(attempt.call.result(), sender=replica.name)
         except EagleRpcError as error:
             replica.settle(ticket.id, answered=False)
-            self._bear(ticket, replica, error)
+            self._bear(ticket, replica, attempt.session, error)
         else:
             replica.settle(ticket.id, answered=True)
             if not ticket.settled:
@@ -204,7 +205,7 @@ class Dispatcher:
         if ticket.settled and not ticket.attempts:
             self._under_way.discard(ticket)
 
-    def _bear(self, ticket: Ticket, replica: Replica, error: EagleRpcError) -> None:
+    def _bear(self, ticket: Ticket, replica: Replica, session: str, error: EagleRpcError) -> None:
         """What an attempt's failure means for its replica and for the request."""
         match error:
             case TargetBusy():
@@ -212,7 +213,7 @@ class Dispatcher:
             case TargetDraining():
                 replica.draining = True
             case UnknownSession():
-                self._fleet.renew(replica)
+                self._fleet.renew(replica, session)
             case ConnectionLost() | StaleIncarnation():
                 self._lose(replica, error)
             case WaitTimeout() | RequestExpired():
@@ -251,9 +252,9 @@ class Dispatcher:
     def _give_up_overdue(self, now: float) -> None:
         """Calls that torch never completes; and requests whose replica has fallen silent are asked elsewhere as well."""
         for ticket in list(self._under_way):
-            for replica, call in list(ticket.attempts.items()):
-                if call.done:
-                    self._settle(ticket, replica, call)
+            for replica, attempt in list(ticket.attempts.items()):
+                if attempt.call.done:
+                    self._settle(ticket, replica, attempt)
             if ticket.attempts and all(replica.silent for replica in ticket.attempts) and ticket not in self._waiting:
                 self.num_failovers += 1
                 heapq.heappush(self._waiting, ticket)
@@ -278,25 +279,25 @@ class Dispatcher:
             return
         last = self._last_pulse.setdefault(replica, now)
         if replica in self._pulses:
-            call, since = self._pulses[replica]
-            if call.done:
+            beat, since = self._pulses[replica]
+            if beat.call.done:
                 del self._pulses[replica]
-                self._take_pulse(replica, call, now)
+                self._take_pulse(replica, beat, now)
             elif now - max(last, since) > self._settings.silence and not replica.silent:
                 replica.silent = True
                 logger.warning("%s has been silent for %.0f s; its requests go elsewhere", replica.name, now - last)
         elif now - last >= self._settings.heartbeat_interval or replica.silent:
-            call = replica.link.control("heartbeat", replica.session.id, timeout=self._settings.silence)
-            call.when_done(self.wake)
-            self._pulses[replica] = (call, now)
+            beat = replica.beat(timeout=self._settings.silence)
+            beat.call.when_done(self.wake)
+            self._pulses[replica] = (beat, now)
 
-    def _take_pulse(self, replica: Replica, call: PendingCall, now: float) -> None:
+    def _take_pulse(self, replica: Replica, beat: Attempt, now: float) -> None:
         try:
-            pulse: Pulse = unwrap(call.result(), sender=replica.name)
+            pulse: Pulse = unwrap(beat.call.result(), sender=replica.name)
         except (ConnectionLost, StaleIncarnation) as error:
             self._lose(replica, error)
         except UnknownSession:
-            self._fleet.renew(replica)
+            self._fleet.renew(replica, beat.session)
         except WaitTimeout:
             if not replica.silent:
                 replica.silent = True

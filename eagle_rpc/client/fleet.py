@@ -40,6 +40,7 @@ _REPORT_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 # No other target and no other moment would answer these differently.
 _FINAL = (InvalidRequest, TargetMismatch, UnsupportedTarget)
+_BROKEN = (ConnectionLost, StaleIncarnation)
 _PASSING = (ConnectionLost, StaleIncarnation, TargetBusy, TargetDraining, UnknownSession, WaitTimeout)
 
 
@@ -116,7 +117,7 @@ class Fleet:
                     return question(replica)
                 except _PASSING as error:
                     logger.warning("%s did not give %s: %s", replica.name, what, error)
-                    if isinstance(error, ConnectionLost | StaleIncarnation):
+                    if isinstance(error, _BROKEN):
                         self.drop(replica, error)
             left = deadline - time.monotonic()
             if left <= 0 or self._stop.is_set() or not (self.may_return or self.replicas()):
@@ -133,11 +134,13 @@ class Fleet:
             self.last_loss = str(error)
         if known:
             logger.warning("%s", error)
-            self._membership.leave(replica.link)
+            self._membership.leave(replica.link, lost=True)
             self._tell()
 
-    def renew(self, replica: Replica) -> None:
-        """Its session has lapsed at the target; another one is opened."""
+    def renew(self, replica: Replica, session: str) -> None:
+        """The session of that id has lapsed at the target; another one is opened, unless it has been."""
+        if replica.session is None or replica.session.id != session:
+            return
         replica.session = None
         logger.warning("the session at %s has lapsed and is opened again", replica.name)
         self._wake.set()
@@ -152,7 +155,7 @@ class Fleet:
                 replica.disconnect()
             except EagleRpcError as error:
                 logger.warning("the session at %s was not ended: %s", replica.name, error)
-            self._membership.leave(replica.link)
+            self._membership.leave(replica.link, lost=False)
 
     # --- waiting for others
 
@@ -244,8 +247,8 @@ class Fleet:
                         f"{replica.name} must serve the same model as the other targets ({self.info}), it has {replica.info}"
                     )
                 self._replicas[address.incarnation] = replica
-        except EagleRpcError:
-            self._membership.leave(link)
+        except EagleRpcError as error:
+            self._membership.leave(link, lost=isinstance(error, _BROKEN))
             raise
         logger.info("connected with %s, incarnation %s", address.name, address.incarnation[:8])
         return replica
@@ -262,7 +265,7 @@ class Fleet:
             _, pause = self._pauses.get(address.incarnation, (0.0, _FIRST_PAUSE))
             self._pauses[address.incarnation] = (time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE))
             self.last_loss = str(error)
-        if replica is not None and isinstance(error, ConnectionLost | StaleIncarnation):
+        if replica is not None and isinstance(error, _BROKEN):
             self.drop(replica, error)
         logger.debug("%s is tried again in %.1f s: %s", address.name, pause, error)
 

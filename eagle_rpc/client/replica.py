@@ -1,7 +1,7 @@
 """One target as a trainer sees it: the link, this trainer's session there, and how it has been doing."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from eagle_rpc.errors import UnknownSession
 from eagle_rpc.rpc import Link, PendingCall
@@ -12,6 +12,13 @@ SERVICE_NAME = "target"
 CONTROL_TIMEOUT = 10.0
 # Weight of the newest request in the average of a replica's pace.
 _NEWEST = 0.3
+
+
+class Attempt(NamedTuple):
+    """A call that belongs to a session."""
+
+    call: PendingCall
+    session: str
 
 
 class Replica:
@@ -78,7 +85,7 @@ class Replica:
         if session is not None:
             unwrap(self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result(), sender=self.name)
 
-    def send(self, request_id: str, tokens: TokenBatch) -> PendingCall:
+    def send(self, request_id: str, tokens: TokenBatch) -> Attempt:
         """Starts one request; the deadline travels with it as seconds remaining."""
         assert self.session is not None
         request = GenerateRequest(
@@ -89,7 +96,13 @@ class Replica:
             seconds_left=self._request_timeout,
         )
         self._under_way[request_id] = time.monotonic()
-        return self.link.call("generate", request, what=f"request {request_id}", timeout=self._request_timeout)
+        call = self.link.call("generate", request, what=f"request {request_id}", timeout=self._request_timeout)
+        return Attempt(call, self.session.id)
+
+    def beat(self, *, timeout: float) -> Attempt:
+        """Starts a heartbeat, which renews the session's lease."""
+        assert self.session is not None
+        return Attempt(self.link.control("heartbeat", self.session.id, timeout=timeout), self.session.id)
 
     def settle(self, request_id: str, *, answered: bool) -> None:
         """Nothing more is awaited for this request; an answer tells the pace."""

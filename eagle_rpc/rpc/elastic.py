@@ -46,7 +46,7 @@ class ElasticMembership:
         self._status: Callable[[], dict[str, Any]] = dict
         self._lock = threading.Lock()
         self._table: dict[str, int] = {}  # RPC names of peers, as this agent knows them
-        self._met: set[str] = set()  # incarnations
+        self._lost: set[str] = set()  # incarnations with which a connection broke
         self._next_connection = _LAST_ID
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
@@ -68,13 +68,12 @@ class ElasticMembership:
     def connect(self, address: TargetAddress, service: str) -> Link:
         """Two connections, one for tensors and one for everything else, once the incarnation has been verified.
 
-        torch keeps a broken pipe for the id that it had, and an RRef is bound to its owner's id: so the first connection
-        with an incarnation takes its own id and calls by RRef, a later one takes a fresh id and calls by name.
+        torch keeps a broken pipe for the id that it had, and an RRef is bound to its owner's id: so connections with an
+        incarnation take its own id and call by RRef until one is lost; from then on they take fresh ids and call by name.
         """
         data, control = address.name, f"{address.name}-control"
         with self._lock:
-            by_rref = address.incarnation not in self._met
-            self._met.add(address.incarnation)
+            by_rref = address.incarnation not in self._lost
             self._put(data, address.worker_id if by_rref else self._fresh_id(), address.url)
             self._put(control, self._fresh_id(), address.url)
         call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
@@ -83,11 +82,22 @@ class ElasticMembership:
             raise StaleIncarnation(
                 f"{address.name} must be incarnation {address.incarnation}, {incarnation} answers at {address.url}"
             )
-        return Link(address.name, service, data=data, control=control, by_rref=by_rref, timeout=_MEET_TIMEOUT)
+        return Link(
+            address.name,
+            service,
+            incarnation=address.incarnation,
+            data=data,
+            control=control,
+            by_rref=by_rref,
+            timeout=_MEET_TIMEOUT,
+        )
 
-    def leave(self, link: Link) -> None:
+    def leave(self, link: Link, *, lost: bool) -> None:
         # The names stay in the table until somebody else takes them: torch still tells the owner that the RRef is gone.
         link.release()
+        if lost:
+            with self._lock:
+                self._lost.add(link.incarnation)
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, as the registry knows it: an RRef's owner calls back."""
@@ -101,6 +111,8 @@ class ElasticMembership:
                 self._put(peer_name(peer), peer.id, peer.url, maps)
 
     def _put(self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None) -> None:
+        if self._table.get(name) == worker_id:
+            return
         if name in self._table:
             remove_peer(name, self._table.pop(name))
         add_peer(name, worker_id, url, device_maps or {})

@@ -31,5 +31,5 @@ class Membership(Protocol):
     def connect(self, address: TargetAddress, service: str) -> Link:
         """A link to the service that this target hosts; bounded, raises what `Link` raises and `StaleIncarnation`."""
 
-    def leave(self, link: Link) -> None:
-        """Forgets a link and what was kept for it. Raises nothing and waits for nobody."""
+    def leave(self, link: Link, *, lost: bool) -> None:
+        """Gives up a link; `lost`: because its connection broke, so it will not be used again. Waits for nobody."""

@@ -51,14 +51,16 @@ class StaticMembership:
         return Link(
             address.name,
             service,
+            incarnation=address.incarnation,
             data=address.name,
             control=address.name,
             by_rref=True,
             timeout=self._config.start_timeout,
         )
 
-    def leave(self, link: Link) -> None:
-        self._lost.add(link.peer)
+    def leave(self, link: Link, *, lost: bool) -> None:
+        if lost:
+            self._lost.add(link.peer)
         link.release()
 
     def mark(self, event: str) -> None:

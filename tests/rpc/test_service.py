@@ -15,7 +15,7 @@ from support.workers import TEST_RPC, run_workers
 
 from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TopologyConfig
-from eagle_rpc.errors import ConnectionLost, EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch
+from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
 from eagle_rpc.rpc import Link, StaticMembership, host, join_static
 from eagle_rpc.supervision import ENCODINGS, TargetExpectation
@@ -93,7 +93,7 @@ def stream_everything(topology: TopologyConfig) -> Any:
         server = None
         if topology.single:
             server = TargetModelServer(make_target(), tiny_target_config())
-            host(SERVICE_NAME, server)
+            host(SERVICE_NAME, server, CONTROL_METHODS)
             membership.mark("ready")
         received = {}
         for encoding in ENCODINGS:
@@ -230,40 +230,38 @@ def test_a_stuck_target_is_given_up_within_the_time_out_and_named():
     )
 
 
-class Dying:
-    """Hosted by a target that ends in the middle of a call."""
+class DyingTarget(StuckTarget):
+    """Its process ends in the middle of a forward pass."""
 
-    def die(self) -> None:
+    def generate_batch(self, *args: Any, **packing: Any) -> Any:
         os._exit(1)
 
 
 def deaths(seen: str) -> None:
     with joined(TopologyConfig()) as membership:
         if membership.cast.me.has(Role.target):
-            host("dying", Dying(), frozenset())
-            membership.mark("ready")
-            membership.wait_for(("trainer0",), "done", timeout=60)
-        membership.wait_for(("target0",), "ready", timeout=60)
-        link = Link("target0", "dying", data="target0", control="target0", by_rref=True, timeout=10)
+            serve(membership, DyingTarget(threading.Event()))
+        backend = remote_target(membership, encoding="logits")
+        backend.open_session(tiny_mapping())
         try:
-            link.call("die", what="the last call", timeout=20).result()
-        except ConnectionLost as error:
+            list(backend.stream([tiny_batch(0)]))
+        except TargetUnavailable as error:
             Path(seen).write_text(str(error))
             raise
 
 
-def test_a_target_that_dies_in_a_call_is_a_lost_connection(tmp_path: Path):
+def test_a_target_that_dies_in_a_forward_is_a_lost_connection_that_a_static_world_does_not_wait_for(tmp_path: Path):
     seen = tmp_path / "seen"
-    with pytest.raises(AssertionError, match=r"died with exit code 1|ConnectionLost"):
+    with pytest.raises(AssertionError, match=r"died with exit code 1|TargetUnavailable"):
         run_workers(deaths, 2, str(seen))
-    assert "lost the connection to target0 during the last call" in seen.read_text()
+    assert "lost the connection to target0 during request trainer0-0" in seen.read_text()
 
 
 def absent_service() -> Any:
     with joined(TopologyConfig(single=True)) as membership:
         me = membership.cast.me.name
         try:
-            Link(me, "nothing", data=me, control=me, by_rref=True, timeout=5)
+            Link(me, "nothing", incarnation="", data=me, control=me, by_rref=True, timeout=5)
         except TargetFailed as error:
             return str(error)
 

@@ -99,7 +99,7 @@ class FakeMembership:
     def __init__(self, *targets: FakeTarget, elastic: bool = True) -> None:
         self.elastic = elastic
         self.known = list(targets)
-        self.num_left = 0
+        self.num_lost = 0
 
     def targets(self) -> list[TargetAddress]:
         return [
@@ -114,8 +114,8 @@ class FakeMembership:
             raise ConnectionLost(f"{target.name} is gone")
         return FakeLink(target)
 
-    def leave(self, link: FakeLink) -> None:
-        self.num_left += 1
+    def leave(self, link: FakeLink, *, lost: bool) -> None:
+        self.num_lost += lost
 
 
 def remote_model(membership: FakeMembership, *, stop: threading.Event | None = None, **changes: Any) -> RemoteEagle3TargetModel:

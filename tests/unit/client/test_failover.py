@@ -51,7 +51,7 @@ def test_requests_of_a_target_that_dies_are_answered_by_another(
     until(lambda: len(backend.status()["targets"]) == 2)
     check_stream(backend, expected, {0: dying.hold, 1: dying.die})
     assert [one["name"] for one in backend.status()["targets"]] == ["target1"]
-    assert backend.status()["failovers"] > 0 and membership.num_left == 1
+    assert backend.status()["failovers"] > 0 and membership.num_lost == 1
 
 
 def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
