@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 _ABSENT = "-"
+_ABSURD = 1e18
 _STYLES = {"serving": "green", "training": "green", "draining": "yellow", "starting": "yellow"}
 
 
@@ -140,8 +141,8 @@ def _table(*columns: str) -> Table:
     """Aligned columns without lines: `>` before a title marks numbers, `~` after it text that is folded where there is no room."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
-        justify = "right" if column.startswith(">") else "left"
-        table.add_column(column.strip(">~"), justify=justify, no_wrap=not column.endswith("~"), overflow="fold")
+        justify, folded = "right" if column.startswith(">") else "left", column.endswith("~")
+        table.add_column(column.strip(">~"), justify=justify, no_wrap=not folded, overflow="fold" if folded else "ellipsis")
     return table
 
 
@@ -193,7 +194,8 @@ def _counts(values: Mapping[str, Any], key: str) -> dict[str, int]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is one that can be real: JSON knows whole numbers of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _ABSURD
 
 
 def _counted(count: int, noun: str) -> str:

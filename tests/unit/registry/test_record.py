@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from registry_cases import target
 
@@ -15,12 +15,14 @@ JSON = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(status=st.dictionaries(st.text(max_size=8), JSON, max_size=5))
 def test_a_record_survives_the_wire(status):
     record = target(status=status)
     assert record_from_json(from_json(to_json(record_to_json(record)))) == record
 
 
+@settings(deadline=None)
 @given(value=JSON)
 def test_anything_else_is_refused_by_type(value):
     for read in (record_from_json, sighting_from_json):
@@ -28,6 +30,7 @@ def test_anything_else_is_refused_by_type(value):
             read(value)
 
 
+@settings(deadline=None)
 @given(field=st.sampled_from(sorted(record_to_json(target()))), value=JSON)
 def test_a_foreign_value_in_any_field_is_refused_or_kept_as_it_is(field, value):
     changed = {**record_to_json(target()), field: value}
