@@ -97,29 +97,29 @@ class _Fence:
         self._names[worker.__module__, worker.__qualname__] = internals.WorkerName
         self._names["torch", device.__qualname__] = Receiver(device)
 
-    # --- called by torch's C++
+    # --- called by torch's C++, under torch's names
 
-    def deserialize(self, data: bytes, tensors: list[torch.Tensor]) -> Any:
+    def deserialize(self, binary_data: bytes, tensor_table: list[torch.Tensor]) -> Any:
         """The value of a message; a refusal comes as torch's failure, which `run` returns and a waiting caller raises."""
         try:
-            if len(data) > self._permissions.max_pickle_bytes:
+            if len(binary_data) > self._permissions.max_pickle_bytes:
                 raise PayloadRefused(
                     f"an RPC message must pickle to at most {self._permissions.max_pickle_bytes} bytes (rpc.max_pickle_bytes), "
-                    f"got {len(data)}"
+                    f"got {len(binary_data)}"
                 )
-            message = read_pickle(data, {**self._names, ("builtins", "getattr"): self._receivers(tensors)})
+            message = read_pickle(binary_data, {**self._names, ("builtins", "getattr"): self._receivers(tensor_table)})
             if isinstance(message, internals.Call):
-                self._check_size(tensors)
+                self._check_size(tensor_table)
             return message
         except Exception as error:  # noqa: BLE001 - whatever a peer's bytes lead to, it is told and this process goes on
             return self._refuse(error)
 
-    def run(self, message: Any) -> Any:
+    def run(self, python_udf: Any) -> Any:
         """The value of a call, or torch's failure."""
-        if isinstance(message, internals.RemoteFailure):
-            return message
+        if isinstance(python_udf, internals.RemoteFailure):
+            return python_udf
         try:
-            return self._call(message)
+            return self._call(python_udf)
         except Exception as error:  # noqa: BLE001 - whatever a function raises is for its caller
             return self._refuse(error)
 

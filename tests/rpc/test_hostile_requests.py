@@ -106,7 +106,9 @@ def forbidden_calls(rref: Any, directory: Path) -> list[tuple[Any, ...]]:
     shell = f"touch {directory}/canary"
     calls = [(function, shell) for function in (os.system, subprocess.getoutput, eval, exec, print, os.listdir)]
     for invoke in (rref_proxy._local_invoke, rref_proxy._local_invoke_async_execution):
-        for method in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain let_go wait_sent _target nothing".split():
+        for (
+            method
+        ) in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain let_go wait_sent _target nothing".split():
             calls.append((invoke, rref, method, (), {}))
         calls.append((invoke, rref, ["generate"], (), {}))
         calls.append((invoke, "rref", "generate", (), {}))

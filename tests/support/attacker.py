@@ -6,7 +6,6 @@ import multiprocessing
 import pickle
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.topology import bind_to_interface
 
 SERVER, ATTACKER = "target0", "attacker"
-_SERVER_ID, _ATTACKER_ID = 1, 2
+# torch lets a process have one id for all its life.
+SERVER_ID, ATTACKER_ID = 1, 2
 _TIMEOUT = 30.0
 
 
@@ -38,7 +38,7 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
     server = TargetModelServer(target, tiny_target_config(max_sessions=4096))
     with running_agent(
         SERVER,
-        worker_id=_SERVER_ID,
+        worker_id=SERVER_ID,
         world_size=None,
         store=dist.HashStore(),
         config=config,
@@ -47,7 +47,7 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
     ):
         host(SERVICE_NAME, server, CONTROL_METHODS)
         pipe.send(internals.bound_url(SERVER))
-        internals.add_peer(ATTACKER, _ATTACKER_ID, pipe.recv(), {})
+        internals.add_peer(ATTACKER, ATTACKER_ID, pipe.recv(), {})
         pipe.send("ready")
         pipe.recv()
         server.close()
@@ -63,7 +63,7 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
     try:
         with stock_agent():
             assert pipe.poll(60), "the server did not start within 60 s"
-            internals.add_peer(SERVER, _SERVER_ID, pipe.recv(), {})
+            internals.add_peer(SERVER, SERVER_ID, pipe.recv(), {})
             pipe.send(internals.bound_url(ATTACKER))
             assert pipe.poll(60), "the server did not answer within 60 s"
             pipe.recv()
@@ -79,11 +79,11 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def stock_agent() -> Iterator[None]:
-    """torch's agent as torch starts it, alone in its group."""
+    """torch's agent as torch starts it, without a fence and alone in its group."""
     bind_to_interface("lo")
     rpc.init_rpc(
         ATTACKER,
-        rank=_ATTACKER_ID,
+        rank=ATTACKER_ID,
         rpc_backend_options=internals.agent_options("eagle-attacker://", RpcConfig()),
     )
     try:
@@ -162,8 +162,3 @@ class Gadget:
 
     def __reduce__(self) -> Any:
         return self._reduced
-
-
-def canary(directory: Path, name: str) -> str:
-    """A shell command that leaves a file if it runs."""
-    return f"touch {directory / name}"

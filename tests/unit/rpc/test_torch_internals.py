@@ -7,24 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from support.attacker import ATTACKER as ME
+from support.attacker import ATTACKER_ID as MY_ID
+from support.attacker import stock_agent
 from torch.distributed import rpc
-from torch.distributed.rendezvous import register_rendezvous_handler
 from torch.distributed.rpc import api, internal
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, PayloadRefused
 from eagle_rpc.rpc import internals
-from eagle_rpc.topology import bind_to_interface
-
-ME, MY_ID = "alone", 3
-
-
-def _alone(_url: str, **_settings: object) -> Iterator[tuple[dist.Store, int, int]]:
-    yield dist.HashStore(), 0, -1
-
-
-register_rendezvous_handler("eagle-contract", _alone)
 
 
 class Hosted:
@@ -33,12 +24,9 @@ class Hosted:
 
 @pytest.fixture
 def agent() -> Iterator[Any]:
-    """torch's own agent, alone in its group, in this process and without a fence."""
-    bind_to_interface("lo")
-    options = internals.agent_options("eagle-contract://", RpcConfig())
-    rpc.init_rpc(ME, rank=MY_ID, rpc_backend_options=options)
-    yield api._get_current_rpc_agent()
-    rpc.shutdown(graceful=False)
+    """torch's own agent in this process."""
+    with stock_agent():
+        yield api._get_current_rpc_agent()
 
 
 def test_this_torch_is_as_the_fence_requires():
@@ -133,8 +121,13 @@ def test_a_call_with_an_rref_is_pickled_as_the_reader_expects(agent: Any):
 
 def test_a_worker_is_pickled_as_name_and_id():
     data = pickle.dumps(rpc.WorkerInfo("alone", 3))
-    operations = [operation.name for operation, _, _ in pickletools.genops(data) if operation.name not in ("PROTO", "FRAME", "MEMOIZE")]
-    assert operations == "SHORT_BINUNICODE SHORT_BINUNICODE STACK_GLOBAL EMPTY_TUPLE NEWOBJ SHORT_BINUNICODE BININT1 TUPLE2 BUILD STOP".split()
+    operations = [
+        operation.name for operation, _, _ in pickletools.genops(data) if operation.name not in ("PROTO", "FRAME", "MEMOIZE")
+    ]
+    assert (
+        operations
+        == "SHORT_BINUNICODE SHORT_BINUNICODE STACK_GLOBAL EMPTY_TUPLE NEWOBJ SHORT_BINUNICODE BININT1 TUPLE2 BUILD STOP".split()
+    )
 
 
 def test_torch_calls_what_replaces_its_handlers(monkeypatch: pytest.MonkeyPatch):
@@ -152,12 +145,8 @@ def test_torch_calls_what_replaces_its_handlers(monkeypatch: pytest.MonkeyPatch)
     for name, function in zip(("deserialize", "_run_function"), stock, strict=True):
         monkeypatch.setattr(internal, name, function)
     internals.replace_handlers(deserialize=deserialize, run=run)
-    bind_to_interface("lo")
-    rpc.init_rpc(ME, rank=MY_ID, rpc_backend_options=internals.agent_options("eagle-contract://", RpcConfig()))
-    try:
+    with stock_agent():
         assert rpc.rpc_sync(ME, len, args=([1],), timeout=20) == 1
-    finally:
-        rpc.shutdown(graceful=False)
     assert {bytes, internals.Call} <= set(heard)
 
 
