@@ -70,6 +70,14 @@ class Directory:
                     del self._entries[place]
                     logger.info("%s has left", entry.record)
 
+    def excuse(self, seconds: float) -> None:
+        """This process stood still for `seconds`, in which it could hear nobody: they count for nothing."""
+        with self._lock:
+            logger.warning("stood still for %.1f s", seconds)
+            self._newcomers_from += seconds
+            for entry in self._entries.values():
+                entry.last_beat = min(entry.last_beat + seconds, self._clock())
+
     def sightings(self) -> list[Sighting]:
         """The living and, for a while, the silent; targets first, then by job and name."""
         with self._lock:

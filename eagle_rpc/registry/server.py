@@ -20,6 +20,8 @@ MAX_CONNECTIONS = 64
 REQUEST_SECONDS = 5.0
 _EVICTION_SECONDS = 1.0
 _POLL_SECONDS = 0.25
+# The accepting thread never takes this long for one round unless the whole process stands still.
+_STALL_SECONDS = 1.5
 _REFUSAL_LINE_SECONDS = 5.0
 
 
@@ -75,9 +77,19 @@ class _Listener(socketserver.ThreadingTCPServer):
         self._refusals = _Refusals()
         self._open: dict[socket.socket, None] = {}  # oldest first
         self._left = threading.Condition()
+        self._last_round = time.monotonic()
         super().__init__(address, socketserver.BaseRequestHandler)
 
+    def service_actions(self) -> None:
+        """Called after every round of accepting. A process that was stopped must not take its own silence for the workers'."""
+        now = time.monotonic()
+        stalled, self._last_round = now - self._last_round, now
+        if stalled > _STALL_SECONDS:
+            self._directory.excuse(stalled)
+
     def process_request(self, request: Any, client_address: Any) -> None:
+        # Before what has waited in the socket is answered.
+        self.service_actions()
         with self._left:
             if len(self._open) >= MAX_CONNECTIONS:
                 _abort(next(iter(self._open)))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from support.workers import free_port
 
-from eagle_rpc.errors import ConnectionLost, NameTaken
+from eagle_rpc.errors import ConnectionLost, NameTaken, WaitTimeout
 from eagle_rpc.registry import Record, RegistryClient, load_token, register, wait_until_reachable
 
 pytestmark = pytest.mark.rpc
@@ -132,6 +132,17 @@ def test_a_dead_workers_name_goes_to_its_successor(place: Place):
         successor = replace(TARGET, id=2, incarnation="cd" * 8)
         register(client, successor, PATIENCE)
         assert client.records()[0].record == successor
+
+
+def test_a_registry_that_was_stopped_does_not_take_its_own_silence_for_the_workers(place: Place):
+    with place.registry("rpc.heartbeat_interval=1", "rpc.heartbeat_misses=2") as (process, client):
+        client.announce(TARGET)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(WaitTimeout):
+            RegistryClient(place.address, load_token(place.token_file), timeout=4).records()
+        process.send_signal(signal.SIGCONT)
+        with pytest.raises(NameTaken, match="incarnation abababab"):
+            client.announce(replace(TARGET, id=2, incarnation="cd" * 8))
 
 
 def test_an_address_off_the_interface_is_refused_with_both_named(place: Place):

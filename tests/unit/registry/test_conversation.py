@@ -165,8 +165,8 @@ def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(server):
     assert time.monotonic() - started < 20
 
 
-def test_silent_connections_do_not_keep_workers_out(server):
-    with contextlib.ExitStack() as stack:
+def test_silent_connections_do_not_keep_workers_out(tmp_path):
+    with running_registry(tmp_path, request_seconds=60.0) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(server)) for _ in range(MAX_CONNECTIONS + 20)]
         assert client_of(server).new_id() > 0
         # Those that were there first have made room.

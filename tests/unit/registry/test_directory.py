@@ -113,6 +113,17 @@ def test_a_registry_that_never_had_workers_admits_them_at_once(directory):
     assert len(directory.sightings()) == 1
 
 
+def test_silence_while_the_registry_stood_still_does_not_count(directory, clock):
+    directory.announce(target(0))
+    clock.now += 1
+    directory.announce(target(1))
+    clock.now += 100
+    directory.excuse(100)
+    assert [(one.living, one.seconds_silent) for one in directory.sightings()] == [(True, 1), (True, 0)]
+    clock.now += TTL - 1
+    assert [one.living for one in directory.sightings()] == [False, True]
+
+
 def test_all_records_together_are_bounded(directory):
     large = {"text": "x" * 250_000}
     with pytest.raises(InvalidRequest, match="together"):
