@@ -13,7 +13,7 @@ from eagle_rpc.target.sessions import Session
 from eagle_rpc.target.supervise import exact_draft_head
 
 # Seconds after its last use that a copy is kept.
-_KEPT = 10.0
+_KEPT = 2.0
 
 
 @dataclass(slots=True)

@@ -135,10 +135,10 @@ def test_the_head_is_probed_once_a_mapping_by_the_forward_thread_and_before_requ
     waiting = send(server, session)
     opening = [server.open_session(SessionSpec(selected_token_ids=SELECTED)) for _ in range(3)]
     assert not any(future.done() for future in opening), "a probe is a forward pass and waits for its turn"
-    waiting.then(lambda _: gated.probes.append("request"))
+    noted = waiting.then(lambda _: gated.probes.append("request"))
     gated.opened.set()
     assert len({future.wait().value.id for future in opening}) == 3
-    waiting.wait()
+    noted.wait()
     open_session(server)
     assert gated.probes == ["forward", "request"]
 

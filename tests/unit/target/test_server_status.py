@@ -3,6 +3,7 @@ import json
 import pytest
 from server_calls import WAIT, ask, open_session, send, status, tokens_of
 
+from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 KEYS = {
@@ -19,6 +20,8 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     num_tokens = int(tokens.attention_mask.sum())
     num_bytes = sum(ask(server, session, tokens).value.num_bytes for _ in range(3))
     ask(server, "nobody")
+    # The forward thread is done with the last reply a moment after it was answered.
+    assert server.drain(WAIT) == server.wait_sent(WAIT) == Ok(True)
     clock.now += 6.0
     told = json.loads(json.dumps(status(server)))
     assert set(told) == KEYS
@@ -28,7 +31,7 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     assert told["requests"] == {"ok": 3, "unknown_session": 1}
     assert (told["tokens"], told["tokens_per_second"]) == (3 * num_tokens, 3 * num_tokens / 6)
     assert (told["reply_bytes"], told["reply_bytes_per_second"]) == (num_bytes, pytest.approx(num_bytes / 6))
-    assert (told["uptime"], told["draining"], told["queued"], told["running"]) == (6.0, False, 0, 0)
+    assert (told["uptime"], told["draining"], told["queued"], told["running"]) == (6.0, True, 0, 0)
     assert (told["reply_bytes_held"], told["max_reply_bytes"], told["device_bytes"]) == (0, 10**6, 0)
     assert 10**7 < told["resident_bytes"] < 10**11
     assert told["sessions"] == [
