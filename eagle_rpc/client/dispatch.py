@@ -11,10 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+
 from eagle_rpc.client.fleet import Fleet
+from eagle_rpc.client.heartbeats import Heartbeats
 from eagle_rpc.client.replica import Attempt, Replica
 from eagle_rpc.client.routing import Router
 from eagle_rpc.client.settings import ClientSettings
+from eagle_rpc.client.ticket import Ticket
 from eagle_rpc.errors import (
     ConnectionLost,
     EagleRpcError,
@@ -27,7 +30,7 @@ from eagle_rpc.errors import (
     UnknownSession,
     WaitTimeout,
 )
-from eagle_rpc.supervision import EncodedSupervision, Pulse, TokenBatch, unwrap
+from eagle_rpc.supervision import EncodedSupervision, TokenBatch, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -44,46 +47,6 @@ _LOOK_SECONDS = 0.5
 _STOP_PATIENCE = 10.0
 
 
-class Ticket:
-    """One request until it is answered, by whichever target comes first."""
-
-    def __init__(self, number: int, request_id: str, tokens: TokenBatch, patience: float) -> None:
-        self.number = number
-        self.id = request_id
-        self.tokens = tokens
-        self.deadline = time.monotonic() + patience
-        self.failures = 0
-        self.attempts: dict[Replica, Attempt] = {}
-        self._answered = threading.Event()
-        self._reply: EncodedSupervision | None = None
-        self._error: EagleRpcError | None = None
-
-    def __lt__(self, other: "Ticket") -> bool:
-        return self.number < other.number
-
-    @property
-    def settled(self) -> bool:
-        return self._answered.is_set()
-
-    def deliver(self, reply: EncodedSupervision) -> None:
-        self._reply = reply
-        self._answered.set()
-
-    def fail(self, error: EagleRpcError) -> None:
-        self._error = error
-        self._answered.set()
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it was answered within `seconds`."""
-        return self._answered.wait(seconds)
-
-    def result(self) -> EncodedSupervision:
-        if self._error is not None:
-            raise self._error
-        assert self._reply is not None
-        return self._reply
-
-
 class Dispatcher:
     """Hands requests to the replicas of `fleet`; moves them elsewhere when a replica is lost, silent, draining or slow."""
 
@@ -97,8 +60,7 @@ class Dispatcher:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: list[Ticket] = []  # heap
         self._under_way: set[Ticket] = set()
-        self._pulses: dict[Replica, tuple[Attempt, float]] = {}  # the heartbeat under way, and since when
-        self._last_pulse: dict[Replica, float] = {}
+        self._heartbeats = Heartbeats(fleet, settings, wake=self.wake, when_lost=self._lose)
         self._unavailable_since: float | None = None
         self._last_report = 0.0
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
@@ -163,9 +125,8 @@ class Dispatcher:
             raise
 
     def _look_around(self, now: float) -> None:
-        for replica in self._fleet.replicas():
-            self._beat(replica, now)
-        self._give_up_overdue(now)
+        self._heartbeats.tick(now)
+        self._give_up_overdue()
         usable = [replica for replica in self._fleet.replicas() if replica.usable]
         if usable:
             self._note_availability(now)
@@ -199,9 +160,8 @@ class Dispatcher:
             self._bear(ticket, replica, attempt.session, error)
         else:
             replica.settle(ticket.id, answered=True)
-            if not ticket.settled:
-                ticket.deliver(reply)
-                self._cancel_elsewhere(ticket)
+            ticket.deliver(reply)
+            self._cancel_elsewhere(ticket)
         if ticket.settled and not ticket.attempts:
             self._under_way.discard(ticket)
 
@@ -217,7 +177,8 @@ class Dispatcher:
             case ConnectionLost() | StaleIncarnation():
                 self._lose(replica, error)
             case WaitTimeout() | RequestExpired():
-                logger.warning("%s", error)
+                if not ticket.settled:
+                    logger.warning("%s", error)
             case TargetFailed():
                 ticket.failures += 1
                 if ticket.failures >= _MAX_FAILURES:
@@ -243,13 +204,11 @@ class Dispatcher:
     def _lose(self, replica: Replica, error: EagleRpcError) -> None:
         """The replica is gone; what it owed is asked elsewhere."""
         self._fleet.drop(replica, error)
-        self._pulses.pop(replica, None)
-        self._last_pulse.pop(replica, None)
         for ticket in list(self._under_way):
             if ticket.attempts.pop(replica, None) is not None:
                 self._ask_again(ticket, error)
 
-    def _give_up_overdue(self, now: float) -> None:
+    def _give_up_overdue(self) -> None:
         """Calls that torch never completes; and requests whose replica has fallen silent are asked elsewhere as well."""
         for ticket in list(self._under_way):
             for replica, attempt in list(ticket.attempts.items()):
@@ -261,8 +220,7 @@ class Dispatcher:
 
     def _abandon(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            if not ticket.settled:
-                ticket.fail(RequestExpired(f"request {ticket.id} was abandoned"))
+            ticket.fail(RequestExpired(f"request {ticket.id} was abandoned"))
             self._cancel_elsewhere(ticket)
         self._waiting = [ticket for ticket in self._waiting if not ticket.settled]
         heapq.heapify(self._waiting)
@@ -270,48 +228,6 @@ class Dispatcher:
     def _cancel_elsewhere(self, ticket: Ticket) -> None:
         for replica in list(ticket.attempts):
             replica.cancel([ticket.id])
-
-    # --- heartbeats
-
-    def _beat(self, replica: Replica, now: float) -> None:
-        """Keeps the session's lease, and notices a target that does not answer any more."""
-        if replica.session is None:
-            return
-        last = self._last_pulse.setdefault(replica, now)
-        if replica in self._pulses:
-            beat, since = self._pulses[replica]
-            if beat.call.done:
-                del self._pulses[replica]
-                self._take_pulse(replica, beat, now)
-            elif now - max(last, since) > self._settings.silence and not replica.silent:
-                replica.silent = True
-                logger.warning("%s has been silent for %.0f s; its requests go elsewhere", replica.name, now - last)
-        elif now - last >= self._settings.heartbeat_interval or replica.silent:
-            beat = replica.beat(timeout=self._settings.silence)
-            beat.call.when_done(self.wake)
-            self._pulses[replica] = (beat, now)
-
-    def _take_pulse(self, replica: Replica, beat: Attempt, now: float) -> None:
-        try:
-            pulse: Pulse = unwrap(beat.call.result(), sender=replica.name)
-        except (ConnectionLost, StaleIncarnation) as error:
-            self._lose(replica, error)
-        except UnknownSession:
-            self._fleet.renew(replica, beat.session)
-        except WaitTimeout:
-            if not replica.silent:
-                replica.silent = True
-                logger.warning(
-                    "%s has been silent for %.0f s; its requests go elsewhere", replica.name, now - self._last_pulse[replica]
-                )
-        except EagleRpcError as error:
-            logger.warning("the heartbeat at %s failed: %s", replica.name, error)
-        else:
-            self._last_pulse[replica] = now
-            replica.draining = pulse.draining
-            if replica.silent:
-                replica.silent = False
-                logger.info("%s answers again", replica.name)
 
     # --- no target at all
 
@@ -328,11 +244,10 @@ class Dispatcher:
         if self._unavailable_since is None:
             self._unavailable_since = self._last_report = now
         absence = now - self._unavailable_since
-        limit = self._settings.reconnect_deadline if self._fleet.may_return or self._fleet.replicas() else 0.0
-        if absence >= limit:
-            error = TargetUnavailable(
-                f"no target could be reached for {absence:.1f} s (rpc.reconnect_deadline {limit:.0f} s): {self._fleet.last_loss}"
-            )
+        limit = self._settings.reconnect_deadline
+        if absence >= limit or not self._fleet.hopeful:
+            bound = f"rpc.reconnect_deadline {limit:.0f} s" if self._fleet.hopeful else "a static job gets no other"
+            error = TargetUnavailable(f"no target could be reached for {absence:.1f} s ({bound}): {self._fleet.last_loss}")
             for ticket in [*self._waiting, *self._under_way]:
                 ticket.fail(error)
             self._waiting.clear()

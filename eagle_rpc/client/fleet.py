@@ -77,6 +77,11 @@ class Fleet:
         """Whether a target that is lost can come back, or another one in its place."""
         return self._membership.elastic
 
+    @property
+    def hopeful(self) -> bool:
+        """Whether waiting may help when no replica can be used."""
+        return self.may_return or any(not one.draining for one in self.replicas())
+
     def when_changed(self, callback: Callable[[], None]) -> None:
         """Has `callback` called after every change, from any thread."""
         self._when_changed = callback
@@ -120,7 +125,7 @@ class Fleet:
                     if isinstance(error, _BROKEN):
                         self.drop(replica, error)
             left = deadline - time.monotonic()
-            if left <= 0 or self._stop.is_set() or not (self.may_return or self.replicas()):
+            if left <= 0 or self._stop.is_set() or not self.hopeful:
                 raise TargetUnavailable(f"no target gave {what} (rpc.reconnect_deadline): {self.last_loss}")
             with self._changed:
                 self._changed.wait(min(_HURRY, left))

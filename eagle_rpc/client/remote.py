@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_rpc.client.dispatch import Dispatcher, Ticket
+from eagle_rpc.client.dispatch import Dispatcher
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.settings import ClientSettings
+from eagle_rpc.client.ticket import Ticket
 from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import (
     DraftHead,

@@ -60,13 +60,19 @@ def serve_until_done(config: Config, device: torch.device, membership: StaticMem
 
 
 def drain_for_trainers(config: Config, server: TargetModelServer, membership: StaticMembership) -> None:
-    """Takes no more work, and stays until the trainers have taken leave or the drain's time is up."""
+    """Takes no more work, and stays until the trainers are done, or are dead as well, or the drain's time is up."""
     logger.info("told to stop: draining for %.0f s at most", config.rpc.drain_timeout)
+    membership.part()
     deadline = time.monotonic() + config.rpc.drain_timeout
     server.drain(config.rpc.drain_timeout)
-    trainers = membership.cast.trainer_names
-    membership.wait_for(trainers, DONE, timeout=None, until=lambda: time.monotonic() >= deadline)
-    membership.ends_together = membership.marked(trainers, DONE)
+    silence = config.rpc.heartbeat_interval * config.rpc.heartbeat_misses
+
+    def nobody_left() -> bool:
+        sessions = server.status().value["sessions"]
+        heard = any(session["lease_left"] > config.target.session_lease - silence for session in sessions)
+        return not heard or time.monotonic() >= deadline
+
+    membership.wait_for(membership.cast.trainer_names, DONE, timeout=None, until=nobody_left)
 
 
 class Abandonment:

@@ -73,6 +73,8 @@ def train_in_static_job(
     """Waits for the targets to load, trains, and tells them that it is done: they wait for that."""
     membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
     train_until_done(config, device, cast, membership, membership.store, stop)
+    if stop.is_set():
+        membership.part()
     membership.mark(DONE)
 
 

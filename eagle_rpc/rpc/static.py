@@ -22,6 +22,7 @@ from eagle_rpc.topology import Cast, DevicePlan, World
 
 logger = logging.getLogger(__name__)
 
+_PARTED = "parted"
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 10.0
 
@@ -34,7 +35,6 @@ class StaticMembership:
     def __init__(self, cast: Cast, store: dist.Store, config: RpcConfig) -> None:
         self.cast = cast
         self.store = store
-        self.ends_together = True  # with everybody else; a worker that leaves before the others must not wait for them
         self._config = config
         self._lost: set[str] = set()
 
@@ -66,6 +66,14 @@ class StaticMembership:
     def mark(self, event: str) -> None:
         """Tells everybody that `event` has happened to this worker."""
         self.store.set(f"{self.cast.me.name}/{event}", "1")
+
+    def part(self) -> None:
+        """This worker will leave before the others: from now on nobody's end waits for anybody."""
+        self.store.set(_PARTED, "1")
+
+    @property
+    def parted(self) -> bool:
+        return self.store.check([_PARTED])
 
     def marked(self, names: tuple[str, ...], event: str) -> bool:
         """Whether all `names` have marked `event`."""
@@ -100,7 +108,7 @@ class StaticMembership:
 def join_static(
     cast: Cast, world: World, config: RpcConfig, devices: DevicePlan, permissions: Permissions
 ) -> Iterator[StaticMembership]:
-    """Starts this worker's RPC agent, and ends it with the others when the body ends well.
+    """Starts this worker's RPC agent, and ends it with the others when the body ends well and nobody has parted.
 
     After an exception the agent ends alone and at once: peers may be gone. Raises and ends as `running_agent` does.
     """
@@ -117,7 +125,7 @@ def join_static(
         logger.info("joined %s over %s", ", ".join(cast.names), config.interface)
         membership = StaticMembership(cast, store, config)
         yield membership
-        agent.graceful = membership.ends_together
+        agent.graceful = not membership.parted
 
 
 def attempt_store(world: World, *, timeout: float) -> dist.Store:
