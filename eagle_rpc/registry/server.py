@@ -93,9 +93,14 @@ class _Listener(socketserver.ThreadingTCPServer):
         with self._left:
             if len(self._open) >= MAX_CONNECTIONS:
                 _abort(next(iter(self._open)))
-                if not self._left.wait_for(lambda: len(self._open) < MAX_CONNECTIONS, _EVICTION_SECONDS):
-                    raise ConnectionLost(f"all {MAX_CONNECTIONS} connections are busy")
-            self._open[request] = None
+                self._left.wait_for(lambda: len(self._open) < MAX_CONNECTIONS, _EVICTION_SECONDS)
+            full = len(self._open) >= MAX_CONNECTIONS
+            if not full:
+                self._open[request] = None
+        if full:
+            self._refusals.note(ConnectionLost(f"all {MAX_CONNECTIONS} connections are busy"))
+            self.shutdown_request(request)
+            return
         super().process_request(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import pty
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +189,60 @@ def test_status_looks_again_until_it_is_told_to_stop_outages_included(place: Pla
         finally:
             watch.kill()
             watch.wait()
+
+
+def test_watching_on_a_terminal_gives_the_screen_back(place: Place):
+    with place.registry() as (_, client):
+        client.announce(TARGET)
+        ours, terminal = pty.openpty()
+        watch = subprocess.Popen(
+            place.command("status", "job.status_watch=0.1"),
+            cwd=place.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=terminal,
+            stderr=terminal,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"},
+        )
+        os.close(terminal)
+        try:
+            shown = read_until(ours, b"target0")
+            watch.send_signal(signal.SIGINT)
+            shown += read_until(ours, b"\x1b[?1049l")
+            assert watch.wait(30) == 0
+        finally:
+            watch.kill()
+            watch.wait()
+            os.close(ours)
+    assert shown.index(b"\x1b[?1049h") < shown.index(b"target0")
+
+
+def read_until(terminal: int, mark: bytes) -> bytes:
+    """What appears on a terminal up to `mark`; the test's own time limit bounds it."""
+    shown = b""
+    while mark not in shown:
+        shown += os.read(terminal, 4096)
+    return shown
+
+
+def test_a_flood_of_garbage_neither_ends_nor_fattens_it(place: Place):
+    with place.registry() as (process, client):
+        client.announce(TARGET)
+        host, port = place.address.split(":")
+
+        def attack(number: int) -> None:
+            with contextlib.suppress(ConnectionError), socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(random.Random(number).randbytes(2000))
+
+        with ThreadPoolExecutor(8) as attackers:
+            for _ in attackers.map(attack, range(1000)):
+                pass
+        client.announce(TARGET)
+        assert client.living() == [TARGET]
+        assert psutil.Process(process.pid).memory_info().rss < 100 * 2**20
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0
+    assert 1 <= log.count("connections refused") <= 10 and "Traceback" not in log
 
 
 def test_one_look_at_nothing_is_one_clear_line(place: Place):
