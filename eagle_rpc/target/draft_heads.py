@@ -54,7 +54,7 @@ class DraftHeads:
         num_bytes = len(session.vocab.selected_token_ids) * self._bytes_per_row
         promised: ReplyBytes = self._budget.promise(num_bytes, job=session.job, session=session.id, num_jobs=num_jobs)
         try:
-            head = exact_draft_head(self._target, session.vocab.selected_token_ids)
+            head = exact_draft_head(self._target, session.vocab.selected_token_ids).to(torch.device("cpu"))
         except BaseException:
             self._budget.release(promised)
             raise

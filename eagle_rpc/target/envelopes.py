@@ -14,6 +14,9 @@ from eagle_rpc.target.supervise import own_storage
 
 logger = logging.getLogger(__name__)
 
+# Characters of a name or an id: they are kept, logged and shown.
+_LONGEST_NAME = 128
+
 
 def replies(method: Callable[..., Any]) -> Callable[..., Reply]:
     """Turns a method's value into `Ok` and whatever it raises into a typed `Failure`: senders may send anything."""
@@ -44,6 +47,13 @@ def check_type(name: str, value: Any, wanted: type) -> None:
     """Raises `InvalidRequest` unless `value` is a `wanted`."""
     if not isinstance(value, wanted):
         raise InvalidRequest(f"{name} must be a {wanted.__name__}, got {type(value).__name__}")
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raises `InvalidRequest` unless `value` is a short line of text; it may be empty."""
+    check_type(name, value, str)
+    if len(value) > _LONGEST_NAME or not value.isprintable():
+        raise InvalidRequest(f"{name} must be at most {_LONGEST_NAME} printable characters, got {value!r:.80}")
 
 
 def check_seconds(name: str, value: Any) -> None:

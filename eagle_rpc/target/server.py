@@ -4,6 +4,7 @@ Plain logic: it returns envelopes or futures of them and knows no transport. Imp
 because an RRef proxy imports the class on the trainer's side.
 """
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -34,7 +35,7 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.demand import Demand
 from eagle_rpc.target.draft_heads import DraftHeads
-from eagle_rpc.target.envelopes import check_seconds, check_type, compact, future_of, replies
+from eagle_rpc.target.envelopes import check_name, check_seconds, check_type, compact, future_of, replies
 from eagle_rpc.target.reply_budget import ReplyBudget, ReplyBytes
 from eagle_rpc.target.scheduler import ForwardScheduler
 from eagle_rpc.target.sessions import Session, SessionTable, most_reply_bytes
@@ -57,14 +58,19 @@ class TargetModelServer:
     neither request nor heartbeat for `target.session_lease` seconds; a forward pass that runs for it goes on.
     """
 
-    def __init__(self, target: Any, config: TargetConfig, *, clock: Callable[[], float] = time.monotonic):
-        """`target`: an `Eagle3Target`; `clock`: seconds. Raises `ConfigError` if limits of `config` exceed the model's."""
+    def __init__(
+        self, target: Any, config: TargetConfig, *, incarnation: str | None = None, clock: Callable[[], float] = time.monotonic
+    ):
+        """`target`: an `Eagle3Target`; `incarnation`: the process's, where it has one already; `clock`: seconds.
+
+        Raises `ConfigError` if limits of `config` exceed the model's.
+        """
         self._target = target
         self._config = config
         self._clock = clock
         self._started = clock()
-        self._info = describe_target(target, config)
-        self._embeddings = own_storage(target.get_input_embeddings().weight)
+        self._info = describe_target(target, config, incarnation)
+        self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
         self._device = device_of(target)
         self._sessions = SessionTable(
             max_sessions=config.max_sessions, lease=config.session_lease, device=self._device, clock=clock
@@ -94,12 +100,12 @@ class TargetModelServer:
 
     @replies
     def input_embeddings(self) -> Tensor:
-        """The raw token embedding [V, H] in the target's dtype, which seeds the draft's. One tensor for everybody."""
+        """The raw token embedding [V, H] in the target's dtype, on the CPU, which seeds the draft's. One tensor for everybody."""
         return self._embeddings
 
     @replies
     def output_embeddings(self, session: str) -> DraftHead:
-        """The head's rows of the session's draft vocabulary [K, H], in ascending order of target ids.
+        """The head's rows of the session's draft vocabulary [K, H], in ascending order of target ids, on the CPU.
 
         Failures: `unknown_session`, `unsupported_target`, `busy` as `generate`.
         """
@@ -125,8 +131,9 @@ class TargetModelServer:
     def _begin_session(self, spec: SessionSpec) -> OpenedSession | Future:
         check_type("spec", spec, SessionSpec)
         for name in ("encoding", "rows", "job", "trainer"):
-            check_type(name, getattr(spec, name), str)
+            check_name(name, getattr(spec, name))
         check_type("expected", spec.expected, TargetExpectation)
+        check_type("through_host", spec.through_host, bool)
         spec.check()
         if self._scheduler.draining:
             raise TargetDraining("the target is shutting down and takes no new sessions")
@@ -134,7 +141,8 @@ class TargetModelServer:
         spec.expected.check(self._info)
         if spec.encoding != "hidden" or self._sessions.serves(mapping.digest, spec.encoding):
             return self._open(spec, mapping)
-        # A probe of the head is a forward pass, and there is one thread for those.
+        # A probe of the head is a forward pass, and there is one thread for those. What waits for it keeps no more than its ids.
+        spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
         return self._scheduler.submit_first(functools.partial(self._probe_and_open, spec, mapping))
 
     def _probe_and_open(self, spec: SessionSpec, mapping: VocabMapping) -> OpenedSession:
@@ -162,7 +170,7 @@ class TargetModelServer:
     @replies
     def _enqueue(self, request: GenerateRequest) -> Future:
         check_type("request", request, GenerateRequest)
-        check_type("request_id", request.request_id, str)
+        check_name("request_id", request.request_id)
         check_type("incarnation", request.incarnation, str)
         check_type("tokens", request.tokens, TokenBatch)
         check_seconds("seconds_left", request.seconds_left)
@@ -201,7 +209,8 @@ class TargetModelServer:
             self._target, tokens, session.vocab, encoding=session.encoding, rows=session.rows, chunk_rows=self._config.chunk_rows
         )
         # TensorPipe aborts the process on a CUDA tensor without elements.
-        return encoded if encoded.supervised_rows.numel() else encoded.to(torch.device("cpu"))
+        through_host = session.through_host or not encoded.supervised_rows.numel()
+        return encoded.to(torch.device("cpu")) if through_host else encoded
 
     def _settle(self, session: Session, promised: ReplyBytes, num_tokens: int, reply: Reply) -> None:
         """Keeps the books of a request that was accepted, just before its reply goes out."""

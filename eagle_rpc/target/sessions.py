@@ -35,6 +35,7 @@ class Session:
     vocab: DraftVocabOnDevice
     encoding: str
     rows: str
+    through_host: bool
 
 
 def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_tokens: int) -> int:
@@ -89,9 +90,6 @@ class SessionTable:
         self._leases: dict[str, _Lease] = {}
         self._vocabs: dict[str, _SharedVocab] = {}
 
-    def __len__(self) -> int:
-        return len(self._leases)
-
     def open(self, spec: SessionSpec, mapping: VocabMapping) -> Session:
         """Registers a checked spec; raises `TargetBusy` when there are too many sessions."""
         digest = mapping.digest
@@ -104,7 +102,16 @@ class SessionTable:
                 self._vocabs[digest] = _SharedVocab(DraftVocabOnDevice.of(mapping, self._device))
             shared = self._vocabs[digest]
             shared.num_sessions += 1
-            session = Session(secrets.token_hex(16), spec.job, spec.trainer, digest, shared.on_device, spec.encoding, spec.rows)
+            session = Session(
+                secrets.token_hex(16),
+                spec.job,
+                spec.trainer,
+                digest,
+                shared.on_device,
+                spec.encoding,
+                spec.rows,
+                spec.through_host,
+            )
             self._leases[session.id] = _Lease(session, renewed=self._clock())
         logger.info(
             "session %s opened by %s of job %s: %d of %d tokens, encoding %s, rows %s",
@@ -172,11 +179,6 @@ class SessionTable:
             if shared.num_sessions == 0:
                 del self._vocabs[session.mapping_digest]
             return True
-
-    @property
-    def num_mappings(self) -> int:
-        """Different mappings that open sessions use."""
-        return len(self._vocabs)
 
     def figures(self) -> list[SessionFigures]:
         """Every open session, oldest first."""

@@ -1,10 +1,11 @@
 """Sessions whose trainers fall silent."""
 
 import threading
+import weakref
 
 import pytest
 import torch
-from server_calls import WAIT, ask, config, open_session, send, status
+from server_calls import SELECTED, WAIT, ask, config, open_session, send, status
 
 from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -25,11 +26,12 @@ def later(server, clock, seconds):
 
 def test_a_silent_session_is_closed_and_its_mapping_released(server, clock):
     session = open_session(server)
+    mapping = mapping_of(server, session)
     later(server, clock, LEASE - 0.1)
     assert status(server)["sessions"][0]["lease_left"] == pytest.approx(0.1)
     later(server, clock, 0.2)
     assert status(server)["sessions"] == []
-    assert server._sessions.num_mappings == 0
+    assert mapping() is None
     assert server.heartbeat(session).code == "unknown_session"
 
 
@@ -74,15 +76,22 @@ def test_a_place_comes_free_when_a_session_ends(serve, model, clock):
     open_session(server)
 
 
+def mapping_of(server, session):
+    """A weak reference to what the target looks its draft vocabulary up in."""
+    return weakref.ref(server._sessions.renew(session).vocab.draft_ids)
+
+
 def test_equal_mappings_are_held_once_and_as_long_as_they_are_used(server):
     first = open_session(server, encoding="logits")
-    second = open_session(server, encoding="probs", selected_token_ids=torch.tensor([96, 3, 4, 5, 60, 61, 77, 40]))
-    open_session(server, encoding="logits", selected_token_ids=torch.tensor([8, 9]))
-    assert server._sessions.num_mappings == 2
+    second = open_session(server, encoding="probs", selected_token_ids=SELECTED.flip(0))
+    other = open_session(server, encoding="logits", selected_token_ids=torch.tensor([8, 9]))
+    mapping = mapping_of(server, first)
+    assert mapping_of(server, second)() is mapping()
+    assert mapping_of(server, other)() is not mapping()
     server.disconnect(first)
-    assert server._sessions.num_mappings == 2
+    assert mapping() is not None
     server.disconnect(second)
-    assert server._sessions.num_mappings == 1
+    assert mapping() is None
 
 
 def test_the_server_looks_after_its_leases_by_itself(model):
