@@ -172,6 +172,7 @@ class Dispatcher:
                 replica.not_before = time.monotonic() + error.retry_after
             case TargetDraining():
                 replica.draining = True
+                self._fleet.last_loss = str(error)
             case UnknownSession():
                 self._fleet.renew(replica, session)
             case ConnectionLost() | StaleIncarnation():

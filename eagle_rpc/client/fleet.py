@@ -199,7 +199,7 @@ class Fleet:
         """Starts what there is to do for each target."""
         try:
             addresses = self._membership.targets()
-        except (ConnectionLost, WaitTimeout) as error:
+        except EagleRpcError as error:
             if not self._registry_lost:
                 logger.warning("targets are not looked up for now: %s", error)
             self._registry_lost = True

@@ -1,6 +1,7 @@
 """One target as a trainer sees it: the link, this trainer's session there, and how it has been doing."""
 
 import time
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from eagle_rpc.errors import UnknownSession
@@ -76,6 +77,7 @@ class Replica:
 
     def open_session(self, spec: SessionSpec) -> None:
         # The first session with the hidden encoding probes the head, which waits for the target's forward thread.
+        spec = replace(spec, through_host=not self.link.between_gpus)
         call = self.link.control("open_session", spec, timeout=self._request_timeout)
         self.session = unwrap(call.result(), sender=self.name)
 

@@ -22,7 +22,8 @@ _POSITIVE = (
     "regenerate.batch_size regenerate.max_new_tokens regenerate.max_prompt_tokens"
 ).split()
 _NOT_NEGATIVE = (
-    "run.threads job.status_watch topology.first_target train.validate_every train.validation_batches train.weight_decay evaluate.near_tie regenerate.temperature"
+    "run.threads job.status_watch topology.first_target train.validate_every train.validation_batches train.weight_decay "
+    "evaluate.near_tie regenerate.temperature"
 ).split()
 _SHARES = "train.min_learning_rate_share train.warmup_share".split()
 _POSITIVE_OR_NULL = (

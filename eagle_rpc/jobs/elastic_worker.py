@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from eagle_rpc.config import Config
-from eagle_rpc.registry import RegistryClient, load_token
+from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
 from eagle_rpc.rpc import ElasticMembership, Permissions, join_elastic
 from eagle_rpc.topology import Role
 
@@ -22,7 +22,8 @@ def announced(
     when_superseded: Callable[[], None],
 ) -> contextlib.AbstractContextManager[ElasticMembership]:
     """This worker's membership, announced at the registry that the configuration names, while the body runs."""
-    token = load_token(Path(config.rpc.token_file))
+    # Of a launch whose first worker hosts the registry, any may come first.
+    token = (load_or_create_token if config.rpc.host_registry else load_token)(Path(config.rpc.token_file))
     return join_elastic(
         name,
         role.value,

@@ -34,7 +34,7 @@ def run(config: Config) -> int:
         membership = stack.enter_context(
             announced(config, cast.me.name, Role.target, device, target_permissions(config.rpc), when_superseded=superseded.set)
         )
-        server = stack.enter_context(hosted_target(config, device))
+        server = stack.enter_context(hosted_target(config, device, incarnation=membership.me.incarnation))
         membership.report(lambda: server.status().value)
         unused = Abandonment(server, _POLL_SECONDS)
         while not stop.wait(_POLL_SECONDS):

@@ -23,10 +23,10 @@ DONE = "done"
 
 
 @contextlib.contextmanager
-def hosted_target(config: Config, device: torch.device) -> Iterator[TargetModelServer]:
+def hosted_target(config: Config, device: torch.device, *, incarnation: str | None = None) -> Iterator[TargetModelServer]:
     """Loads the target and hosts its server; when the body ends the queue is drained, the replies sent and the server closed."""
     target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
-    server = TargetModelServer(target, config.target)
+    server = TargetModelServer(target, config.target, incarnation=incarnation)
     host(SERVICE_NAME, server, CONTROL_METHODS)
     logger.info("serving %s", server.model_info().value.architecture)
     try:

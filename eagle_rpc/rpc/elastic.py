@@ -60,7 +60,9 @@ class ElasticMembership:
     def targets(self) -> Sequence[TargetAddress]:
         """The targets that have announced lately that they serve."""
         return [
-            TargetAddress(name=one.name, incarnation=one.incarnation, worker_id=one.id, url=one.url, device=one.device)
+            TargetAddress(
+                name=one.name, incarnation=one.incarnation, worker_id=one.id, url=one.url, device=one.device, host=one.host
+            )
             for one in self._registry.living()
             if one.role == "target" and one.status.get("draining") is False
         ]
@@ -89,6 +91,7 @@ class ElasticMembership:
             data=data,
             control=control,
             by_rref=by_rref,
+            between_gpus=on_gpus(self.me, address),
             timeout=_MEET_TIMEOUT,
         )
 
@@ -130,12 +133,12 @@ def peer_name(record: Record) -> str:
     return f"{record.name}:{record.id}"
 
 
-def on_gpus(one: Record, other: Record) -> bool:
+def on_gpus(one: Record | TargetAddress, other: Record | TargetAddress) -> bool:
     """Whether TensorPipe can carry CUDA tensors between the two: it maps devices of one host."""
     return one.device.startswith("cuda") and other.device.startswith("cuda") and one.host == other.host
 
 
-# What `introduce` admits peers to; torch calls functions of modules, not methods of objects.
+# What `introduce` admits peers to: torch calls functions of modules, not methods of objects, and a process joins once.
 _here: list[ElasticMembership] = []
 
 
@@ -167,7 +170,10 @@ def join_elastic(
     wait_until_reachable(registry, config.start_timeout)
     worker_id = registry.new_id()
     if worker_id >= _LOWEST_CONNECTION:
-        raise ConfigError(f"the registry has numbered {worker_id} workers, torch takes {_LOWEST_CONNECTION}: start it anew")
+        raise ConfigError(
+            f"the registry has numbered {worker_id} workers, torch takes {_LOWEST_CONNECTION}: with no worker running, remove the file "
+            "beside rpc.token_file that counts them"
+        )
     device_maps = {f"target{index}": {device: device} for index in range(8)} if device.startswith("cuda") else {}
     with running_agent(
         f"{name}:{worker_id}",
@@ -191,6 +197,7 @@ def join_elastic(
             status={},
         )
         membership = ElasticMembership(me, registry)
+        _here.append(membership)
         with Beat(
             registry,
             me,
@@ -199,9 +206,5 @@ def join_elastic(
             patience=config.start_timeout,
             when_superseded=when_superseded,
         ):
-            _here.append(membership)
             logger.info("%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry)
-            try:
-                yield membership
-            finally:
-                _here.remove(membership)
+            yield membership

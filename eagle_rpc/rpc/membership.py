@@ -16,6 +16,7 @@ class TargetAddress:
     worker_id: int
     url: str  # TensorPipe's
     device: str  # "cpu" or "cuda:N"
+    host: str
 
 
 class Membership(Protocol):

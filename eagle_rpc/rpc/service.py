@@ -34,15 +34,26 @@ class Link:
     """The way from here to the object that a peer hosts. Closing it ends nothing at the peer."""
 
     def __init__(
-        self, peer: str, service: str, *, incarnation: str, data: str, control: str, by_rref: bool, timeout: float
+        self,
+        peer: str,
+        service: str,
+        *,
+        incarnation: str,
+        data: str,
+        control: str,
+        by_rref: bool,
+        between_gpus: bool,
+        timeout: float,
     ) -> None:
         """`peer`: the name for people; `data`, `control`: RPC names of the connections for tensors and for everything else.
 
-        With `by_rref` bulk calls go by RRef, otherwise by name. Raises `TargetFailed` if the peer hosts no such service,
-        `WaitTimeout` or `ConnectionLost` if it cannot be reached within `timeout` seconds.
+        With `by_rref` bulk calls go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA tensors.
+        Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if it cannot be reached
+        within `timeout` seconds.
         """
         self.peer = peer
         self.incarnation = incarnation
+        self.between_gpus = between_gpus
         self._service = service
         self._data = data
         self._control = control

@@ -32,16 +32,17 @@ class StaticMembership:
 
     elastic = False
 
-    def __init__(self, cast: Cast, store: dist.Store, config: RpcConfig) -> None:
+    def __init__(self, cast: Cast, store: dist.Store, config: RpcConfig, devices: DevicePlan) -> None:
         self.cast = cast
         self.store = store
+        self._devices = devices
         self._config = config
         self._lost: set[str] = set()
 
     def targets(self) -> Sequence[TargetAddress]:
         """All of the job but those that were lost: torch never reconnects to a worker of the same id."""
         return [
-            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="")
+            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="", host="")
             for name in self.cast.target_names
             if name not in self._lost
         ]
@@ -55,6 +56,7 @@ class StaticMembership:
             data=address.name,
             control=address.name,
             by_rref=True,
+            between_gpus=address.name in self._devices.device_maps,
             timeout=self._config.start_timeout,
         )
 
@@ -123,7 +125,7 @@ def join_static(
         permissions=permissions,
     ) as agent:
         logger.info("joined %s over %s", ", ".join(cast.names), config.interface)
-        membership = StaticMembership(cast, store, config)
+        membership = StaticMembership(cast, store, config, devices)
         yield membership
         agent.graceful = not membership.parted
 

@@ -261,7 +261,7 @@ def absent_service() -> Any:
     with joined(TopologyConfig(single=True)) as membership:
         me = membership.cast.me.name
         try:
-            Link(me, "nothing", incarnation="", data=me, control=me, by_rref=True, timeout=5)
+            Link(me, "nothing", incarnation="", data=me, control=me, by_rref=True, between_gpus=False, timeout=5)
         except TargetFailed as error:
             return str(error)
 

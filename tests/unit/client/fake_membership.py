@@ -84,6 +84,7 @@ class FakeTarget:
 class FakeLink:
     def __init__(self, target: FakeTarget) -> None:
         self.peer = target.name
+        self.between_gpus = False
         self.target = target
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
@@ -103,7 +104,7 @@ class FakeMembership:
 
     def targets(self) -> list[TargetAddress]:
         return [
-            TargetAddress(name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu")
+            TargetAddress(name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu", host="")
             for one in self.known
             if one.alive or not self.elastic
         ]
