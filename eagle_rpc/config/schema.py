@@ -170,6 +170,8 @@ class RpcConfig:
     """RPC handler threads of each worker (> 1: a handler may wait for another)."""
     transports: list[str] = field(default_factory=lambda: ["uv"])
     """TensorPipe transports. `shm` is faster on large hosts but burns a core while idle."""
+    channels: list[str] = field(default_factory=list)
+    """TensorPipe channels; empty: torch's choice. On one host that is `cma`, which reads the peer's memory; CUDA needs its own."""
 
 
 @dataclass(kw_only=True, slots=True)

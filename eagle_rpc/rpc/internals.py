@@ -47,12 +47,13 @@ class WorkerName:
 
 
 def agent_options(init_method: str, config: RpcConfig) -> rpc.TensorPipeRpcBackendOptions:
-    """Options of an agent that uses the configured transports alone."""
+    """Options of an agent that uses the configured transports and channels alone."""
     return rpc.TensorPipeRpcBackendOptions(
         init_method=init_method,
         num_worker_threads=config.worker_threads,
         rpc_timeout=config.request_timeout,
         _transports=config.transports,
+        _channels=config.channels or None,
     )
 
 
