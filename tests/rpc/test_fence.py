@@ -95,7 +95,7 @@ def greeting_and_refusals() -> list[str]:
         with alone(greeter_permissions()):
             probe_fence()
             host("greeter", Greeter(), frozenset(["greet"]))
-            link = Link(ME, "greeter", incarnation="", data=ME, control=ME, by_rref=True, timeout=20)
+            link = Link(ME, "greeter", incarnation="", data=ME, control=ME, by_rref=True, between_gpus=False, timeout=20)
             answers.append(link.call("greet", "you", what="a greeting", timeout=20).result())
             answers.append(link.control("greet", "them", timeout=20).result())
             for call in (

@@ -63,6 +63,7 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
     try:
         with stock_agent():
             assert pipe.poll(60), "the server did not start within 60 s"
+            internals.remove_peer(SERVER, SERVER_ID)
             internals.add_peer(SERVER, SERVER_ID, pipe.recv(), {})
             pipe.send(internals.bound_url(ATTACKER))
             assert pipe.poll(60), "the server did not answer within 60 s"
@@ -86,6 +87,8 @@ def stock_agent() -> Iterator[None]:
         rank=ATTACKER_ID,
         rpc_backend_options=internals.agent_options("eagle-attacker://", RpcConfig()),
     )
+    # torch goes on asking the first agent of a process who owns an RRef, so every one of them must have heard of the server.
+    internals.add_peer(SERVER, SERVER_ID, internals.bound_url(ATTACKER), {})
     try:
         yield
     finally:
