@@ -11,7 +11,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.rpc.fence import Permissions, raise_fence
+from eagle_rpc.rpc.fence import Permissions, probe_fence, raise_fence
 from eagle_rpc.rpc.internals import agent_options, bound_url
 from eagle_rpc.rpc.watchdog import watchdog
 from eagle_rpc.topology import bind_to_interface, interface_address
@@ -38,7 +38,8 @@ def running_agent(
 ) -> Iterator[AgentExit]:
     """The agent while the body runs. `world_size` None: it is alone, and adds peers as it meets them.
 
-    Raises `ConfigError` if it listens on another address than `config.interface` has; ends the process if the other workers
+    Raises `ConfigError` if it listens on another address than `config.interface` has, or if torch is not as the fence needs it;
+    ends the process if the other workers
     of `world_size` are missing after `config.start_timeout`, or if the end takes longer than `config.shutdown_timeout`.
     """
     address = interface_address(config.interface)
@@ -58,6 +59,7 @@ def running_agent(
     end = AgentExit()
     try:
         check_bound_address(bound_url(name), address)
+        probe_fence()
         yield end
     finally:
         with watchdog(config.shutdown_timeout, "RPC shutdown"):
