@@ -38,9 +38,9 @@ def running_agent(
 ) -> Iterator[AgentExit]:
     """The agent while the body runs. `world_size` None: it is alone, and adds peers as it meets them.
 
-    Raises `ConfigError` if it listens on another address than `config.interface` has, or if torch is not as the fence needs it;
-    ends the process if the other workers
-    of `world_size` are missing after `config.start_timeout`, or if the end takes longer than `config.shutdown_timeout`.
+    Raises `ConfigError` if it listens on another address than `config.interface` has, or if torch is not as the fence needs
+    it; ends the process if the other workers of `world_size` are missing after `config.start_timeout`, or if the end takes
+    longer than `config.shutdown_timeout`.
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
