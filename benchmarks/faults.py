@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fault_lab import run, stalls
+from fault_lab import cycles, run, stalls
 from fault_lab.isolation import Isolation, isolate
 from fault_lab.processes import Zygote, ended_at_last, wait_until
 from fault_lab.workplace import Workplace
@@ -39,7 +39,7 @@ def laboratory(directory: Path) -> Iterator[tuple[Zygote, Workplace, Isolation]]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for name, module in (("run", run), ("stalls", stalls)):
+    for name, module in (("run", run), ("stalls", stalls), ("cycles", cycles)):
         command = commands.add_parser(name, help=module.__doc__.partition(": ")[2])
         module.add_arguments(command)
         command.add_argument("--seed", type=int, default=1)
@@ -54,6 +54,8 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         directory = arguments.output or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="faults-")))
         directory = directory.resolve()
+        if arguments.output and directory.exists():
+            raise SystemExit(f"--output must be a new directory, {directory} exists")
         directory.mkdir(parents=True, exist_ok=True)
         with laboratory(directory / "workplace") as (zygote, workplace, isolation):
             report = arguments.run(arguments, zygote, workplace, isolation)

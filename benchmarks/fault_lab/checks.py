@@ -15,6 +15,8 @@ from fault_lab.workplace import ACCUMULATION, Workplace
 _PACE = ("tokens_per_second", "wait_share")
 _STATE = ("draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors")
 _POSITION = ("step", "micro_batches", "running_sums")
+# A cache that stays, and what a killed torchrun leaves behind.
+_TORCHS_OWN = ("torchinductor_", "torchelastic_")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Surroundings:
         Without namespaces of the lab's own, ports and shared memory belong to the whole machine and are not looked at.
         """
         found = [f"process {one.pid} ({' '.join(one.cmdline())[:80]})" for one in descendants(without=set(self.kept))]
-        found += [f"temporary {entry.name}" for entry in self.workplace.temporary.iterdir() if entry.name not in self.temporary]
+        temporary = {entry.name for entry in self.workplace.temporary.iterdir()} - self.temporary
+        found += [f"temporary {name}" for name in temporary if not name.startswith(_TORCHS_OWN)]
         if self.isolation.private:
             found += [f"port {port}" for port in listening_ports() - self.ports]
             found += [f"/dev/shm/{name}" for name in shared_memory_files() - self.shared_memory]

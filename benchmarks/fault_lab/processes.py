@@ -119,6 +119,7 @@ class Zygote:
             log=str(log),
             niceness=niceness,
         )
+        log.touch()
         self._channel.send(json.dumps(asdict(order)).encode())
         return Process(int(self._channel.recv(MAX_ORDER_BYTES)), log)
 

@@ -134,9 +134,9 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, _is
         ),
     ]
     report.notes.append(
-        f"A trainer that takes batches over elastic membership, trains {1000 * arguments.train_seconds:.0f} ms on each and keeps 4 requests "
-        "under way. A stall is the longest time between two batches in the two seconds after a kill, training included. Killed targets are "
-        f"started anew at once, sole ones after 0 to {_AWAY_SECONDS[1]:.0f} s."
+        f"A trainer takes batches over elastic membership, trains {1000 * arguments.train_seconds:.0f} ms on each and keeps 4 requests "
+        "under way. A stall is the longest time between two batches in the two seconds after a kill, training included. Killed targets "
+        f"are started anew at once, sole ones after 0 to {_AWAY_SECONDS[1]:.0f} s."
     )
     rows = [
         ("one of two targets killed", len(stalls), spread(stalls)),
