@@ -1,6 +1,8 @@
 """This process's one RPC agent: started behind the fence, on the interface that was named, and ended within a bound."""
 
 import contextlib
+import errno
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -75,6 +77,26 @@ def _rendezvous(_url: str, **_settings: object) -> Iterator[tuple[dist.Store, in
 
 
 register_rendezvous_handler(_SCHEME, _rendezvous)
+
+
+def listens(url: str) -> bool:
+    """Whether this process still accepts connections at the agent's `url` (`transport://host:port`, several joined by `;`).
+
+    TensorPipe closes its listener for good when a peer connects and leaves before it has said anything, as a port scan does.
+    """
+    return all(_is_taken(part.split("://")[-1]) for part in url.split(";") if "://" in part)
+
+
+def _is_taken(address: str) -> bool:
+    """Whether somebody listens there; with address reuse, connections that were accepted there do not count."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def check_bound_address(url: str, address: str) -> None:

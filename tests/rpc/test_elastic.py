@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,24 @@ def test_another_process_at_a_known_address_is_found_out_on_the_first_call(servi
     registry.client.announce(Record(**{**fields, "name": "target9", "incarnation": "0" * 32}))
     seen = service.start(meet_an_impostor, "trainer0").receive()
     assert seen.startswith("target9 must be incarnation 000000") and incarnation in seen
+
+
+def be_scanned(link: Link, name: str, address: str, token: bytes) -> None:
+    with joined(name, "target", address, token) as membership:
+        link.send((membership.me.url, membership.reachable))
+        link.receive()
+        for _ in range(1000):
+            if not membership.reachable:
+                break
+            threading.Event().wait(0.01)
+        link.send(membership.reachable)
+
+
+def test_a_worker_whose_port_torch_gives_up_after_a_scan_knows_it(service: Service):
+    worker = service.start(be_scanned, "target0")
+    url, reachable = worker.receive()
+    assert reachable
+    host, _, port = url.removeprefix("uv://").rpartition(":")
+    socket.create_connection((host, int(port))).close()
+    worker.send("scanned")
+    assert worker.receive() is False
