@@ -79,8 +79,8 @@ def stream_on_demand(link: Link, name: str, address: str, token: bytes) -> None:
             link.send((digests(batch), backend.status()))
 
 
-def ask(trainer: Worker, seeds: range) -> dict[str, Any]:
-    """Asks for the batches of `seeds`, in order and right to the bit; the trainer's view of its targets after the last."""
+def check_batches(trainer: Worker, seeds: range) -> dict[str, Any]:
+    """Asks for the batches of `seeds`, which must come in order and right to the bit; the trainer's view of its targets after the last."""
     for seed in seeds:
         trainer.send("next")
         batch, status = trainer.receive()
@@ -88,10 +88,10 @@ def ask(trainer: Worker, seeds: range) -> dict[str, Any]:
     return status
 
 
-def ask_until(trainer: Worker, start: int, holds: Callable[[dict[str, Any]], bool]) -> None:
-    """Asks for batch after batch from `start` on, until the trainer's view is right."""
+def check_until(trainer: Worker, start: int, holds: Callable[[dict[str, Any]], bool]) -> None:
+    """Checks batch after batch from `start` on, until the trainer's view is right."""
     for seed in range(start, 1000):
-        if holds(ask(trainer, range(seed, seed + 1))):
+        if holds(check_batches(trainer, range(seed, seed + 1))):
             return
     raise AssertionError("the trainer's view of its targets never became right")
 
@@ -104,51 +104,51 @@ def test_a_target_that_is_killed_leaves_its_requests_to_the_other_one(service: S
     first, _ = service.target("target0")
     service.target("target1")
     trainer = service.start(stream_on_demand, "trainer0")
-    ask(trainer, range(3))
+    check_batches(trainer, range(3))
     first.process.kill()
-    assert names(ask(trainer, range(3, 12))) == ["target1"]
+    assert names(check_batches(trainer, range(3, 12))) == ["target1"]
 
 
 def test_a_sole_target_returns_under_another_incarnation_and_training_goes_on(service: Service):
     target, first = service.target("target0")
     trainer = service.start(stream_on_demand, "trainer0")
-    assert ask(trainer, range(3))["targets"][0]["incarnation"] == first
+    assert check_batches(trainer, range(3))["targets"][0]["incarnation"] == first
     target.process.kill()
     _, second = service.target("target0")
-    assert ask(trainer, range(3, 12))["targets"][0]["incarnation"] == second != first
+    assert check_batches(trainer, range(3, 12))["targets"][0]["incarnation"] == second != first
 
 
 def test_trainers_of_other_processes_come_and_are_killed_while_one_goes_on(service: Service):
     service.target("target0")
     steady = service.start(stream_on_demand, "trainer0")
-    ask(steady, range(2))
+    check_batches(steady, range(2))
     for number in range(2):
         guest = service.start(stream_on_demand, f"guest{number}")
-        ask(guest, range(2))
+        check_batches(guest, range(2))
         guest.process.kill()
-        ask(steady, range(2 + 3 * number, 5 + 3 * number))
+        check_batches(steady, range(2 + 3 * number, 5 + 3 * number))
 
 
 def test_a_target_that_is_stopped_is_passed_over_and_used_again(service: Service):
     stopped, _ = service.target("target0")
     service.target("target1")
     trainer = service.start(stream_on_demand, "trainer0")
-    ask(trainer, range(3))
+    check_batches(trainer, range(3))
     os.kill(stopped.process.pid, signal.SIGSTOP)
-    ask(trainer, range(3, 10))
+    check_batches(trainer, range(3, 10))
     os.kill(stopped.process.pid, signal.SIGCONT)
-    ask_until(trainer, 10, lambda status: [one["state"] for one in status["targets"]] == ["serving", "serving"])
+    check_until(trainer, 10, lambda status: [one["state"] for one in status["targets"]] == ["serving", "serving"])
 
 
 def test_the_registry_may_die_and_return_while_supervision_flows(service: Service, registry: Registry):
     service.target("target0")
     trainer = service.start(stream_on_demand, "trainer0")
-    ask(trainer, range(2))
+    check_batches(trainer, range(2))
     registry.end()
-    ask(trainer, range(2, 6))
+    check_batches(trainer, range(2, 6))
     registry.restart()
     service.target("target1")
-    ask_until(trainer, 6, lambda status: names(status) == ["target0", "target1"])
+    check_until(trainer, 6, lambda status: names(status) == ["target0", "target1"])
 
 
 def stream_through_cuts(link: Link, name: str, address: str, token: bytes) -> None:
@@ -183,12 +183,12 @@ def cut_connections(registry_port: int) -> None:
 def test_connections_that_are_cut_are_made_anew_with_the_same_incarnation(service: Service):
     _, incarnation = service.target("target0")
     trainer = service.start(stream_through_cuts, "trainer0")
-    ask(trainer, range(2))
+    check_batches(trainer, range(2))
     for number in range(2, 10, 4):
         trainer.send("cut")
         batch, _ = trainer.receive()
         assert batch == expected_batch(number)
-        status = ask(trainer, range(number + 1, number + 4))
+        status = check_batches(trainer, range(number + 1, number + 4))
     assert [one["incarnation"] for one in status["targets"]] == [incarnation]
     assert status["failovers"] > 0
 
