@@ -80,7 +80,7 @@ def stream_on_demand(link: Link, name: str, address: str, token: bytes) -> None:
 
 
 def check_batches(trainer: Worker, seeds: range) -> dict[str, Any]:
-    """Asks for the batches of `seeds`, which must come in order and right to the bit; the trainer's view of its targets after the last."""
+    """The batches of `seeds` must come in order and right to the bit. Returns the trainer's view of its targets then."""
     for seed in seeds:
         trainer.send("next")
         batch, status = trainer.receive()
