@@ -3,6 +3,7 @@
 Nothing heavy is imported before the configuration is known to be good.
 """
 
+import gc
 import importlib
 import logging
 import sys
@@ -35,7 +36,11 @@ def main() -> None:
     if read_world().launched:
         die_with_parent()
     register_schema()
-    _run()
+    try:
+        _run()
+    finally:
+        # Python's last collections would walk all of torch, for seconds on a busy host; the memory goes with the process anyway.
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ class Campaign:
             raise Hang(f"waited {RECONNECT_DEADLINE:.0f} s for targets and registry after {name}")
 
     def _hit(self, fault: Fault) -> None:
+        self._wait(self._service.whole, f"everything to serve before {fault.kind.name}")
         progress, at = self._service.progress, self.seconds
         step = progress.step
         progress.restart_clock()

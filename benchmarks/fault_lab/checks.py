@@ -26,13 +26,15 @@ class Check:
     name: str
     holds: bool
     found: str
+    # Whether the machine's speed, or the length of the run, has a say in it.
+    is_figure: bool = False
 
     @classmethod
-    def none_of(cls, name: str, findings: Iterable[str]) -> "Check":
+    def none_of(cls, name: str, findings: Iterable[str], *, is_figure: bool = False) -> "Check":
         """Holds if there are no findings; shows the first ones."""
         findings = list(findings)
         shown = "; ".join(findings[:3]) + (f"; and {len(findings) - 3} more" if len(findings) > 3 else "")
-        return cls(name, not findings, shown or "none")
+        return cls(name, not findings, shown or "none", is_figure)
 
 
 def same_training(workplace: Workplace, run: str, reference: str, steps: int) -> list[Check]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fault_lab import rogue
 from fault_lab.connections import connections_between, listening_port, send_garbage
-from fault_lab.isolation import slowed_down
+from fault_lab.isolation import listening_ports, slowed_down
 from fault_lab.processes import wait_until
 from fault_lab.service import REGISTRY, TRAINER, Part, Service
 from fault_lab.workplace import DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT
@@ -140,20 +140,27 @@ def slow(scene: Scene, victim: Part, draw: random.Random) -> Details:
 
 
 def garbage(scene: Scene, victim: Part, draw: random.Random) -> Details:
-    """On the RPC port, where torch itself may die of it."""
+    """On the RPC port, where torch itself may die of it, or close its port for good."""
     port = scene.port_of(victim)
     victim.may_end = GARBAGE[0]
-    return _with_survival(scene, victim, {"bytes": send_garbage(port, draw)})
+    return _with_aftermath(scene, victim, port, {"bytes": send_garbage(port, draw)})
 
 
 def truncated(scene: Scene, victim: Part, draw: random.Random) -> Details:
+    port = scene.port_of(victim)
     victim.may_end = GARBAGE[1]
-    return _with_survival(scene, victim, scene.let_act("truncated_messages", victim, draw))
+    return _with_aftermath(scene, victim, port, scene.let_act("truncated_messages", victim, draw))
 
 
-def _with_survival(scene: Scene, victim: Part, details: Details) -> Details:
+def _with_aftermath(scene: Scene, victim: Part, port: int, details: Details) -> Details:
+    """A target that nobody can reach any more has to end, so that another one can take its place."""
     process = victim.running
-    wait_until(lambda: not process.alive, _AFTERMATH_SECONDS, scene.service.progress.look)
+    look = scene.service.progress.look
+    wait_until(lambda: not process.alive, _AFTERMATH_SECONDS, look)
+    bound = DRAIN_TIMEOUT + SHUTDOWN_TIMEOUT
+    if victim.role == "target" and not wait_until(lambda: not process.alive or port in listening_ports(), bound, look):
+        scene.violations.append(f"{victim.name} lives on without listening after {victim.may_end} ({details})")
+        process.kill()
     return {**details, "survived": process.alive}
 
 
@@ -214,12 +221,13 @@ class Kind:
 
 
 KINDS = (
-    Kind("SIGKILL of a target", (MORTAL,), 60, kill),
+    Kind("SIGKILL of a target", (MORTAL,), 50, kill),
     Kind("SIGTERM of a target", (MORTAL,), 40, terminate),
     Kind("stop of a target", _TARGETS, 60, stop),
     Kind("cut connection", _TARGETS, 70, cut, needs="cut"),
     Kind("slow connection", _TARGETS, 35, slow, needs="slow"),
     Kind("garbage on an RPC port", (MORTAL,), 25, garbage),
+    Kind("garbage on the trainer's RPC port", (TRAINER,), 10, garbage),
     Kind("truncated message on an RPC port", (MORTAL,), 20, truncated),
     Kind("hostile pickles", _TARGETS, 25, hostile),
     Kind("malformed and oversized requests", _TARGETS, 25, malformed),

@@ -7,7 +7,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class Report:
 
     def write(self, directory: Path) -> None:
         """`report.md` and `report.json`."""
-        checks = [{"name": check.name, "holds": check.holds, "found": check.found} for check in self.checks]
+        checks = [asdict(check) for check in self.checks]
         (directory / "report.md").write_text(self.markdown(), encoding="utf-8")
         (directory / "report.json").write_text(json.dumps({"checks": checks, **self.record}, indent=1) + "\n", encoding="utf-8")
 

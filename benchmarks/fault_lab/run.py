@@ -68,6 +68,9 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, iso
             broken += take_down(service)
         except Hang as hang:
             hangs.append(str(hang))
+            report.notes += [
+                f"{part.name}, last words: {part.running.end_of_log()}" for part in service.parts.values() if part.process
+            ]
             broken = []
     _add_checks(report, campaign, hangs, broken, surroundings.leftovers())
     _add_tables(report, campaign, runs, steps)
@@ -86,12 +89,17 @@ def _add_checks(report: Report, campaign: Campaign, hangs: list[str], broken: li
         Check.none_of("processes that ended of themselves", service.unexpected),
         Check.none_of("promises broken (exit codes, answers to hostile requests, commands executed)", scene.violations + broken),
         Check.none_of("processes, ports, shared memory or temporary files left behind", leftovers),
-        Check.none_of(f"new incarnations after garbage that served later than {_NEW_INCARNATION_BAR:.0f} s, of {len(torn)}", slow),
+        Check.none_of(
+            f"new incarnations after garbage that served later than {_NEW_INCARNATION_BAR:.0f} s, of {len(torn)}",
+            slow,
+            is_figure=True,
+        ),
         Check(
             "memory of the target that lives throughout: at the end within 5 % of its level after warm-up",
             growth <= _MEMORY_BAR,
             f"{mebibytes(warm.resident)} to {mebibytes(last.resident)} ({100 * growth:+.1f} %); without files "
             f"{mebibytes(warm.anonymous)} to {mebibytes(last.anonymous)}; descriptors {warm.descriptors} to {last.descriptors}",
+            is_figure=True,
         ),
     ]
 

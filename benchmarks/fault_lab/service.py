@@ -96,6 +96,8 @@ class Service:
         self._start(self.parts[TRAINER])
 
     def _start(self, part: Part) -> None:
+        # What the registry said before says nothing of what is there now.
+        self._last_records = 0.0
         log = self.workplace.logs / f"{self.name}.{part.name}.log"
         part.process = self.zygote.command_line(part.arguments, log=log, niceness=self.niceness)
         part.starts += 1
