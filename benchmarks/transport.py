@@ -12,9 +12,7 @@ The peer, nemo-automodel, lives in an environment of its own that does not need 
     pip install transformers==5.18.0 requests datasets pillow
 
 Without `--nemo-python` this package is measured alone. Bytes are those that the loopback device counts, headers included,
-so nothing else should use it: `unshare --net sh -c "ip link set lo up && exec python benchmarks/transport.py ..."`. Tensors
-that TensorPipe copies from process to process (its `cma` channel, within one host) do not pass there; the sides named
-`sockets` do without it (`rpc.channels=[basic]`), as between hosts.
+so nothing else should use it: `unshare --net sh -c "ip link set lo up && exec python benchmarks/transport.py ..."`.
 """
 
 import argparse
@@ -49,12 +47,12 @@ def nemo(python: str, work: Path) -> Contestant:
     return Contestant("NeMo AutoModel", [server], client)
 
 
-def static(encoding: str, work: Path, *settings: str, name: str = "static") -> Contestant:
+def static(encoding: str, work: Path) -> Contestant:
     """One target and one trainer of one job, with the variables that torchrun sets but without torchrun's own process."""
     port = str(free_port())
     commands = []
     for rank, role in enumerate(("target", "trainer")):
-        argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}", *settings]
+        argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}"]
         environment = {
             **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
             **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), "2"),
@@ -63,12 +61,7 @@ def static(encoding: str, work: Path, *settings: str, name: str = "static") -> C
             **{"TORCHELASTIC_RUN_ID": "transport", "TORCHELASTIC_USE_AGENT_STORE": "False"},
         }
         commands.append(Command(role, argv, environment, answers=role == "trainer"))
-    return Contestant(f"{name}, {encoding}", commands[:1], commands[1])
-
-
-def sockets(encoding: str, work: Path) -> Contestant:
-    """As `static`, with tensors through sockets alone."""
-    return static(encoding, work, "rpc.channels=[basic]", name="sockets")
+    return Contestant(f"static, {encoding}", commands[:1], commands[1])
 
 
 def elastic(encoding: str, path: Path) -> Contestant:
@@ -82,7 +75,7 @@ def elastic(encoding: str, path: Path) -> Contestant:
     return Contestant(f"elastic, {encoding}", [registry, target], Command("trainer", argv, {}, answers=True))
 
 
-MEMBERSHIPS = {"static": static, "sockets": sockets, "elastic": elastic}
+MEMBERSHIPS = {"static": static, "elastic": elastic}
 
 
 def prepare(work: Work) -> Path:

@@ -72,7 +72,7 @@ def use_target(work: Work, config: Config) -> None:
     with contextlib.ExitStack() as stack:
         if elastic:
             permissions = trainer_permissions(config.rpc)
-            joined = announced(config, cast.me.name, Role.trainer, CPU, permissions, when_superseded=stop.set)
+            joined = announced(config, cast.me.name, Role.trainer, CPU, permissions, stop, when_superseded=stop.set)
         else:
             joined = join_static(cast, world, config.rpc, DevicePlan("cpu", {}), static_permissions(config.rpc))
         membership = stack.enter_context(joined)

@@ -171,7 +171,8 @@ class RpcConfig:
     transports: list[str] = field(default_factory=lambda: ["uv"])
     """TensorPipe transports. `shm` is faster on large hosts but burns a core while idle."""
     channels: list[str] = field(default_factory=list)
-    """TensorPipe channels; empty: torch's choice. On one host that is `cma`, which reads the peer's memory; CUDA needs its own."""
+    """TensorPipe channels; empty: `basic`, and whatever torch chooses for a worker with a GPU. `mpt_uv` uses several connections
+    between hosts. `cma` copies from the sender's memory, which torch may have freed if the connection breaks meanwhile."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +26,15 @@ def announced(
     role: Role,
     device: torch.device,
     permissions: Permissions,
+    stop: threading.Event,
     *,
     when_superseded: Callable[[], None],
 ) -> contextlib.AbstractContextManager[ElasticMembership]:
-    """This worker's membership, announced at the registry that the configuration names, while the body runs."""
-    token = _token(config.rpc)
+    """This worker's membership, announced at the registry that the configuration names, while the body runs.
+
+    Raises what `join_elastic` raises; once `stop` is set it waits for nothing more.
+    """
+    token = _token(config.rpc, stop)
     return join_elastic(
         name,
         role.value,
@@ -38,11 +43,12 @@ def announced(
         config=config.rpc,
         permissions=permissions,
         registry=RegistryClient(config.rpc.registry, token),
+        stop=stop,
         when_superseded=when_superseded,
     )
 
 
-def _token(config: RpcConfig) -> bytes:
+def _token(config: RpcConfig, stop: threading.Event) -> bytes:
     """The registry's secret; waits for whoever hosts the registry to make it, `config.start_timeout` at most."""
     path = Path(config.token_file).expanduser()
     if config.host_registry:
@@ -51,6 +57,6 @@ def _token(config: RpcConfig) -> bytes:
     deadline = time.monotonic() + config.start_timeout
     if not path.exists():
         logger.info("waiting for the registry to make %s, %.0f s at most", path, config.start_timeout)
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    while not path.exists() and time.monotonic() < deadline and not stop.is_set():
+        stop.wait(_POLL_SECONDS)
     return load_token(path)

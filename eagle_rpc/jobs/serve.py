@@ -11,7 +11,7 @@ from eagle_rpc.errors import ConnectionLost, NameTaken
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.jobs.registry import hosted_registry
-from eagle_rpc.jobs.setting import start_worker
+from eagle_rpc.jobs.setting import ended_by, start_worker
 from eagle_rpc.jobs.target_worker import Abandonment, hosted_target
 from eagle_rpc.topology import Role, assign_elastic_roles, read_world, resolve_device, stop_signals
 
@@ -31,8 +31,10 @@ def run(config: Config) -> int:
         stop = stack.enter_context(stop_signals())
         if config.rpc.host_registry and world.rank == 0:
             stack.enter_context(hosted_registry(config))
+        stack.enter_context(ended_by(stop))
+        permissions = target_permissions(config.rpc)
         membership = stack.enter_context(
-            announced(config, cast.me.name, Role.target, device, target_permissions(config.rpc), when_superseded=superseded.set)
+            announced(config, cast.me.name, Role.target, device, permissions, stop, when_superseded=superseded.set)
         )
         server = stack.enter_context(hosted_target(config, device, incarnation=membership.me.incarnation))
         membership.report(lambda: server.status().value)

@@ -1,15 +1,22 @@
 """What every job does first: log, choose threads and a device."""
 
+import contextlib
+import logging
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from eagle_rpc.config import Config
+from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.report import setup_logging
 from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 def run_directory(config: Config) -> RunDirectory:
@@ -22,6 +29,17 @@ def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None
     # Of its weight loading, which takes a second; the log says what is loaded.
     disable_progress_bar()
     torch.set_num_threads(config.run.threads or max(1, available_cores() // workers_on_host))
+
+
+@contextlib.contextmanager
+def ended_by(stop: threading.Event) -> Iterator[None]:
+    """An error after `stop` was set says only what the worker was waiting for when it was told to stop."""
+    try:
+        yield
+    except EagleRpcError as error:
+        if not stop.is_set():
+            raise
+        logger.warning("stopped while it waited: %s", error)
 
 
 def available_cores() -> int:

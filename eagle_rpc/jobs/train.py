@@ -1,7 +1,6 @@
 """Trains the draft: in a static job every worker of a torchrun comes here and plays its role, in an elastic one all are trainers."""
 
 import contextlib
-import logging
 import threading
 
 import torch
@@ -9,10 +8,9 @@ import torch
 from eagle_rpc.config import Config
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.config.schema import Membership
-from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
-from eagle_rpc.jobs.setting import run_directory, start_worker
+from eagle_rpc.jobs.setting import ended_by, run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target, serve_until_done
 from eagle_rpc.jobs.trainer_worker import train_until_done
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
@@ -28,8 +26,6 @@ from eagle_rpc.topology import (
     stop_signals,
 )
 
-logger = logging.getLogger(__name__)
-
 
 def run(config: Config) -> int:
     """Returns 0 when training is done, or has stopped with a checkpoint because it was told to; errors are raised."""
@@ -43,12 +39,8 @@ def run(config: Config) -> int:
             directory = run_directory(config)
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
-        try:
-            (_train_elastic if elastic else _train_static)(config, cast, world, stop)
-        except EagleRpcError as error:
-            if not stop.is_set():
-                raise
-            logger.warning("stopped while it waited: %s", error)
+        stack.enter_context(ended_by(stop))
+        (_train_elastic if elastic else _train_static)(config, cast, world, stop)
     return 0
 
 
@@ -71,8 +63,9 @@ def train_in_static_job(
     config: Config, device: torch.device, cast: Cast, membership: StaticMembership, stop: threading.Event
 ) -> None:
     """Waits for the targets to load, trains, and tells them that it is done: they wait for that."""
-    membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
-    train_until_done(config, device, cast, membership, membership.store, stop)
+    membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, until=stop.is_set)
+    if not stop.is_set():
+        train_until_done(config, device, cast, membership, membership.store, stop)
     if stop.is_set():
         membership.part()
     membership.mark(DONE)
@@ -82,5 +75,5 @@ def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Eve
     device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     permissions = trainer_permissions(config.rpc)
-    with announced(config, cast.me.name, Role.trainer, device, permissions, when_superseded=stop.set) as membership:
+    with announced(config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=stop.set) as membership:
         train_until_done(config, device, cast, membership, store, stop)

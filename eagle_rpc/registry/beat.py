@@ -17,21 +17,27 @@ _RETRY_SECONDS = 0.1
 _LINE_SECONDS = 5.0
 
 
-def wait_until_reachable(client: RegistryClient, patience: float) -> None:
-    """Returns once the registry answers. Raises its `ConnectionLost` or `WaitTimeout` after `patience` seconds without it."""
-    _patiently(client.records, (ConnectionLost, WaitTimeout), patience, "the registry")
+def wait_until_reachable(client: RegistryClient, patience: float, stop: threading.Event) -> None:
+    """Returns once the registry answers.
+
+    Raises its `ConnectionLost` or `WaitTimeout` after `patience` seconds without it, or once `stop` is set.
+    """
+    _patiently(client.records, (ConnectionLost, WaitTimeout), patience, stop, "the registry")
 
 
-def register(client: RegistryClient, record: Record, patience: float) -> None:
+def register(client: RegistryClient, record: Record, patience: float, stop: threading.Event) -> None:
     """Announces a worker for the first time, and waits for its name if somebody has it still.
 
-    Raises `NameTaken`, `ConnectionLost` or `WaitTimeout` after `patience` seconds.
+    Raises `NameTaken`, `ConnectionLost` or `WaitTimeout` after `patience` seconds, or once `stop` is set.
     """
-    _patiently(lambda: client.announce(record), (NameTaken, ConnectionLost, WaitTimeout), patience, f"the name {record.name}")
+    passing = (NameTaken, ConnectionLost, WaitTimeout)
+    _patiently(lambda: client.announce(record), passing, patience, stop, f"the name {record.name}")
 
 
-def _patiently(call: Callable[[], Any], passing: tuple[type[EagleRpcError], ...], patience: float, what: str) -> None:
-    """Calls until it succeeds; the last passing error is raised after `patience` seconds."""
+def _patiently(
+    call: Callable[[], Any], passing: tuple[type[EagleRpcError], ...], patience: float, stop: threading.Event, what: str
+) -> None:
+    """Calls until it succeeds; the last passing error is raised after `patience` seconds, or once `stop` is set."""
     started = time.monotonic()
     next_line = started
     while True:
@@ -40,12 +46,12 @@ def _patiently(call: Callable[[], Any], passing: tuple[type[EagleRpcError], ...]
             return
         except passing as error:
             now = time.monotonic()
-            if now - started >= patience:
+            if now - started >= patience or stop.is_set():
                 raise
             if now >= next_line:
                 next_line = now + _LINE_SECONDS
                 logger.info("waiting for %s, %.0f of %.0f s: %s", what, now - started, patience, error)
-        time.sleep(_RETRY_SECONDS)
+        stop.wait(_RETRY_SECONDS)
 
 
 class Beat:
@@ -63,6 +69,7 @@ class Beat:
         status: Callable[[], dict[str, Any]],
         interval: float,
         patience: float,
+        stop: threading.Event,
         when_superseded: Callable[[], None],
     ) -> None:
         self._client = client
@@ -70,6 +77,7 @@ class Beat:
         self._status = status
         self._interval = interval
         self._patience = patience
+        self._stop = stop
         self._when_superseded = when_superseded
         self._superseded = False
         self._lost = False
@@ -78,7 +86,7 @@ class Beat:
         self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
 
     def __enter__(self) -> "Beat":
-        register(self._client, self._described(), self._patience)
+        register(self._client, self._described(), self._patience, self._stop)
         self._thread.start()
         return self
 

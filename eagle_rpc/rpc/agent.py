@@ -47,7 +47,7 @@ def running_agent(
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
     raise_fence(permissions)
-    options = agent_options(f"{_SCHEME}://", config)
+    options = agent_options(f"{_SCHEME}://", config, cuda=bool(device_maps))
     if device_maps:
         # An agent that finds CUDA uninitialised aborts the process.
         torch.cuda.init()

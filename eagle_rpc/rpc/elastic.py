@@ -107,6 +107,8 @@ class ElasticMembership:
         if lost:
             with self._lock:
                 self._lost.add(link.incarnation)
+            # A broken connection keeps its files open until a call on it has failed.
+            link.nudge()
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, as the registry knows it: an RRef's owner calls back."""
@@ -165,15 +167,16 @@ def join_elastic(
     config: RpcConfig,
     permissions: Permissions,
     registry: RegistryClient,
+    stop: threading.Event,
     when_superseded: Callable[[], None],
 ) -> Iterator[ElasticMembership]:
     """Starts this worker's agent and announces it at the registry until the body ends; peers that it met stay as they are.
 
     `when_superseded` is called if another process takes the name over. Waits `config.start_timeout` for the registry and for
-    the name; raises `ConnectionLost` or `WaitTimeout` without a registry, `NameTaken` while a living worker has the name, otherwise
-    as `running_agent` does.
+    the name, unless `stop` is set; raises `ConnectionLost` or `WaitTimeout` without a registry, `NameTaken` while a living
+    worker has the name, otherwise as `running_agent` does.
     """
-    wait_until_reachable(registry, config.start_timeout)
+    wait_until_reachable(registry, config.start_timeout, stop)
     worker_id = registry.new_id()
     if worker_id >= _LOWEST_CONNECTION:
         raise ConfigError(
@@ -210,6 +213,7 @@ def join_elastic(
             status=membership.status,
             interval=config.heartbeat_interval,
             patience=config.start_timeout,
+            stop=stop,
             when_superseded=when_superseded,
         ):
             logger.info("%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry)

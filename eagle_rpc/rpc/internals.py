@@ -46,14 +46,14 @@ class WorkerName:
     id: int
 
 
-def agent_options(init_method: str, config: RpcConfig) -> rpc.TensorPipeRpcBackendOptions:
-    """Options of an agent that uses the configured transports and channels alone."""
+def agent_options(init_method: str, config: RpcConfig, *, cuda: bool) -> rpc.TensorPipeRpcBackendOptions:
+    """Options of an agent that uses the configured transports and channels alone; `cuda`: it carries CUDA tensors."""
     return rpc.TensorPipeRpcBackendOptions(
         init_method=init_method,
         num_worker_threads=config.worker_threads,
         rpc_timeout=config.request_timeout,
         _transports=config.transports,
-        _channels=config.channels or None,
+        _channels=config.channels or (None if cuda else ["basic"]),
     )
 
 

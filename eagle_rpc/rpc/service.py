@@ -13,6 +13,8 @@ from torch.futures import Future
 from eagle_rpc.errors import PayloadRefused, TargetFailed
 from eagle_rpc.rpc.calls import PendingCall
 
+_NUDGE_TIMEOUT = 1.0
+
 _rrefs: dict[str, Any] = {}
 _by_name: dict[str, tuple[Any, frozenset[str]]] = {}
 
@@ -83,6 +85,11 @@ class Link:
     def release(self) -> None:
         """Lets go of the RRef, which tells its owner; call it before the peer leaves this worker's table."""
         self._rref = None
+
+    def nudge(self) -> None:
+        """Sends something that nobody waits for, so that torch finds out about connections that have broken."""
+        for worker in (self._data, self._control):
+            self._call_by_name(worker, "a nudge", _NUDGE_TIMEOUT, hosted_rref, self._service)
 
     def _call_by_name(self, worker: str, what: str, timeout: float, function: Any, *arguments: Any) -> PendingCall:
         try:

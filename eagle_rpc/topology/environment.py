@@ -76,10 +76,10 @@ def prepare_environment() -> None:
     """Settings that torch reads when it is imported; call before that.
 
     Large pages make receives above 32 MB two to three times faster; tokenizers' threads must not outlive a fork. torch's own
-    warnings about every peer that leaves are left out: what matters of them is reported here, under the worker's name.
+    lines about every peer that leaves are left out: what matters of them is reported here, under the worker's name.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -1,8 +1,10 @@
 """Targets and trainers that come, die and return, as processes of their own over real RPC."""
 
+import contextlib
 import os
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,17 +169,12 @@ def stream_through_cuts(link: Link, name: str, address: str, token: bytes) -> No
 def cut_connections(registry_port: int) -> None:
     """Shuts every connected TCP socket of this process down, but those to the registry."""
     for entry in os.listdir("/proc/self/fd"):
-        try:
-            connection = socket.socket(fileno=os.dup(int(entry)))
-        except OSError:
-            continue
-        try:
-            if connection.family == socket.AF_INET and connection.getpeername()[1] != registry_port:
-                connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        finally:
-            connection.close()
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(entry))) as connection:
+                if connection.family == socket.AF_INET and connection.getpeername()[1] != registry_port:
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_connections_that_are_cut_are_made_anew_with_the_same_incarnation(service: Service):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,7 @@ class Place:
         try:
             self._wait_for_token(process)
             client = self.client()
-            wait_until_reachable(client, PATIENCE)
+            wait_until_reachable(client, PATIENCE, threading.Event())
             yield process, client
         finally:
             process.kill()
@@ -133,7 +134,7 @@ def test_a_dead_workers_name_goes_to_its_successor(place: Place):
     with place.registry("rpc.heartbeat_interval=0.2") as (_, client):
         client.announce(TARGET)
         successor = replace(TARGET, id=2, incarnation="cd" * 8)
-        register(client, successor, PATIENCE)
+        register(client, successor, PATIENCE, threading.Event())
         assert client.records()[0].record == successor
 
 

@@ -85,7 +85,7 @@ def stock_agent() -> Iterator[None]:
     rpc.init_rpc(
         ATTACKER,
         rank=ATTACKER_ID,
-        rpc_backend_options=internals.agent_options("eagle-attacker://", RpcConfig()),
+        rpc_backend_options=internals.agent_options("eagle-attacker://", RpcConfig(), cuda=False),
     )
     # torch goes on asking the first agent of a process who owns an RRef, so every one of them must have heard of the server.
     internals.add_peer(SERVER, SERVER_ID, internals.bound_url(ATTACKER), {})

@@ -118,6 +118,7 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
         config=config,
         permissions=permissions,
         registry=RegistryClient(address, token),
+        stop=threading.Event(),
         when_superseded=lambda: None,
     ) as membership:
         yield membership

@@ -14,7 +14,7 @@ BOUND = 20.0
 
 
 def beat(client: RegistryClient, record: Record, status: Callable[[], dict[str, Any]] = dict, **changes: Any) -> Beat:
-    settings = {"interval": INTERVAL, "patience": 0.0, "when_superseded": lambda: None, **changes}
+    settings = {"interval": INTERVAL, "patience": 0.0, "stop": threading.Event(), "when_superseded": lambda: None, **changes}
     return Beat(client, record, status=status, **settings)
 
 
@@ -112,7 +112,7 @@ def test_a_worker_whose_name_was_taken_over_is_told_once_and_leaves_the_other_al
         first, second = target(incarnation="a"), target(incarnation="b")
         with beat(client, first, when_superseded=when_superseded):
             client.withdraw(first.incarnation)
-            register(client, second, BOUND)
+            register(client, second, BOUND, threading.Event())
             assert superseded.wait(BOUND)
         assert (told, client.living()) == (["superseded"], [second])
 
@@ -123,7 +123,7 @@ def test_a_living_name_is_refused_after_the_patience_and_said_to_be_waited_for(t
         client = client_of(server)
         client.announce(target(incarnation="a"))
         with pytest.raises(NameTaken, match="incarnation a"):
-            register(client, target(incarnation="b"), 0.3)
+            register(client, target(incarnation="b"), 0.3, threading.Event())
     lines = [one.getMessage() for one in caplog.records if "waiting for the name target0" in one.getMessage()]
     assert len(lines) == 1 and "incarnation a0000000" in lines[0]
 
@@ -132,7 +132,7 @@ def test_a_dead_workers_name_is_waited_for(tmp_path):
     with running_registry(tmp_path, ttl=0.5) as server:
         client = client_of(server)
         client.announce(target(incarnation="a"))
-        register(client, target(incarnation="b"), BOUND)
+        register(client, target(incarnation="b"), BOUND, threading.Event())
         assert client.living()[0].incarnation[0] == "b"
 
 
@@ -141,9 +141,21 @@ def test_a_registry_that_starts_later_is_waited_for(tmp_path):
         address = server.address
     client = RegistryClient(address, TOKEN, timeout=10)
     with pytest.raises(ConnectionLost):
-        wait_until_reachable(client, 0.2)
+        wait_until_reachable(client, 0.2, threading.Event())
     waiter = threading.Thread(target=wait_until_reachable, args=(client, BOUND), daemon=True)
     waiter.start()
     with running_registry(tmp_path, address=address):
         waiter.join(BOUND)
         assert not waiter.is_alive()
+
+
+def test_a_worker_that_is_told_to_stop_does_not_go_on_waiting_for_its_name_or_the_registry(tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with running_registry(tmp_path, ttl=60) as registry:
+        client = client_of(registry)
+        client.announce(target())
+        with pytest.raises(NameTaken):
+            register(client, target(incarnation="b"), 1000.0, stop)
+    with pytest.raises(ConnectionLost):
+        wait_until_reachable(RegistryClient("127.0.0.1:1", TOKEN), 1000.0, stop)

@@ -1,6 +1,7 @@
 """A draft small enough to train in a blink, and stand-ins for its data and its target."""
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,6 +172,7 @@ def make_trainer(
         "batches": RandomPlan(group.rank, group.size, batch_size=settings.batch_size),
         "validation": RandomPlan(seed=7),
         "record": run_record(settings, group.size),
+        "stop": threading.Event(),
     }
     return Trainer(settings, OBJECTIVE, group=group, run=RunDirectory(path), **(parts | changes))
 
