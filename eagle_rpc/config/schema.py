@@ -247,8 +247,10 @@ class TrainConfig:
     """Gradients are scaled down to this norm (> 0)."""
     autocast: DType | None = DType.bfloat16
     """Format of matrix products; weights stay fp32. null: fp32 throughout."""
+    fused: bool = True
+    """On a GPU, with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
     recompute_mlp: bool = False
-    """On a GPU, computes the feed-forward block again in the backward: half of the memory for a tenth more time."""
+    """The fused step computes the feed-forward block again in the backward: half of the memory for a tenth more time."""
     device: str = "auto"
     validate_every: int = 100
     """Optimiser steps between validations (>= 0; 0: only at the end)."""

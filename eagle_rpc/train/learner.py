@@ -116,7 +116,7 @@ def make_ttt_step(draft: Eagle3Draft, config: TrainConfig, objective: DraftConfi
     """The fused step where a GPU and the configuration allow it, else the reference."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)
-    if FusedStep.supports(draft, dtype):
+    if config.fused and FusedStep.supports(draft, dtype):
         return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp)
     if config.recompute_mlp:
         logger.warning(
