@@ -2,7 +2,7 @@
 # ./launch.sh [OVERRIDES]     set up, then the whole path: regenerate, train over RPC, export, evaluate
 # ./launch.sh test [ARGS]     set up, then lint and tests (ARGS go to pytest)
 # ./launch.sh setup           set up only
-# ./launch.sh job=NAME ...    set up, then that job alone
+# ./launch.sh job=NAME ...    set up, then that job alone; job=train under torchrun
 # OVERRIDES are Hydra's: topology=1x2 train.max_steps=50 experiment=smollm2_long ...
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -24,13 +24,19 @@ set_up() {
   echo "$wanted" >"$stamp"
 }
 
-# Workers of a topology=TxR override; 1x1 unless one is given.
+# Workers of a topology=TxR override; 1x1 unless one is given. With rpc=elastic the targets are jobs of their own.
 num_workers() {
   local topology=1x1 argument
   for argument in "$@"; do
     if [[ $argument == topology=* ]]; then topology=${argument#topology=}; fi
   done
-  if [[ $topology == single ]]; then echo 1; else echo $((${topology%x*} + ${topology#*x})); fi
+  if [[ $topology == single ]]; then
+    echo 1
+  elif given 'rpc=elastic' "$@"; then
+    echo "${topology#*x}"
+  else
+    echo $((${topology%x*} + ${topology#*x}))
+  fi
 }
 
 run() {

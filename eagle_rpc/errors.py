@@ -32,8 +32,14 @@ class UnknownSession(EagleRpcError, LookupError):
     """The session is not (or no longer) registered at this target; open it again."""
 
 
+class StaleIncarnation(EagleRpcError, LookupError):
+    """Another process than the one that was meant answers at this address; look it up again."""
+
+
 class TargetBusy(EagleRpcError, RuntimeError):
-    """The target's queue is full; try again later."""
+    """The target's queue is full; try again after `retry_after` seconds."""
+
+    retry_after: float = 0.05
 
 
 class TargetDraining(EagleRpcError, RuntimeError):
@@ -54,6 +60,22 @@ class TargetFailed(EagleRpcError, RuntimeError):
 
 class ConnectionLost(EagleRpcError, ConnectionError):
     """The peer's process or the way to it is gone."""
+
+
+class TargetUnavailable(EagleRpcError, ConnectionError):
+    """No target could be reached within the reconnect deadline."""
+
+
+class NameTaken(EagleRpcError, RuntimeError):
+    """A living worker has this name already."""
+
+
+class AccessRefused(EagleRpcError, PermissionError):
+    """A peer that does not know the registry's token, or a token file that others may read."""
+
+
+class PayloadRefused(EagleRpcError, ValueError):
+    """An RPC message that asks for more than the allow-list and the size limits permit."""
 
 
 class WaitTimeout(EagleRpcError, TimeoutError):

@@ -1,6 +1,7 @@
-"""The trainer's side of the service: replicas, routing, prefetch."""
+"""The trainer's side of the service: the fleet of targets, routing, failover, prefetch."""
 
 from eagle_rpc.client.remote import RemoteEagle3TargetModel
 from eagle_rpc.client.replica import SERVICE_NAME
+from eagle_rpc.client.settings import ClientSettings
 
-__all__ = ["SERVICE_NAME", "RemoteEagle3TargetModel"]
+__all__ = ["SERVICE_NAME", "ClientSettings", "RemoteEagle3TargetModel"]

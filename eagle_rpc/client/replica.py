@@ -1,95 +1,125 @@
-"""One target server as a trainer sees it: its RRef, this trainer's session there, and the requests under way."""
+"""One target as a trainer sees it: the link, this trainer's session there, and how it has been doing."""
 
 import time
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from eagle_rpc.errors import RequestExpired, TargetBusy
-from eagle_rpc.rpc import PendingCall, connect
-from eagle_rpc.supervision import DraftHead, EncodedSupervision, GenerateRequest, ModelInfo, SessionSpec, TokenBatch, unwrap
+from eagle_rpc.errors import UnknownSession
+from eagle_rpc.rpc import Link, PendingCall
+from eagle_rpc.supervision import DraftHead, GenerateRequest, ModelInfo, OpenedSession, SessionSpec, TokenBatch, unwrap
 
 SERVICE_NAME = "target"
-# A control call only validates and answers; half a minute means that the peer is stuck.
-_CONTROL_TIMEOUT = 30.0
-_BUSY_RETRY_SECONDS = 0.05
+# A control call only validates and answers; this much means that the peer is stuck.
+CONTROL_TIMEOUT = 10.0
+# Weight of the newest request in the average of a replica's pace.
+_NEWEST = 0.3
+
+
+class Attempt(NamedTuple):
+    """A call that belongs to a session."""
+
+    call: PendingCall
+    session: str
 
 
 class Replica:
-    """Calls on one `TargetModelServer`. Every wait is bounded; refusals arrive as the exceptions of their codes."""
+    """One incarnation of a target. Every call is bounded; refusals arrive as the exceptions of their codes."""
 
-    def __init__(self, worker: str, *, request_timeout: float) -> None:
-        self.name = worker
-        self.num_outstanding = 0
+    def __init__(self, name: str, link: Link, *, request_timeout: float) -> None:
+        self.name = name
+        self.link = link
+        self.info: ModelInfo = unwrap(link.control("model_info", timeout=CONTROL_TIMEOUT).result(), sender=name)
+        self.session: OpenedSession | None = None
+        self.draining = False
+        self.silent = False
+        self.not_before = 0.0  # time.monotonic until which it has asked not to be asked
+        self.seconds_per_request: float | None = None  # at the target, without waiting for the requests before
+        self._last_answer = 0.0
+        self._under_way: dict[str, float] = {}  # request id -> when it was sent
         self._request_timeout = request_timeout
-        self._rref = connect(worker, SERVICE_NAME, timeout=_CONTROL_TIMEOUT)
-        self._session: str | None = None
 
-    def model_info(self) -> ModelInfo:
-        return self._call("model_info")
+    @property
+    def usable(self) -> bool:
+        """Whether new requests may go there."""
+        return self.session is not None and not self.draining and not self.silent
+
+    @property
+    def state(self) -> str:
+        """In one word, for people."""
+        return "silent" if self.silent else "draining" if self.draining else "serving" if self.session else "connecting"
+
+    @property
+    def num_outstanding(self) -> int:
+        return len(self._under_way)
+
+    def has_credit(self, now: float) -> bool:
+        """Whether it takes one more request at this moment."""
+        return self.session is not None and self.num_outstanding < self.session.credits and now >= self.not_before
+
+    def expected_wait(self, now: float, *, usual_pace: float) -> float:
+        """Seconds that one more request would take there, going by the latest ones and by the one that waits longest.
+
+        `usual_pace` stands in for the seconds a request of a replica that has not answered any yet.
+        """
+        pace = usual_pace if self.seconds_per_request is None else self.seconds_per_request
+        oldest = max((now - sent for sent in self._under_way.values()), default=0.0)
+        return (self.num_outstanding + 1) * max(pace, oldest / max(1, self.num_outstanding))
 
     def input_embeddings(self) -> Any:
         """[V, H] tensor."""
-        return self._call("input_embeddings", timeout=self._request_timeout)
-
-    def open_session(self, spec: SessionSpec) -> None:
-        # The first session with the hidden encoding probes the head, which runs the model.
-        self._session = self._call("open_session", spec, timeout=self._request_timeout)
+        return self._fetch("input_embeddings")
 
     def output_embeddings(self) -> DraftHead:
-        return self._call("output_embeddings", self._session, timeout=self._request_timeout)
+        """The head's rows of the session's draft vocabulary. Raises `UnknownSession` while there is none."""
+        if self.session is None:
+            raise UnknownSession(f"{self.name} has no session of this trainer yet")
+        return self._fetch("output_embeddings", self.session.id)
 
-    def generate(self, request_id: str, tokens: TokenBatch) -> "PendingSupervision":
-        """Sends a request and returns at once."""
-        assert self._session is not None, "open a session first"
-        self.num_outstanding += 1
-        return PendingSupervision(self, request_id, tokens, deadline=time.monotonic() + self._request_timeout)
+    def open_session(self, spec: SessionSpec) -> None:
+        # The first session with the hidden encoding probes the head, which waits for the target's forward thread.
+        spec = replace(spec, through_host=not self.link.between_gpus)
+        call = self.link.control("open_session", spec, timeout=self._request_timeout)
+        self.session = unwrap(call.result(), sender=self.name)
 
     def disconnect(self) -> None:
         """Ends this trainer's session; the server lives on."""
-        if self._session is not None:
-            self._call("disconnect", self._session)
-            self._session = None
+        session, self.session = self.session, None
+        if session is not None:
+            unwrap(self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result(), sender=self.name)
 
-    def send(self, request_id: str, tokens: TokenBatch, *, seconds_left: float) -> PendingCall:
-        """One attempt of a request; the deadline travels with it as seconds remaining."""
-        assert self._session is not None
-        request = GenerateRequest(session=self._session, request_id=request_id, tokens=tokens, seconds_left=seconds_left)
-        future = self._rref.rpc_async(timeout=seconds_left).generate(request)
-        return PendingCall(future, peer=self.name, what=f"request {request_id}", timeout=seconds_left)
+    def send(self, request_id: str, tokens: TokenBatch) -> Attempt:
+        """Starts one request; the deadline travels with it as seconds remaining."""
+        assert self.session is not None
+        request = GenerateRequest(
+            session=self.session.id,
+            incarnation=self.info.incarnation,
+            request_id=request_id,
+            tokens=tokens,
+            seconds_left=self._request_timeout,
+        )
+        self._under_way[request_id] = time.monotonic()
+        call = self.link.call("generate", request, what=f"request {request_id}", timeout=self._request_timeout)
+        return Attempt(call, self.session.id)
 
-    def _call(self, method: str, *arguments: Any, timeout: float = _CONTROL_TIMEOUT) -> Any:
-        future = getattr(self._rref.rpc_async(timeout=timeout), method)(*arguments)
-        reply = PendingCall(future, peer=self.name, what=method, timeout=timeout).result()
+    def beat(self, *, timeout: float) -> Attempt:
+        """Starts a heartbeat, which renews the session's lease."""
+        assert self.session is not None
+        return Attempt(self.link.control("heartbeat", self.session.id, timeout=timeout), self.session.id)
+
+    def settle(self, request_id: str, *, answered: bool) -> None:
+        """Nothing more is awaited for this request; an answer tells the pace."""
+        sent = self._under_way.pop(request_id, None)
+        if sent is not None and answered:
+            now = time.monotonic()
+            seconds, self._last_answer = now - max(sent, self._last_answer), now
+            before = seconds if self.seconds_per_request is None else self.seconds_per_request
+            self.seconds_per_request = before + _NEWEST * (seconds - before)
+
+    def cancel(self, request_ids: list[str]) -> None:
+        """Tells the target that nobody waits for these; whether it hears it makes no difference to anybody here."""
+        if self.session is not None and request_ids:
+            self.link.control("cancel", self.session.id, request_ids, timeout=CONTROL_TIMEOUT)
+
+    def _fetch(self, method: str, *arguments: Any) -> Any:
+        reply = self.link.call(method, *arguments, what=method, timeout=self._request_timeout).result()
         return unwrap(reply, sender=self.name)
-
-
-class PendingSupervision:
-    """A request under way at a replica. A busy target is asked again until the request's deadline."""
-
-    def __init__(self, replica: Replica, request_id: str, tokens: TokenBatch, *, deadline: float) -> None:
-        self._replica = replica
-        self._request_id = request_id
-        self._tokens = tokens
-        self._deadline = deadline
-        self._call = replica.send(request_id, tokens, seconds_left=deadline - time.monotonic())
-
-    def result(self) -> EncodedSupervision:
-        """Waits for the reply, until the deadline at most."""
-        try:
-            while True:
-                try:
-                    return unwrap(self._call.result(), sender=self._replica.name)
-                except TargetBusy as busy:
-                    self._send_again(busy)
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """The replica owes nothing more; a reply that still comes is dropped."""
-        self._replica.num_outstanding -= 1
-
-    def _send_again(self, busy: TargetBusy) -> None:
-        seconds_left = self._deadline - time.monotonic() - _BUSY_RETRY_SECONDS
-        if seconds_left <= 0:
-            raise RequestExpired(f"request {self._request_id} found {self._replica.name} busy until its deadline: {busy}") from busy
-        time.sleep(_BUSY_RETRY_SECONDS)
-        self._call = self._replica.send(self._request_id, self._tokens, seconds_left=seconds_left)

@@ -6,20 +6,24 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from eagle_rpc.config.schema import Config, DraftLoss, DType, Encoding, JobName
+from eagle_rpc.config.schema import Config, DraftLoss, DType, Encoding, JobName, Membership
 from eagle_rpc.errors import ConfigError
 
 TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+ADDRESS = re.compile(r"([^\s:]+):(\d{1,5})")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
-    "rpc.request_timeout rpc.shutdown_timeout target.max_batch_tokens target.chunk_rows target.max_queued_requests "
-    "target.max_sessions supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps train.batch_size "
-    "train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every train.keep_checkpoints "
-    "train.log_every evaluate.num_prompts evaluate.max_new_tokens evaluate.num_draft_tokens regenerate.batch_size "
-    "regenerate.max_new_tokens regenerate.max_prompt_tokens"
+    "rpc.request_timeout rpc.reconnect_deadline rpc.heartbeat_interval rpc.heartbeat_misses rpc.drain_timeout "
+    "rpc.shutdown_timeout rpc.max_pickle_bytes rpc.max_request_bytes target.max_batch_tokens target.chunk_rows "
+    "target.max_queued_requests target.max_queued_per_session target.max_reply_bytes target.max_reply_bytes_per_session "
+    "target.max_sessions target.session_lease supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps "
+    "train.batch_size train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every "
+    "train.keep_checkpoints train.log_every evaluate.num_prompts evaluate.max_new_tokens evaluate.num_draft_tokens "
+    "regenerate.batch_size regenerate.max_new_tokens regenerate.max_prompt_tokens"
 ).split()
 _NOT_NEGATIVE = (
-    "run.threads train.validate_every train.validation_batches train.weight_decay evaluate.near_tie regenerate.temperature"
+    "run.threads job.status_watch topology.first_target train.validate_every train.validation_batches train.weight_decay "
+    "evaluate.near_tie regenerate.temperature"
 ).split()
 _SHARES = "train.min_learning_rate_share train.warmup_share".split()
 _POSITIVE_OR_NULL = (
@@ -40,6 +44,7 @@ def check(config: Config) -> None:
             _require(config, path, holds, rule)
     _require(config, "rpc.worker_threads", lambda value: value > 1, "must be at least 2")
     _require(config, "rpc.transports", lambda value: len(value) > 0, "must name at least one transport")
+    _require(config, "rpc.registry", lambda value: ADDRESS.fullmatch(value) is not None, "must be host:port")
     _require(config, "draft.step_decay", lambda value: 0 < value <= 1, "must lie in (0, 1]")
     _require(config, "data.validation_share", lambda value: 0 <= value < 1, "must lie in [0, 1)")
     _require(config, "data.max_length", lambda value: value > 2, "must be at least 3")
@@ -68,6 +73,21 @@ def check(config: Config) -> None:
 
 
 def _check_across(config: Config) -> None:
+    silence = config.rpc.heartbeat_interval * config.rpc.heartbeat_misses
+    if config.target.session_lease <= silence:
+        raise ConfigError(
+            f"target.session_lease must be longer than rpc.heartbeat_interval x rpc.heartbeat_misses = {silence:g} s, "
+            f"got {config.target.session_lease:g}"
+        )
+    if config.target.max_reply_bytes_per_session > config.target.max_reply_bytes:
+        raise ConfigError(
+            f"target.max_reply_bytes_per_session must be at most target.max_reply_bytes {config.target.max_reply_bytes}, "
+            f"got {config.target.max_reply_bytes_per_session}"
+        )
+    if config.topology.single and config.rpc.membership is Membership.elastic:
+        raise ConfigError("topology.single must go with rpc.membership=static, got elastic")
+    if config.job.name is JobName.serve and config.rpc.membership is not Membership.elastic:
+        raise ConfigError(f"job=serve must go with rpc.membership=elastic (rpc=elastic), got {config.rpc.membership.name}")
     if config.topology.single and (config.topology.targets, config.topology.trainers) != (1, 1):
         raise ConfigError(
             f"topology.single must go with one target and one trainer, got {config.topology.targets} and {config.topology.trainers}"

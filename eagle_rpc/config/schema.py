@@ -20,12 +20,16 @@ class JobName(Enum):
     evaluate = "evaluate"
     verify = "verify"
     plan = "plan"
+    registry = "registry"
+    serve = "serve"
+    status = "status"
 
 
 class Membership(Enum):
     """How RPC workers find each other."""
 
     static = "static"
+    elastic = "elastic"
 
 
 class Encoding(Enum):
@@ -108,6 +112,12 @@ class JobConfig:
     """Encodings that `job=verify` compares."""
     verify_timeout: float = 600.0
     """Seconds one side of one comparison may take."""
+    status_watch: float = 0.0
+    """Seconds between two looks of `job=status` (>= 0; 0: one look)."""
+    status_json: bool = False
+    """`job=status` prints one JSON object a look instead of tables."""
+    serve_until_unused: bool = False
+    """`job=serve` ends by itself when the last of its sessions has gone; otherwise it serves until it is told to stop."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,9 +135,11 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class TopologyConfig:
     targets: int = 1
-    """Target replicas (> 0)."""
+    """Target replicas (> 0); elastic: as many as there are, this one does not count."""
     trainers: int = 1
-    """Trainer processes (> 0)."""
+    """Trainer processes (> 0); elastic: the workers of the trainers' own torchrun, this one does not count."""
+    first_target: int = 0
+    """Number of the first replica that a `job=serve` starts (>= 0): a second such job on the same registry needs another."""
     single: bool = False
     """One process is target and trainer and calls itself over RPC."""
 
@@ -143,12 +155,32 @@ class RpcConfig:
     """Seconds that trainers wait for a target to load its model."""
     request_timeout: float = 300.0
     """Seconds a request may take, queue included; travels with it as its deadline."""
+    reconnect_deadline: float = 300.0
+    """Seconds that trainers wait for a target to come back before they checkpoint and end."""
+    heartbeat_interval: float = 1.0
+    """Seconds between two heartbeats of a trainer at each target, and of every elastic worker at the registry (> 0)."""
+    heartbeat_misses: int = 3
+    """Heartbeats without an answer after which a peer is taken for silent (> 0)."""
+    drain_timeout: float = 30.0
+    """Seconds that a target which is told to stop gives to its queue."""
     shutdown_timeout: float = 60.0
     """Seconds an orderly shutdown may take before the process ends itself."""
+    registry: str = "127.0.0.1:29711"
+    """`host:port` of the registry where elastic targets and trainers find each other."""
+    host_registry: bool = False
+    """`job=serve`: the first target hosts the registry itself, so that no `job=registry` is needed."""
+    token_file: str = "~/.eagle_rpc/token"
+    """File with the registry's secret; who hosts the registry makes it if it is absent, readable by its owner only."""
+    max_pickle_bytes: int = 8 * 2**20
+    """Largest message without its tensors that a worker unpickles (> 0)."""
+    max_request_bytes: int = 64 * 2**20
+    """Largest tensors of one message that a target takes (> 0)."""
     worker_threads: int = 4
     """RPC handler threads of each worker (> 1: a handler may wait for another)."""
     transports: list[str] = field(default_factory=lambda: ["uv"])
     """TensorPipe transports. `shm` is faster on large hosts but burns a core while idle."""
+    channels: list[str] = field(default_factory=list)
+    """TensorPipe channels; empty: torch's choice. On one host that is `cma`, which reads the peer's memory; CUDA needs its own."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -172,8 +204,16 @@ class TargetConfig:
     """Rows that are projected onto the whole vocabulary at a time (> 0)."""
     max_queued_requests: int = 64
     """Requests that wait for the forward thread at most (> 0)."""
+    max_queued_per_session: int = 16
+    """Requests of one session that wait or run at a time at most (> 0): the credits of its trainer."""
+    max_reply_bytes: int = 8 * 2**30
+    """Bytes of replies that are promised or made but not yet sent at most (> 0), over all sessions."""
+    max_reply_bytes_per_session: int = 2 * 2**30
+    """The same for one session (> 0)."""
     max_sessions: int = 256
     """Sessions that are open at a time at most (> 0)."""
+    session_lease: float = 60.0
+    """Seconds without a heartbeat or request after which a session is closed and what it queued is dropped (> 0)."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,37 +1,86 @@
-"""Targets and trainers of a static job: every worker of a torchrun comes here and plays its role."""
+"""Trains the draft: in a static job every worker of a torchrun comes here and plays its role, in an elastic one all are trainers."""
 
 import contextlib
+import logging
+import threading
 
 import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.compose import write_config
+from eagle_rpc.config.schema import Membership
+from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.jobs.elastic_worker import announced
+from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
-from eagle_rpc.jobs.target_worker import hosted_target, serve_until_done
+from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target, serve_until_done
 from eagle_rpc.jobs.trainer_worker import train_until_done
-from eagle_rpc.rpc import join
-from eagle_rpc.topology import Role, assign_roles, plan_devices, read_world
+from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
+from eagle_rpc.topology import (
+    Cast,
+    Role,
+    World,
+    assign_elastic_roles,
+    assign_roles,
+    plan_devices,
+    read_world,
+    resolve_device,
+    stop_signals,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:
-    """Returns 0 when training is done; errors are raised."""
+    """Returns 0 when training is done, or has stopped with a checkpoint because it was told to; errors are raised."""
     world = read_world()
-    cast = assign_roles(config.topology, world)
+    elastic = config.rpc.membership is Membership.elastic
+    cast = assign_elastic_roles(Role.trainer, config.topology, world) if elastic else assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
-    setting = config.train.device if cast.me.has(Role.trainer) else config.target.device
-    devices = plan_devices(cast, setting=setting, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
-    device = torch.device(devices.device)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
         if cast.me.name == cast.trainer_names[0]:
             directory = run_directory(config)
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
-        membership = stack.enter_context(join(cast, world, config.rpc, devices))
-        if config.topology.single:
-            stack.enter_context(hosted_target(config, device, membership))
-            train_until_done(config, device, membership)
-        elif cast.me.has(Role.target):
-            serve_until_done(config, device, membership)
-        else:
-            train_until_done(config, device, membership)
+        try:
+            (_train_elastic if elastic else _train_static)(config, cast, world, stop)
+        except EagleRpcError as error:
+            if not stop.is_set():
+                raise
+            logger.warning("stopped while it waited: %s", error)
     return 0
+
+
+def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
+    setting = config.train.device if cast.me.has(Role.trainer) else config.target.device
+    devices = plan_devices(cast, setting=setting, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    device = torch.device(devices.device)
+    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
+        if not cast.me.has(Role.trainer):
+            serve_until_done(config, device, membership, stop)
+            return
+        with contextlib.ExitStack() as stack:
+            if config.topology.single:
+                stack.enter_context(hosted_target(config, device))
+                membership.mark(READY)
+            train_in_static_job(config, device, cast, membership, stop)
+
+
+def train_in_static_job(
+    config: Config, device: torch.device, cast: Cast, membership: StaticMembership, stop: threading.Event
+) -> None:
+    """Waits for the targets to load, trains, and tells them that it is done: they wait for that."""
+    membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
+    train_until_done(config, device, cast, membership, membership.store, stop)
+    if stop.is_set():
+        membership.part()
+    membership.mark(DONE)
+
+
+def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
+    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
+    store = attempt_store(world, timeout=config.rpc.start_timeout)
+    permissions = trainer_permissions(config.rpc)
+    with announced(config, cast.me.name, Role.trainer, device, permissions, when_superseded=stop.set) as membership:
+        train_until_done(config, device, cast, membership, store, stop)

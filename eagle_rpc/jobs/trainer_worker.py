@@ -1,28 +1,32 @@
 """A worker that trains the draft."""
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PretrainedConfig
 
-from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.setting import run_directory
-from eagle_rpc.jobs.target_worker import DONE, READY
-from eagle_rpc.rpc import StaticMembership
+from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.supervision import Eagle3TargetBackend, TargetExpectation, VocabMapping, tokenizer_fingerprint
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.topology import Cast
 from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
 
 
-def train_until_done(config: Config, device: torch.device, membership: StaticMembership) -> None:
-    """The whole life of a trainer in a static job: data, target, draft, training."""
-    index = membership.cast.me.index
+def train_until_done(
+    config: Config, device: torch.device, cast: Cast, membership: Membership, store: dist.Store, stop: threading.Event
+) -> None:
+    """The whole life of a trainer: data, target, draft, training. `store` is where the trainers of this job find each other."""
+    index = cast.me.index
     tokenizer = load_tokenizer(config.target, cache_dir=config.run.cache_dir)
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
@@ -35,42 +39,51 @@ def train_until_done(config: Config, device: torch.device, membership: StaticMem
         draft_vocab_size=config.draft.vocab_size,
         cache_dir=config.run.cache_dir,
     )
-    with contextlib.closing(connect_target(config, target_config, tokenizer, device, membership)) as backend:
+    with contextlib.closing(connect_target(config, target_config, tokenizer, device, cast, membership, stop)) as backend:
         require_room(config, backend.model_info().max_length)
         backend.open_session(mapping)
-        with join_group(config, membership) as group:
-            plan = plan_batches(config, training, rank=index, num_ranks=group.size)
-            Trainer(
+        with join_group(config, cast, store) as group:
+            trainer = Trainer(
                 config.train,
                 config.draft,
                 draft=make_draft(config, target_config, backend, device),
                 backend=backend,
-                batches=plan,
+                batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation) if len(validation) else None,
                 group=group,
                 run=run_directory(config),
                 record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
-            ).train()
-    membership.mark(DONE)
+                stop=stop,
+            )
+            if isinstance(membership, ElasticMembership):
+                membership.report(lambda: {**trainer.status(), **backend.status()})
+            trainer.train()
 
 
 def connect_target(
-    config: Config, target_config: PretrainedConfig, tokenizer: Any | None, device: torch.device, membership: StaticMembership
+    config: Config,
+    target_config: PretrainedConfig,
+    tokenizer: Any | None,
+    device: torch.device,
+    cast: Cast,
+    membership: Membership,
+    stop: threading.Event,
 ) -> RemoteEagle3TargetModel:
-    """Waits until the targets have loaded their model, and refuses them if it is not the one that the draft expects."""
-    membership.wait_for(membership.cast.target_names, READY, timeout=config.rpc.model_timeout)
-    return RemoteEagle3TargetModel(
-        membership.cast.target_names,
-        trainer=membership.cast.me.name,
-        index=membership.cast.me.index,
+    """Waits for a target that serves, and refuses those that are not the one that the draft expects."""
+    settings = ClientSettings(
+        trainer=cast.me.name,
+        index=cast.me.index,
         job=config.run.name,
         encoding=config.supervision.encoding.value,
         rows=config.supervision.rows.value,
         prefetch=config.supervision.prefetch,
-        expected=expectation(config, target_config, tokenizer),
-        device=device,
         request_timeout=config.rpc.request_timeout,
+        reconnect_deadline=config.rpc.reconnect_deadline,
+        heartbeat_interval=config.rpc.heartbeat_interval,
+        heartbeat_misses=config.rpc.heartbeat_misses,
     )
+    expected = expectation(config, target_config, tokenizer)
+    return RemoteEagle3TargetModel(membership, settings=settings, expected=expected, device=device, stop=stop)
 
 
 def require_room(config: Config, limit: int) -> None:
@@ -91,14 +104,13 @@ def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any 
     )
 
 
-def join_group(config: Config, membership: StaticMembership) -> Any:
+def join_group(config: Config, cast: Cast, store: dist.Store) -> Any:
     """The trainers' process group. A wait in it may include another trainer's request to the target."""
-    cast = membership.cast
     return join_trainers(
-        membership.group_store("trainers"),
+        dist.PrefixStore("trainers", store),
         cast.me.index,
         len(cast.trainer_names),
-        timeout=config.rpc.start_timeout + config.rpc.request_timeout,
+        timeout=config.rpc.start_timeout + config.rpc.request_timeout + config.rpc.reconnect_deadline,
     )
 
 

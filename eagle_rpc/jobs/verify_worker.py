@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import Encoding, VerifySide
+from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
-from eagle_rpc.jobs.target_worker import DONE, serve_until_done
+from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done
 from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record
-from eagle_rpc.rpc import StaticMembership, attempt_store, join
+from eagle_rpc.rpc import attempt_store, join_static
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Cast, Role, Worker, assign_roles, bind_to_interface, plan_devices, read_world
+from eagle_rpc.topology import Cast, Role, Worker, assign_roles, bind_to_interface, plan_devices, read_world, stop_signals
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
 
 _SHORTEST = 8  # tokens of a synthetic sequence
@@ -31,10 +33,11 @@ _SUPERVISED_SHARE = 0.7
 
 def record_steps(config: Config) -> int:
     """Plays this process's role on its side; returns 0."""
-    if config.job.verify_side is VerifySide.colocated:
-        _record_colocated(config)
-    else:
-        _record_remote(config)
+    with stop_signals() as stop:
+        if config.job.verify_side is VerifySide.colocated:
+            _record_colocated(config, stop)
+        else:
+            _record_remote(config, stop)
     return 0
 
 
@@ -42,7 +45,7 @@ def record_path(directory: Path, encoding: str, trainer: int) -> Path:
     return directory / encoding / f"trainer{trainer}.json"
 
 
-def _record_colocated(config: Config) -> None:
+def _record_colocated(config: Config, stop: threading.Event) -> None:
     world = read_world()
     names = tuple(f"trainer{index}" for index in range(world.size))
     cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
@@ -51,33 +54,34 @@ def _record_colocated(config: Config) -> None:
     device = torch.device(
         plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()).device
     )
-    membership = StaticMembership(cast, attempt_store(world, timeout=config.rpc.start_timeout))
+    store = attempt_store(world, timeout=config.rpc.start_timeout)
     target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    with join_group(config, membership) as group:
+    with join_group(config, cast, store) as group:
         for encoding in config.job.verify_encodings:
             backend = ColocatedEagle3TargetModel(target, config.target, encoding=encoding.name, rows=config.supervision.rows.value)
-            _train_and_record(config, encoding, target_config, backend, group, device)
+            _train_and_record(config, encoding, target_config, backend, group, device, stop)
         # Whoever hosts the store leaves last.
         group.barrier("the other trainers to finish")
 
 
-def _record_remote(config: Config) -> None:
+def _record_remote(config: Config, stop: threading.Event) -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     devices = plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
     device = torch.device(devices.device)
-    with join(cast, world, config.rpc, devices) as membership:
+    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):
-            serve_until_done(config, device, membership)
+            serve_until_done(config, device, membership, stop)
             return
+        membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
         target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        with join_group(config, membership) as group:
+        with join_group(config, cast, membership.store) as group:
             for encoding in config.job.verify_encodings:
                 of_encoding = replace(config, supervision=replace(config.supervision, encoding=encoding))
-                backend = connect_target(of_encoding, target_config, None, device, membership)
-                _train_and_record(of_encoding, encoding, target_config, backend, group, device)
+                backend = connect_target(of_encoding, target_config, None, device, cast, membership, stop)
+                _train_and_record(of_encoding, encoding, target_config, backend, group, device, stop)
         membership.mark(DONE)
 
 
@@ -88,6 +92,7 @@ def _train_and_record(
     backend: Eagle3TargetBackend,
     group: TrainerGroup,
     device: torch.device,
+    stop: threading.Event,
 ) -> None:
     mapping = _random_mapping(target_config.vocab_size, config.draft.vocab_size, config.run.seed)
     path = record_path(run_directory(config).path, encoding.name, group.rank)
@@ -105,6 +110,7 @@ def _train_and_record(
             group=group,
             run=run,
             record=make_record(config, target_config, recording, mapping),
+            stop=stop,
         )
         trainer.train()
     metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()] if group.is_primary else []

@@ -1,7 +1,23 @@
 """Bring-up, calls and shutdown of torch.distributed.rpc: the only room that knows its private parts."""
 
 from eagle_rpc.rpc.calls import PendingCall
-from eagle_rpc.rpc.membership import StaticMembership, attempt_store, join
-from eagle_rpc.rpc.service import connect, host, withdraw
+from eagle_rpc.rpc.elastic import ElasticMembership, join_elastic
+from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.rpc.membership import Membership, TargetAddress
+from eagle_rpc.rpc.service import Link, host, withdraw
+from eagle_rpc.rpc.static import StaticMembership, attempt_store, join_static
 
-__all__ = ["PendingCall", "StaticMembership", "attempt_store", "connect", "host", "join", "withdraw"]
+__all__ = [
+    "ElasticMembership",
+    "Link",
+    "Membership",
+    "PendingCall",
+    "Permissions",
+    "StaticMembership",
+    "TargetAddress",
+    "attempt_store",
+    "host",
+    "join_elastic",
+    "join_static",
+    "withdraw",
+]

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from torch.futures import Future
@@ -27,8 +28,12 @@ class PendingCall:
 
     @property
     def done(self) -> bool:
-        """Whether `result` returns at once."""
-        return self._done.is_set()
+        """Whether `result` returns at once: answered, or given up by torch or by us."""
+        return self._done.is_set() or time.monotonic() >= self._deadline
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` from a thread of torch when the answer or torch's own error is there; it must not wait."""
+        self._future.add_done_callback(lambda _: callback())
 
     def result(self) -> Any:
         """The remote value. Raises `WaitTimeout`, `ConnectionLost`, or `TargetFailed` for what the peer raised."""

@@ -15,7 +15,7 @@ from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
-from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, SessionSpec, TargetExpectation
+from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
 from eagle_rpc.supervision.shift import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
 from eagle_rpc.supervision.vocab import VocabMapping
@@ -33,7 +33,9 @@ __all__ = [
     "GenerateRequest",
     "ModelInfo",
     "Ok",
+    "OpenedSession",
     "ProjectedTargets",
+    "Pulse",
     "Reply",
     "SessionSpec",
     "StoredLogits",

@@ -106,7 +106,8 @@ def _encode_rows(
         assert last_hidden_BTH is not None
         values = last_hidden_BTH.flatten(0, 1)[kept_rows + 1]
     else:
-        values = logits_NV[keep][:, vocab.selected_token_ids]
+        # Columns first: whole rows of the vocabulary would be copied otherwise.
+        values = logits_NV.index_select(1, vocab.selected_token_ids)[keep]
         if encoding == "probs":
             values = values.float().softmax(dim=-1)
     return kept_rows, values, log_normalizer_N[keep], argmax_N[keep]

@@ -14,6 +14,7 @@ _ERROR_OF_CODE: dict[str, type[errors.EagleRpcError]] = {
     "target_mismatch": errors.TargetMismatch,
     "unsupported_target": errors.UnsupportedTarget,
     "unknown_session": errors.UnknownSession,
+    "stale_incarnation": errors.StaleIncarnation,
     "busy": errors.TargetBusy,
     "draining": errors.TargetDraining,
     "expired": errors.RequestExpired,
@@ -35,6 +36,7 @@ class Failure:
 
     code: str
     message: str
+    retry_after: float | None = None  # seconds; with `busy` only
 
 
 Reply = Ok | Failure
@@ -42,6 +44,8 @@ Reply = Ok | Failure
 
 def failure_of(error: errors.EagleRpcError) -> Failure:
     """The envelope of an error of this package; classes without a code travel as `failed`."""
+    if isinstance(error, errors.TargetBusy):
+        return Failure("busy", str(error), error.retry_after)
     for code, cls in _ERROR_OF_CODE.items():
         if isinstance(error, cls):
             return Failure(code, str(error))
@@ -52,4 +56,7 @@ def unwrap(reply: Reply, *, sender: str) -> Any:
     """The value, or the exception that the failure's code stands for, with the sender's name before the message."""
     if isinstance(reply, Ok):
         return reply.value
-    raise _ERROR_OF_CODE[reply.code](f"{sender}: {reply.message}")
+    error = _ERROR_OF_CODE[reply.code](f"{sender}: {reply.message}")
+    if isinstance(error, errors.TargetBusy) and reply.retry_after is not None:
+        error.retry_after = reply.retry_after
+    raise error

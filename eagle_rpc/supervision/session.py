@@ -58,6 +58,7 @@ class SessionSpec:
     expected: TargetExpectation = TargetExpectation()
     job: str = ""  # trainers of one job share it
     trainer: str = ""  # worker name, for logs
+    through_host: bool = False  # supervision leaves the target's GPU first: RPC has no way between the two devices
 
     def check(self) -> None:
         """Raises `InvalidRequest`; the mapping itself is checked by `VocabMapping`."""
@@ -66,11 +67,29 @@ class SessionSpec:
                 raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedSession:
+    """The answer of `open_session`."""
+
+    id: str
+    credits: int  # requests that may be under way at a time
+    lease: float  # seconds of silence after which the session ends
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulse:
+    """The answer to a heartbeat."""
+
+    incarnation: str
+    draining: bool
+
+
 @dataclass(kw_only=True, slots=True)
 class GenerateRequest:
-    """One batch to supervise."""
+    """One batch to supervise. Asking twice is harmless: the answer is a function of the tokens and the session."""
 
     session: str
-    request_id: str
+    incarnation: str  # of the server that is meant
+    request_id: str  # unique in the session; a second request with it takes the place of a first that still waits
     tokens: TokenBatch
     seconds_left: float  # until the sender gives up; clocks of hosts differ, so never a point in time

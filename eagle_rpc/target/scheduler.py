@@ -1,11 +1,10 @@
-"""One thread that runs forward passes, fed from a bounded queue that is fair between sessions."""
+"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions."""
 
 import logging
+import math
 import threading
-import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,33 +12,36 @@ from torch.futures import Future
 
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, TargetOutOfMemory, UnknownSession
 from eagle_rpc.supervision import Failure, Ok, Reply, failure_of
+from eagle_rpc.target.fair_queue import FairQueue, Work
 
 logger = logging.getLogger(__name__)
 
 # What the CPU allocator says; torch has no exception class for it.
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-
-
-@dataclass(slots=True)
-class _Job:
-    work: Callable[[], Any]
-    deadline: float  # time.monotonic
-    reply: Future  # of a Reply
+# Seconds between which a refused sender is told to come back.
+_SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
+# Weight of the newest run in the average of their seconds.
+_NEWEST = 0.2
 
 
 class ForwardScheduler:
-    """Runs submitted work one by one. Every job is answered exactly once, by a value or a typed failure."""
+    """Runs submitted work one by one. Whatever was accepted is answered exactly once, by a value or a typed failure."""
 
-    def __init__(self, *, max_queued: int, devices: Sequence[torch.device] = ()):
-        """`devices`: the CUDA devices that results may be on."""
+    def __init__(
+        self, *, max_queued: int, max_queued_per_session: int, clock: Callable[[], float], devices: Sequence[torch.device] = ()
+    ):
+        """`clock`: seconds, as `time.monotonic`; `devices`: the CUDA devices that results may be on."""
         self._max_queued = max_queued
+        self._max_queued_per_session = max_queued_per_session
+        self._clock = clock
         self._devices = list(devices)
-        self._queues: OrderedDict[str, deque[_Job]] = OrderedDict()  # of sessions that have work, next to serve first
+        self._queue = FairQueue()
+        self._urgent: deque[Work] = deque()
+        self._running: Work | None = None
+        self._seconds_per_run = 0.0
         self._changed = threading.Condition()
-        self._running = False
         self._draining = False
         self._stopping = False
-        self._counts: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -48,90 +50,153 @@ class ForwardScheduler:
         """True once `drain` or `stop` was called: nothing more is accepted."""
         return self._draining
 
-    def submit(self, work: Callable[[], Any], *, session: str, deadline: float) -> Future:
-        """Queues `work` and returns a future of its `Reply`; a refusal is in the future at once.
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait."""
+        with self._changed:
+            return len(self._queue)
 
-        `deadline` is a value of `time.monotonic`: work that starts no earlier is dropped. The future never holds an exception.
+    @property
+    def num_running(self) -> int:
+        """1 while the forward thread works."""
+        return int(self._running is not None)
+
+    def num_queued_of(self, job: str, session: str) -> int:
+        """Requests of one session that wait."""
+        with self._changed:
+            return self._queue.num_of_session(job, session)
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which a refused sender may expect room: what waits now, at the pace of late."""
+        with self._changed:
+            return min(max(len(self._queue) * self._seconds_per_run, _SHORTEST_RETRY), LONGEST_RETRY)
+
+    def submit(
+        self,
+        run: Callable[[], Any],
+        *,
+        job: str,
+        session: str,
+        request_id: str,
+        deadline: float,
+        num_jobs: int,
+        settle: Callable[[Reply], None],
+    ) -> Future:
+        """Queues `run` and returns a future of its `Reply`, which never holds an exception. `settle` gets the reply first.
+
+        Work of the same session and id that still waits gives up its place and is answered `expired`. What has not started
+        by `deadline` is not run. Raises `TargetDraining`, or `TargetBusy` where the queue, the session's part of it or, among
+        `num_jobs`, the job's equal share of it is full.
         """
-        job = _Job(work, deadline, Future(devices=self._devices or None))
+        work = Work(run, job, session, request_id, deadline, settle, Future(devices=self._devices or None))
         with self._changed:
-            refusal = self._refusal()
-            if refusal is None:
-                self._queues.setdefault(session, deque()).append(job)
-                self._changed.notify_all()
-        if refusal is not None:
-            self._answer(job, failure_of(refusal))
-        return job.reply
-
-    def _refusal(self) -> EagleRpcError | None:
-        if self._draining:
-            return TargetDraining("the target is shutting down and takes no new requests")
-        if self._num_queued() >= self._max_queued:
-            return TargetBusy(f"the target's queue must hold at most {self._max_queued} requests (target.max_queued_requests)")
-        return None
-
-    def _num_queued(self) -> int:
-        return sum(map(len, self._queues.values()))
-
-    def drop_session(self, session: str) -> None:
-        """Answers everything of `session` that has not started with `unknown_session`."""
-        with self._changed:
-            jobs = self._queues.pop(session, ())
+            if self._draining:
+                raise TargetDraining("the target is shutting down and takes no new requests")
+            replaced = self._queue.find(job, session, request_id)
+            if replaced is None:
+                self._check_room(job, session, num_jobs)
+            self._queue.put(work)
             self._changed.notify_all()
-        for job in jobs:
-            self._answer(job, failure_of(UnknownSession(f"session {session} was disconnected before this request ran")))
+        if replaced is not None:
+            _answer(replaced, failure_of(RequestExpired(f"request {request_id!r:.80} was sent again before this one ran")))
+        return work.reply
+
+    def _check_room(self, job: str, session: str, num_jobs: int) -> None:
+        running = self._running is not None and self._running.session == session
+        if self._queue.num_of_session(job, session) + running >= self._max_queued_per_session:
+            raise TargetBusy(
+                f"a session must have at most {self._max_queued_per_session} requests under way (target.max_queued_per_session)"
+            )
+        if len(self._queue) >= self._max_queued:
+            raise TargetBusy(f"the target's queue must hold at most {self._max_queued} requests (target.max_queued_requests)")
+        share = max(1, self._max_queued // num_jobs)
+        if self._queue.num_of_job(job) >= share:
+            raise TargetBusy(
+                f"each of {num_jobs} jobs must have at most {share} of {self._max_queued} requests queued (target.max_queued_requests)"
+            )
+
+    def submit_first(self, run: Callable[[], Any]) -> Future:
+        """Queues `run` before everything that waits; a future of its `Reply`. Raises `TargetBusy`, `TargetDraining`."""
+        work = Work(run, "", "", "", math.inf, lambda reply: None, Future())
+        with self._changed:
+            if self._draining:
+                raise TargetDraining("the target is shutting down and takes no new sessions")
+            if len(self._urgent) >= self._max_queued:
+                raise TargetBusy(f"at most {self._max_queued} new sessions must wait (target.max_queued_requests)")
+            self._urgent.append(work)
+            self._changed.notify_all()
+        return work.reply
+
+    def drop_session(self, session: str, why: str) -> None:
+        """Answers everything of `session` that has not started with `unknown_session`; `why` completes "session ... "."""
+        self._drop(
+            lambda work: work.session == session,
+            UnknownSession(f"session {session[:8]} {why} before this request ran"),
+        )
+
+    def cancel(self, session: str, request_ids: Collection[str]) -> int:
+        """Answers those of `session` that have not started with `expired`; how many there were."""
+        return self._drop(
+            lambda work: work.session == session and work.request_id in request_ids,
+            RequestExpired("the request was cancelled by its sender before it ran"),
+        )
+
+    def drop_expired(self) -> None:
+        """Answers what waits beyond its deadline, so that it takes up no room."""
+        now = self._clock()
+        self._drop(lambda work: work.deadline <= now, RequestExpired("the request's deadline passed while it waited"))
+
+    def _drop(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
+        with self._changed:
+            dropped = self._queue.remove(unwanted)
+            self._changed.notify_all()
+        for work in dropped:
+            _answer(work, failure_of(reason))
+        return len(dropped)
 
     def drain(self, timeout: float) -> bool:
         """Refuses new work and waits up to `timeout` seconds for the queue; whether everything was answered."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._queues and not self._running, timeout)
+            return self._changed.wait_for(lambda: not self._queue and not self._urgent and self._running is None, timeout)
 
     def stop(self, timeout: float) -> bool:
         """Refuses new work, answers what waits with `draining`, and ends the thread; whether it ended within `timeout` seconds."""
         with self._changed:
             self._draining = self._stopping = True
-            abandoned = [job for queue in self._queues.values() for job in queue]
-            self._queues.clear()
+            abandoned = [*self._urgent, *self._queue.remove(lambda work: True)]
+            self._urgent.clear()
             self._changed.notify_all()
-        for job in abandoned:
-            self._answer(job, failure_of(TargetDraining("the target stopped before this request ran")))
+        for work in abandoned:
+            _answer(work, failure_of(TargetDraining("the target stopped before this request ran")))
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def stats(self) -> dict[str, int]:
-        """Requests waiting (`queued`) and answered since the start, by outcome (`ok` or a failure's code)."""
-        with self._changed:
-            return {"queued": self._num_queued(), **self._counts}
-
     def _serve(self) -> None:
-        while (job := self._take()) is not None:
-            self._answer(job, self._run(job))
-            with self._changed:
-                self._running = False
-                self._changed.notify_all()
+        while self._serve_next():
+            pass
 
-    def _take(self) -> _Job | None:
-        """The next job in turn; waits for one, None when stopping."""
+    def _serve_next(self) -> bool:
+        """Waits for the next work and answers it; False when stopping. Returning lets go of the reply, which may be large."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queues or self._stopping)
+            self._changed.wait_for(lambda: self._urgent or self._queue or self._stopping)
             if self._stopping:
-                return None
-            session, queue = next(iter(self._queues.items()))
-            job = queue.popleft()
-            if queue:
-                self._queues.move_to_end(session)
-            else:
-                del self._queues[session]
-            self._running = True
-            return job
+                return False
+            work = self._running = self._urgent.popleft() if self._urgent else self._queue.take()
+        _answer(work, self._run(work))
+        with self._changed:
+            self._running = None
+            self._changed.notify_all()
+        return True
 
-    def _run(self, job: _Job) -> Reply:
-        late = time.monotonic() - job.deadline
-        if late >= 0:
+    def _run(self, work: Work) -> Reply:
+        started = self._clock()
+        if started >= work.deadline:
+            late = started - work.deadline
             return failure_of(RequestExpired(f"the request's deadline passed {late:.3f} s before its turn; it was not run"))
         try:
-            return Ok(job.work())
+            return Ok(work.run())
         except EagleRpcError as error:
             return failure_of(error)
         except Exception as error:
@@ -140,11 +205,13 @@ class ForwardScheduler:
                 return failure_of(TargetOutOfMemory(f"the target ran out of memory; send fewer tokens at a time ({error})"))
             logger.exception("a forward pass failed")
             return Failure("failed", f"{type(error).__name__}: {error}")
+        finally:
+            self._seconds_per_run += _NEWEST * (self._clock() - started - self._seconds_per_run)
 
-    def _answer(self, job: _Job, reply: Reply) -> None:
-        with self._changed:
-            self._counts["ok" if isinstance(reply, Ok) else reply.code] += 1
-        job.reply.set_result(reply)
+
+def _answer(work: Work, reply: Reply) -> None:
+    work.settle(reply)
+    work.reply.set_result(reply)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

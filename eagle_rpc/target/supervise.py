@@ -36,8 +36,8 @@ def device_of(target: Any) -> torch.device:
     return target.get_input_embeddings().weight.device
 
 
-def describe_target(target: Any, config: TargetConfig) -> ModelInfo:
-    """Identity of `target`, the limits of `config` and a fresh incarnation.
+def describe_target(target: Any, config: TargetConfig, incarnation: str | None = None) -> ModelInfo:
+    """Identity of `target`, the limits of `config`, and the incarnation: a random one unless it is given.
 
     A target without `model_info` is described by its token embedding. Raises `ConfigError` if the configured
     length exceeds the model's context.
@@ -52,7 +52,7 @@ def describe_target(target: Any, config: TargetConfig) -> ModelInfo:
         info,
         max_length=config.max_length or info.max_length,
         max_batch_tokens=config.max_batch_tokens,
-        incarnation=uuid.uuid4().hex,
+        incarnation=incarnation or uuid.uuid4().hex,
     )
 
 

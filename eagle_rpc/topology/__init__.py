@@ -2,8 +2,9 @@
 
 from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
 from eagle_rpc.topology.environment import World, bind_to_interface, prepare_environment, read_world
-from eagle_rpc.topology.lifetime import die_with_parent
-from eagle_rpc.topology.roles import Cast, Role, Worker, assign_roles
+from eagle_rpc.topology.interface import interface_address
+from eagle_rpc.topology.lifetime import die_with_parent, stop_signals
+from eagle_rpc.topology.roles import Cast, Role, Worker, assign_elastic_roles, assign_roles
 
 __all__ = [
     "Cast",
@@ -11,11 +12,14 @@ __all__ = [
     "Role",
     "Worker",
     "World",
+    "assign_elastic_roles",
     "assign_roles",
     "bind_to_interface",
     "die_with_parent",
+    "interface_address",
     "plan_devices",
     "prepare_environment",
     "read_world",
     "resolve_device",
+    "stop_signals",
 ]

@@ -75,9 +75,11 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def prepare_environment() -> None:
     """Settings that torch reads when it is imported; call before that.
 
-    Large pages make receives above 32 MB two to three times faster; tokenizers' threads must not outlive a fork.
+    Large pages make receives above 32 MB two to three times faster; tokenizers' threads must not outlive a fork. torch's own
+    warnings about every peer that leaves are left out: what matters of them is reported here, under the worker's name.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -29,7 +29,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody in a static job."""
+    """Everybody in a static job; in an elastic one, the workers of this launch, which all have one role."""
 
     me: Worker
     target_names: tuple[str, ...]
@@ -68,6 +68,14 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
         tuple(f"target{i}" for i in range(topology.targets)),
         tuple(f"trainer{i}" for i in range(topology.trainers)),
     )
+
+
+def assign_elastic_roles(role: Role, topology: TopologyConfig, world: World) -> Cast:
+    """All workers of this launch have `role`; targets are numbered from `topology.first_target` on."""
+    first = topology.first_target if role is Role.target else 0
+    names = tuple(f"{role.value}{first + rank}" for rank in range(world.size))
+    me = Worker(names[world.rank], frozenset([role]), first + world.rank)
+    return Cast(me, names, ()) if role is Role.target else Cast(me, (), names)
 
 
 def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:

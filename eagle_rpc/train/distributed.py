@@ -42,6 +42,12 @@ class TrainerGroup:
                 dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
+    def any_(self, mine: bool, what: str) -> bool:
+        """Whether it holds for any trainer; all learn the same."""
+        if self.size == 1:
+            return mine
+        return bool(self.sum_(torch.tensor([int(mine)]), what).item())
+
     def barrier(self, what: str) -> None:
         """Returns when all trainers have come here."""
         if self.size > 1:

@@ -6,13 +6,15 @@ The stream from the target runs ahead of training, so the data position is count
 import contextlib
 import logging
 import math
+import threading
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 from eagle_rpc.config.schema import DraftConfig, Resume, TrainConfig
 from eagle_rpc.data import BatchPlan
 from eagle_rpc.draft import Eagle3Draft
-from eagle_rpc.errors import TrainingDiverged
+from eagle_rpc.errors import EagleRpcError, TrainingDiverged
 from eagle_rpc.report.training import Figures, SilentReport, TrainingReport, WrittenReport
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 from eagle_rpc.train.checkpoint import (
@@ -43,6 +45,7 @@ class Trainer:
         validation: all of the validation data, the same on every trainer; null: none.
         run: the run directory; the caller has claimed it.
         record: what checkpoints belong to.
+        stop: once set, training ends after the step under way, with a checkpoint.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Trainer:
         group: TrainerGroup,
         run: RunDirectory,
         record: RunRecord,
+        stop: threading.Event,
     ) -> None:
         self._config = config
         self._objective = objective
@@ -67,18 +71,22 @@ class Trainer:
         self._group = group
         self._run = run
         self._record = record
+        self._stop = stop
         self.total_steps = planned_steps(config, batches.batches_per_epoch)
         self.learner = Learner(draft, config, objective, group, self.total_steps)
         self._sums = self.learner.empty_sums()  # since the last line of metrics
         self._micro_batches = 0  # consumed by this trainer
         self._learning_rate = 0.0
+        self._last_saved = 0  # optimiser steps
         self._pace = Pace(backend)
+        self._latest_pace: Figures = {}
 
     def train(self) -> None:
-        """Runs to the last step, from the newest checkpoint on where `train.resume` says so.
+        """Runs to the last step, from the newest checkpoint on where `train.resume` says so, or until it is told to stop.
 
         Raises `TrainingDiverged` before anything that is not finite is saved, `CheckpointError` if the checkpoint is of
-        another run, `ConfigError` if trainers do not start alike, and whatever the target's backend raises.
+        another run, `ConfigError` if trainers do not start alike. What the target's backend or the other trainers raise
+        passes through after a checkpoint of the last whole step.
         """
         self._start()
         if self.learner.steps_done >= self.total_steps:
@@ -87,9 +95,32 @@ class Trainer:
         ahead = self._backend.stream(self._batches.batches(self._micro_batches))
         with contextlib.closing(report), contextlib.closing(ahead) as stream:
             self._pace.restart()
-            while self.learner.steps_done < self.total_steps:
-                self._train_step(stream, report)
+            try:
+                while self.learner.steps_done < self.total_steps and not self._told_to_stop():
+                    self._train_step(stream, report)
+            except TrainingDiverged:
+                raise
+            except EagleRpcError as error:
+                self._save_unless_saved(f"interrupted by {type(error).__name__}")
+                raise
         self._group.barrier("the other trainers to finish")
+
+    def status(self) -> dict[str, Any]:
+        """Where training stands, as JSON takes it; for other threads."""
+        return {"step": self.learner.steps_done, "total_steps": self.total_steps, **self._latest_pace}
+
+    def _told_to_stop(self) -> bool:
+        """Whether any trainer was; all stop after the same step."""
+        if not self._group.any_(self._stop.is_set(), "the wish to stop"):
+            return False
+        self._save_unless_saved("told to stop")
+        return True
+
+    def _save_unless_saved(self, why: str) -> None:
+        if self.learner.steps_done > self._last_saved:
+            self._save()
+        if self._group.is_primary:
+            logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
     def _train_step(self, stream: Iterator[Eagle3TargetBatch], report: TrainingReport) -> None:
         outcome = self.learner.learn(list(islice(stream, self._config.accumulation)))
@@ -100,7 +131,9 @@ class Trainer:
         step = self.learner.steps_done
         if self._due(self._config.log_every):
             self._require_finite(self._sums, "loss or gradient norm")
-            report.write(step, self._training_figures())
+            figures = self._training_figures()
+            report.write(step, figures)
+            self._latest_pace = {name: figures[name] for name in ("tokens_per_second", "wait_share")}
             self._sums.zero_()
             self._pace.restart()
         with self._pace.paused():
@@ -158,6 +191,7 @@ class Trainer:
         self._require_finite(self._sums, "loss or gradient norm")
         if not self.learner.weights_are_finite():
             raise TrainingDiverged(f"the draft's weights must be finite, they are not after step {self.learner.steps_done}")
+        self._last_saved = self.learner.steps_done
         if not self._group.is_primary:
             return
         checkpoint = Checkpoint(
@@ -181,6 +215,7 @@ class Trainer:
             self.learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
             self._sums.load(checkpoint.running_sums)
             self._micro_batches = checkpoint.micro_batches
+            self._last_saved = checkpoint.step
             logger.info("resuming from %s", newest)
         elif self._group.is_primary:
             save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)

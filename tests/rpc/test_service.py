@@ -1,4 +1,4 @@
-"""Targets and trainers in processes of their own, over TensorPipe."""
+"""Targets and trainers in processes of their own, over TensorPipe, in one static world."""
 
 import contextlib
 import dataclasses
@@ -13,10 +13,11 @@ import torch
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC, run_workers
 
-from eagle_rpc.client import SERVICE_NAME, RemoteEagle3TargetModel
+from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TopologyConfig
-from eagle_rpc.errors import ConnectionLost, InvalidRequest, RequestExpired, TargetFailed, TargetMismatch, WaitTimeout
-from eagle_rpc.rpc import PendingCall, StaticMembership, connect, host, join
+from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
+from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.rpc import Link, StaticMembership, host, join_static
 from eagle_rpc.supervision import ENCODINGS, TargetExpectation
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.rpc
 def joined(topology: TopologyConfig, rpc: RpcConfig = TEST_RPC) -> Iterator[StaticMembership]:
     torch.set_num_threads(1)
     world = read_world()
-    with join(assign_roles(topology, world), world, rpc, DevicePlan("cpu", {})) as membership:
+    with join_static(assign_roles(topology, world), world, rpc, DevicePlan("cpu", {}), static_permissions(rpc)) as membership:
         yield membership
 
 
@@ -41,14 +42,16 @@ def make_target(seed: int = 0) -> HFEagle3TargetModel:
 def serve(membership: StaticMembership, target: Any, **limits: Any) -> dict[str, int]:
     """A target's life; returns the server's counts."""
     server = TargetModelServer(target, tiny_target_config(**limits))
-    host(SERVICE_NAME, server)
+    host(SERVICE_NAME, server, CONTROL_METHODS)
     membership.mark("ready")
     membership.wait_for(membership.cast.trainer_names, "done", timeout=60)
     server.close()
-    return server.stats().value
+    return server.status().value["requests"]
 
 
-def remote_target(membership: StaticMembership, *, encoding: str = "hidden", **changes: Any) -> RemoteEagle3TargetModel:
+def remote_target(
+    membership: StaticMembership, *, encoding: str = "hidden", expected: TargetExpectation | None = None, **changes: Any
+) -> RemoteEagle3TargetModel:
     membership.wait_for(membership.cast.target_names, "ready", timeout=60)
     settings: dict[str, Any] = {
         "trainer": membership.cast.me.name,
@@ -57,11 +60,18 @@ def remote_target(membership: StaticMembership, *, encoding: str = "hidden", **c
         "encoding": encoding,
         "rows": "position_mask",
         "prefetch": 3,
-        "expected": TargetExpectation(),
-        "device": torch.device("cpu"),
-        "request_timeout": 30,
+        "request_timeout": 30.0,
+        "reconnect_deadline": 30.0,
+        "heartbeat_interval": 1.0,
+        "heartbeat_misses": 10,
     }
-    return RemoteEagle3TargetModel(membership.cast.target_names, **{**settings, **changes})
+    return RemoteEagle3TargetModel(
+        membership,
+        settings=ClientSettings(**{**settings, **changes}),
+        expected=expected or TargetExpectation(),
+        device=torch.device("cpu"),
+        stop=threading.Event(),
+    )
 
 
 def as_lists(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -83,7 +93,7 @@ def stream_everything(topology: TopologyConfig) -> Any:
         server = None
         if topology.single:
             server = TargetModelServer(make_target(), tiny_target_config())
-            host(SERVICE_NAME, server)
+            host(SERVICE_NAME, server, CONTROL_METHODS)
             membership.mark("ready")
         received = {}
         for encoding in ENCODINGS:
@@ -109,7 +119,7 @@ def test_remote_supervision_equals_co_located_bit_for_bit_and_in_order(topology:
     for received in results[0 if topology.single else topology.targets :]:
         assert received == expected
     if topology.targets == 2:
-        assert all(stats["ok"] > 0 for stats in results[:2]), "every replica takes its share"
+        assert all(requests["ok"] > 0 for requests in results[:2]), "every replica takes its share"
 
 
 def refusals() -> Any:
@@ -161,7 +171,7 @@ def mismatches() -> Any:
 def test_a_foreign_target_and_replicas_of_different_weights_are_refused():
     foreign, mixed = run_workers(mismatches, 3)[2]
     assert "hidden_size must be 999, the target has 32" in foreign
-    assert "target1 must serve the same model as target0" in mixed
+    assert "must serve the same model as the other targets" in mixed
 
 
 def crowded() -> Any:
@@ -207,51 +217,51 @@ def time_outs() -> Any:
         tokens = tiny_batch(0)
         try:
             backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
-        except (WaitTimeout, RequestExpired) as error:
-            return str(error)
+        except EagleRpcError as error:
+            return f"{type(error).__name__}: {error}"
         finally:
             membership.mark("gave_up")
             membership.mark("done")
 
 
 def test_a_stuck_target_is_given_up_within_the_time_out_and_named():
-    assert "target0" in run_workers(time_outs, 2)[1]
+    assert run_workers(time_outs, 2)[1].startswith(
+        "RequestExpired: request trainer0-0 was given up after 6.0 s, at last because: target0"
+    )
 
 
-class Dying:
-    """Hosted by a target that ends in the middle of a call."""
+class DyingTarget(StuckTarget):
+    """Its process ends in the middle of a forward pass."""
 
-    def die(self) -> None:
+    def generate_batch(self, *args: Any, **packing: Any) -> Any:
         os._exit(1)
 
 
 def deaths(seen: str) -> None:
     with joined(TopologyConfig()) as membership:
         if membership.cast.me.has(Role.target):
-            host("dying", Dying())
-            membership.mark("ready")
-            membership.wait_for(("trainer0",), "done", timeout=60)
-        membership.wait_for(("target0",), "ready", timeout=60)
-        rref = connect("target0", "dying", timeout=10)
-        call = PendingCall(rref.rpc_async(timeout=20).die(), peer="target0", what="the last call", timeout=20)
+            serve(membership, DyingTarget(threading.Event()))
+        backend = remote_target(membership, encoding="logits")
+        backend.open_session(tiny_mapping())
         try:
-            call.result()
-        except ConnectionLost as error:
+            list(backend.stream([tiny_batch(0)]))
+        except TargetUnavailable as error:
             Path(seen).write_text(str(error))
             raise
 
 
-def test_a_target_that_dies_in_a_call_is_a_lost_connection(tmp_path: Path):
+def test_a_target_that_dies_in_a_forward_is_a_lost_connection_that_a_static_world_does_not_wait_for(tmp_path: Path):
     seen = tmp_path / "seen"
-    with pytest.raises(AssertionError, match=r"died with exit code 1|ConnectionLost"):
+    with pytest.raises(AssertionError, match=r"died with exit code 1|TargetUnavailable"):
         run_workers(deaths, 2, str(seen))
-    assert "lost the connection to target0 during the last call" in seen.read_text()
+    assert "lost the connection to target0 during request trainer0-0" in seen.read_text()
 
 
 def absent_service() -> Any:
     with joined(TopologyConfig(single=True)) as membership:
+        me = membership.cast.me.name
         try:
-            connect(membership.cast.me.name, "nothing", timeout=5)
+            Link(me, "nothing", incarnation="", data=me, control=me, by_rref=True, between_gpus=False, timeout=5)
         except TargetFailed as error:
             return str(error)
 

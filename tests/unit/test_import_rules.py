@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "eagle_rpc"
 ALLOWED = {
     "config": set(),
     "topology": {"config"},
-    "rpc": {"config", "topology"},
+    "registry": set(),
+    "rpc": {"config", "topology", "registry"},
     "supervision": set(),
     "target": {"config", "supervision"},
     "client": {"rpc", "supervision"},
@@ -24,6 +25,7 @@ ALLOWED = {
     "jobs": {
         "config",
         "topology",
+        "registry",
         "rpc",
         "supervision",
         "target",

@@ -1,72 +1,27 @@
-"""The client's prefetch, with a target that answers in the same process."""
+"""Order, prefetch and refusals, with targets that answer in the same process."""
 
+import threading
 from typing import Any
 
 import pytest
-import torch
-from support.tiny_target import tiny_batch, tiny_mapping, tiny_target_config
-from torch.futures import Future
+from fake_membership import FakeMembership, FakeTarget
+from support.tiny_target import tensors_of, tiny_batch
 
-from eagle_rpc.client import remote, replica
-from eagle_rpc.client.remote import RemoteEagle3TargetModel
-from eagle_rpc.errors import RequestExpired
-from eagle_rpc.supervision import Failure, TargetExpectation, TokenBatch
-from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.errors import InvalidRequest, RequestExpired, TargetUnavailable
+from eagle_rpc.supervision import Failure
 from eagle_rpc.target.server import TargetModelServer
 
 
-class LocalRRef:
-    """What an RRef to the server offers, without a process between."""
-
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def rpc_async(self, timeout: float) -> Any:
-        return _Async(self._server)
+def generate(backend: Any, seed: int) -> Any:
+    tokens = tiny_batch(seed)
+    return backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
 
 
-class _Async:
-    def __init__(self, server: Any) -> None:
-        self._server = server
-
-    def __getattr__(self, method: str) -> Any:
-        def call(*arguments: Any) -> Future:
-            reply = getattr(self._server, method)(*arguments)
-            if isinstance(reply, Future):
-                return reply
-            future: Future = Future()
-            future.set_result(reply)
-            return future
-
-        return call
+def num_sessions(server: TargetModelServer) -> int:
+    return len(server.status().value["sessions"])
 
 
-@pytest.fixture(scope="module")
-def server() -> TargetModelServer:
-    return TargetModelServer(HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused"), tiny_target_config())
-
-
-def connected(
-    monkeypatch: pytest.MonkeyPatch, server: Any, *, prefetch: int, request_timeout: float = 30
-) -> RemoteEagle3TargetModel:
-    monkeypatch.setattr(replica, "connect", lambda worker, name, timeout: LocalRRef(server))
-    backend = remote.RemoteEagle3TargetModel(
-        ["target0"],
-        trainer="trainer0",
-        index=0,
-        job="test",
-        encoding="hidden",
-        rows="position_mask",
-        prefetch=prefetch,
-        expected=TargetExpectation(),
-        device=torch.device("cpu"),
-        request_timeout=request_timeout,
-    )
-    backend.open_session(tiny_mapping())
-    return backend
-
-
-def test_exactly_prefetch_requests_run_ahead_of_the_consumer(monkeypatch: pytest.MonkeyPatch, server: TargetModelServer):
+def test_exactly_prefetch_requests_run_ahead_of_the_consumer(opened: Any, server: TargetModelServer):
     taken: list[int] = []
 
     def batches() -> Any:
@@ -74,7 +29,7 @@ def test_exactly_prefetch_requests_run_ahead_of_the_consumer(monkeypatch: pytest
             taken.append(seed)
             yield tiny_batch(seed)
 
-    stream = connected(monkeypatch, server, prefetch=3).stream(batches())
+    stream = opened(FakeMembership(FakeTarget("target0", server)), prefetch=3).stream(batches())
     next(stream)
     assert taken == [0, 1, 2]
     next(stream)
@@ -82,57 +37,79 @@ def test_exactly_prefetch_requests_run_ahead_of_the_consumer(monkeypatch: pytest
     assert len(list(stream)) == 4
 
 
-def test_a_closed_stream_leaves_nothing_outstanding(monkeypatch: pytest.MonkeyPatch, server: TargetModelServer):
-    backend = connected(monkeypatch, server, prefetch=4)
+def test_batches_come_in_the_order_asked_for_though_answers_do_not(opened: Any, server: TargetModelServer):
+    late, early = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(late, early, elastic=False), prefetch=4)
+    late.hold()
+    stream = backend.stream(tiny_batch(seed) for seed in range(4))
+    first: list[Any] = []
+    reader = threading.Thread(target=lambda: first.append(next(stream)))
+    reader.start()
+    while early.num_requests < 2:
+        threading.Event().wait(0.01)
+    late.release()
+    reader.join(20)
+    alone = opened(FakeMembership(FakeTarget("target0", server)))
+    for seed, batch in enumerate([*first, *stream]):
+        expected = tensors_of(generate(alone, seed))
+        assert all(tensor.equal(expected[name]) for name, tensor in tensors_of(batch).items())
+
+
+def test_a_closed_stream_leaves_nothing_behind_and_the_next_one_works(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    backend = opened(FakeMembership(target))
     stream = backend.stream(tiny_batch(seed) for seed in range(9))
     next(stream)
     stream.close()
-    assert [one.num_outstanding for one in backend._replicas] == [0]
-    tokens: TokenBatch = tiny_batch(0)
-    backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
-    assert [one.num_outstanding for one in backend._replicas] == [0]
+    assert generate(backend, 0).supervised_rows.numel() > 0
+    assert [one["outstanding"] for one in backend.status()["targets"]] == [0]
 
 
-class BusyServer:
-    """Refuses the first `refusals` requests for want of room."""
-
-    def __init__(self, server: TargetModelServer, refusals: int) -> None:
-        self._server = server
-        self.refusals = refusals
-
-    def __getattr__(self, method: str) -> Any:
-        return getattr(self._server, method)
-
-    def generate(self, request: Any) -> Any:
-        if self.refusals == 0:
-            return self._server.generate(request)
-        self.refusals -= 1
-        return Failure("busy", "the queue is full")
+def test_a_busy_target_is_asked_again(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    refusals = iter([Failure("busy", "full", 0.01)] * 3)
+    target.refuse = lambda method: next(refusals, None) if method == "generate" else None
+    assert generate(opened(FakeMembership(target)), 1).supervised_rows.numel() > 0
+    assert target.num_requests == 4
 
 
-def test_a_busy_target_is_asked_again(monkeypatch: pytest.MonkeyPatch, server: TargetModelServer):
-    busy = BusyServer(server, refusals=3)
-    tokens = tiny_batch(1)
-    backend = connected(monkeypatch, busy, prefetch=1)
-    assert backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask).supervised_rows.numel() > 0
-    assert busy.refusals == 0
+def test_a_target_that_stays_busy_is_given_up_with_its_reason(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    target.refuse = lambda method: Failure("busy", "the queue is full", 0.01) if method == "generate" else None
+    with pytest.raises(RequestExpired, match=r"request trainer0-0 was given up after 0\.3 s, .*the queue is full"):
+        generate(opened(FakeMembership(target), request_timeout=0.1), 1)
 
 
-def test_a_target_busy_until_the_deadline_is_given_up(monkeypatch: pytest.MonkeyPatch, server: TargetModelServer):
-    tokens = tiny_batch(1)
-    backend = connected(monkeypatch, BusyServer(server, refusals=10**9), prefetch=1, request_timeout=0.2)
-    with pytest.raises(RequestExpired, match="found target0 busy until its deadline"):
-        backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
+def test_what_the_request_is_to_blame_for_is_raised_at_once(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    target.refuse = lambda method: Failure("invalid_request", "input_ids must be") if method == "generate" else None
+    with pytest.raises(InvalidRequest, match="target0: input_ids must be"):
+        generate(opened(FakeMembership(target)), 1)
+    assert target.num_requests == 1
 
 
-def test_a_session_that_cannot_be_ended_hides_no_error_and_keeps_no_other_session(
-    monkeypatch: pytest.MonkeyPatch, server: TargetModelServer, caplog: pytest.LogCaptureFixture
-):
-    backend = connected(monkeypatch, server, prefetch=1)
-    sessions = server.stats().value["sessions"]
-    gone = remote.Replica("target1", request_timeout=1)
-    gone._session = "no session of anybody"
-    backend._replicas.insert(0, gone)
+def test_closing_ends_the_session_and_no_other(opened: Any, server: TargetModelServer):
+    before = num_sessions(server)
+    mine, others = (opened(FakeMembership(FakeTarget("target0", server))) for _ in range(2))
+    assert num_sessions(server) == before + 2
+    mine.close()
+    assert num_sessions(server) == before + 1
+    assert generate(others, 0).supervised_rows.numel() > 0
+
+
+def test_a_session_that_cannot_be_ended_hides_no_error(opened: Any, server: TargetModelServer, caplog: pytest.LogCaptureFixture):
+    target = FakeTarget("target0", server)
+    backend = opened(FakeMembership(target), heartbeat_interval=60.0)
+    target.refuse = lambda method: Failure("failed", "no") if method == "disconnect" else None
     backend.close()
-    assert "the session at target1 was not ended" in caplog.text
-    assert server.stats().value["sessions"] == sessions - 1
+    assert "the session at target0 was not ended: target0: no" in caplog.text
+
+
+def test_a_trainer_that_is_told_to_stop_does_not_go_on_waiting_for_a_target(opened: Any, server: TargetModelServer):
+    stop = threading.Event()
+    target = FakeTarget("target0", server)
+    backend = opened(FakeMembership(target), stop=stop)
+    target.die()
+    stop.set()
+    with pytest.raises(TargetUnavailable, match="told to stop"):
+        generate(backend, 0)

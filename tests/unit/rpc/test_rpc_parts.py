@@ -5,8 +5,9 @@ from torch.futures import Future
 
 from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, TargetFailed, WaitTimeout
 from eagle_rpc.rpc import calls
+from eagle_rpc.rpc.agent import check_bound_address
 from eagle_rpc.rpc.failures import classify
-from eagle_rpc.rpc.membership import check_bound_address, interface_address
+from eagle_rpc.topology import interface_address
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from server_calls import config
+from gated_target import GatedTarget
+from server_calls import Clock, config
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
 from eagle_rpc.supervision import Ok
+from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 
 _COMMON = {
@@ -56,13 +58,26 @@ def model(make_model):
 
 
 @pytest.fixture
-def serve():
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def serve(clock):
+    """Starts servers whose time stands still."""
     servers = []
 
     def start(target, **changes):
-        servers.append(TargetModelServer(target, config(**changes)))
+        servers.append(TargetModelServer(target, config(**changes), clock=clock))
         return servers[-1]
 
     yield start
     for server in servers:
         assert server.close() == Ok(True)
+
+
+@pytest.fixture
+def gated(model):
+    target = GatedTarget(HFEagle3TargetModel(model))
+    yield target
+    target.opened.set()

@@ -9,6 +9,16 @@ WAIT = 20.0
 SELECTED = torch.tensor([40, 3, 4, 5, 60, 61, 77, 96])
 
 
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
 def config(**changes):
     return TargetConfig(**{"model": "tiny", "max_batch_tokens": 100, "chunk_rows": 5, **changes})
 
@@ -24,10 +34,36 @@ def tokens_of(batch=2, length=9, seed=0, packed=False):
     )
 
 
+def try_to_open(server, **fields):
+    """The reply to `open_session`."""
+    return server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})).wait()
+
+
 def open_session(server, **fields):
-    return unwrap(server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})), sender="target0")
+    return unwrap(try_to_open(server, **fields), sender="target0").id
 
 
-def ask(server, session, tokens=None, seconds_left=WAIT):
-    request = GenerateRequest(session=session, request_id="r", tokens=tokens or tokens_of(), seconds_left=seconds_left)
-    return server.generate(request).wait()
+_next_id = iter(range(10**9))
+
+
+def request(server, session, tokens=None, seconds_left=WAIT, request_id=None):
+    return GenerateRequest(
+        session=session,
+        incarnation=server.model_info().value.incarnation,
+        request_id=f"r{next(_next_id)}" if request_id is None else request_id,
+        tokens=tokens or tokens_of(),
+        seconds_left=seconds_left,
+    )
+
+
+def send(server, session, *args, **fields):
+    """The future of the reply to one request."""
+    return server.generate(request(server, session, *args, **fields))
+
+
+def ask(server, session, *args, **fields):
+    return send(server, session, *args, **fields).wait()
+
+
+def status(server):
+    return unwrap(server.status(), sender="target0")

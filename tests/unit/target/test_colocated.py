@@ -48,8 +48,10 @@ def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, en
     tokens = tokens_of(packed=packed)
     server = TargetModelServer(HFEagle3TargetModel(any_model), CONFIG)
     spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = unwrap(server.open_session(spec), sender="target0")
-    request = GenerateRequest(session=session, request_id="r", tokens=tokens, seconds_left=20.0)
+    session = unwrap(server.open_session(spec).wait(), sender="target0").id
+    request = GenerateRequest(
+        session=session, incarnation=server.model_info().value.incarnation, request_id="r", tokens=tokens, seconds_left=20.0
+    )
     encoded = unwrap(server.generate(request).wait(), sender="target0")
     served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
     unwrap(server.close(), sender="target0")

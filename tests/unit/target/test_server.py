@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from server_calls import SELECTED, WAIT, ask, config, open_session, tokens_of
+from server_calls import SELECTED, WAIT, ask, config, open_session, status, tokens_of, try_to_open
 from torch import nn
 
 from eagle_rpc.errors import ConfigError
@@ -11,7 +11,8 @@ from eagle_rpc.supervision import (
     Failure,
     GenerateRequest,
     Ok,
-    SessionSpec,
+    OpenedSession,
+    Pulse,
     TargetExpectation,
     TokenBatch,
     VocabMapping,
@@ -33,8 +34,9 @@ def test_importing_the_server_loads_no_model_code():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_generate_bears_the_mark_of_asynchronous_execution():
-    assert hasattr(TargetModelServer.generate, "_wrapped_async_rpc_function")
+@pytest.mark.parametrize("method", ["generate", "open_session", "set_vocab_mapping"])
+def test_what_gives_futures_bears_the_mark_of_asynchronous_execution(method):
+    assert hasattr(getattr(TargetModelServer, method), "_wrapped_async_rpc_function")
 
 
 def test_model_info_has_the_limits_of_the_configuration(model, serve):
@@ -102,34 +104,46 @@ def test_two_sessions_keep_their_own_mappings_and_settings(server):
     assert not torch.equal(replies[0].argmax, replies[1].argmax)
 
 
-def test_equal_mappings_are_held_once_and_as_long_as_they_are_used(server):
-    first, second = open_session(server), open_session(server, selected_token_ids=SELECTED.flip(0), encoding="probs")
-    other = open_session(server, selected_token_ids=torch.tensor([8, 9]))
+def test_sessions_end_by_themselves_and_leave_the_others(server):
+    first, second = open_session(server), open_session(server)
     assert first != second
-    assert server.stats().value == {"sessions": 3, "mappings": 2, "queued": 0}
     assert server.disconnect(first) == Ok(None)
-    assert server.stats().value["mappings"] == 2
-    assert server.disconnect(second) == Ok(None)
-    assert server.stats().value == {"sessions": 1, "mappings": 1, "queued": 0}
     assert ask(server, first).code == "unknown_session"
-    assert isinstance(ask(server, other), Ok)
     assert server.disconnect(first).code == "unknown_session"
+    assert isinstance(ask(server, second), Ok)
+
+
+def test_a_session_is_told_its_credits_and_its_lease(serve, model):
+    server = serve(HFEagle3TargetModel(model), max_queued_per_session=7, session_lease=9.0)
+    opened = try_to_open(server).value
+    assert opened == OpenedSession(id=opened.id, credits=7, lease=9.0)
 
 
 def test_set_vocab_mapping_opens_a_session_with_defaults(server):
-    assert ask(server, server.set_vocab_mapping(SELECTED).value).value.encoding == "hidden"
-    assert server.set_vocab_mapping("all").code == "invalid_request"
+    assert ask(server, server.set_vocab_mapping(SELECTED).wait().value.id).value.encoding == "hidden"
+    assert server.set_vocab_mapping("all").wait().code == "invalid_request"
 
 
-def test_heartbeat_answers_with_the_incarnation(server):
-    assert server.heartbeat(open_session(server)) == Ok(server.model_info().value.incarnation)
+def test_heartbeat_answers_with_the_incarnation_and_whether_the_target_drains(server):
+    session, incarnation = open_session(server), server.model_info().value.incarnation
+    assert server.heartbeat(session) == Ok(Pulse(incarnation=incarnation, draining=False))
     assert server.heartbeat("nobody").code == "unknown_session"
+    assert server.drain(WAIT) == Ok(True)
+    assert server.heartbeat(session) == Ok(Pulse(incarnation=incarnation, draining=True))
+
+
+def test_a_request_for_another_incarnation_is_refused_with_both(server):
+    request = GenerateRequest(session="x", incarnation="old", request_id="r", tokens=tokens_of(), seconds_left=WAIT)
+    refused = server.generate(request).wait()
+    assert refused.code == "stale_incarnation"
+    assert refused.message == f"the request is for incarnation old, this is {server.model_info().value.incarnation}"
 
 
 def test_too_many_sessions_are_busy(serve, model):
     server = serve(HFEagle3TargetModel(model), max_sessions=1)
     session = open_session(server)
-    assert server.open_session(SessionSpec(selected_token_ids=SELECTED)).code == "busy"
+    refused = try_to_open(server)
+    assert (refused.code, refused.retry_after) == ("busy", 1.0)
     server.disconnect(session)
     open_session(server)
 
@@ -141,6 +155,8 @@ def test_too_many_sessions_are_busy(serve, model):
         ({"encoding": ["probs"]}, "invalid_request", "encoding must be a str, got list"),
         ({"rows": None}, "invalid_request", "rows must be a str, got NoneType"),
         ({"job": 3}, "invalid_request", "job must be a str, got int"),
+        ({"job": "x" * 129}, "invalid_request", "job must be at most 128 printable characters"),
+        ({"trainer": "two\nlines"}, "invalid_request", "trainer must be at most 128 printable characters"),
         ({"expected": None}, "invalid_request", "expected must be a TargetExpectation"),
         ({"expected": TargetExpectation(hidden_size=5)}, "target_mismatch", "hidden_size must be 5, the target has 32"),
         ({"selected_token_ids": None}, "invalid_request", "selected_token_ids must be a tensor"),
@@ -150,22 +166,23 @@ def test_too_many_sessions_are_busy(serve, model):
     ],
 )
 def test_a_bad_session_is_refused_and_leaves_nothing(server, fields, code, message):
-    reply = server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields}))
+    reply = try_to_open(server, **fields)
     assert reply.code == code
     assert message in reply.message
-    assert server.stats().value["sessions"] == 0
+    assert status(server)["sessions"] == []
 
 
 def bad_requests():
-    good = {"request_id": "r", "tokens": tokens_of(), "seconds_left": WAIT}
     ids = torch.full((1, 4), 97)
     ones = torch.ones_like(ids)
     unset = TokenBatch.__new__(TokenBatch)
     return {
         "no request": None,
-        "session of another type": GenerateRequest(session=["x"], **good),
-        "unknown session": GenerateRequest(session="x", **good),
+        "session of another type": {"session": ["x"]},
+        "unknown session": {"session": "x"},
+        "incarnation of another type": {"incarnation": None},
         "request id": {"request_id": 3},
+        "request id without end": {"request_id": "x" * 1000},
         "tokens of another type": {"tokens": {"input_ids": ids}},
         "tokens never set": {"tokens": unset},
         "no tensors": {"tokens": TokenBatch(input_ids=None, attention_mask=None, loss_mask=None)},
@@ -183,18 +200,29 @@ def bad_requests():
 def test_a_bad_request_is_a_typed_failure_and_the_server_lives(server, case):
     session, request = open_session(server), bad_requests()[case]
     if isinstance(request, dict):
-        fields = {"request_id": "r", "tokens": tokens_of(), "seconds_left": WAIT, **request}
-        request = GenerateRequest(session=session, **fields)
+        good = {"session": session, "incarnation": server.model_info().value.incarnation, "request_id": "r"}
+        request = GenerateRequest(**{**good, "tokens": tokens_of(), "seconds_left": WAIT, **request})
     reply = server.generate(request).wait()
     assert isinstance(reply, Failure)
     assert reply.code == {"tokens never set": "failed"}.get(case, "unknown_session" if "session" in case else "invalid_request")
     assert isinstance(ask(server, session), Ok)
 
 
-@pytest.mark.parametrize("call", ["open_session", "output_embeddings", "heartbeat", "disconnect", "drain", "set_vocab_mapping"])
+@pytest.mark.parametrize("call", ["output_embeddings", "heartbeat", "disconnect", "drain", "wait_sent"])
 @pytest.mark.parametrize("junk", [None, -7, b"x", [], torch.ones(2), object()])
 def test_junk_never_raises(server, call, junk):
     assert isinstance(getattr(server, call)(junk), Failure)
+
+
+@pytest.mark.parametrize("call", ["open_session", "set_vocab_mapping", "generate"])
+@pytest.mark.parametrize("junk", [None, -7, b"x", [], torch.ones(2), object()])
+def test_junk_never_raises_where_the_answer_is_a_future(server, call, junk):
+    assert isinstance(getattr(server, call)(junk).wait(), Failure)
+
+
+@pytest.mark.parametrize("junk", [None, "r", [3], {"r": 1}, torch.ones(2)])
+def test_only_a_list_of_ids_is_cancelled(server, junk):
+    assert server.cancel(open_session(server), junk).code == "invalid_request"
 
 
 class ReferenceTarget:
@@ -226,7 +254,7 @@ def test_a_duck_typed_target_serves_logits_and_is_described_by_its_embedding(ser
     assert reply.values.shape[1] == len(SELECTED)
     assert not reply.values.requires_grad
     for call in (
-        server.open_session(SessionSpec(selected_token_ids=SELECTED)),
+        try_to_open(server),
         server.output_embeddings(open_session(server, encoding="probs")),
     ):
         assert call.code == "unsupported_target"
@@ -236,7 +264,7 @@ def test_a_duck_typed_target_serves_logits_and_is_described_by_its_embedding(ser
 def test_a_head_that_cannot_be_rebuilt_refuses_hidden_and_serves_logits(serve, model):
     model.config.logits_scaling = 4.0  # Granite's field, which Llama's forward does not read
     server = serve(HFEagle3TargetModel(model))
-    refused = server.open_session(SessionSpec(selected_token_ids=SELECTED))
+    refused = try_to_open(server)
     assert refused.code == "unsupported_target"
     assert "use supervision.encoding=logits" in refused.message
     assert isinstance(ask(server, open_session(server, encoding="logits")), Ok)

@@ -1,0 +1,53 @@
+"""Hosts the registry where elastic targets and trainers find each other, until it is told to stop."""
+
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from eagle_rpc.config import Config
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token, parse_address
+from eagle_rpc.report import setup_logging
+from eagle_rpc.topology import interface_address, stop_signals
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Returns 0 when it was told to stop; errors are raised."""
+    setup_logging("registry")
+    with stop_signals() as stop, hosted_registry(config):
+        stop.wait()
+    logger.info("the registry has ended")
+    return 0
+
+
+@contextlib.contextmanager
+def hosted_registry(config: Config) -> Iterator[None]:
+    """The registry in threads of this process while the body runs; makes the token file if it is absent.
+
+    Raises `ConfigError` if `rpc.registry` is not on `rpc.interface` or cannot be listened on, `AccessRefused` if others may
+    read the token file.
+    """
+    address = _address_on_interface(config.rpc.registry, config.rpc.interface)
+    token_file = Path(config.rpc.token_file).expanduser()
+    token = load_or_create_token(token_file)
+    ids = IdFile(token_file.with_name(f"{token_file.name}.last_worker_id"))
+    directory = Directory(ids, ttl=config.rpc.heartbeat_interval * config.rpc.heartbeat_misses)
+    with RegistryServer(address, token, directory) as server:
+        logger.info("the registry listens on %s, its token is in %s", server.address, token_file)
+        yield
+
+
+def _address_on_interface(registry: str, interface: str) -> tuple[str, int]:
+    host, port = parse_address(registry)
+    expected = interface_address(interface)
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(f"rpc.registry must name a host with an IPv4 address, got {registry} ({error.strerror})") from None
+    if address != expected:
+        raise ConfigError(f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}, got {registry}")
+    return address, port

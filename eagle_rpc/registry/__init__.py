@@ -1,0 +1,26 @@
+"""The directory where elastic workers find each other: one small process, authenticated, without torch."""
+
+from eagle_rpc.registry.beat import Beat, register, wait_until_reachable
+from eagle_rpc.registry.client import RegistryClient
+from eagle_rpc.registry.directory import Directory
+from eagle_rpc.registry.ids import LAST_ID, IdFile
+from eagle_rpc.registry.record import Record, Sighting
+from eagle_rpc.registry.server import RegistryServer
+from eagle_rpc.registry.token import load_or_create_token, load_token
+from eagle_rpc.registry.wire import parse_address
+
+__all__ = [
+    "LAST_ID",
+    "Beat",
+    "Directory",
+    "IdFile",
+    "Record",
+    "RegistryClient",
+    "RegistryServer",
+    "Sighting",
+    "load_or_create_token",
+    "load_token",
+    "parse_address",
+    "register",
+    "wait_until_reachable",
+]

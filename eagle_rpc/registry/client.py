@@ -1,0 +1,88 @@
+"""How a worker asks the registry."""
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from eagle_rpc.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    EagleRpcError,
+    InvalidRequest,
+    NameTaken,
+    WaitTimeout,
+)
+from eagle_rpc.registry.record import Record, Sighting, from_json, record_to_json, sighting_from_json, to_json
+from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation, parse_address
+
+# Shorter than the silence after which a worker is dead, with the default intervals.
+REQUEST_TIMEOUT = 2.0
+
+_FAILURES: dict[str, type[EagleRpcError]] = {
+    error.__name__: error for error in (AccessRefused, ConfigError, InvalidRequest, NameTaken, WaitTimeout)
+}
+
+
+class RegistryClient:
+    """One connection a call, so it may be used from any thread.
+
+    A call takes `timeout` seconds at most, beside the look-up of a host name. Every call raises `ConnectionLost` if
+    the registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has another token or
+    is none, and whatever the registry refuses it for.
+    """
+
+    def __init__(self, address: str, token: bytes, timeout: float = REQUEST_TIMEOUT) -> None:
+        self._host, self._port = parse_address(address)
+        self._token = token
+        self.timeout = timeout
+
+    def __str__(self) -> str:
+        return f"the registry at {self._host}:{self._port}"
+
+    def new_id(self) -> int:
+        """A worker id that no worker ever had. Raises `ConfigError` when all are used."""
+        value = self._ask("new_id", {})
+        if type(value) is not int:
+            raise InvalidRequest(f"{self} must answer new_id with a whole number, got {value!r:.80}")
+        return value
+
+    def announce(self, record: Record) -> None:
+        """Registers this worker or renews it. Raises `NameTaken` while another living worker has its name."""
+        self._ask("announce", {"record": record_to_json(record)})
+
+    def withdraw(self, incarnation: str) -> None:
+        """Frees the name at once instead of after some silence."""
+        self._ask("withdraw", {"incarnation": incarnation})
+
+    def records(self) -> list[Sighting]:
+        """The living workers and, for a while, the silent ones."""
+        value = self._ask("records", {})
+        if not isinstance(value, list):
+            raise InvalidRequest(f"{self} must answer records with a list, got {value!r:.80}")
+        return [sighting_from_json(one) for one in value]
+
+    def living(self) -> list[Record]:
+        """The living workers."""
+        return [one.record for one in self.records() if one.living]
+
+    def _ask(self, operation: str, arguments: Mapping[str, Any]) -> Any:
+        request = to_json({"operation": operation, **arguments})
+        if len(request) > MAX_REQUEST_BYTES:
+            raise InvalidRequest(f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON, got {len(request)}")
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+            connection.settimeout(self.timeout)
+            conversation = Conversation(connection, peer=str(self), token=self._token, seconds=self.timeout)
+            try:
+                connection.connect((self._host, self._port))
+            except TimeoutError:
+                raise WaitTimeout(f"{self} did not accept a connection within {self.timeout:g} s") from None
+            except OSError as error:
+                raise ConnectionLost(f"{self} cannot be reached: {error.strerror or error}") from None
+            answer = from_json(conversation.ask(request))
+        match answer:
+            case {"value": value}:
+                return value
+            case {"error": str(name), "message": str(message)}:
+                raise _FAILURES.get(name, InvalidRequest)(message)
+        raise InvalidRequest(f"{self} must answer with a value or an error, got {answer!r:.80}")

@@ -1,0 +1,129 @@
+"""Targets that answer in the same process, and a membership that finds them, for tests of the client alone."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.futures import Future
+
+from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
+from eagle_rpc.errors import ConnectionLost
+from eagle_rpc.rpc import PendingCall, TargetAddress
+from eagle_rpc.supervision import TargetExpectation
+
+SETTINGS = {
+    "trainer": "trainer0",
+    "index": 0,
+    "job": "test",
+    "encoding": "hidden",
+    "rows": "position_mask",
+    "prefetch": 4,
+    "request_timeout": 30.0,
+    "reconnect_deadline": 30.0,
+    "heartbeat_interval": 0.05,
+    "heartbeat_misses": 40,
+}
+
+
+class FakeTarget:
+    """A `TargetModelServer` behind a connection that tests can cut, hold or bend."""
+
+    def __init__(self, name: str, server: Any) -> None:
+        self.name = name
+        self.server = server
+        self.alive = True
+        self.num_requests = 0
+        self.sessions: list[str] = []
+        self.refuse: Callable[[str], Any] = lambda method: None  # a reply instead of the server's, or None
+        self.held: list[tuple[Future, Callable[[], Any]]] | None = None  # calls that wait until `release`
+
+    def call(self, method: str, *arguments: Any) -> Future:
+        future: Future = Future()
+        if not self.alive:
+            future.set_exception(RuntimeError("eof (this error originated at tensorpipe/fake)"))
+            return future
+        self.num_requests += method == "generate"
+        answer = self.refuse(method)
+        if answer is not None:
+            future.set_result(answer)
+        elif self.held is not None:
+            self.held.append((future, lambda: getattr(self.server, method)(*arguments)))
+        else:
+            self._answer(future, getattr(self.server, method)(*arguments))
+        if method == "open_session":
+            future.add_done_callback(lambda done: self.sessions.append(done.value().value.id))
+        return future
+
+    def lapse(self) -> None:
+        """Ends the session that was opened last, as an expired lease does."""
+        self.server.disconnect(self.sessions[-1])
+
+    def hold(self) -> None:
+        self.held = []
+
+    def release(self) -> None:
+        held, self.held = self.held or [], None
+        for future, run in held:
+            self._answer(future, run())
+
+    def die(self) -> None:
+        """Every call under way and to come ends as it does when a process is killed."""
+        self.alive = False
+        for future, _ in self.held or []:
+            future.set_exception(RuntimeError("eof (this error originated at tensorpipe/fake)"))
+        self.held = None
+
+    def _answer(self, future: Future, reply: Any) -> None:
+        if isinstance(reply, Future):
+            reply.add_done_callback(lambda done: future.set_result(done.wait()))
+        else:
+            future.set_result(reply)
+
+
+class FakeLink:
+    def __init__(self, target: FakeTarget) -> None:
+        self.peer = target.name
+        self.between_gpus = False
+        self.target = target
+
+    def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
+        return PendingCall(self.target.call(method, *arguments), peer=self.peer, what=what, timeout=timeout)
+
+    def control(self, method: str, *arguments: Any, timeout: float) -> PendingCall:
+        return PendingCall(self.target.call(method, *arguments), peer=self.peer, what=method, timeout=timeout)
+
+
+class FakeMembership:
+    """Lists the targets that are alive; `elastic` as told."""
+
+    def __init__(self, *targets: FakeTarget, elastic: bool = True) -> None:
+        self.elastic = elastic
+        self.known = list(targets)
+        self.num_lost = 0
+
+    def targets(self) -> list[TargetAddress]:
+        return [
+            TargetAddress(name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu", host="")
+            for one in self.known
+            if one.alive or not self.elastic
+        ]
+
+    def connect(self, address: TargetAddress, service: str) -> FakeLink:
+        target = next(one for one in self.known if f"{one.name}-{id(one)}" == address.incarnation)
+        if not target.alive:
+            raise ConnectionLost(f"{target.name} is gone")
+        return FakeLink(target)
+
+    def leave(self, link: FakeLink, *, lost: bool) -> None:
+        self.num_lost += lost
+
+
+def remote_model(membership: FakeMembership, *, stop: threading.Event | None = None, **changes: Any) -> RemoteEagle3TargetModel:
+    return RemoteEagle3TargetModel(
+        membership,
+        settings=ClientSettings(**{**SETTINGS, **changes}),
+        expected=TargetExpectation(),
+        device=torch.device("cpu"),
+        stop=stop or threading.Event(),
+    )

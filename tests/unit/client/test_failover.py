@@ -1,0 +1,173 @@
+"""Targets that die, return, fall silent, drain or fail, seen from the trainer."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_membership import FakeMembership, FakeTarget, remote_model
+from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+
+from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
+from eagle_rpc.supervision import Failure, Ok, Pulse
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.server import TargetModelServer
+
+BATCHES = 8
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[dict[str, Any]]:
+    target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
+    backend = ColocatedEagle3TargetModel(target, tiny_target_config(), encoding="hidden", rows="position_mask")
+    backend.open_session(tiny_mapping())
+    return [tensors_of(batch) for batch in backend.stream(tiny_batch(seed) for seed in range(BATCHES))]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("did not come true within 20 s")
+
+
+def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, Callable[[], None]]) -> None:
+    """Streams everything, calls `after[n]` when batch n has been consumed, and compares bit by bit and in order."""
+    batches = backend.stream(tiny_batch(seed) for seed in range(BATCHES))
+    for number, batch in enumerate(batches):
+        assert all(tensor.equal(expected[number][name]) for name, tensor in tensors_of(batch).items()), number
+        after.get(number, lambda: None)()
+    assert number == BATCHES - 1
+
+
+def test_requests_of_a_target_that_dies_are_answered_by_another(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
+    dying, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    membership = FakeMembership(dying, other)
+    backend = opened(membership)
+    until(lambda: len(backend.status()["targets"]) == 2)
+    check_stream(backend, expected, {0: dying.hold, 1: dying.die})
+    assert [one["name"] for one in backend.status()["targets"]] == ["target1"]
+    assert backend.status()["failovers"] > 0 and membership.num_lost == 1
+
+
+def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    membership = FakeMembership(FakeTarget("target0", server))
+
+    def replace_it() -> None:
+        membership.known[0].die()
+        threading.Timer(0.5, lambda: membership.known.append(FakeTarget("target0", server))).start()
+
+    check_stream(opened(membership), expected, {2: replace_it})
+    assert "a target is back after" in caplog.text
+
+
+def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    backend = opened(FakeMembership(target), reconnect_deadline=0.3)
+    target.die()
+    with pytest.raises(
+        TargetUnavailable, match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0"
+    ):
+        list(backend.stream([tiny_batch(0)]))
+
+
+def test_in_a_static_world_a_lost_sole_target_is_not_waited_for(opened: Any, server: TargetModelServer):
+    target = FakeTarget("target0", server)
+    backend = opened(FakeMembership(target, elastic=False), reconnect_deadline=1000.0)
+    target.die()
+    with pytest.raises(TargetUnavailable):
+        list(backend.stream([tiny_batch(0)]))
+
+
+def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level("INFO")
+    silent, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(silent, other), heartbeat_misses=4)
+    until(lambda: len(backend.status()["targets"]) == 2)
+    check_stream(backend, expected, {0: silent.hold})
+    assert "target0 has been silent" in caplog.text
+    silent.release()
+    until(lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"])
+    assert "target0 answers again" in caplog.text
+    check_stream(backend, expected, {})
+
+
+def test_a_draining_target_gets_nothing_new(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+    draining, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(draining, other))
+    until(lambda: len(backend.status()["targets"]) == 2)
+    refusals = {"generate": Failure("draining", "shutting down"), "heartbeat": Ok(Pulse(incarnation="", draining=True))}
+    draining.refuse = refusals.get
+    check_stream(backend, expected, {})
+    asked = draining.num_requests
+    check_stream(backend, expected, {})
+    assert draining.num_requests == asked <= 2
+
+
+def test_a_lapsed_session_is_opened_again(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+    target = FakeTarget("target0", server)
+    check_stream(opened(FakeMembership(target)), expected, {2: target.lapse, 5: target.lapse})
+    assert len(target.sessions) == 3
+
+
+def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_raise_is_given_up(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
+    ill, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(ill, other))
+    until(lambda: len(backend.status()["targets"]) == 2)
+    failures = iter([Failure("failed", "CUDA error")])
+    ill.refuse = lambda method: next(failures, None) if method == "generate" else None
+    check_stream(backend, expected, {})
+    for target in (ill, other):
+        target.refuse = lambda method: Failure("failed", "always") if method == "generate" else None
+    with pytest.raises(TargetFailed, match="always"):
+        list(backend.stream([tiny_batch(0)]))
+
+
+def test_a_target_that_joins_later_takes_its_share(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+    membership = FakeMembership(FakeTarget("target0", server))
+    backend = opened(membership)
+    late = FakeTarget("target1", server)
+    membership.known.append(late)
+    until(lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"])
+    check_stream(backend, expected, {})
+    assert late.num_requests > 0
+
+
+def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
+    opened: Any,
+    server: TargetModelServer,
+    foreign_server: TargetModelServer,
+    expected: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+):
+    membership = FakeMembership(FakeTarget("target0", server))
+    backend = opened(membership)
+    foreign = FakeTarget("target1", foreign_server)
+    membership.known.append(foreign)
+    until(lambda: "target1 is not used: target1 must serve the same model" in caplog.text)
+    check_stream(backend, expected, {})
+    assert foreign.num_requests == 0
+
+
+def test_static_replicas_of_different_weights_are_refused(server: TargetModelServer, foreign_server: TargetModelServer):
+    with pytest.raises(TargetMismatch, match="must serve the same model"):
+        remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
+
+
+def test_embeddings_come_from_a_target_that_can_give_them(opened: Any, server: TargetModelServer):
+    dying, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(dying, other))
+    until(lambda: len(backend.status()["targets"]) == 2)
+    dying.die()
+    assert backend.input_embeddings().equal(server.input_embeddings().value)

@@ -1,0 +1,52 @@
+"""A registry in this process, records to announce, and a clock that only tests move."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from eagle_rpc.registry import Directory, IdFile, Record, RegistryClient, RegistryServer
+
+TOKEN = b"t" * 32
+TTL = 3.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def target(number: int = 0, **changes: object) -> Record:
+    """A record of target `number`; `incarnation` may be a short hexadecimal word."""
+    if "incarnation" in changes:
+        changes["incarnation"] = str(changes["incarnation"]).ljust(16, "0")
+    usual = Record(
+        name=f"target{number}",
+        role="target",
+        job="",
+        id=number + 1,
+        incarnation=f"{number:016x}",
+        url="uv://127.0.0.1:1234",
+        device="cpu",
+        host="here",
+        pid=4711,
+        status={},
+    )
+    return replace(usual, **changes)
+
+
+@contextlib.contextmanager
+def running_registry(
+    directory: Path, *, address: str = "127.0.0.1:0", ttl: float = TTL, request_seconds: float = 5.0
+) -> Iterator[RegistryServer]:
+    host, port = address.split(":")
+    ids = IdFile(directory / "ids")
+    with RegistryServer((host, int(port)), TOKEN, Directory(ids, ttl=ttl), request_seconds=request_seconds) as server:
+        yield server
+
+
+def client_of(server: RegistryServer, token: bytes = TOKEN, timeout: float = 10.0) -> RegistryClient:
+    return RegistryClient(server.address, token, timeout=timeout)

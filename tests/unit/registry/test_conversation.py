@@ -1,0 +1,291 @@
+"""The registry over sockets: who is believed, what is bounded, and that nothing that arrives ends it."""
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from registry_cases import TOKEN, client_of, running_registry, target
+
+from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, InvalidRequest, NameTaken, WaitTimeout
+from eagle_rpc.registry import RegistryClient, RegistryServer, parse_address
+from eagle_rpc.registry.server import MAX_CONNECTIONS
+from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
+
+GREETING_BYTES = len(b"eagle_rpc registry 1\n") + 32
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[RegistryServer]:
+    """One for all tests here: each of them leaves it serving."""
+    with running_registry(tmp_path_factory.mktemp("registry"), request_seconds=2.0) as running:
+        yield running
+        assert client_of(running).new_id() > 0
+
+
+@contextlib.contextmanager
+def connected(server: RegistryServer) -> Iterator[socket.socket]:
+    with socket.create_connection(parse_address(server.address), timeout=10) as connection:
+        yield connection
+
+
+def read_to_end(connection: socket.socket) -> bytes:
+    """What the other side sends until it closes; a reset is an end as well."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while chunk := connection.recv(4096):
+            received += chunk
+    return received
+
+
+def test_a_worker_announces_itself_and_is_found(server):
+    client = client_of(server)
+    first, second = client.new_id(), client.new_id()
+    assert second == first + 1
+    record = target(7, id=first, status={"sessions": [{"lease_left": 1.5}], "draining": False, "job": "ü"})
+    client.announce(record)
+    assert client.living() == [record]
+    (seen,) = client.records()
+    assert seen.living and 0 <= seen.seconds_silent < 10
+    client.withdraw(record.incarnation)
+    assert client.records() == []
+
+
+def test_a_taken_name_arrives_as_such(server):
+    client = client_of(server)
+    client.announce(target(incarnation="a"))
+    with pytest.raises(NameTaken, match="incarnation a"):
+        client.announce(target(incarnation="b"))
+    client.withdraw(target(incarnation="a").incarnation)
+
+
+def test_clients_at_the_same_time_get_different_ids(server):
+    client = client_of(server)
+    with ThreadPoolExecutor(8) as threads:
+        ids = list(threads.map(lambda _: client.new_id(), range(80)))
+    assert len(set(ids)) == 80
+
+
+def test_a_wrong_token_is_told_so_and_changes_nothing(server):
+    for call in (lambda one: one.announce(target()), lambda one: one.new_id(), lambda one: one.records()):
+        with pytest.raises(AccessRefused, match="same token"):
+            call(client_of(server, token=b"x" * 32))
+    assert client_of(server).records() == []
+
+
+def test_the_token_never_travels(tmp_path):
+    with running_registry(tmp_path) as server, recording_proxy(server) as (address, sent):
+        RegistryClient(address, TOKEN, timeout=10).announce(target())
+    assert b"target0" in bytes(sent) and TOKEN not in bytes(sent) and TOKEN.hex().encode() not in bytes(sent)
+
+
+def test_an_old_request_is_worth_nothing_in_another_conversation(tmp_path):
+    with running_registry(tmp_path) as server:
+        with recording_proxy(server) as (address, sent):
+            RegistryClient(address, TOKEN, timeout=10).announce(target())
+        client_of(server).withdraw(target().incarnation)
+        with connected(server) as replay:
+            replay.sendall(bytes(sent))
+            assert b"AccessRefused" in read_to_end(replay)
+        assert client_of(server).records() == []
+
+
+def test_an_impostor_that_repeats_an_old_reply_is_not_believed(tmp_path):
+    with running_registry(tmp_path) as server, connected(server) as connection:
+        recorded = Recording(connection)
+        Conversation(recorded, peer="registry", token=TOKEN, seconds=10).ask(b'{"operation":"records"}')
+    with impostor(bytes(recorded.received)) as address, pytest.raises(AccessRefused, match="same token"):
+        RegistryClient(address, TOKEN, timeout=10).records()
+
+
+def test_something_else_at_the_address_is_not_taken_for_a_registry():
+    answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b"." * 64
+    with impostor(answer) as address, pytest.raises(AccessRefused, match="must be a registry"):
+        RegistryClient(address, TOKEN, timeout=10).records()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(garbage=st.binary(max_size=300))
+def test_garbage_is_closed_without_an_answer(server, garbage):
+    with connected(server) as connection:
+        connection.sendall(garbage)
+        connection.shutdown(socket.SHUT_WR)
+        answer = read_to_end(connection)
+    # A complete message of garbage is told that the token is missing.
+    assert len(answer) in (0, GREETING_BYTES) or b"AccessRefused" in answer
+
+
+NONSENSE = [b"[" * 100_000, b'{"operation":"announce"}', b'{"operation":["new_id"]}', b"null"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    body=st.binary(max_size=200)
+    | st.sampled_from([b"[" * 100_000, b'{"operation":"announce"}', b'{"operation":["new_id"]}', b"null"])
+)
+def test_authenticated_nonsense_is_refused_by_name(server, body):
+    with connected(server) as connection:
+        answer = Conversation(connection, peer="registry", token=TOKEN, seconds=10).ask(body)
+    assert b'"error":"InvalidRequest"' in answer
+
+
+@pytest.mark.parametrize("kept", [0, 10, 32, 35, 60, 70])
+def test_a_truncated_request_ends_its_connection_only(server, kept: int):
+    with connected(server) as connection:
+        cut = Truncated(connection, kept)
+        with pytest.raises(ConnectionLost):
+            Conversation(cut, peer="registry", token=TOKEN, seconds=10).ask(b'{"operation":"new_id"}')
+    assert client_of(server).records() == []
+
+
+def test_an_oversized_request_is_refused_before_it_is_read(server):
+    with connected(server) as connection:
+        connection.sendall(b"n" * 32 + struct.pack(">I", MAX_REQUEST_BYTES + 1))
+        assert len(read_to_end(connection)) == GREETING_BYTES
+    with pytest.raises(InvalidRequest, match="at most"):
+        client_of(server).announce(target(status={"text": "x" * MAX_REQUEST_BYTES}))
+
+
+def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(server):
+    started = time.monotonic()
+    with connected(server) as connection, contextlib.suppress(ConnectionError):
+        connection.recv(GREETING_BYTES)
+        connection.settimeout(0.1)
+        while time.monotonic() - started < 30:
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1):
+                    break
+    assert time.monotonic() - started < 20
+
+
+def test_silent_connections_do_not_keep_workers_out(tmp_path):
+    with running_registry(tmp_path, request_seconds=60.0) as server, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connected(server)) for _ in range(MAX_CONNECTIONS + 20)]
+        assert client_of(server).new_id() > 0
+        # Those that were there first have made room.
+        assert len(read_to_end(silent[0])) == GREETING_BYTES
+        assert threading.active_count() < MAX_CONNECTIONS + 30
+
+
+def test_refusals_are_counted_in_few_lines(tmp_path, caplog):
+    with running_registry(tmp_path) as server:
+        for _ in range(20):
+            with connected(server) as connection:
+                connection.shutdown(socket.SHUT_WR)
+                read_to_end(connection)
+        client_of(server).records()
+    lines = [one.getMessage() for one in caplog.records if "refused" in one.getMessage()]
+    assert len(lines) == 1 and "connections refused since the last such line: 1, " in lines[0]
+
+
+def test_a_registry_that_is_not_there_and_one_that_does_not_answer():
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(ConnectionLost, match=f"the registry at {address} cannot be reached"):
+            RegistryClient(address, TOKEN).records()
+        mute.listen()
+        with pytest.raises(WaitTimeout, match=rf"the registry at {address} .* within 0\.3 s"):
+            RegistryClient(address, TOKEN, timeout=0.3).records()
+
+
+def test_an_address_in_use_is_named_and_free_after_closing(tmp_path):
+    with running_registry(tmp_path) as server:
+        address = server.address
+        with (
+            pytest.raises(ConfigError, match=f"free address of this host, got {address}"),
+            running_registry(tmp_path, address=address),
+        ):
+            pass
+        client_of(server).new_id()
+    with pytest.raises(ConnectionLost):
+        RegistryClient(address, TOKEN).new_id()
+    with running_registry(tmp_path, address=address) as again:
+        assert client_of(again).new_id() == 2
+
+
+@pytest.mark.parametrize("text", ["", "here", "here:", ":1", "here:0", "here:65536", "here:-1", "here:1x"])
+def test_an_address_needs_host_and_port(text: str):
+    with pytest.raises(ConfigError, match="host:port"):
+        parse_address(text)
+
+
+@contextlib.contextmanager
+def impostor(says: bytes) -> Iterator[str]:
+    """Answers one connection with fixed bytes, whatever it asks."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                connection.sendall(says)
+                connection.settimeout(10)
+                read_to_end(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(20)
+
+
+@contextlib.contextmanager
+def recording_proxy(server: RegistryServer) -> Iterator[tuple[str, bytearray]]:
+    """Passes one connection on to the registry, and keeps what the worker sent."""
+    sent = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answers(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while chunk := source.recv(4096):
+                    sink.sendall(chunk)
+                sink.shutdown(socket.SHUT_RDWR)
+
+        def serve() -> None:
+            worker, _ = listener.accept()
+            with worker, connected(server) as registry:
+                back = threading.Thread(target=answers, args=(registry, worker))
+                back.start()
+                with contextlib.suppress(OSError):
+                    while chunk := worker.recv(4096):
+                        sent.extend(chunk)
+                        registry.sendall(chunk)
+                back.join(20)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", sent
+        thread.join(20)
+
+
+class Recording:
+    """A connection that keeps what it received."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.received = bytearray()
+        self.settimeout, self.sendall = connection.settimeout, connection.sendall
+
+    def recv(self, size: int) -> bytes:
+        chunk = self._connection.recv(size)
+        self.received += chunk
+        return chunk
+
+
+class Truncated:
+    """A connection that ends after `kept` sent bytes."""
+
+    def __init__(self, connection: socket.socket, kept: int) -> None:
+        self._connection = connection
+        self._kept = kept
+        self.settimeout, self.recv = connection.settimeout, connection.recv
+
+    def sendall(self, data: bytes) -> None:
+        self._connection.sendall(data[: self._kept])
+        self._connection.shutdown(socket.SHUT_WR)

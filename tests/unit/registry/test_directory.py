@@ -1,0 +1,141 @@
+import itertools
+
+import pytest
+from registry_cases import TTL, Clock, target
+
+from eagle_rpc.errors import InvalidRequest, NameTaken
+from eagle_rpc.registry import Directory, IdFile
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def ids(tmp_path) -> IdFile:
+    return IdFile(tmp_path / "ids")
+
+
+@pytest.fixture
+def directory(ids, clock) -> Directory:
+    return Directory(ids, ttl=TTL, clock=clock)
+
+
+def names(directory: Directory) -> list[tuple[str, str]]:
+    return [(one.record.name, one.record.incarnation[:1]) for one in directory.sightings() if one.living]
+
+
+def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(directory, clock):
+    directory.announce(target(incarnation="a"))
+    clock.now += 1.5
+    with pytest.raises(NameTaken, match=r"target0 .*incarnation a0000000.*heard of 1\.5 s ago, dead after 3 s"):
+        directory.announce(target(incarnation="b", id=2))
+    assert names(directory) == [("target0", "a")]
+
+
+def test_names_belong_to_a_role_and_a_job(directory):
+    directory.announce(target(incarnation="a"))
+    directory.announce(target(incarnation="b", role="trainer", job="one"))
+    directory.announce(target(incarnation="c", role="trainer", job="two"))
+    assert len(directory.sightings()) == 3
+
+
+def test_a_beat_renews_the_status_and_the_time(directory, clock):
+    directory.announce(target(incarnation="a"))
+    clock.now += 2
+    directory.announce(target(incarnation="a", status={"step": 2}))
+    clock.now += 2
+    (seen,) = directory.sightings()
+    assert (seen.record.status, seen.seconds_silent, seen.living) == ({"step": 2}, 2, True)
+
+
+def test_a_silent_holder_is_shown_as_silent_then_superseded_and_ends_itself(directory, clock):
+    directory.announce(target(incarnation="a"))
+    clock.now += TTL
+    (silent,) = directory.sightings()
+    assert (silent.living, silent.seconds_silent) == (False, TTL)
+    directory.announce(target(incarnation="b", id=2))
+    assert names(directory) == [("target0", "b")]
+    with pytest.raises(NameTaken, match="incarnation b"):
+        directory.announce(target(incarnation="a"))
+
+
+def test_a_worker_that_was_silent_keeps_its_name_if_nobody_took_it(directory, clock):
+    directory.announce(target(incarnation="a"))
+    clock.now += 2 * TTL
+    directory.announce(target(incarnation="a"))
+    assert names(directory) == [("target0", "a")]
+
+
+def test_the_silent_are_forgotten_in_the_end(directory, clock):
+    directory.announce(target(incarnation="a"))
+    clock.now += 10 * TTL - 0.1
+    assert len(directory.sightings()) == 1
+    clock.now += 0.1
+    assert directory.sightings() == []
+
+
+def test_withdrawing_frees_the_name_at_once_and_only_that_incarnations(directory):
+    directory.announce(target(incarnation="a"))
+    directory.withdraw("b" * 16)
+    assert names(directory) == [("target0", "a")]
+    directory.withdraw(target(incarnation="a").incarnation)
+    directory.announce(target(incarnation="c", id=2))
+    assert names(directory) == [("target0", "c")]
+
+
+def test_after_a_restart_a_newcomer_waits_until_living_workers_have_beaten(ids, directory, clock):
+    holder = directory.new_id()
+    directory.announce(target(incarnation="a", id=holder))
+    restarted = Directory(ids, ttl=TTL, clock=clock)
+    newcomer = target(incarnation="b", id=restarted.new_id())
+    with pytest.raises(NameTaken, match=r"free in 3\.0 s"):
+        restarted.announce(newcomer)
+    clock.now += 1
+    restarted.announce(target(incarnation="a", id=holder))
+    clock.now += TTL - 0.5
+    with pytest.raises(NameTaken, match="incarnation a"):
+        restarted.announce(newcomer)
+    assert names(restarted) == [("target0", "a")]
+
+
+def test_after_a_restart_a_name_that_nobody_claims_is_free_after_the_time_to_live(ids, directory, clock):
+    directory.new_id()
+    restarted = Directory(ids, ttl=TTL, clock=clock)
+    clock.now += TTL
+    restarted.announce(target(incarnation="b", id=restarted.new_id()))
+    assert names(restarted) == [("target0", "b")]
+
+
+def test_a_registry_that_never_had_workers_admits_them_at_once(directory):
+    directory.announce(target(id=directory.new_id()))
+    assert len(directory.sightings()) == 1
+
+
+def test_silence_while_the_registry_stood_still_does_not_count(directory, clock):
+    directory.announce(target(0))
+    clock.now += 1
+    directory.announce(target(1))
+    clock.now += 100
+    directory.excuse(100)
+    assert [(one.living, one.seconds_silent) for one in directory.sightings()] == [(True, 1), (True, 0)]
+    clock.now += TTL - 1
+    assert [one.living for one in directory.sightings()] == [False, True]
+
+
+def test_all_records_together_are_bounded(directory):
+    large = {"text": "x" * 250_000}
+    with pytest.raises(InvalidRequest, match="together"):
+        for number in itertools.count():
+            directory.announce(target(number, status=large))
+    held = len(directory.sightings())
+    assert 50 < held < 110
+    # Those who are in stay in.
+    directory.announce(target(0, status=large))
+    assert len(directory.sightings()) == held
+
+
+def test_one_record_is_bounded(directory):
+    with pytest.raises(InvalidRequest, match="at most 262144 bytes"):
+        directory.announce(target(status={"text": "x" * 300_000}))
