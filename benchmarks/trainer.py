@@ -1,13 +1,15 @@
 """How fast and in how much memory the draft trains on one GPU: seven TTT steps on random supervision of real shapes.
 
-    python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 1x2048 ...]
+    python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
 
-For every shape and size: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory over what is resident,
-of the fused step (forward and backward), of our reference, and of a whole optimiser step; then GPU time by kind of kernel.
-Medians after warm-up; the figures go to the screen and to DIR/trainer.json. Legend: B batch, T sequence, H hidden.
+For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory over what is
+resident; with --profile the GPU's time by kind of kernel. Medians after warm-up; the figures go to the screen and to
+DIR/trainer.json. Legend: B batch, T sequence, H hidden.
 """
 
 import argparse
+import gc
+import itertools
 import json
 import platform
 import statistics
@@ -21,7 +23,7 @@ import torch
 
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
-from eagle_rpc.draft.fused import FusedStep
+from eagle_rpc.draft.fused import FusedSettings, FusedStep
 from eagle_rpc.supervision import DraftHead, Eagle3TargetBatch, ProjectedTargets, StoredLogits, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
@@ -31,9 +33,10 @@ SHAPES = {
     "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
     "qwen3": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "vocab_size": 151936},
 }
-# Forward and backward of the fused step, the same with the feed-forward block recomputed, of the reference; and a learner's
-# whole optimiser step either way.
-SYSTEMS = ("fused", "fused_recompute", "reference", "optimiser", "optimiser_recompute")
+# Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A learner's whole
+# optimiser step: on one micro-batch, on one recomputed, on four.
+SYSTEMS = ("fused", "fused_recompute", "reference", "optimiser", "optimiser_recompute", "optimiser_accumulated")
+ACCUMULATED = 4
 STEPS, SUPERVISED_SHARE = 7, 0.9
 GIB = 2**30
 
@@ -122,7 +125,7 @@ def measure(run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     # Long runs vary little and cost GPU time.
-    seconds = median_seconds(run, repeats=3 if slow else 7, warmups=1 if slow else 3)
+    seconds = median_seconds(run, repeats=3 if slow else 15, warmups=1 if slow else 3)
     rate = tokens / seconds
     return {
         "milliseconds": 1e3 * seconds,
@@ -132,11 +135,6 @@ def measure(run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *
         "peak_gib_over_resident": (torch.cuda.max_memory_allocated() - resident) / GIB,
         "resident_gib": resident / GIB,
     }
-
-
-def gradients_of(step: TTTStep, batch: Eagle3TargetBatch) -> Callable[[], Any]:
-    denominators = count_rows(batch, STEPS)
-    return lambda: step.add_gradients(batch, denominators)
 
 
 KINDS = (
@@ -201,53 +199,53 @@ def main() -> None:
     results = Results(options.out / "trainer.json")
     ceiling = matrix_ceiling()
     results.add(ceiling_teraflops=ceiling)
-    for shape in options.shapes:
-        for system in options.systems:
-            draft = make_draft(shape)
-            for parameter in draft.parameters():
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-            run_system(draft, shape, system, options, results, ceiling)
-            del draft
-            torch.cuda.empty_cache()
-
-
-def run_system(draft: Eagle3Draft, shape: str, system: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
-    step = make_step(draft, system)
-    for size in options.sizes:
-        rows, length = map(int, size.split("x"))
-        batch = make_batch(draft, rows, length, options.encoding)
-        name = {"shape": shape, "system": system, "size": size, "encoding": options.encoding}
-        run = step(batch)
-        started = time.monotonic()
+    for shape, size, system in itertools.product(options.shapes, options.sizes, options.systems):
+        name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
         try:
-            run()
-            torch.cuda.synchronize()
-            first = time.monotonic() - started
-            figures = measure(run, rows * length, flops_per_token(draft.config, length), ceiling, slow=rows * length > 10000)
-            results.add(**name, first_run_seconds=first, **figures)
-            if options.profile:
-                times, longest = kernel_times(run)
-                results.add(**name, kernel_milliseconds=times)
-                print("\n".join(longest), flush=True)
+            measure_system(name, options, results, ceiling)
         except torch.cuda.OutOfMemoryError:
             results.add(**name, out_of_memory=True)
-        del batch, run
+        gc.collect()
         torch.cuda.empty_cache()
 
 
-def make_step(draft: Eagle3Draft, system: str) -> Callable[[Eagle3TargetBatch], Callable[[], Any]]:
-    """What to time for a batch: forward and backward, or with `optimiser` a whole optimiser step."""
-    objective, recompute = Objective(steps=STEPS, step_decay=0.8), system.endswith("_recompute")
-    if system == "reference":
-        reference = ReferenceStep(draft, objective, autocast=torch.bfloat16)
-        return lambda batch: gradients_of(reference, batch)
+def measure_system(name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float) -> None:
+    rows, length = map(int, name["size"].split("x"))
+    draft = make_draft(name["shape"])
+    for parameter in draft.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    batch = make_batch(draft, rows, length, options.encoding)
+    run, micro_batches = make_run(draft, name["system"], batch)
+    started = time.monotonic()
+    run()
+    torch.cuda.synchronize()
+    first_seconds = time.monotonic() - started
+    tokens = rows * length * micro_batches
+    slow = tokens > 10000 or name["system"] == "reference"
+    figures = measure(run, tokens, flops_per_token(draft.config, length), ceiling, slow=slow)
+    results.add(**name, first_run_seconds=first_seconds, **figures)
+    if options.profile:
+        times, longest = kernel_times(run)
+        results.add(**name, kernel_milliseconds=times)
+        print("\n".join(longest), flush=True)
+
+
+def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple[Callable[[], Any], int]:
+    """What to time, and how many micro-batches it takes."""
+    recompute = system.endswith("_recompute")
     if system.startswith("optimiser"):
         config = TrainConfig(recompute_mlp=recompute)
         learner = Learner(draft, config, DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10**6)
-        return lambda batch: lambda: learner.learn([batch])
-    fused = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute)
-    return lambda batch: gradients_of(fused, batch)
+        micro_batches = ACCUMULATED if system == "optimiser_accumulated" else 1
+        return lambda: learner.learn([batch] * micro_batches), micro_batches
+    objective = Objective(steps=STEPS, step_decay=0.8)
+    if system == "reference":
+        step: TTTStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
+    else:
+        step = FusedStep(draft, objective, dtype=torch.bfloat16, settings=FusedSettings(recompute_mlp=recompute))
+    denominators = count_rows(batch, STEPS)
+    return lambda: step.add_gradients(batch, denominators), 1
 
 
 if __name__ == "__main__":

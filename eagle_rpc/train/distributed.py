@@ -16,19 +16,21 @@ from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
+_CPU = torch.device("cpu")
 
 
 class TrainerGroup:
     """`size` trainers, this one with number `rank`. Without a process group a trainer is alone and nothing waits.
 
     Every wait ends after the process group's time-out: with `WaitTimeout` if the others are silent, with
-    `ConnectionLost` if one of them is gone.
+    `ConnectionLost` if one of them is gone. Tensors on a GPU are summed by `gpu_group` where there is one.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
         self._timeout = timeout
+        self._gpu_group = gpu_group
 
     @property
     def is_primary(self) -> bool:
@@ -39,7 +41,7 @@ class TrainerGroup:
         """Replaces the tensor by its sum over all trainers, with the same bits on each; `what` is for error messages."""
         if self.size > 1:
             with self._bounded(f"the sum of {what}"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._gpu_group if tensor.is_cuda else None)
         return tensor
 
     def any_(self, mine: bool, what: str) -> bool:
@@ -79,11 +81,14 @@ class TrainerGroup:
 
 
 @contextlib.contextmanager
-def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> Iterator[TrainerGroup]:
-    """The group of all trainers while the body runs; `store` is a namespace of their own.
+def join_trainers(
+    store: dist.Store, rank: int, size: int, *, timeout: float, device: torch.device = _CPU
+) -> Iterator[TrainerGroup]:
+    """The group of all trainers while the body runs; `store` is a namespace of their own, `device` holds the draft.
 
-    `timeout` in seconds bounds the start and every later wait, so it has to exceed what one trainer may be busy with
-    alone: a request to the target, a checkpoint. Raises `WaitTimeout` if not all have joined by then.
+    Trainers talk over gloo. Where each has a GPU of its own, NCCL sums what is on the GPUs; trainers that share one cannot
+    use it. `timeout` in seconds bounds the start and every later wait, so it has to exceed what one trainer may be busy
+    with alone: a request to the target, a checkpoint. Raises `WaitTimeout` if not all have joined by then.
     """
     if size == 1:
         yield TrainerGroup()
@@ -91,14 +96,26 @@ def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, ba
     limit = timedelta(seconds=timeout)
     store.set_timeout(limit)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         raise _wait_error(error, f"trainer {rank}, waiting for {size} trainers to join", timeout) from error
-    logger.info("trainer %d of %d joined over %s", rank, size, backend)
     try:
-        yield TrainerGroup(rank, size, timeout)
+        one_gpu_each = _have_one_gpu_each(device, size)
+        gpu_group = dist.new_group(backend="nccl", timeout=limit) if one_gpu_each else None
+        logger.info("trainer %d of %d joined over %s", rank, size, "gloo and NCCL" if one_gpu_each else "gloo")
+        yield TrainerGroup(rank, size, timeout, gpu_group)
     finally:
         dist.destroy_process_group()
+
+
+def _have_one_gpu_each(device: torch.device, size: int) -> bool:
+    """Whether every trainer's device is a GPU that no other trainer uses; the same answer on each."""
+    name = f"{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+    mine = torch.tensor(list(hashlib.sha256(name.encode()).digest() if name else bytes(_DIGEST_BYTES)), dtype=torch.uint8)
+    everyone = torch.empty(size * _DIGEST_BYTES, dtype=torch.uint8)
+    dist.all_gather_into_tensor(everyone, mine)
+    digests = [bytes(row) for row in everyone.view(size, _DIGEST_BYTES).tolist()]
+    return len(set(digests)) == size and bytes(_DIGEST_BYTES) not in digests
 
 
 def _wait_error(error: RuntimeError, what: str, timeout: float) -> WaitTimeout | ConnectionLost:

@@ -3,13 +3,15 @@
 Legend: B batch, T sequence, U = T + S - 1, N supervised rows, S steps, H hidden.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused.causal import MAX_HEAD_DIM, Segments
 from eagle_rpc.draft.fused.head import JudgedRows, judge
-from eagle_rpc.draft.fused.unroll import FusedUnroll
+from eagle_rpc.draft.fused.unroll import FusedSettings, FusedUnroll
 from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
@@ -19,13 +21,11 @@ from eagle_rpc.supervision import Eagle3TargetBatch
 class FusedStep:
     """`ttt_loss` and its backward in one, for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
 
-    Matrix products run in `dtype` on copies of the weights, gradients are summed in the parameters' dtype. With
-    `recompute_mlp` a long batch needs about half of the memory and a tenth more time.
+    Matrix products run in `dtype` on copies of the weights, gradients are summed in the parameters' dtype.
     """
 
-    def __init__(self, draft: Eagle3Draft, objective: Objective, *, dtype: torch.dtype, recompute_mlp: bool) -> None:
-        self._draft, self._objective = draft, objective
-        self._recompute_mlp = recompute_mlp
+    def __init__(self, draft: Eagle3Draft, objective: Objective, *, dtype: torch.dtype, settings: FusedSettings) -> None:
+        self._draft, self._objective, self._settings = draft, objective, settings
         self._weights = FusedWeights(draft, dtype)
 
     @staticmethod
@@ -49,7 +49,7 @@ class FusedStep:
     @torch.no_grad()
     def _run(self, batch: Eagle3TargetBatch, denominators_S: Tensor, with_gradients: bool) -> TTTResult:
         steps = self._objective.steps
-        unroll = self._unroll(batch)
+        unroll = self._unroll(batch, self._settings if with_gradients else replace(self._settings, recompute_mlp=True))
         slots_NS, valid_NS = judged_slots(batch, steps)
         accurate = torch.promote_types(self._weights.head.dtype, torch.float32)
         coefficients_NS = (valid_NS * self._objective.scales(denominators_S)).to(accurate)
@@ -65,12 +65,12 @@ class FusedStep:
             unroll.backward(hidden_grads_SNH)
         return result_of(batch, (losses_NS * coefficients_NS).sum(), losses_NS, predicted_NS, slots_NS, valid_NS)
 
-    def _unroll(self, batch: Eagle3TargetBatch) -> FusedUnroll:
+    def _unroll(self, batch: Eagle3TargetBatch, settings: FusedSettings) -> FusedUnroll:
         """All steps, run forward."""
         steps = self._objective.steps
         segment_ids = batch.tokens.segment_ids
         segments = None if segment_ids is None else Segments.of(segment_ids)
-        unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, segments, self._recompute_mlp)
+        unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, segments, settings)
         positions_BT = positions_of(batch)
         unroll.forward(
             batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SNH.dtype),
