@@ -23,7 +23,7 @@ import torch
 
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
-from eagle_rpc.draft.fused import FusedSettings, FusedStep
+from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.supervision import DraftHead, Eagle3TargetBatch, ProjectedTargets, StoredLogits, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
@@ -243,7 +243,7 @@ def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple
     if system == "reference":
         step: TTTStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
     else:
-        step = FusedStep(draft, objective, dtype=torch.bfloat16, settings=FusedSettings(recompute_mlp=recompute))
+        step = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute)
     denominators = count_rows(batch, STEPS)
     return lambda: step.add_gradients(batch, denominators), 1
 

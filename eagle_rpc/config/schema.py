@@ -291,8 +291,6 @@ class TrainConfig:
     """On a GPU, with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
     recompute_mlp: bool = False
     """The fused step computes the feed-forward block again in the backward: two thirds of the memory for a tenth more time."""
-    deterministic: bool = True
-    """The fused step's sums have a fixed order, so that equal steps give equal bits on the same hardware."""
     device: str = "auto"
     validate_every: int = 100
     """Optimiser steps between validations (>= 0; 0: only at the end)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, TTTStep, count_rows
-from eagle_rpc.draft.fused import FusedSettings, FusedStep
+from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch
 from eagle_rpc.train.distributed import FlatGradients, TrainerGroup, weights_digest
@@ -117,8 +117,7 @@ def make_ttt_step(draft: Eagle3Draft, config: TrainConfig, objective: DraftConfi
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)
     if config.fused and FusedStep.supports(draft, dtype):
-        settings = FusedSettings(recompute_mlp=config.recompute_mlp, deterministic=config.deterministic)
-        return FusedStep(draft, rule, dtype=dtype, settings=settings)
+        return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp)
     if config.recompute_mlp:
         logger.warning(
             "train.recompute_mlp has no effect: it belongs to the fused step, which needs a GPU and train.autocast=bfloat16"

@@ -7,7 +7,7 @@ Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, D head w
 
 from torch import Tensor
 
-from eagle_rpc.draft.fused.causal import Segments, causal_attention, causal_attention_backward, in_fixed_order
+from eagle_rpc.draft.fused.causal import Segments, causal_attention, causal_attention_backward
 from eagle_rpc.draft.fused.own_slots import StepHeads, merge, merge_backward
 
 
@@ -15,19 +15,12 @@ class StepAttention:
     """Attention of all steps over the slots [B, T] of one batch.
 
     Keys and values [S, N, J, D] fill up as the steps run; so do their gradients in `backward`, which takes the steps in
-    reverse. With `deterministic` equal inputs give equal bits.
+    reverse.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        segments: Segments | None,
-        keys_SNJD: Tensor,
-        values_SNJD: Tensor,
-        deterministic: bool,
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], segments: Segments | None, keys_SNJD: Tensor, values_SNJD: Tensor) -> None:
         self._rows = shape if segments is None else (1, shape[0] * shape[1])
-        self._segments, self._deterministic = segments, deterministic
+        self._segments = segments
         self._keys, self._values = keys_SNJD, values_SNJD
         self._scale = keys_SNJD.shape[-1] ** -0.5
         self._heads: list[StepHeads] = []
@@ -53,8 +46,7 @@ class StepAttention:
         heads = self._heads.pop()
         out_grads_BTQD, out_BTQD = self._in_rows(out_grads_NQD, heads.out)
         inputs = self._in_rows(heads.queries, *self._step_0())
-        with in_fixed_order(self._deterministic):
-            grads = causal_attention_backward(out_grads_BTQD, inputs, out_BTQD, heads.log_sums, self._scale, self._segments)
+        grads = causal_attention_backward(out_grads_BTQD, inputs, out_BTQD, heads.log_sums, self._scale, self._segments)
         query_grads_NQD, *of_step_0 = (grad.flatten(0, 1) for grad in grads)
         for total_SNJD, grad_NJD in zip(key_value_grads, of_step_0, strict=True):
             total_SNJD[0] += grad_NJD

@@ -4,9 +4,7 @@ torch's own operators, called below autograd because its public functions give n
 Legend: B batch, T sequence, N slots, Q query heads, J key heads, D head width.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +67,7 @@ def causal_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, the `inputs`, through the part of the softmax that is causal attention.
 
-    `out` and `log_sums` are those of the whole softmax. To be called `in_fixed_order` for the same bits every time.
+    `out` and `log_sums` are those of the whole softmax. Sums over queries have no fixed order on a GPU.
     """
     tensors = (out_grads_BTQD, *inputs, out_BTQD)
     if not out_BTQD.is_cuda:
@@ -90,23 +88,6 @@ def causal_attention_backward(
     return aten._flash_attention_backward(
         *tensors, log_sums_BQT, None, None, length, length, 0.0, True, unused, unused, scale=scale
     )
-
-
-@contextlib.contextmanager
-def in_fixed_order(wanted: bool) -> Iterator[None]:
-    """Lets attention's backward add up in a fixed order while the body runs, which torch has as a global switch only."""
-    if not wanted:
-        yield
-        return
-    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _cudnn_runs(heads_BTQD: Tensor) -> bool:

@@ -12,8 +12,6 @@ Legend: B batch, T sequence, N = B T slots, S steps, H hidden, Q width of all qu
 I feed-forward width, D head width, U = T + S - 1, M = B U.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,18 +27,11 @@ from eagle_rpc.draft.rope import RopeTables
 _ROWS_OF_A_PRODUCT = 32768
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FusedSettings:
-    """What the fused step trades time for."""
-
-    recompute_mlp: bool = False  # gate and up are computed again in the backward instead of kept for every step
-    deterministic: bool = True  # equal bits from equal inputs: attention's backward adds up in a fixed order
-
-
 class FusedUnroll:
     """One batch on its way through all steps: `forward`, then `backward` once.
 
-    `hidden_SNH` [S + 1, N, H] holds the fused input and every step's output until `backward` begins.
+    `hidden_SNH` [S + 1, N, H] holds the fused input and every step's output until `backward` begins. With `recompute_mlp`
+    gate and up are computed again in the backward instead of kept for every step.
     """
 
     def __init__(
@@ -50,23 +41,23 @@ class FusedUnroll:
         shape: tuple[int, int],
         steps: int,
         segments: Segments | None,
-        settings: FusedSettings,
+        recompute_mlp: bool,
     ) -> None:
         self._draft, self._weights = draft, weights
         self._layer, self._eps = draft.midlayer, draft.config.rms_norm_eps
         self._shape, self._steps = shape, steps
         self._rows = shape[0] * shape[1]
-        self._together = 1 if settings.recompute_mlp else min(steps, -(-_ROWS_OF_A_PRODUCT // self._rows))
-        self._recompute_mlp = settings.recompute_mlp
+        self._together = 1 if recompute_mlp else min(steps, -(-_ROWS_OF_A_PRODUCT // self._rows))
+        self._recompute_mlp = recompute_mlp
         hidden_size, query_width = weights.output.shape
         self._query_width, self._key_width = query_width, (len(weights.qkv_of_hidden) - query_width) // 2
         self.hidden_SNH = self._empty(steps + 1, hidden_size)
         self._qkv = self._empty(steps, len(weights.qkv_of_hidden))
         self._attended = self._empty(steps, query_width)
         self._middle = self._empty(steps, hidden_size)  # between attention and feed-forward
-        self._gate_up = self._empty(1 if settings.recompute_mlp else steps, len(weights.gate_up))
+        self._gate_up = self._empty(1 if recompute_mlp else steps, len(weights.gate_up))
         keys, values = self._in_heads(self._qkv[..., query_width:]).chunk(2, dim=2)
-        self._attention = StepAttention(shape, segments, keys, values, settings.deterministic)
+        self._attention = StepAttention(shape, segments, keys, values)
 
     def forward(self, aux_NH3: Tensor, ids_BU: Tensor, tables: list[RopeTables]) -> None:
         """Runs all steps. `ids` [B, T + S - 1] are those of step 0 and what follows; `tables` are each step's."""

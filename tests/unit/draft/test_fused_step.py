@@ -5,7 +5,7 @@ import torch
 from support.ttt_cases import Case, case_batch, case_draft, gradients
 
 from eagle_rpc.draft import LOSSES, Objective, ReferenceStep, count_rows
-from eagle_rpc.draft.fused import FusedSettings, FusedStep, head, unroll
+from eagle_rpc.draft.fused import FusedStep, head, unroll
 
 CASES = [
     Case(),
@@ -24,7 +24,7 @@ def both(case: Case, *, steps: int = 4, recompute_mlp: bool = False, loss: str =
     """Results and gradients of reference and fused step."""
     objective = Objective(steps=steps, step_decay=0.7, loss=loss)
     draft, batch = case_draft(case).double(), case_batch(case)
-    fused = FusedStep(draft, objective, dtype=torch.float64, settings=FusedSettings(recompute_mlp=recompute_mlp))
+    fused = FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=recompute_mlp)
     for step in (ReferenceStep(draft, objective, autocast=None), fused):
         yield step.add_gradients(batch, count_rows(batch, steps)), gradients(draft)
 
@@ -76,7 +76,7 @@ def test_gradients_add_up_over_micro_batches():
     sums = []
     for step in (
         ReferenceStep(draft, objective, autocast=None),
-        FusedStep(draft, objective, dtype=torch.float64, settings=FusedSettings()),
+        FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=False),
     ):
         for batch in batches:
             step.add_gradients(batch, denominators)
@@ -89,7 +89,7 @@ def test_judging_gives_the_loss_and_no_gradients():
     objective = Objective(steps=4, step_decay=0.7)
     draft, batch = case_draft(Case()).double(), case_batch(Case())
     denominators = count_rows(batch, 4)
-    step = FusedStep(draft, objective, dtype=torch.float64, settings=FusedSettings())
+    step = FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=False)
     judged = step.judge(batch, denominators)
     assert gradients(draft) == {}
     assert judged.loss == step.add_gradients(batch, denominators).loss
@@ -99,7 +99,7 @@ def test_changed_weights_count_once_they_are_refreshed():
     objective = Objective(steps=2, step_decay=0.7)
     draft, batch = case_draft(Case()).double(), case_batch(Case())
     denominators = count_rows(batch, 2)
-    step = FusedStep(draft, objective, dtype=torch.float64, settings=FusedSettings())
+    step = FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=False)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.mul_(1.1)
