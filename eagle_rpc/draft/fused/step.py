@@ -39,11 +39,17 @@ class FusedStep:
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
         """`ttt_loss` without graph; its gradients are added to those of the draft's parameters."""
-        return self._run(batch, denominators_S, with_gradients=True)
+        with self._on_device():
+            return self._run(batch, denominators_S, with_gradients=True)
 
     def judge(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
         """`ttt_loss` alone."""
-        return self._run(batch, denominators_S, with_gradients=False)
+        with self._on_device():
+            return self._run(batch, denominators_S, with_gradients=False)
+
+    def _on_device(self) -> torch.cuda.device_of:
+        """Triton launches on the current device, wherever its tensors are."""
+        return torch.cuda.device_of(self._weights.head)
 
     @torch.no_grad()
     def _run(self, batch: Eagle3TargetBatch, denominators_S: Tensor, with_gradients: bool) -> TTTResult:
