@@ -13,7 +13,8 @@ The peer, nemo-automodel, lives in an environment of its own that does not need 
 
 Without `--nemo-python` this package is measured alone. Bytes are those that the loopback device counts, headers included,
 so nothing else should use it: `unshare --net sh -c "ip link set lo up && exec python benchmarks/transport.py ..."`. Tensors
-that TensorPipe copies from process to process (its `cma` channel, within one host) do not pass there.
+that TensorPipe copies from process to process (its `cma` channel, within one host) do not pass there; the sides named
+`sockets` do without it (`rpc.channels=[basic]`), as between hosts.
 """
 
 import argparse
@@ -48,12 +49,12 @@ def nemo(python: str, work: Path) -> Contestant:
     return Contestant("NeMo AutoModel", [server], client)
 
 
-def static(encoding: str, work: Path) -> Contestant:
+def static(encoding: str, work: Path, *settings: str, name: str = "static") -> Contestant:
     """One target and one trainer of one job, with the variables that torchrun sets but without torchrun's own process."""
     port = str(free_port())
     commands = []
     for rank, role in enumerate(("target", "trainer")):
-        argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}"]
+        argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}", *settings]
         environment = {
             **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
             **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), "2"),
@@ -62,7 +63,12 @@ def static(encoding: str, work: Path) -> Contestant:
             **{"TORCHELASTIC_RUN_ID": "transport", "TORCHELASTIC_USE_AGENT_STORE": "False"},
         }
         commands.append(Command(role, argv, environment, answers=role == "trainer"))
-    return Contestant(f"static, {encoding}", commands[:1], commands[1])
+    return Contestant(f"{name}, {encoding}", commands[:1], commands[1])
+
+
+def sockets(encoding: str, work: Path) -> Contestant:
+    """As `static`, with tensors through sockets alone."""
+    return static(encoding, work, "rpc.channels=[basic]", name="sockets")
 
 
 def elastic(encoding: str, path: Path) -> Contestant:
@@ -74,6 +80,9 @@ def elastic(encoding: str, path: Path) -> Contestant:
     target = Command("target", [*program, "job=serve", *meeting, *overrides(work)], {}, answers=False)
     argv = [sys.executable, "-m", "peers.ours", "trainer", str(path), *meeting, f"supervision={encoding}"]
     return Contestant(f"elastic, {encoding}", [registry, target], Command("trainer", argv, {}, answers=True))
+
+
+MEMBERSHIPS = {"static": static, "sockets": sockets, "elastic": elastic}
 
 
 def prepare(work: Work) -> Path:
@@ -97,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--nemo-python", help="python of an environment with nemo-automodel; without it this package is measured alone"
     )
-    parser.add_argument("--memberships", nargs="+", choices=("static", "elastic"), default=["static", "elastic"])
+    parser.add_argument("--memberships", nargs="+", choices=tuple(MEMBERSHIPS), default=list(MEMBERSHIPS))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--requests", type=int, default=16, help="of each repetition")
     parser.add_argument("--idle-seconds", type=float, default=10.0)
@@ -138,7 +147,7 @@ def main() -> None:
         path = prepare(work)
         contestants = [nemo(arguments.nemo_python, path)] if arguments.nemo_python else []
         for membership in arguments.memberships:
-            contestants += [{"static": static, "elastic": elastic}[membership](encoding, path) for encoding in ENCODINGS]
+            contestants += [MEMBERSHIPS[membership](encoding, path) for encoding in ENCODINGS]
         measurement = Measurement(contestants, work)
         measurement.run(repetitions=arguments.repetitions, num_requests=arguments.requests, idle_seconds=arguments.idle_seconds)
         command = shlex.join(["python", "benchmarks/transport.py", *sys.argv[1:]])

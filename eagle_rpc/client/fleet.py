@@ -17,6 +17,7 @@ from eagle_rpc.errors import (
     ConnectionLost,
     EagleRpcError,
     InvalidRequest,
+    PayloadRefused,
     StaleIncarnation,
     TargetBusy,
     TargetDraining,
@@ -39,7 +40,7 @@ _REPORT_SECONDS = 5.0
 # Seconds until a target that did not answer is tried again; doubled up to the second after each failure.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 # No other target and no other moment would answer these differently.
-_FINAL = (InvalidRequest, TargetMismatch, UnsupportedTarget)
+_FINAL = (InvalidRequest, PayloadRefused, TargetMismatch, UnsupportedTarget)
 _BROKEN = (ConnectionLost, StaleIncarnation)
 _PASSING = (ConnectionLost, StaleIncarnation, TargetBusy, TargetDraining, UnknownSession, WaitTimeout)
 

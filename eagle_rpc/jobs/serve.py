@@ -7,7 +7,7 @@ import threading
 import torch
 
 from eagle_rpc.config import Config
-from eagle_rpc.errors import NameTaken
+from eagle_rpc.errors import ConnectionLost, NameTaken
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.jobs.registry import hosted_registry
@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 
 
 def run(config: Config) -> int:
-    """Returns 0 when it was told to stop and has drained; errors are raised."""
+    """Returns 0 when it was told to stop and has drained. Raises what ends it otherwise, after draining as well."""
     world = read_world()
     cast = assign_elastic_roles(Role.target, config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
@@ -38,6 +38,11 @@ def run(config: Config) -> int:
         membership.report(lambda: server.status().value)
         unused = Abandonment(server, _POLL_SECONDS)
         while not stop.wait(_POLL_SECONDS):
+            if not membership.reachable:
+                raise ConnectionLost(
+                    f"RPC no longer listens on {membership.me.url}: torch gives a port up when a peer connects and says nothing, "
+                    "as a port scan does; start this target again"
+                )
             if superseded.is_set():
                 raise NameTaken(f"another process serves as {cast.me.name} now: this one drains and ends")
             if config.job.serve_until_unused and unused.now():

@@ -1,6 +1,8 @@
 """This process's one RPC agent: started behind the fence, on the interface that was named, and ended within a bound."""
 
 import contextlib
+import errno
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -11,7 +13,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.rpc.fence import Permissions, raise_fence
+from eagle_rpc.rpc.fence import Permissions, probe_fence, raise_fence
 from eagle_rpc.rpc.internals import agent_options, bound_url
 from eagle_rpc.rpc.watchdog import watchdog
 from eagle_rpc.topology import bind_to_interface, interface_address
@@ -38,8 +40,9 @@ def running_agent(
 ) -> Iterator[AgentExit]:
     """The agent while the body runs. `world_size` None: it is alone, and adds peers as it meets them.
 
-    Raises `ConfigError` if it listens on another address than `config.interface` has; ends the process if the other workers
-    of `world_size` are missing after `config.start_timeout`, or if the end takes longer than `config.shutdown_timeout`.
+    Raises `ConfigError` if it listens on another address than `config.interface` has, or if torch is not as the fence needs
+    it; ends the process if the other workers of `world_size` are missing after `config.start_timeout`, or if the end takes
+    longer than `config.shutdown_timeout`.
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
@@ -58,6 +61,7 @@ def running_agent(
     end = AgentExit()
     try:
         check_bound_address(bound_url(name), address)
+        probe_fence()
         yield end
     finally:
         with watchdog(config.shutdown_timeout, "RPC shutdown"):
@@ -73,6 +77,26 @@ def _rendezvous(_url: str, **_settings: object) -> Iterator[tuple[dist.Store, in
 
 
 register_rendezvous_handler(_SCHEME, _rendezvous)
+
+
+def listens(url: str) -> bool:
+    """Whether this process still accepts connections at the agent's `url` (`transport://host:port`, several joined by `;`).
+
+    TensorPipe closes its listener for good when a peer connects and leaves before it has said anything, as a port scan does.
+    """
+    return all(_is_taken(part.split("://")[-1]) for part in url.split(";") if "://" in part)
+
+
+def _is_taken(address: str) -> bool:
+    """Whether somebody listens there; with address reuse, connections that were accepted there do not count."""
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 def check_bound_address(url: str, address: str) -> None:

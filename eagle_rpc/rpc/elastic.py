@@ -19,7 +19,7 @@ from torch.distributed import rpc
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, ConnectionLost, StaleIncarnation
 from eagle_rpc.registry import Beat, Record, RegistryClient, wait_until_reachable
-from eagle_rpc.rpc.agent import running_agent
+from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
@@ -57,6 +57,11 @@ class ElasticMembership:
         """What the next beat says."""
         return self._status()
 
+    @property
+    def reachable(self) -> bool:
+        """Whether peers that come now can still connect with this worker."""
+        return listens(self.me.url)
+
     def targets(self) -> Sequence[TargetAddress]:
         """The targets that have announced lately that they serve."""
         return [
@@ -71,11 +76,12 @@ class ElasticMembership:
         """Two connections, one for tensors and one for everything else, once the incarnation has been verified.
 
         torch keeps a broken pipe for the id that it had, and an RRef is bound to its owner's id: so connections with an
-        incarnation take its own id and call by RRef until one is lost; from then on they take fresh ids and call by name.
+        incarnation take its own id and call by RRef until one is lost; from then on they take fresh ids and call by name. So
+        does a worker that cannot be reached itself: an RRef's owner calls back.
         """
         data, control = address.name, f"{address.name}-control"
         with self._lock:
-            by_rref = address.incarnation not in self._lost
+            by_rref = address.incarnation not in self._lost and self.reachable
             self._put(data, address.worker_id if by_rref else self._fresh_id(), address.url)
             self._put(control, self._fresh_id(), address.url)
         call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)

@@ -1,12 +1,15 @@
 """The program as a person types it: whole processes, torchrun included."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.tiny_model import save_tiny_model, write_prompts
@@ -131,6 +134,29 @@ def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int
         os.sched_yield()
 
 
+def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_the_same(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    settings = ["job=train", "topology=1x1", "train.max_steps=8", "train.resume=auto", *overrides]
+    restarting = [*torchrun(2)[:3], "--max-restarts=1", *torchrun(2)[3:]]
+    metrics = directory / "runs/restarted/metrics.jsonl"
+    with (directory / "restarted.log").open("w") as log:
+        launcher = subprocess.Popen(
+            [*restarting, "run.name=restarted", *settings], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log
+        )
+        deadline = time.monotonic() + 150
+        while not metrics.exists() or '"step": 4' not in metrics.read_text():
+            assert time.monotonic() < deadline and launcher.poll() is None, (directory / "restarted.log").read_text()
+            os.sched_yield()
+        trainer = next(pid for pid in children_of(launcher.pid) if b"ROLE_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(trainer, signal.SIGKILL)
+        assert launcher.wait(150) == 0, (directory / "restarted.log").read_text()
+    undisturbed = run(torchrun(2), directory, "run.name=undisturbed", *settings)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    for name in ("draft.safetensors", "optimiser.safetensors"):
+        kept = [(directory / "runs" / one / "checkpoints/step_8" / name).read_bytes() for one in ("restarted", "undisturbed")]
+        assert kept[0] == kept[1], name
+
+
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -234,3 +260,63 @@ def test_verification_finds_every_bit_equal(tmp_path: Path):
         (topology, encoding) for topology in ("1x1", "1x2", "2x2") for encoding in ("probs", "logits", "hidden")
     ]
     assert all(row["rows"] > 0 and all(row["equal"].values()) for row in rows)
+
+
+@contextlib.contextmanager
+def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A job in the background, ended with the body if it has not ended by then."""
+    log = directory / f"{overrides[0]}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen([*PYTHON, *overrides], cwd=directory, env=ENVIRONMENT, stdout=output, stderr=output, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait(10)
+
+
+def status_until(directory: Path, registry: list[str], holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Looks at the service as machines do until it is as expected."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        looked = run(PYTHON, directory, "job=status", "job.status_json=true", *registry)
+        if looked.returncode == 0 and holds(seen := json.loads(looked.stdout)):
+            return seen
+    raise AssertionError(f"the service never came to be as expected: {looked.stdout}{looked.stderr}")
+
+
+def test_a_service_outlives_the_trainers_of_other_directories_and_everything_ends_when_told(
+    workplace: tuple[Path, list[str]], tmp_path: Path
+):
+    directory, overrides = workplace
+    registry = [f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={tmp_path}/token"]
+    answers = f"regenerate.output={directory}/answers.jsonl"
+    training = ["job=train", "rpc=elastic", *overrides, *registry, answers]
+    with started(tmp_path, "job=registry", *registry) as directory_of_workers:
+        status_until(tmp_path, registry, lambda seen: True)
+        with started(tmp_path, "job=serve", *overrides, *registry) as target:
+            first = run(PYTHON, tmp_path, *training, "run.name=first", "train.max_steps=3", "topology=1x1")
+            assert first.returncode == 0, first.stderr
+            assert "connected with target0" in first.stderr
+            endless = [*training, "run.name=endless", "train.max_steps=1000000", "train.checkpoint_every=1000000"]
+            with started(tmp_path, *endless) as trainer:
+                status_until(
+                    tmp_path, registry, lambda seen: any((one["status"] or {}).get("step", 0) > 2 for one in seen["trainers"])
+                )
+                trainer.send_signal(signal.SIGTERM)
+                assert trainer.wait(60) == 0
+            assert list((tmp_path / "runs/endless/checkpoints").glob("step_*")), "a trainer that is told to stop keeps its steps"
+            status_until(tmp_path, registry, lambda seen: seen["trainers"] == [] and len(seen["targets"]) == 1)
+            target.send_signal(signal.SIGINT)
+            assert target.wait(60) == 0
+        directory_of_workers.send_signal(signal.SIGTERM)
+        assert directory_of_workers.wait(30) == 0
+
+
+def test_a_service_without_a_registry_names_it_and_gives_up(tmp_path: Path):
+    nowhere = [f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={tmp_path}/token", "rpc.start_timeout=1"]
+    (tmp_path / "token").touch(mode=0o600)
+    (tmp_path / "token").write_text("ab" * 32)
+    done = run(PYTHON, tmp_path, "job=serve", "target=tiny", *nowhere)
+    assert done.returncode == 1
+    assert "ConnectionLost: the registry at 127.0.0.1:" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,233 @@
+"""Targets and trainers that come, die and return, as processes of their own over real RPC."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.elastic import Link, Registry, Worker, joined, remote_target, serve_tiny_target
+from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+
+from eagle_rpc.client import SERVICE_NAME
+from eagle_rpc.errors import StaleIncarnation
+from eagle_rpc.registry import Record
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.model import HFEagle3TargetModel
+
+pytestmark = pytest.mark.rpc
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    made = Registry(tmp_path)
+    yield made
+    made.end()
+
+
+class Service:
+    """Workers of one registry, ended with the test."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self._workers: list[Worker] = []
+
+    def start(self, function: Any, *args: Any) -> Worker:
+        self._workers.append(Worker(function, *args, self.registry.address, self.registry.token))
+        return self._workers[-1]
+
+    def target(self, name: str) -> tuple[Worker, str]:
+        """A target that serves, and its incarnation."""
+        worker = self.start(serve_tiny_target, name)
+        return worker, worker.receive()
+
+    def end(self) -> None:
+        for worker in self._workers:
+            worker.end()
+
+
+@pytest.fixture
+def service(registry: Registry) -> Iterator[Service]:
+    made = Service(registry)
+    yield made
+    made.end()
+
+
+def digests(batch: Any) -> dict[str, list[Any]]:
+    # Compared bit for bit: fp32 survives the way through Python floats.
+    return {name: tensor.tolist() for name, tensor in tensors_of(batch).items()}
+
+
+def expected_batch(seed: int) -> dict[str, list[Any]]:
+    target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
+    backend = ColocatedEagle3TargetModel(target, tiny_target_config(), encoding="hidden", rows="position_mask")
+    backend.open_session(tiny_mapping())
+    tokens = tiny_batch(seed)
+    return digests(backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask))
+
+
+def stream_on_demand(link: Link, name: str, address: str, token: bytes) -> None:
+    """A trainer that streams; sends one batch and what it thinks of its targets each time that the test asks for one."""
+    with remote_target(name, address, token) as backend:
+        backend.open_session(tiny_mapping())
+        for batch in backend.stream(tiny_batch(seed) for seed in range(1000)):
+            if link.receive() == "end":
+                return
+            link.send((digests(batch), backend.status()))
+
+
+def check_batches(trainer: Worker, seeds: range) -> dict[str, Any]:
+    """The batches of `seeds` must come in order and right to the bit. Returns the trainer's view of its targets then."""
+    for seed in seeds:
+        trainer.send("next")
+        batch, status = trainer.receive()
+        assert batch == expected_batch(seed), seed
+    return status
+
+
+def check_until(trainer: Worker, start: int, holds: Callable[[dict[str, Any]], bool]) -> None:
+    """Checks batch after batch from `start` on, until the trainer's view is right."""
+    for seed in range(start, 1000):
+        if holds(check_batches(trainer, range(seed, seed + 1))):
+            return
+    raise AssertionError("the trainer's view of its targets never became right")
+
+
+def names(status: dict[str, Any]) -> list[str]:
+    return sorted(target["name"] for target in status["targets"])
+
+
+def test_a_target_that_is_killed_leaves_its_requests_to_the_other_one(service: Service):
+    first, _ = service.target("target0")
+    service.target("target1")
+    trainer = service.start(stream_on_demand, "trainer0")
+    check_batches(trainer, range(3))
+    first.process.kill()
+    assert names(check_batches(trainer, range(3, 12))) == ["target1"]
+
+
+def test_a_sole_target_returns_under_another_incarnation_and_training_goes_on(service: Service):
+    target, first = service.target("target0")
+    trainer = service.start(stream_on_demand, "trainer0")
+    assert check_batches(trainer, range(3))["targets"][0]["incarnation"] == first
+    target.process.kill()
+    _, second = service.target("target0")
+    assert check_batches(trainer, range(3, 12))["targets"][0]["incarnation"] == second != first
+
+
+def test_trainers_of_other_processes_come_and_are_killed_while_one_goes_on(service: Service):
+    service.target("target0")
+    steady = service.start(stream_on_demand, "trainer0")
+    check_batches(steady, range(2))
+    for number in range(2):
+        guest = service.start(stream_on_demand, f"guest{number}")
+        check_batches(guest, range(2))
+        guest.process.kill()
+        check_batches(steady, range(2 + 3 * number, 5 + 3 * number))
+
+
+def test_a_target_that_is_stopped_is_passed_over_and_used_again(service: Service):
+    stopped, _ = service.target("target0")
+    service.target("target1")
+    trainer = service.start(stream_on_demand, "trainer0")
+    check_batches(trainer, range(3))
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    check_batches(trainer, range(3, 10))
+    os.kill(stopped.process.pid, signal.SIGCONT)
+    check_until(trainer, 10, lambda status: [one["state"] for one in status["targets"]] == ["serving", "serving"])
+
+
+def test_the_registry_may_die_and_return_while_supervision_flows(service: Service, registry: Registry):
+    service.target("target0")
+    trainer = service.start(stream_on_demand, "trainer0")
+    check_batches(trainer, range(2))
+    registry.end()
+    check_batches(trainer, range(2, 6))
+    registry.restart()
+    service.target("target1")
+    check_until(trainer, 6, lambda status: names(status) == ["target0", "target1"])
+
+
+def stream_through_cuts(link: Link, name: str, address: str, token: bytes) -> None:
+    """A trainer that cuts its own connections to the target when it is told to."""
+    with remote_target(name, address, token) as backend:
+        backend.open_session(tiny_mapping())
+        for batch in backend.stream(tiny_batch(seed) for seed in range(1000)):
+            order = link.receive()
+            if order == "end":
+                return
+            if order == "cut":
+                cut_connections(int(address.rpartition(":")[2]))
+            link.send((digests(batch), backend.status()))
+
+
+def cut_connections(registry_port: int) -> None:
+    """Shuts every connected TCP socket of this process down, but those to the registry."""
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(entry)))
+        except OSError:
+            continue
+        try:
+            if connection.family == socket.AF_INET and connection.getpeername()[1] != registry_port:
+                connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        finally:
+            connection.close()
+
+
+def test_connections_that_are_cut_are_made_anew_with_the_same_incarnation(service: Service):
+    _, incarnation = service.target("target0")
+    trainer = service.start(stream_through_cuts, "trainer0")
+    check_batches(trainer, range(2))
+    for number in range(2, 10, 4):
+        trainer.send("cut")
+        batch, _ = trainer.receive()
+        assert batch == expected_batch(number)
+        status = check_batches(trainer, range(number + 1, number + 4))
+    assert [one["incarnation"] for one in status["targets"]] == [incarnation]
+    assert status["failovers"] > 0
+
+
+def meet_an_impostor(link: Link, name: str, address: str, token: bytes) -> None:
+    with joined(name, "trainer", address, token) as membership:
+        impostor = next(one for one in membership.targets() if one.name == "target9")
+        try:
+            membership.connect(impostor, SERVICE_NAME)
+        except StaleIncarnation as error:
+            link.send(str(error))
+
+
+def test_another_process_at_a_known_address_is_found_out_on_the_first_call(service: Service, registry: Registry):
+    _, incarnation = service.target("target0")
+    while not (real := [one for one in registry.client.living() if one.status.get("draining") is False]):
+        pass
+    fields = {name: getattr(real[0], name) for name in Record.__dataclass_fields__}
+    registry.client.announce(Record(**{**fields, "name": "target9", "incarnation": "0" * 32}))
+    seen = service.start(meet_an_impostor, "trainer0").receive()
+    assert seen.startswith("target9 must be incarnation 000000") and incarnation in seen
+
+
+def be_scanned(link: Link, name: str, address: str, token: bytes) -> None:
+    with joined(name, "target", address, token) as membership:
+        link.send((membership.me.url, membership.reachable))
+        link.receive()
+        for _ in range(1000):
+            if not membership.reachable:
+                break
+            threading.Event().wait(0.01)
+        link.send(membership.reachable)
+
+
+def test_a_worker_whose_port_torch_gives_up_after_a_scan_knows_it(service: Service):
+    worker = service.start(be_scanned, "target0")
+    url, reachable = worker.receive()
+    assert reachable
+    host, _, port = url.removeprefix("uv://").rpartition(":")
+    socket.create_connection((host, int(port))).close()
+    worker.send("scanned")
+    assert worker.receive() is False

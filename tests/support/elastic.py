@@ -1,0 +1,162 @@
+"""An elastic service for tests: a registry in this process, targets and trainers in processes that can be killed.
+
+Processes are forked from a server that has imported everything once, so one starts in a fraction of a second.
+"""
+
+import contextlib
+import multiprocessing
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.tiny_target import tiny_target_config
+
+from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
+from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions, trainer_permissions
+from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
+from eagle_rpc.rpc import ElasticMembership, host, join_elastic
+from eagle_rpc.supervision import TargetExpectation
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.server import TargetModelServer
+
+WAIT = 60.0
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["support.elastic", "transformers.models.llama.modeling_llama"])
+
+
+class Worker:
+    """A process that runs `function(link, *args)`; `link` is the other end of `receive` and `send`."""
+
+    def __init__(self, function: Callable[..., None], *args: Any) -> None:
+        self._link, theirs = _context.Pipe()
+        self.process = _context.Process(target=_run, args=(theirs, function, args), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """The next thing that it sent; raises what it raised."""
+        assert self._link.poll(WAIT), "a worker said nothing in time"
+        kind, value = self._link.recv()
+        assert kind != "raised", value
+        return value
+
+    def send(self, value: Any) -> None:
+        self._link.send(value)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(WAIT)
+
+
+class Link:
+    """A worker's way to the test."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def send(self, value: Any) -> None:
+        self._connection.send(("value", value))
+
+    def receive(self) -> Any:
+        assert self._connection.poll(WAIT), "the test said nothing in time"
+        return self._connection.recv()
+
+
+def _run(connection: Any, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    try:
+        function(Link(connection), *args)
+    except BaseException:  # noqa: BLE001 - whatever went wrong, the test has to show it
+        connection.send(("raised", traceback.format_exc()))
+
+
+class Registry:
+    """A registry on loopback that can be ended and started again at the same address."""
+
+    def __init__(self, directory: Path) -> None:
+        self.token_file = directory / "token"
+        self.token = load_or_create_token(self.token_file)
+        self._ids = IdFile(directory / "ids")
+        self._server = self._start(0)
+        self.address = self._server.address
+
+    def _start(self, port: int) -> RegistryServer:
+        return RegistryServer(("127.0.0.1", port), self.token, Directory(self._ids, ttl=1.0), request_seconds=5.0)
+
+    @property
+    def client(self) -> RegistryClient:
+        return RegistryClient(self.address, self.token)
+
+    def end(self) -> None:
+        self._server.close()
+
+    def restart(self) -> None:
+        self._server = self._start(int(self.address.rpartition(":")[2]))
+
+
+@contextlib.contextmanager
+def joined(name: str, role: str, address: str, token: bytes) -> Iterator[ElasticMembership]:
+    config = RpcConfig(
+        start_timeout=WAIT,
+        request_timeout=20.0,
+        shutdown_timeout=20.0,
+        registry=address,
+        heartbeat_interval=0.2,
+        heartbeat_misses=5,
+    )
+    permissions = target_permissions(config) if role == "target" else trainer_permissions(config)
+    with join_elastic(
+        name,
+        role,
+        job="" if role == "target" else "test",
+        device="cpu",
+        config=config,
+        permissions=permissions,
+        registry=RegistryClient(address, token),
+        when_superseded=lambda: None,
+    ) as membership:
+        yield membership
+
+
+def serve_tiny_target(link: Link, name: str, address: str, token: bytes) -> None:
+    """A target until the test sends anything; says its incarnation when it serves."""
+    with joined(name, "target", address, token) as membership:
+        target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
+        server = TargetModelServer(target, tiny_target_config(), incarnation=membership.me.incarnation)
+        host(SERVICE_NAME, server, CONTROL_METHODS)
+        membership.report(lambda: server.status().value)
+        link.send(membership.me.incarnation)
+        link.receive()
+        server.close()
+
+
+@contextlib.contextmanager
+def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iterator[RemoteEagle3TargetModel]:
+    """A trainer's client in an elastic service."""
+    settings: dict[str, Any] = {
+        "trainer": name,
+        "index": 0,
+        "job": "test",
+        "encoding": "hidden",
+        "rows": "position_mask",
+        "prefetch": 3,
+        "request_timeout": 20.0,
+        "reconnect_deadline": WAIT,
+        "heartbeat_interval": 0.2,
+        "heartbeat_misses": 5,
+    }
+    with joined(name, "trainer", address, token) as membership:
+        backend = RemoteEagle3TargetModel(
+            membership,
+            settings=ClientSettings(**{**settings, **changes}),
+            expected=TargetExpectation(),
+            device=torch.device("cpu"),
+            stop=threading.Event(),
+        )
+        with contextlib.closing(backend):
+            yield backend
