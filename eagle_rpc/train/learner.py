@@ -62,7 +62,10 @@ class Learner:
         self._ttt = make_ttt_step(draft, config, objective)
 
     def learn(self, batches: Sequence[Eagle3TargetBatch]) -> StepOutcome:
-        """One optimiser step on this trainer's share of the micro-batches; every trainer has to take part."""
+        """One optimiser step on this trainer's share of the micro-batches; every trainer has to take part.
+
+        All of the step's supervision is here before its first collective: what RPC receives on a GPU may wait behind one.
+        """
         denominators_S = torch.stack([count_rows(batch, self._objective.ttt_steps) for batch in batches]).sum(dim=0)
         self._group.sum_(denominators_S, "supervised rows")
         sums = self.empty_sums()

@@ -109,3 +109,26 @@ def test_own_slots(heads, key_heads, head_dim):
         return [tensor.cpu() for tensor in (step_heads.out, step_heads.log_sums, query_grads, key_value_grads)]
 
     torch.testing.assert_close(run("cuda"), run("cpu"), rtol=1e-4, atol=1e-4)
+
+
+def test_own_slots_of_steps_whose_distance_takes_more_than_32_bits():
+    steps, stride, head_dim = 6, 450_000_000, 16
+    storage = torch.empty((steps - 1) * stride + 2 * head_dim, device="cuda", dtype=torch.bfloat16)
+    key_values = storage.as_strided((steps, 1, 2 * head_dim), (stride, 2 * head_dim, 1))
+    key_values.copy_(normal(steps, 1, 2 * head_dim))
+
+    def merged(key_values: torch.Tensor) -> torch.Tensor:
+        keys, values = key_values.unflatten(-1, (-1, head_dim)).chunk(2, dim=2)
+        step_heads = own_slots.StepHeads(
+            step=steps - 1,
+            scale=0.25,
+            queries=normal(1, 1, head_dim),
+            keys=keys,
+            values=values,
+            out=normal(1, 1, head_dim),
+            log_sums=torch.zeros(1, 1, 1, device="cuda"),
+        )
+        own_slots.merge(step_heads)
+        return step_heads.out
+
+    assert torch.equal(merged(key_values), merged(key_values.contiguous()))

@@ -46,9 +46,12 @@ def _own_slots_kernel(
     queries_NGD = tl.load(queries + query_places_NGD, mask_NGD, other=0.0).to(tl.float32) * scale
     merged_NGD = tl.load(out + out_places_NGD, mask_NGD, other=0.0).to(tl.float32)
     log_sums_NG = tl.load(log_sums + sums_NG, mask_NG, other=0.0)
-    for later in range(1, step + 1):
-        keys_ND = tl.load(keys + later * key_step_stride + key_places_ND, mask_ND, other=0.0).to(tl.float32)
-        values_ND = tl.load(values + later * key_step_stride + key_places_ND, mask_ND, other=0.0).to(tl.float32)
+    for _ in range(step):
+        # Pointers go on by one step at a time: some steps' strides together may not fit 32 bits.
+        keys += key_step_stride
+        values += key_step_stride
+        keys_ND = tl.load(keys + key_places_ND, mask_ND, other=0.0).to(tl.float32)
+        values_ND = tl.load(values + key_places_ND, mask_ND, other=0.0).to(tl.float32)
         scores_NG = tl.sum(queries_NGD * keys_ND[:, None, :], axis=2)
         larger_NG = tl.maximum(log_sums_NG, scores_NG)
         summed_NG = larger_NG + tl.log(tl.exp(log_sums_NG - larger_NG) + tl.exp(scores_NG - larger_NG))
@@ -81,19 +84,22 @@ def _own_slots_backward_kernel(
     log_sums_NG = tl.load(log_sums + sums_NG, mask_NG, other=0.0)
     expected_NG = tl.sum(out_grads_NGD * out_NGD, axis=2)
     query_grads_NGD = tl.load(query_grads + query_grad_places_NGD, mask_NGD, other=0.0).to(tl.float32)
-    for later in range(1, step + 1):
-        keys_ND = tl.load(keys + later * key_step_stride + key_places_ND, mask_ND, other=0.0).to(tl.float32)
-        values_ND = tl.load(values + later * key_step_stride + key_places_ND, mask_ND, other=0.0).to(tl.float32)
+    for _ in range(step):
+        keys += key_step_stride
+        values += key_step_stride
+        key_grads += key_grad_step_stride
+        value_grads += key_grad_step_stride
+        keys_ND = tl.load(keys + key_places_ND, mask_ND, other=0.0).to(tl.float32)
+        values_ND = tl.load(values + key_places_ND, mask_ND, other=0.0).to(tl.float32)
         shares_NG = tl.exp(tl.sum(queries_NGD * keys_ND[:, None, :], axis=2) - log_sums_NG)
         score_grads_NG = shares_NG * (tl.sum(out_grads_NGD * values_ND[:, None, :], axis=2) - expected_NG)
         query_grads_NGD += score_grads_NG[:, :, None] * (scale * keys_ND)[:, None, :]
-        places_ND = later * key_grad_step_stride + key_grad_places_ND
-        key_grads_ND = tl.load(key_grads + places_ND, mask_ND, other=0.0).to(tl.float32)
+        key_grads_ND = tl.load(key_grads + key_grad_places_ND, mask_ND, other=0.0).to(tl.float32)
         key_grads_ND += tl.sum(score_grads_NG[:, :, None] * queries_NGD, axis=1)
-        tl.store(key_grads + places_ND, key_grads_ND.to(key_grads.dtype.element_ty), mask_ND)
-        value_grads_ND = tl.load(value_grads + places_ND, mask_ND, other=0.0).to(tl.float32)
+        tl.store(key_grads + key_grad_places_ND, key_grads_ND.to(key_grads.dtype.element_ty), mask_ND)
+        value_grads_ND = tl.load(value_grads + key_grad_places_ND, mask_ND, other=0.0).to(tl.float32)
         value_grads_ND += tl.sum(shares_NG[:, :, None] * out_grads_NGD, axis=1)
-        tl.store(value_grads + places_ND, value_grads_ND.to(value_grads.dtype.element_ty), mask_ND)
+        tl.store(value_grads + key_grad_places_ND, value_grads_ND.to(value_grads.dtype.element_ty), mask_ND)
     tl.store(query_grads + query_grad_places_NGD, query_grads_NGD.to(query_grads.dtype.element_ty), mask_NGD)
 
 
