@@ -23,7 +23,8 @@ class TrainerGroup:
     """`size` trainers, this one with number `rank`. Without a process group a trainer is alone and nothing waits.
 
     Every wait ends after the process group's time-out: with `WaitTimeout` if the others are silent, with
-    `ConnectionLost` if one of them is gone. Tensors on a GPU are summed by `gpu_group` where there is one.
+    `ConnectionLost` if one of them is gone. Tensors on a GPU are summed by `gpu_group` where there is one; nobody waits
+    for such a sum, and NCCL's watchdog ends the process if it takes longer than the time-out.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None) -> None:
@@ -61,9 +62,7 @@ class TrainerGroup:
         if self.size == 1:
             return
         mine = torch.tensor([list(bytes.fromhex(digest)) for digest in digests.values()], dtype=torch.uint8)
-        everyone = torch.empty(self.size, len(digests), _DIGEST_BYTES, dtype=torch.uint8)
-        with self._bounded("the comparison of " + ", ".join(digests)):
-            dist.all_gather_into_tensor(everyone.view(self.size * len(digests), _DIGEST_BYTES), mine)
+        everyone = self._gather(mine, "the comparison of " + ", ".join(digests))
         for position, name in enumerate(digests):
             for rank in range(1, self.size):
                 first, other = (bytes(everyone[r, position].tolist()).hex()[:12] for r in (0, rank))
@@ -71,6 +70,21 @@ class TrainerGroup:
                     raise ConfigError(
                         f"{name} must be equal on all trainers, got {first} on trainer 0 and {other} on trainer {rank}"
                     )
+
+    def has_one_gpu_each(self, device: torch.device) -> bool:
+        """Whether every trainer's device is a GPU that no other trainer uses; all learn the same."""
+        name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        mine = bytes(_DIGEST_BYTES) if name is None else hashlib.sha256(name.encode()).digest()
+        everyone = self._gather(torch.tensor([list(mine)], dtype=torch.uint8), "the comparison of devices")
+        digests = {bytes(row) for row in everyone[:, 0].tolist()}
+        return len(digests) == self.size and bytes(_DIGEST_BYTES) not in digests
+
+    def _gather(self, mine: Tensor, what: str) -> Tensor:
+        """Every trainer's digests, [size, n, 32] uint8, from one's own [n, 32]."""
+        everyone = mine.new_empty(self.size, *mine.shape)
+        with self._bounded(what):
+            dist.all_gather_into_tensor(everyone.flatten(0, 1), mine)
+        return everyone
 
     @contextlib.contextmanager
     def _bounded(self, what: str) -> Iterator[None]:
@@ -100,22 +114,12 @@ def join_trainers(
     except RuntimeError as error:
         raise _wait_error(error, f"trainer {rank}, waiting for {size} trainers to join", timeout) from error
     try:
-        one_gpu_each = _have_one_gpu_each(device, size)
+        one_gpu_each = TrainerGroup(rank, size, timeout).has_one_gpu_each(device)
         gpu_group = dist.new_group(backend="nccl", timeout=limit) if one_gpu_each else None
         logger.info("trainer %d of %d joined over %s", rank, size, "gloo and NCCL" if one_gpu_each else "gloo")
         yield TrainerGroup(rank, size, timeout, gpu_group)
     finally:
         dist.destroy_process_group()
-
-
-def _have_one_gpu_each(device: torch.device, size: int) -> bool:
-    """Whether every trainer's device is a GPU that no other trainer uses; the same answer on each."""
-    name = f"{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
-    mine = torch.tensor(list(hashlib.sha256(name.encode()).digest() if name else bytes(_DIGEST_BYTES)), dtype=torch.uint8)
-    everyone = torch.empty(size * _DIGEST_BYTES, dtype=torch.uint8)
-    dist.all_gather_into_tensor(everyone, mine)
-    digests = [bytes(row) for row in everyone.view(size, _DIGEST_BYTES).tolist()]
-    return len(set(digests)) == size and bytes(_DIGEST_BYTES) not in digests
 
 
 def _wait_error(error: RuntimeError, what: str, timeout: float) -> WaitTimeout | ConnectionLost:
