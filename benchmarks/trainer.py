@@ -150,7 +150,7 @@ KINDS = (
 
 
 def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, float], list[str]]:
-    """Milliseconds of one run by kind of kernel, and its ten longest kernels."""
+    """Milliseconds of one run by kind of kernel, and the kernels that take longest, one a line."""
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
