@@ -6,7 +6,7 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from eagle_rpc.config.schema import Config, DType, JobName, Membership
+from eagle_rpc.config.schema import Config, DraftLoss, DType, Encoding, JobName, Membership
 from eagle_rpc.errors import ConfigError
 
 TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
@@ -91,6 +91,11 @@ def _check_across(config: Config) -> None:
     if config.topology.single and (config.topology.targets, config.topology.trainers) != (1, 1):
         raise ConfigError(
             f"topology.single must go with one target and one trainer, got {config.topology.targets} and {config.topology.trainers}"
+        )
+    if config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda) and config.supervision.encoding is Encoding.probs:
+        raise ConfigError(
+            f"draft.loss={config.draft.loss.name} must not go with supervision.encoding=probs, whose probabilities are those "
+            "among the draft vocabulary alone: use hidden or logits"
         )
     longest = config.data.bucket_lengths[-1:] or [config.data.max_length]
     if longest[0] < config.data.max_length:

@@ -47,6 +47,15 @@ class Rows(Enum):
     loss_mask = "loss_mask"
 
 
+class DraftLoss(Enum):
+    """What a row costs; `eagle_rpc/draft/losses.py` has the formulas."""
+
+    soft_cross_entropy = "soft_cross_entropy"
+    kl = "kl"
+    lk_alpha = "lk_alpha"
+    lk_lambda = "lk_lambda"
+
+
 class DType(Enum):
     """Floating point formats by their torch names."""
 
@@ -234,6 +243,8 @@ class DraftConfig:
     """Steps the draft is unrolled in training (> 0)."""
     step_decay: float = 0.8
     """Weight of step k is `step_decay ** k`, normalised over the steps (0 < decay <= 1)."""
+    loss: DraftLoss = DraftLoss.soft_cross_entropy
+    """`lk_alpha` and `lk_lambda` aim at acceptance; they need the target's true probabilities, which `probs` does not carry."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,6 +288,10 @@ class TrainConfig:
     """Gradients are scaled down to this norm (> 0)."""
     autocast: DType | None = DType.bfloat16
     """Format of matrix products; weights stay fp32. null: fp32 throughout."""
+    fused: bool = True
+    """On a GPU, with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
+    recompute_mlp: bool = False
+    """The fused step computes the feed-forward block again in the backward: two thirds of the memory for a tenth more time."""
     device: str = "auto"
     validate_every: int = 100
     """Optimiser steps between validations (>= 0; 0: only at the end)."""

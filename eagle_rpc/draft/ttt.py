@@ -4,23 +4,41 @@ Step k at slot t reads the id of token t + k + 1 and the draft's own output of s
 Legend: B batch, T sequence, N supervised rows, S steps, H hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from eagle_rpc.draft.attention import UnrollMemory
-from eagle_rpc.draft.loss import soft_cross_entropy
+from eagle_rpc.draft.loss import head_loss
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Objective:
+    """What training minimises: `sum_k w_k * (losses of step k) / max(1, denominators[k])`.
+
+    `denominators` are `count_rows` summed over all batches of the optimiser step on all trainers, so that losses of those
+    batches add up to the mean over all of them, however the work is split.
+    """
+
+    steps: int  # S
+    step_decay: float  # w_k is proportional to `step_decay ** k`, the sum of all is 1
+    loss: str = "soft_cross_entropy"  # one of `losses.LOSSES`
+
+    def scales(self, denominators_S: Tensor) -> Tensor:
+        """Factor of every step's losses, [S] fp32."""
+        return step_weights(self.steps, self.step_decay, denominators_S.device) / denominators_S.clamp(min=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class TTTResult:
     """The objective and what it was made of; all but `loss` are without gradient and add up over batches."""
 
-    loss: Tensor  # scalar fp32, to call backward on
-    loss_sums: Tensor  # [S] fp32, unweighted sums of cross entropies
+    loss: Tensor  # scalar fp32
+    loss_sums: Tensor  # [S] fp32, unweighted sums of losses
     rows: Tensor  # [S] int64, rows in those sums
     correct: Tensor  # [S] int64, rows where draft and target agree on the most likely token
     accepted: Tensor  # [S] int64, slots whose steps 0..i were all correct
@@ -32,34 +50,80 @@ def simulated_accept_length(accepted: Tensor, drafts: Tensor) -> Tensor:
     return 1 + (accepted.double() / drafts.clamp(min=1)).sum()
 
 
-def step_weights(steps: int, step_decay: float) -> Tensor:
-    """Weight of each step in the objective, proportional to `step_decay ** k` and of sum 1; [S] fp32 on the CPU."""
-    weights_S = step_decay ** torch.arange(steps, dtype=torch.float32)
+def step_weights(steps: int, step_decay: float, device: torch.device | None = None) -> Tensor:
+    """Weight of each step in the objective, proportional to `step_decay ** k` and of sum 1; [S] fp32."""
+    weights_S = step_decay ** torch.arange(steps, dtype=torch.float32, device=device)
     return weights_S / weights_S.sum()
 
 
 def count_rows(batch: Eagle3TargetBatch, steps: int) -> Tensor:
     """Rows that each step is judged at, [S] int64; known before the draft runs."""
-    _, valid_NS = _judged_slots(batch, steps)
+    _, valid_NS = judged_slots(batch, steps)
     return valid_NS.sum(dim=0)
 
 
-def ttt_loss(draft: Eagle3Draft, batch: Eagle3TargetBatch, *, steps: int, step_decay: float, denominators: Tensor) -> TTTResult:
-    """The TTT objective of one batch.
-
-    `sum_k w_k * (cross entropies of step k) / max(1, denominators[k])` with w_k proportional to `step_decay ** k` and of
-    sum 1. `denominators` [S] are `count_rows` summed over all batches of the optimiser step on all trainers, so that
-    losses of those batches add up to the mean over all of them, however the work is split.
-    """
+def ttt_loss(
+    draft: Eagle3Draft,
+    batch: Eagle3TargetBatch,
+    *,
+    steps: int,
+    step_decay: float,
+    denominators: Tensor,
+    loss: str = "soft_cross_entropy",
+) -> TTTResult:
+    """The `Objective` of one batch, with the graph that leads to the draft's parameters."""
     outputs_SBTH = _unroll(draft, batch, steps)
-    slots_NS, valid_NS = _judged_slots(batch, steps)
+    slots_NS, valid_NS = judged_slots(batch, steps)
     judged_NSH = torch.stack(
         [output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in zip(outputs_SBTH, slots_NS.unbind(1), strict=True)], dim=1
     )
-    scales_S = step_weights(steps, step_decay).to(slots_NS.device) / denominators.clamp(min=1)
-    loss, losses_NS, predicted_NS = soft_cross_entropy(
-        draft.norm(judged_NSH), draft.lm_head.weight, batch.targets, valid_NS * scales_S
+    scales_S = Objective(steps=steps, step_decay=step_decay).scales(denominators)
+    total, losses_NS, predicted_NS = head_loss(
+        draft.norm(judged_NSH), draft.lm_head.weight, batch.targets, valid_NS * scales_S, loss, batch.log_normalizer
     )
+    return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
+
+
+class TTTStep(Protocol):
+    """Computes the objective and its gradients for one micro-batch at a time."""
+
+    def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        """The objective, whose gradients are added to those of the draft's parameters; no graph is left."""
+
+    def judge(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        """The objective alone."""
+
+    def refresh_weights(self) -> None:
+        """Must be called after the draft's weights have changed."""
+
+
+class ReferenceStep:
+    """The `TTTStep` that autograd makes of `ttt_loss`, with matrix products in `autocast` (null: in the weights' dtype)."""
+
+    def __init__(self, draft: Eagle3Draft, objective: Objective, *, autocast: torch.dtype | None) -> None:
+        self._draft, self._objective, self._autocast = draft, objective, autocast
+
+    def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        result = self._loss(batch, denominators)
+        result.loss.backward()
+        return result
+
+    @torch.no_grad()
+    def judge(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        return self._loss(batch, denominators)
+
+    def refresh_weights(self) -> None:
+        """Nothing to do: the draft's own weights are read."""
+
+    def _loss(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        with torch.autocast(batch.input_ids.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+            return ttt_loss(self._draft, batch, denominators=denominators, **asdict(self._objective))
+
+
+def result_of(
+    batch: Eagle3TargetBatch, loss: Tensor, losses_NS: Tensor, predicted_NS: Tensor, slots_NS: Tensor, valid_NS: Tensor
+) -> TTTResult:
+    """Figures of rows judged at `slots` where `valid`, from their losses and the draft's most likely ids."""
     correct_NS = valid_NS & (predicted_NS == batch.argmax.unsqueeze(1))
     accepted_S, drafts_S = _simulate(batch, slots_NS, correct_NS)
     return TTTResult(
@@ -75,7 +139,7 @@ def ttt_loss(draft: Eagle3Draft, batch: Eagle3TargetBatch, *, steps: int, step_d
 def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Tensor]:
     """Pre-norm outputs [B, T, H] of every step."""
     memory = UnrollMemory(batch.tokens.segment_ids)
-    positions_BT = _positions(batch)
+    positions_BT = positions_of(batch)
     ids_BT, hidden_BTH = batch.input_ids, draft.fuse(batch.aux_hidden_states)
     outputs_SBTH = []
     for step in range(steps):
@@ -85,7 +149,7 @@ def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Te
     return outputs_SBTH
 
 
-def _positions(batch: Eagle3TargetBatch) -> Tensor:
+def positions_of(batch: Eagle3TargetBatch) -> Tensor:
     """Rotary phases of step 0, [B or 1, T]; they restart at every segment."""
     positions_1T = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
     segment_ids = batch.tokens.segment_ids
@@ -96,7 +160,7 @@ def _positions(batch: Eagle3TargetBatch) -> Tensor:
     return positions_1T - positions_1T.masked_fill(continues, 0).cummax(dim=1).values
 
 
-def _judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
+def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
     """For every supervised row and step the flat slot b*T + t that is judged there, and whether there is one; [N, S] each.
 
     Where there is none the slot is some slot of the batch.

@@ -42,7 +42,7 @@ def train_until_done(
     with contextlib.closing(connect_target(config, target_config, tokenizer, device, cast, membership, stop)) as backend:
         require_room(config, backend.model_info().max_length)
         backend.open_session(mapping)
-        with join_group(config, cast, store) as group:
+        with join_group(config, cast, store, device) as group:
             trainer = Trainer(
                 config.train,
                 config.draft,
@@ -104,13 +104,14 @@ def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any 
     )
 
 
-def join_group(config: Config, cast: Cast, store: dist.Store) -> Any:
+def join_group(config: Config, cast: Cast, store: dist.Store, device: torch.device) -> Any:
     """The trainers' process group. A wait in it may include another trainer's request to the target."""
     return join_trainers(
         dist.PrefixStore("trainers", store),
         cast.me.index,
         len(cast.trainer_names),
         timeout=config.rpc.start_timeout + config.rpc.request_timeout + config.rpc.reconnect_deadline,
+        device=device,
     )
 
 

@@ -29,6 +29,8 @@ from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
 
 _SHORTEST = 8  # tokens of a synthetic sequence
 _SUPERVISED_SHARE = 0.7
+# Both sides sum over gloo: over NCCL, which co-located trainers on one GPU cannot use, sums may have other bits.
+_GROUP_DEVICE = torch.device("cpu")
 
 
 def record_steps(config: Config) -> int:
@@ -57,7 +59,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    with join_group(config, cast, store) as group:
+    with join_group(config, cast, store, _GROUP_DEVICE) as group:
         for encoding in config.job.verify_encodings:
             backend = ColocatedEagle3TargetModel(target, config.target, encoding=encoding.name, rows=config.supervision.rows.value)
             _train_and_record(config, encoding, target_config, backend, group, device, stop)
@@ -77,7 +79,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
             return
         membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
         target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        with join_group(config, cast, membership.store) as group:
+        with join_group(config, cast, membership.store, _GROUP_DEVICE) as group:
             for encoding in config.job.verify_encodings:
                 of_encoding = replace(config, supervision=replace(config.supervision, encoding=encoding))
                 backend = connect_target(of_encoding, target_config, None, device, cast, membership, stop)

@@ -16,19 +16,22 @@ from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
+_CPU = torch.device("cpu")
 
 
 class TrainerGroup:
     """`size` trainers, this one with number `rank`. Without a process group a trainer is alone and nothing waits.
 
     Every wait ends after the process group's time-out: with `WaitTimeout` if the others are silent, with
-    `ConnectionLost` if one of them is gone.
+    `ConnectionLost` if one of them is gone. Tensors on a GPU are summed by `gpu_group` where there is one; nobody waits
+    for such a sum, and NCCL's watchdog ends the process if it takes longer than the time-out.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
         self._timeout = timeout
+        self._gpu_group = gpu_group
 
     @property
     def is_primary(self) -> bool:
@@ -39,7 +42,7 @@ class TrainerGroup:
         """Replaces the tensor by its sum over all trainers, with the same bits on each; `what` is for error messages."""
         if self.size > 1:
             with self._bounded(f"the sum of {what}"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+                dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._gpu_group if tensor.is_cuda else None)
         return tensor
 
     def any_(self, mine: bool, what: str) -> bool:
@@ -59,9 +62,7 @@ class TrainerGroup:
         if self.size == 1:
             return
         mine = torch.tensor([list(bytes.fromhex(digest)) for digest in digests.values()], dtype=torch.uint8)
-        everyone = torch.empty(self.size, len(digests), _DIGEST_BYTES, dtype=torch.uint8)
-        with self._bounded("the comparison of " + ", ".join(digests)):
-            dist.all_gather_into_tensor(everyone.view(self.size * len(digests), _DIGEST_BYTES), mine)
+        everyone = self._gather(mine, "the comparison of " + ", ".join(digests))
         for position, name in enumerate(digests):
             for rank in range(1, self.size):
                 first, other = (bytes(everyone[r, position].tolist()).hex()[:12] for r in (0, rank))
@@ -69,6 +70,21 @@ class TrainerGroup:
                     raise ConfigError(
                         f"{name} must be equal on all trainers, got {first} on trainer 0 and {other} on trainer {rank}"
                     )
+
+    def has_one_gpu_each(self, device: torch.device) -> bool:
+        """Whether every trainer's device is a GPU that no other trainer uses; all learn the same."""
+        name = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        mine = bytes(_DIGEST_BYTES) if name is None else hashlib.sha256(name.encode()).digest()
+        everyone = self._gather(torch.tensor([list(mine)], dtype=torch.uint8), "the comparison of devices")
+        digests = {bytes(row) for row in everyone[:, 0].tolist()}
+        return len(digests) == self.size and bytes(_DIGEST_BYTES) not in digests
+
+    def _gather(self, mine: Tensor, what: str) -> Tensor:
+        """Every trainer's digests, [size, n, 32] uint8, from one's own [n, 32]."""
+        everyone = mine.new_empty(self.size, *mine.shape)
+        with self._bounded(what):
+            dist.all_gather_into_tensor(everyone.flatten(0, 1), mine)
+        return everyone
 
     @contextlib.contextmanager
     def _bounded(self, what: str) -> Iterator[None]:
@@ -79,11 +95,14 @@ class TrainerGroup:
 
 
 @contextlib.contextmanager
-def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, backend: str = "gloo") -> Iterator[TrainerGroup]:
-    """The group of all trainers while the body runs; `store` is a namespace of their own.
+def join_trainers(
+    store: dist.Store, rank: int, size: int, *, timeout: float, device: torch.device = _CPU
+) -> Iterator[TrainerGroup]:
+    """The group of all trainers while the body runs; `store` is a namespace of their own, `device` holds the draft.
 
-    `timeout` in seconds bounds the start and every later wait, so it has to exceed what one trainer may be busy with
-    alone: a request to the target, a checkpoint. Raises `WaitTimeout` if not all have joined by then.
+    Trainers talk over gloo. Where each has a GPU of its own, NCCL sums what is on the GPUs; trainers that share one cannot
+    use it. `timeout` in seconds bounds the start and every later wait, so it has to exceed what one trainer may be busy
+    with alone: a request to the target, a checkpoint. Raises `WaitTimeout` if not all have joined by then.
     """
     if size == 1:
         yield TrainerGroup()
@@ -91,12 +110,14 @@ def join_trainers(store: dist.Store, rank: int, size: int, *, timeout: float, ba
     limit = timedelta(seconds=timeout)
     store.set_timeout(limit)
     try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     except RuntimeError as error:
         raise _wait_error(error, f"trainer {rank}, waiting for {size} trainers to join", timeout) from error
-    logger.info("trainer %d of %d joined over %s", rank, size, backend)
     try:
-        yield TrainerGroup(rank, size, timeout)
+        one_gpu_each = TrainerGroup(rank, size, timeout).has_one_gpu_each(device)
+        gpu_group = dist.new_group(backend="nccl", timeout=limit) if one_gpu_each else None
+        logger.info("trainer %d of %d joined over %s", rank, size, "gloo and NCCL" if one_gpu_each else "gloo")
+        yield TrainerGroup(rank, size, timeout, gpu_group)
     finally:
         dist.destroy_process_group()
 

@@ -52,6 +52,13 @@ def test_single_takes_one_of_each():
         load("topology=single", "topology.targets=2")
 
 
+@pytest.mark.parametrize("loss", ["lk_alpha", "lk_lambda"])
+def test_acceptance_losses_need_the_true_probabilities(loss: str):
+    with pytest.raises(ConfigError, match=rf"draft\.loss={loss} must not go with supervision\.encoding=probs"):
+        load(f"draft.loss={loss}", "supervision=probs")
+    assert load(f"draft.loss={loss}", "supervision=logits").draft.loss.value == loss
+
+
 def test_a_missing_value_is_named():
     with pytest.raises(ConfigError, match=r"target\.model"):
         load("target=hf")

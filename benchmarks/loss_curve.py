@@ -1,0 +1,103 @@
+"""Does the fused step train as the reference does? The same 300 optimiser steps by both, loss by loss.
+
+    python benchmarks/loss_curve.py --out DIR
+
+Both start from one draft and see the same batches of a target whose next token depends on the last two. Losses of all steps,
+and how far the two curves are apart beside how far the reference in bf16 and in fp32 are, go to DIR/loss_curve.json.
+Legend: B batch, T sequence, V target vocab, K draft vocab, H hidden.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from trainer import environment
+
+from eagle_rpc.config.schema import DraftConfig, DType, TrainConfig
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.supervision import Eagle3TargetBatch, StoredLogits, TokenBatch, shifted_loss_mask
+from eagle_rpc.train import TrainerGroup
+from eagle_rpc.train.learner import Learner
+
+VOCAB, DRAFT_VOCAB, HIDDEN, BATCH, LENGTH, OPTIMISER_STEPS = 1024, 512, 512, 8, 512, 300
+
+
+class BigramTarget:
+    """Its logits are a sum of two tables', one by the last token and one by the token before it."""
+
+    def __init__(self) -> None:
+        self._generator = torch.Generator("cuda").manual_seed(0)
+        self._last, self._before = (2 * self._normal(VOCAB, DRAFT_VOCAB) for _ in range(2))
+        self._aux = self._normal(VOCAB, 3 * HIDDEN)
+        self.embedding = self._normal(VOCAB, HIDDEN)
+
+    def batch(self) -> Eagle3TargetBatch:
+        """The next batch, of random tokens."""
+        ids = torch.randint(VOCAB, (BATCH, LENGTH), device="cuda", generator=self._generator)
+        tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=torch.ones_like(ids))
+        rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
+        logits_BTK = self._last[ids] + self._before[ids.roll(1, dims=1)]
+        logits_NK = logits_BTK.flatten(0, 1)[rows + 1].bfloat16()
+        return Eagle3TargetBatch(
+            tokens=tokens,
+            aux_hidden_states=self._aux[ids].bfloat16(),
+            supervised_rows=rows,
+            targets=StoredLogits(logits_NK),
+            log_normalizer=logits_NK.float().logsumexp(dim=-1),
+            argmax=logits_NK.argmax(dim=-1),
+        )
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=self._generator)
+
+
+def losses_of(draft: Eagle3Draft, *, fused: bool, autocast: DType | None) -> list[float]:
+    """The objective at every optimiser step, of a copy of the draft."""
+    config = TrainConfig(learning_rate=2e-3, warmup_share=0.1, autocast=autocast, fused=fused)
+    learner = Learner(copy.deepcopy(draft), config, DraftConfig(), TrainerGroup(), OPTIMISER_STEPS)
+    target, losses = BigramTarget(), []
+    for _ in range(OPTIMISER_STEPS):
+        sums = learner.learn([target.batch()]).sums.on_host()
+        losses.append(float((sums["loss_sums"] / sums["rows"]).mean()))
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    config = Eagle3DraftConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=VOCAB,
+        draft_vocab_size=DRAFT_VOCAB,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=LENGTH,
+    )
+    draft = Eagle3Draft(config, BigramTarget().embedding)
+    draft.initialise(seed=0)
+    draft = draft.cuda()
+    curves = {
+        "fused": losses_of(draft, fused=True, autocast=DType.bfloat16),
+        "reference_bf16": losses_of(draft, fused=False, autocast=DType.bfloat16),
+        "reference_fp32": losses_of(draft, fused=False, autocast=None),
+    }
+    exact = torch.tensor(curves["reference_fp32"])
+    distances = {name: float(((torch.tensor(curves[name]) - exact) / exact).abs().max()) for name in ("fused", "reference_bf16")}
+    content = {**environment(), "largest_relative_distance_to_reference_fp32": distances, "losses": curves}
+    (options.out / "loss_curve.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    for step in (0, 9, 49, 99, 199, 299):
+        print(f"step {step + 1:3d} " + " ".join(f"{name} {curve[step]:.4f}" for name, curve in curves.items()))
+    print("largest distance to fp32:", distances)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""How fast and in how much memory the draft trains on one GPU: seven TTT steps on random supervision of real shapes.
+
+    python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
+
+For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory over what is
+resident; with --profile the GPU's time by kind of kernel. Medians after warm-up; the figures go to the screen and to
+DIR/trainer.json. Legend: B batch, T sequence, H hidden.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle_rpc.config.schema import DraftConfig, TrainConfig
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
+from eagle_rpc.draft.fused import FusedStep
+from eagle_rpc.supervision import DraftHead, Eagle3TargetBatch, ProjectedTargets, StoredLogits, TokenBatch, shifted_loss_mask
+from eagle_rpc.train import TrainerGroup
+from eagle_rpc.train.learner import Learner
+
+SHAPES = {
+    # The draft of meta-llama/Llama-3.1-8B-Instruct and of Qwen/Qwen3-8B, by their configs.
+    "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
+    "qwen3": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "vocab_size": 151936},
+}
+# Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A learner's whole
+# optimiser step: on one micro-batch, on one recomputed, on four.
+SYSTEMS = ("fused", "fused_recompute", "reference", "optimiser", "optimiser_recompute", "optimiser_accumulated")
+ACCUMULATED = 4
+STEPS, SUPERVISED_SHARE = 7, 0.9
+GIB = 2**30
+
+
+def make_draft(shape: str) -> Eagle3Draft:
+    """On the GPU, fp32 weights, bf16 embedding, as a trainer holds it."""
+    config = Eagle3DraftConfig(
+        **SHAPES[shape],
+        num_key_value_heads=8,
+        head_dim=128,
+        draft_vocab_size=32000,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling=None,
+        max_position_embeddings=131072,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16).normal_(std=0.02)
+        draft = Eagle3Draft(config, embedding)
+    for parameter in draft.parameters():
+        if parameter.requires_grad and parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return draft
+
+
+def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Eagle3TargetBatch:
+    """Random supervision at random rows, `SUPERVISED_SHARE` of them."""
+    config, generator = draft.config, torch.Generator("cuda").manual_seed(1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
+
+    ids = torch.randint(config.vocab_size, (batch, length), device="cuda", generator=generator)
+    loss_mask = torch.rand(batch, length, device="cuda", generator=generator) < SUPERVISED_SHARE
+    tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=loss_mask)
+    rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
+    if encoding == "hidden":
+        head = DraftHead(weight=normal(config.draft_vocab_size, config.hidden_size) * 0.03)
+        targets: Any = ProjectedTargets(normal(len(rows), config.hidden_size), head)
+    else:
+        targets = StoredLogits(2 * normal(len(rows), config.draft_vocab_size))
+    return Eagle3TargetBatch(
+        tokens=tokens,
+        aux_hidden_states=normal(batch, length, 3 * config.hidden_size),
+        supervised_rows=rows,
+        targets=targets,
+        log_normalizer=torch.full((len(rows),), 15.0, device="cuda"),
+        argmax=torch.randint(config.draft_vocab_size, (len(rows),), device="cuda", generator=generator),
+    )
+
+
+def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
+    """Of seven steps, forward and backward, as the textbook unroll needs them, at all rows; what a method saves does not count."""
+    hidden, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
+    step = 2 * hidden * hidden + 4 * hidden * keys + hidden * hidden
+    step += 3 * hidden * config.intermediate_size + config.draft_vocab_size * hidden
+    return 6 * (3 * hidden * hidden + STEPS * step) + STEPS * 6 * hidden * length
+
+
+def matrix_ceiling() -> float:
+    """TFLOP/s of a bf16 product of 8192 x 8192 matrices."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median_seconds(lambda: left @ right, repeats=9, warmups=3) / 1e12
+
+
+def median_seconds(run: Callable[[], Any], *, repeats: int, warmups: int) -> float:
+    """Of one run on the GPU, by events around each."""
+    for _ in range(warmups):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        run()
+        after.record()
+        torch.cuda.synchronize()
+        seconds.append(before.elapsed_time(after) / 1e3)
+    return statistics.median(seconds)
+
+
+def measure(run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *, slow: bool) -> dict[str, float]:
+    """Throughput of `run`, which has run before, and its peak of memory over what is there without it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    # Long runs vary little and cost GPU time.
+    seconds = median_seconds(run, repeats=3 if slow else 15, warmups=1 if slow else 3)
+    rate = tokens / seconds
+    return {
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": rate,
+        "teraflops": rate * flops / 1e12,
+        "share_of_ceiling": rate * flops / 1e12 / ceiling,
+        "peak_gib_over_resident": (torch.cuda.max_memory_allocated() - resident) / GIB,
+        "resident_gib": resident / GIB,
+    }
+
+
+KINDS = (
+    # Kind of kernel, and what its name holds; the first that fits counts.
+    ("own slots", ("_own_slots",)),
+    ("loss", ("_judge_kernel",)),
+    ("row formulas", ("_rms_norm", "_swiglu", "_add_and_rotate", "_rotate_back", "_sum_shifted")),
+    ("causal attention", ("flash", "cudnn", "fmha")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "splitK")),
+    ("optimiser", ("multi_tensor", "FusedAdam")),
+    ("copies and fills", ("copy", "Memcpy", "Memset", "fill", "index")),
+)
+
+
+def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, float], list[str]]:
+    """Milliseconds of one run by kind of kernel, and the kernels that take longest, one a line."""
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    for event in events:
+        kind = next((kind for kind, signs in KINDS if any(sign in event.key for sign in signs)), "other")
+        times[kind] = times.get(kind, 0.0) + event.self_device_time_total / 1e3
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
+    return times, [f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:110]}" for event in longest]
+
+
+def environment() -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+    }
+
+
+class Results:
+    """Prints every figure as it comes and keeps the file whole, whatever ends the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: dict[str, Any] = {**environment(), "runs": []}
+
+    def add(self, **entry: Any) -> None:
+        self._content["runs"].append(entry)
+        self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=list(SHAPES))
+    parser.add_argument("--sizes", nargs="+", default=["4x2048", "1x2048"])
+    parser.add_argument("--systems", nargs="+", default=["fused"], choices=SYSTEMS)
+    parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    results = Results(options.out / "trainer.json")
+    ceiling = matrix_ceiling()
+    results.add(ceiling_teraflops=ceiling)
+    for shape, size, system in itertools.product(options.shapes, options.sizes, options.systems):
+        name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
+        try:
+            measure_system(name, options, results, ceiling)
+        except torch.cuda.OutOfMemoryError:
+            results.add(**name, out_of_memory=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_system(name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float) -> None:
+    rows, length = map(int, name["size"].split("x"))
+    draft = make_draft(name["shape"])
+    for parameter in draft.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    batch = make_batch(draft, rows, length, options.encoding)
+    run, micro_batches = make_run(draft, name["system"], batch)
+    started = time.monotonic()
+    run()
+    torch.cuda.synchronize()
+    first_seconds = time.monotonic() - started
+    tokens = rows * length * micro_batches
+    slow = tokens > 10000 or name["system"] == "reference"
+    figures = measure(run, tokens, flops_per_token(draft.config, length), ceiling, slow=slow)
+    results.add(**name, first_run_seconds=first_seconds, **figures)
+    if options.profile:
+        times, longest = kernel_times(run)
+        results.add(**name, kernel_milliseconds=times)
+        print("\n".join(longest), flush=True)
+
+
+def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple[Callable[[], Any], int]:
+    """What to time, and how many micro-batches it takes."""
+    recompute = system.endswith("_recompute")
+    if system.startswith("optimiser"):
+        config = TrainConfig(recompute_mlp=recompute)
+        learner = Learner(draft, config, DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10**6)
+        micro_batches = ACCUMULATED if system == "optimiser_accumulated" else 1
+        return lambda: learner.learn([batch] * micro_batches), micro_batches
+    objective = Objective(steps=STEPS, step_decay=0.8)
+    if system == "reference":
+        step: TTTStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
+    else:
+        step = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute)
+    denominators = count_rows(batch, STEPS)
+    return lambda: step.add_gradients(batch, denominators), 1
+
+
+if __name__ == "__main__":
+    main()

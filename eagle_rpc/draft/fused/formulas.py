@@ -1,0 +1,136 @@
+"""What stands between the matrix products of the fused unroll, row by row.
+
+Each formula runs as it is written on the CPU. On a GPU the Triton kernel of its name in `kernels` takes its place; formula
+and kernel compute in fp32 (fp64 for fp64 inputs) and round when they store. Tensors are contiguous unless said.
+Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of queries, keys and
+values side by side, Q of queries, J of keys, D head width, n supervised rows, K draft vocab.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eagle_rpc.draft.losses import row_losses
+from eagle_rpc.draft.rope import RopeTables
+
+
+def widened(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def with_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The formula on the CPU, the kernel of its name on a GPU."""
+
+    @functools.wraps(formula)
+    def run(first: Tensor, *others: Any) -> Any:
+        if not first.is_cuda:
+            return formula(first, *others)
+        # Only torch for CUDA brings Triton.
+        from eagle_rpc.draft.fused import kernels
+
+        return getattr(kernels, formula.__name__)(first, *others)
+
+    return run
+
+
+@with_kernel
+def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """`weight * x / rms(x)` in the dtype of `x`."""
+    wide_NH = widened(x_NH)
+    return (weight_H * wide_NH * torch.rsqrt(wide_NH.square().mean(-1, keepdim=True) + eps)).to(x_NH.dtype)
+
+
+@with_kernel
+def rms_norm_backward(
+    normed_grad_NH: Tensor,
+    x_NH: Tensor,
+    norm: tuple[Tensor, float],
+    weight_grad_H: Tensor,
+    passed_NH: Tensor | None,
+    out_NH: Tensor,
+) -> None:
+    """Backward of `rms_norm`, whose weight and eps are `norm`, and of the residual connection around it.
+
+    Adds to `weight_grad_H`; stores the gradient of `x`, plus `passed_NH` if given, in `out_NH`, which may be one of the two
+    gradients given; and replaces `x_NH` by `rms_norm(x_NH)`, which the weights of the product after it need.
+    """
+    weight_H, eps = norm
+    grad_NH, wide_NH = widened(normed_grad_NH), widened(x_NH)
+    inverse_rms_N1 = torch.rsqrt(wide_NH.square().mean(-1, keepdim=True) + eps)
+    scaled_NH = wide_NH * inverse_rms_N1
+    weighted_NH = grad_NH * weight_H
+    x_grad_NH = inverse_rms_N1 * (weighted_NH - scaled_NH * (weighted_NH * scaled_NH).mean(-1, keepdim=True))
+    weight_grad_H.add_((grad_NH * scaled_NH).sum(dim=0))
+    out_NH.copy_(x_grad_NH if passed_NH is None else x_grad_NH + passed_NH)
+    x_NH.copy_(weight_H * scaled_NH)
+
+
+@with_kernel
+def swiglu(gate_up_NI2: Tensor) -> Tensor:
+    """`silu(gate) * up`, [N, I]."""
+    gate_NI, up_NI = widened(gate_up_NI2).chunk(2, dim=-1)
+    return (F.silu(gate_NI) * up_NI).to(gate_up_NI2.dtype)
+
+
+@with_kernel
+def swiglu_backward(gated_grad_NI: Tensor, gate_up_NI2: Tensor, gated_out_NI: Tensor) -> None:
+    """Replaces gate and up by their gradients and stores `swiglu(gate_up)` in `gated_out_NI`."""
+    gate_NI, up_NI = widened(gate_up_NI2).chunk(2, dim=-1)
+    grad_NI = widened(gated_grad_NI)
+    sigmoid_NI = torch.sigmoid(gate_NI)
+    silu_NI = gate_NI * sigmoid_NI
+    gated_out_NI.copy_(silu_NI * up_NI)
+    gate_grad_NI = grad_NI * up_NI * (sigmoid_NI + silu_NI * (1 - sigmoid_NI))
+    gate_up_NI2.copy_(torch.cat((gate_grad_NI, grad_NI * silu_NI), dim=-1))
+
+
+@with_kernel
+def add_and_rotate(hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor) -> None:
+    """Queries, keys and values from the two parts of their projection; all but the last `value_width` columns turn in heads.
+
+    `embed_part` may be a slice in T.
+    """
+    sum_BTP = widened(hidden_part_BTP) + widened(embed_part_BTP)
+    turning, values = sum_BTP.split((sum_BTP.shape[-1] - value_width, value_width), dim=-1)
+    out_BTP.copy_(torch.cat((_rotate(turning, *tables), values), dim=-1))
+
+
+@with_kernel
+def rotate_back(query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor) -> None:
+    """Backward of `add_and_rotate` for either part: gradients of queries, keys and values side by side, turned back."""
+    key_grad, value_grad = widened(key_value_grad_BTJ2).chunk(2, dim=-1)
+    turning = torch.cat((widened(query_grad_BTQ), key_grad), dim=-1)
+    cos, sin = tables
+    out_BTP.copy_(torch.cat((_rotate(turning, cos, -sin), value_grad), dim=-1))
+
+
+def _rotate(x_BTP: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
+    """Heads side by side in the last dimension, each turned in rotate-half form; tables [B or 1, 1, T, D/2]."""
+    cos, sin = cos_B1TD.transpose(1, 2), sin_B1TD.transpose(1, 2)
+    first, second = x_BTP.unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+
+
+@with_kernel
+def sum_shifted(steps_SBTP: Tensor) -> Tensor:
+    """[B, U, P]: place u holds the sum of step k's slot u - k over all steps k."""
+    steps = steps_SBTP.shape[0]
+    padded = (F.pad(widened(steps_SBTP[step]), (0, 0, step, steps - 1 - step)) for step in range(steps))
+    return functools.reduce(torch.add, padded).to(steps_SBTP.dtype)
+
+
+@with_kernel
+def judge_rows_(
+    logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Losses and most likely ids, [n, S] each; replaces logits by the gradient of coefficient times loss."""
+    wide_nSK = widened(logits_nSK)
+    losses_nS, gradient_nSK = row_losses(loss, wide_nSK, widened(target_logits_nK), log_normalizer_n)
+    predicted_nS = wide_nSK.argmax(dim=-1)
+    logits_nSK.copy_(gradient_nSK * coefficients_nS.unsqueeze(-1))
+    return losses_nS, predicted_nS

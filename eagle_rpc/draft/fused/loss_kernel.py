@@ -1,0 +1,110 @@
+"""Triton kernel of `formulas.judge_rows_`: `losses.row_losses` in two passes over a row's logits, three for acceptance losses.
+
+One program takes one row at one step. Legend: K block of the draft vocabulary.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eagle_rpc.draft.losses import ACCEPTANCE_LOSSES, LAMBDA_DECAY
+
+_BLOCK, _NUM_WARPS = 4096, 8
+# Stands for minus infinity, which would make NaN of differences.
+_LOWEST = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _judge_kernel(
+    logits, targets, log_normalizers, coefficients, losses, predicted, steps, vocab, decay,
+    KL: tl.constexpr, ACCEPTANCE: tl.constexpr, HYBRID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    row = pair // steps
+    logits += pair * vocab
+    targets += row * vocab
+    columns_K = tl.arange(0, BLOCK)
+    largest, largest_target, best = _LOWEST, _LOWEST, 0
+    sums_K, target_sums_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    cross_K, entropy_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        mask_K = start + columns_K < vocab
+        logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        targets_K = tl.maximum(tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32), _LOWEST)
+        block_largest = tl.max(logits_K)
+        if block_largest > largest:
+            best = start + tl.argmax(logits_K, axis=0)
+        new_largest = tl.maximum(largest, block_largest)
+        new_largest_target = tl.maximum(largest_target, tl.max(targets_K))
+        target_scale = tl.exp(largest_target - new_largest_target)
+        target_weights_K = tl.where(mask_K, tl.exp(targets_K - new_largest_target), 0.0)
+        sums_K = sums_K * tl.exp(largest - new_largest) + tl.where(mask_K, tl.exp(logits_K - new_largest), 0.0)
+        target_sums_K = target_sums_K * target_scale + target_weights_K
+        cross_K = cross_K * target_scale + target_weights_K * logits_K
+        if KL:
+            entropy_K = entropy_K * target_scale + target_weights_K * targets_K
+        largest, largest_target = new_largest, new_largest_target
+    log_sum = largest + tl.log(tl.sum(sums_K))
+    target_sum = tl.sum(target_sums_K)
+    target_log_sum = largest_target + tl.log(target_sum)
+    loss = log_sum - tl.sum(cross_K) / target_sum
+    if KL:
+        loss += tl.sum(entropy_K) / target_sum - target_log_sum
+
+    divergence_weight, acceptance_weight, short, log_normalizer = 1.0, 0.0, 0.0, 0.0
+    if ACCEPTANCE:
+        log_normalizer = tl.load(log_normalizers + row)
+        accepted_K, short_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            mask_K = start + columns_K < vocab
+            logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+            targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+            draft_K, true_K = tl.exp(logits_K - log_sum), tl.exp(targets_K - log_normalizer)
+            accepted_K += tl.minimum(draft_K, true_K)
+            short_K += tl.where(draft_K < true_K, draft_K, 0.0)
+        acceptance, short = tl.sum(accepted_K), tl.sum(short_K)
+        if HYBRID:
+            divergence_weight = tl.exp(-decay * acceptance)
+            acceptance_weight = 1.0 - divergence_weight
+            loss = divergence_weight * loss + acceptance_weight * (1.0 - acceptance)
+        else:
+            divergence_weight, acceptance_weight = 0.0, 1.0 / acceptance
+            loss = -tl.log(acceptance)
+    tl.store(losses + pair, loss)
+    tl.store(predicted + pair, best.to(tl.int64))
+
+    coefficient = tl.load(coefficients + pair)
+    for start in range(0, vocab, BLOCK):
+        mask_K = start + columns_K < vocab
+        logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        draft_K = tl.exp(logits_K - log_sum)
+        gradient_K = divergence_weight * (draft_K - tl.exp(targets_K - target_log_sum))
+        if ACCEPTANCE:
+            short_K = tl.where(draft_K < tl.exp(targets_K - log_normalizer), draft_K, 0.0)
+            gradient_K -= acceptance_weight * (short_K - draft_K * short)
+        tl.store(logits + start + columns_K, (coefficient * gradient_K).to(logits.dtype.element_ty), mask_K)
+
+
+def judge_rows_(
+    logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """As `formulas.judge_rows_`."""
+    assert logits_nSK.is_contiguous() and target_logits_nK.is_contiguous() and coefficients_nS.is_contiguous()
+    rows, steps, vocab = logits_nSK.shape
+    losses_nS = torch.empty_like(coefficients_nS)
+    predicted_nS = torch.empty(rows, steps, dtype=torch.int64, device=logits_nSK.device)
+    tensors = (logits_nSK, target_logits_nK, log_normalizer_n, coefficients_nS, losses_nS, predicted_nS)
+    _judge_kernel[(rows * steps,)](
+        *tensors,
+        steps,
+        vocab,
+        LAMBDA_DECAY,
+        KL=loss in ("kl", "lk_lambda"),
+        ACCEPTANCE=loss in ACCEPTANCE_LOSSES,
+        HYBRID=loss == "lk_lambda",
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+    return losses_nS, predicted_nS
