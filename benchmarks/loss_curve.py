@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from trainer import environment
 
-from eagle_rpc.config.schema import DraftConfig, DType, TrainConfig
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.supervision import Eagle3TargetBatch, StoredLogits, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup

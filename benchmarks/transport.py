@@ -29,7 +29,8 @@ from peers.processes import Command
 from peers.reporting import report
 from peers.work import Work, random_batches
 
-from eagle_rpc.config.schema import DType, TargetConfig
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.loading import load_model
 

@@ -56,6 +56,7 @@ class Campaign:
     started: float = field(default_factory=time.monotonic)
     hits: list[Hit] = field(default_factory=list)
     usage: list[Usage] = field(default_factory=list)  # of the target that is never ended
+    failures: list[str] = field(default_factory=list)  # faults that the lab could not make
 
     def __post_init__(self) -> None:
         self.scene.observe = self._observe
@@ -83,7 +84,11 @@ class Campaign:
         progress, at = self._service.progress, self.seconds
         step = progress.step
         progress.restart_clock()
-        details = fault.kind.inject(self.scene, self._service.parts[fault.victim], random.Random(fault.seed))
+        try:
+            details = fault.kind.inject(self.scene, self._service.parts[fault.victim], random.Random(fault.seed))
+        except (OSError, RuntimeError) as error:
+            self.failures.append(f"{fault.kind.name} of {fault.victim}: {type(error).__name__}: {error}")
+            return
         progress.look()
         ended, advanced = time.monotonic(), progress.advanced
         self._wait(

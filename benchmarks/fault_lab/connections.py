@@ -1,6 +1,8 @@
 """TCP connections of other processes: found in /proc, cut while both ends live, and made with bytes that mean nothing."""
 
+import contextlib
 import ctypes
+import errno
 import os
 import random
 import re
@@ -23,16 +25,22 @@ class Connection:
     local: int  # ports
     remote: int
 
-    def cut(self) -> None:
-        """Both ends see the end of the stream; their processes know nothing of it. Raises `OSError` if it is not permitted."""
+    def cut(self) -> bool:
+        """Both ends see the end of the stream; their processes know nothing of it. False if the process has closed it itself.
+
+        Raises `OSError` if it is not permitted.
+        """
         process = os.pidfd_open(self.pid)
         try:
             libc = ctypes.CDLL(None, use_errno=True)
             descriptor = libc.syscall(_PIDFD_GETFD, process, self.descriptor, 0)
+            if descriptor < 0 and ctypes.get_errno() == errno.EBADF:
+                return False
             if descriptor < 0:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-            with socket.socket(fileno=descriptor) as copy:
+            with socket.socket(fileno=descriptor) as copy, contextlib.suppress(OSError):
                 copy.shutdown(socket.SHUT_RDWR)
+            return True
         finally:
             os.close(process)
 

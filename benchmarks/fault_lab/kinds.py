@@ -127,9 +127,7 @@ def cut(scene: Scene, victim: Part, draw: random.Random) -> Details:
     """One of the trainer's connections with a target, or all."""
     found = connections_between(scene.service.parts[TRAINER].running.pid, victim.running.pid)
     chosen = found if draw.random() < _ALL_CUT_SHARE else draw.sample(found, min(1, len(found)))
-    for connection in chosen:
-        connection.cut()
-    return {"cut": len(chosen), "of": len(found)}
+    return {"cut": sum(connection.cut() for connection in chosen), "of": len(found)}
 
 
 def slow(scene: Scene, victim: Part, draw: random.Random) -> Details:

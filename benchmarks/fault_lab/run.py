@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="training runs follow each other for at least so long")
     parser.add_argument("--faults", type=int, default=500, help="and until there were at least so many faults")
     parser.add_argument("--faults-per-run", type=int, default=100)
-    parser.add_argument("--steps-per-fault", type=int, default=12, help="optimiser steps between two faults, on average")
+    parser.add_argument("--steps-per-fault", type=int, default=30, help="optimiser steps between two faults, on average")
 
 
 def permitted_kinds(isolation: Isolation, report: Report) -> list[Kind]:
@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, iso
             finish_undisturbed(calm)
             broken = take_down(calm)
             service.start()
+            campaign.started = time.monotonic()
             while campaign.seconds < arguments.minutes * 60 or len(campaign.hits) < arguments.faults:
                 runs.append(f"run{len(runs) + 1}")
                 seed = arguments.seed * 1000 + len(runs)
@@ -126,6 +127,8 @@ def _add_tables(report: Report, campaign: Campaign, runs: list[str], steps: int)
         f"{len(campaign.hits)} faults in {campaign.seconds / 60:.1f} minutes, {len(runs)} training runs of {steps} steps one after "
         "the other on the same targets and registry."
     )
+    if campaign.failures:
+        report.notes.append(f"Faults that could not be made, not counted: {'; '.join(campaign.failures)}")
     by_kind: dict[str, list[Hit]] = defaultdict(list)
     for hit in campaign.hits:
         by_kind[hit.kind].append(hit)

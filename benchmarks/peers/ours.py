@@ -16,8 +16,8 @@ from torch import Tensor
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import Membership
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
-from eagle_rpc.config.schema import Membership
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import start_worker

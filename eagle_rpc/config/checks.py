@@ -6,7 +6,8 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from eagle_rpc.config.schema import Config, DraftLoss, DType, Encoding, JobName, Membership
+from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Membership
+from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")

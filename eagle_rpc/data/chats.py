@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle_rpc.config.schema import OnError
+from eagle_rpc.config.choices import OnError
 from eagle_rpc.data.problems import RecordProblem, RecordProblems, describe
 from eagle_rpc.errors import DataError
 

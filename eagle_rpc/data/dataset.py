@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eagle_rpc.config.schema import DataConfig, Overlong
+from eagle_rpc.config.choices import Overlong
+from eagle_rpc.config.schema import DataConfig
 from eagle_rpc.data.chats import ChatFile, read_chats
 from eagle_rpc.data.problems import RecordProblems, describe
 from eagle_rpc.data.template import ChatTemplate

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eagle_rpc.config.schema import OnError
+from eagle_rpc.config.choices import OnError
 from eagle_rpc.errors import DataError
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import PromptSource
+from eagle_rpc.config.choices import PromptSource
 from eagle_rpc.data import prepare_chitchat_prompts
 
 NUM_TRAIN, NUM_HELDOUT = 8000, 200

@@ -6,8 +6,8 @@ import threading
 import torch
 
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import Membership
 from eagle_rpc.config.compose import write_config
-from eagle_rpc.config.schema import Membership
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import ended_by, run_directory, start_worker

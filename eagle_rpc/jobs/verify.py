@@ -15,8 +15,9 @@ from typing import Any
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.checks import TOPOLOGY
+from eagle_rpc.config.choices import Resume, VerifySide
 from eagle_rpc.config.compose import write_config
-from eagle_rpc.config.schema import Resume, TopologyConfig, VerifySide
+from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.errors import TargetFailed, WaitTimeout
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.verify_worker import record_path, record_steps

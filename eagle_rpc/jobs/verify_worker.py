@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import Encoding, VerifySide
+from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done

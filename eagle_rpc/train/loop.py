@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from eagle_rpc.config.schema import DraftConfig, Resume, TrainConfig
+from eagle_rpc.config.choices import Resume
+from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.data import BatchPlan
 from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import EagleRpcError, TrainingDiverged

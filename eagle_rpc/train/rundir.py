@@ -9,7 +9,7 @@ from pathlib import Path
 
 import filelock
 
-from eagle_rpc.config.schema import Resume
+from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"

@@ -2,7 +2,8 @@
 
 import torch
 
-from eagle_rpc.config.schema import DType, TargetConfig
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping
 
 VOCAB_SIZE = 96

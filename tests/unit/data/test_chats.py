@@ -4,7 +4,7 @@ import logging
 import pytest
 from data_cases import turns, write_lines
 
-from eagle_rpc.config.schema import OnError
+from eagle_rpc.config.choices import OnError
 from eagle_rpc.data import Chat, ChatWriter, Message, content_hash, read_chats
 from eagle_rpc.errors import DataError
 

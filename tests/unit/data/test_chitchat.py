@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from eagle_rpc.config.schema import OnError
+from eagle_rpc.config.choices import OnError
 from eagle_rpc.data import prepare_chitchat_prompts, read_chats
 from eagle_rpc.errors import DataError
 

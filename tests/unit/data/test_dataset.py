@@ -5,7 +5,8 @@ import torch
 from data_cases import turns, write_lines
 from support.tiny_tokenizer import make_tiny_tokenizer
 
-from eagle_rpc.config.schema import DataConfig, OnError, Overlong
+from eagle_rpc.config.choices import OnError, Overlong
+from eagle_rpc.config.schema import DataConfig
 from eagle_rpc.data import ChatDataset, ChatTemplate, Example, load_datasets
 from eagle_rpc.errors import DataError
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from eagle_rpc.config.schema import DraftLoss
+from eagle_rpc.config.choices import DraftLoss
 from eagle_rpc.draft import ACCEPTANCE_LOSSES, LOSSES
 from eagle_rpc.draft.losses import LAMBDA_DECAY, row_losses
 

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import DataConfig, EvaluateConfig, PromptSource, RegenerateConfig, RunConfig
+from eagle_rpc.config.choices import PromptSource
+from eagle_rpc.config.schema import DataConfig, EvaluateConfig, RegenerateConfig, RunConfig
 from eagle_rpc.jobs import prompts
 
 

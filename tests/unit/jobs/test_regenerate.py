@@ -10,7 +10,7 @@ from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import DType, OnError, PromptSource
+from eagle_rpc.config.choices import DType, OnError, PromptSource
 from eagle_rpc.data import read_chats
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs import regenerate

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import RunConfig, VerifySide
+from eagle_rpc.config.choices import VerifySide
+from eagle_rpc.config.schema import RunConfig
 from eagle_rpc.jobs import verify
 from eagle_rpc.jobs.verify import compare_records
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from training_cases import OBJECTIVE, RandomPlan, TableTarget, random_draft, train_config
 
-from eagle_rpc.config.schema import DraftConfig, DraftLoss
+from eagle_rpc.config.choices import DraftLoss
+from eagle_rpc.config.schema import DraftConfig
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eagle_rpc.config.schema import Resume
+from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.train.rundir import RunDirectory
 
@@ -38,7 +38,7 @@ def test_a_claim_ends_with_its_body_and_leaves_nothing_that_counts(tmp_path):
 HOLDER = """
 import sys
 from pathlib import Path
-from eagle_rpc.config.schema import Resume
+from eagle_rpc.config.choices import Resume
 from eagle_rpc.train.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claimed(Resume.never):
     print("claimed", flush=True)

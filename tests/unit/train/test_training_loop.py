@@ -14,7 +14,7 @@ from training_cases import (
     train_config,
 )
 
-from eagle_rpc.config.schema import Resume
+from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError, TrainingDiverged
 from eagle_rpc.report.metrics import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint

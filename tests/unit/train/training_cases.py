@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from eagle_rpc.config.schema import Config, DraftConfig, Resume, TrainConfig
+from eagle_rpc.config.choices import Resume
+from eagle_rpc.config.schema import Config, DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.supervision import Eagle3TargetBatch, ModelInfo, StoredLogits, TokenBatch, VocabMapping, shifted_loss_mask
 from eagle_rpc.train.distributed import TrainerGroup
