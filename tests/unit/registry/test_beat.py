@@ -142,7 +142,7 @@ def test_a_registry_that_starts_later_is_waited_for(tmp_path):
     client = RegistryClient(address, TOKEN, timeout=10)
     with pytest.raises(ConnectionLost):
         wait_until_reachable(client, 0.2, threading.Event())
-    waiter = threading.Thread(target=wait_until_reachable, args=(client, BOUND), daemon=True)
+    waiter = threading.Thread(target=wait_until_reachable, args=(client, BOUND, threading.Event()), daemon=True)
     waiter.start()
     with running_registry(tmp_path, address=address):
         waiter.join(BOUND)
