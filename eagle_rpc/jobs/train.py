@@ -28,11 +28,15 @@ from eagle_rpc.topology import (
 
 
 def run(config: Config) -> int:
-    """Returns 0 when training is done, or has stopped with a checkpoint because it was told to; errors are raised."""
+    """Returns 0 when training is done, or has stopped with a checkpoint because it was told to; errors are raised.
+
+    1 if another process has taken this trainer's name over, which the log tells.
+    """
     world = read_world()
     elastic = config.rpc.membership is Membership.elastic
     cast = assign_elastic_roles(Role.trainer, config.topology, world) if elastic else assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
+    superseded = threading.Event()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         if cast.me.name == cast.trainer_names[0]:
@@ -40,8 +44,11 @@ def run(config: Config) -> int:
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
         stack.enter_context(ended_by(stop))
-        (_train_elastic if elastic else _train_static)(config, cast, world, stop)
-    return 0
+        if elastic:
+            _train_elastic(config, cast, world, stop, superseded)
+        else:
+            _train_static(config, cast, world, stop)
+    return int(superseded.is_set())
 
 
 def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
@@ -71,9 +78,13 @@ def train_in_static_job(
     membership.mark(DONE)
 
 
-def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
+def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Event, superseded: threading.Event) -> None:
+    def give_way() -> None:
+        superseded.set()
+        stop.set()
+
     device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     permissions = trainer_permissions(config.rpc)
-    with announced(config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=stop.set) as membership:
+    with announced(config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=give_way) as membership:
         train_until_done(config, device, cast, membership, store, stop)
