@@ -158,7 +158,9 @@ class Fleet:
         self._thread.join()
         for replica in self.replicas():
             try:
-                replica.disconnect()
+                # A silent one would only be waited for; its lease ends the session.
+                if not replica.silent:
+                    replica.disconnect()
             except EagleRpcError as error:
                 logger.warning("the session at %s was not ended: %s", replica.name, error)
             self._membership.leave(replica.link, lost=False)
@@ -225,7 +227,7 @@ class Fleet:
         """Connects a target, or opens the session at one that is connected."""
         try:
             replica = self._replicas.get(address.incarnation) or self._connect(address)
-            if self._spec is not None and replica.session is None:
+            if self._spec is not None and replica.session is None and not self._closing.is_set():
                 replica.open_session(self._spec)
                 logger.info("session open at %s, %d requests at a time", replica.name, replica.session.credits)
         except _FINAL as error:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import rpc
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import ConfigError, ConnectionLost, StaleIncarnation
+from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, StaleIncarnation
 from eagle_rpc.registry import Beat, Record, RegistryClient, wait_until_reachable
 from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # Ids of connections count down from torch's last, ids of workers up from 1.
 _LAST_ID = 2**15 - 1
 _LOWEST_CONNECTION = 2**14
+# torch takes a caller's device maps only before it starts, when the targets are not known yet: so all of these names get
+# one. Requests are CPU tensors; where replies go is the targets' maps' business, which `admit` makes.
+_MAPPED_TARGETS = 64
 # Seconds that a peer may take to answer a call that does next to nothing.
 _MEET_TIMEOUT = 5.0
 
@@ -84,31 +87,42 @@ class ElasticMembership:
             by_rref = address.incarnation not in self._lost and self.reachable
             self._put(data, address.worker_id if by_rref else self._fresh_id(), address.url)
             self._put(control, self._fresh_id(), address.url)
+        try:
+            self._introduce_myself(address, control)
+            return Link(
+                address.name,
+                service,
+                incarnation=address.incarnation,
+                data=data,
+                control=control,
+                by_rref=by_rref,
+                between_gpus=on_gpus(self.me, address),
+                timeout=_MEET_TIMEOUT,
+            )
+        except EagleRpcError:
+            self._mark_lost(address.incarnation)
+            raise
+
+    def _introduce_myself(self, address: TargetAddress, control: str) -> None:
+        """Raises `StaleIncarnation` if somebody else than the one that is meant answers."""
         call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
         incarnation = PendingCall(call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT).result()
         if incarnation != address.incarnation:
             raise StaleIncarnation(
                 f"{address.name} must be incarnation {address.incarnation}, {incarnation} answers at {address.url}"
             )
-        return Link(
-            address.name,
-            service,
-            incarnation=address.incarnation,
-            data=data,
-            control=control,
-            by_rref=by_rref,
-            between_gpus=on_gpus(self.me, address),
-            timeout=_MEET_TIMEOUT,
-        )
 
     def leave(self, link: Link, *, lost: bool) -> None:
         # The names stay in the table until somebody else takes them: torch still tells the owner that the RRef is gone.
         link.release()
         if lost:
-            with self._lock:
-                self._lost.add(link.incarnation)
+            self._mark_lost(link.incarnation)
             # A broken connection keeps its files open until a call on it has failed.
             link.nudge()
+
+    def _mark_lost(self, incarnation: str) -> None:
+        with self._lock:
+            self._lost.add(incarnation)
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, as the registry knows it: an RRef's owner calls back."""
@@ -183,7 +197,8 @@ def join_elastic(
             f"the registry has numbered {worker_id} workers, torch takes {_LOWEST_CONNECTION}: with no worker running, remove the file "
             "beside rpc.token_file that counts them"
         )
-    device_maps = {f"target{index}": {device: device} for index in range(8)} if device.startswith("cuda") else {}
+    targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
+    device_maps = {target: {device: device} for target in targets} if device.startswith("cuda") else {}
     with running_agent(
         f"{name}:{worker_id}",
         worker_id=worker_id,
