@@ -192,6 +192,8 @@ def test_connections_that_are_cut_are_made_anew_with_the_same_incarnation(servic
 
 def meet_an_impostor(link: Link, name: str, address: str, token: bytes) -> None:
     with joined(name, "trainer", address, token) as membership:
+        link.send("joined")
+        link.receive()
         impostor = next(one for one in membership.targets() if one.name == "target9")
         try:
             membership.connect(impostor, SERVICE_NAME)
@@ -201,11 +203,14 @@ def meet_an_impostor(link: Link, name: str, address: str, token: bytes) -> None:
 
 def test_another_process_at_a_known_address_is_found_out_on_the_first_call(service: Service, registry: Registry):
     _, incarnation = service.target("target0")
+    trainer = service.start(meet_an_impostor, "trainer0")
+    assert trainer.receive() == "joined"
     while not (real := [one for one in registry.client.living() if one.status.get("draining") is False]):
         pass
     fields = {name: getattr(real[0], name) for name in Record.__dataclass_fields__}
     registry.client.announce(Record(**{**fields, "name": "target9", "incarnation": "0" * 32}))
-    seen = service.start(meet_an_impostor, "trainer0").receive()
+    trainer.send("announced")
+    seen = trainer.receive()
     assert seen.startswith("target9 must be incarnation 000000") and incarnation in seen
 
 
