@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def train_one(rank: int, size: int, path: Path) -> None:
         trainer = make_trainer(path / "run", settings_of(size), group=group)
         trainer.train()
         torch.save(final_state(trainer), path / f"state_{rank}.pt")
+        stop = threading.Event()
+        if rank == size - 1:  # told to stop, the others are not
+            stop.set()
+        stopped = make_trainer(path / "stopped", settings_of(size), group=group, stop=stop)
+        stopped.train()
+        messages["stopped_after"] = stopped.learner.steps_done
         try:
             make_trainer(path / "unlike", settings_of(size), group=group, draft=random_draft(seed=rank)).train()
         except ConfigError as error:
@@ -68,6 +75,12 @@ def state(path: Path, rank: int) -> dict[str, torch.Tensor]:
 def test_all_trainers_end_with_the_same_bits(trained, size):
     for rank in range(1, size):
         assert_same_bits(state(trained[size], rank), state(trained[size], 0))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_stop_of_one_trainer_stops_all_after_the_same_step(trained, size):
+    for rank in range(size):
+        assert json.loads((trained[size] / f"messages_{rank}.json").read_text())["stopped_after"] == 0
 
 
 @pytest.mark.parametrize("size", [2, 3])
