@@ -126,14 +126,16 @@ class ElasticMembership:
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, as the registry knows it: an RRef's owner calls back."""
+        with self._lock:
+            if worker_id in self._table.values():
+                return
         found = [one for one in self._registry.living() if one.id == worker_id]
         if not found:
             raise ConnectionLost(f"worker {worker_id} is not in the registry (yet)")
         peer = found[0]
         maps = {peer_name(peer): {self.me.device: peer.device}} if on_gpus(self.me, peer) else {}
         with self._lock:
-            if peer_name(peer) not in self._table:
-                self._put(peer_name(peer), peer.id, peer.url, maps)
+            self._put(peer_name(peer), peer.id, peer.url, maps)
 
     def _put(self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None) -> None:
         if self._table.get(name) == worker_id:
