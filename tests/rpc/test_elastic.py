@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.elastic import Link, Registry, Worker, joined, remote_target, serve_tiny_target
-from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+from support.elastic import WAIT, Link, Registry, Worker, joined, remote_target, serve_target, serve_tiny_target
+from support.tiny_target import TINY_LLAMA, tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.errors import StaleIncarnation
 from eagle_rpc.registry import Record
+from eagle_rpc.supervision import unwrap
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -233,3 +234,23 @@ def test_a_worker_whose_port_torch_gives_up_after_a_scan_knows_it(service: Servi
     socket.create_connection((host, int(port))).close()
     worker.send("scanned")
     assert worker.receive() is False
+
+
+def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
+    with joined(name, "trainer", address, token) as membership:
+        (target,) = membership.targets()
+        connection = membership.connect(target, SERVICE_NAME)
+        bulk = connection.call("input_embeddings", what="much", timeout=WAIT)
+        unwrap(connection.control("model_info", timeout=WAIT).result(), sender=name)
+        arrived_meanwhile = bulk.done
+        link.send((arrived_meanwhile, unwrap(bulk.result(), sender=name).nbytes))
+
+
+def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Registry):
+    wide = tiny_target_config(random={**TINY_LLAMA, "vocab_size": 400_000, "hidden_size": 256, "tie_word_embeddings": True})
+    service.start(serve_target, "target0", wide).receive()
+    while not any(one.status.get("draining") is False for one in registry.client.living()):
+        pass
+    arrived_meanwhile, num_bytes = service.start(beat_beside_bulk, "trainer0").receive()
+    assert num_bytes == 400_000 * 256 * 4
+    assert not arrived_meanwhile

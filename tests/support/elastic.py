@@ -15,7 +15,7 @@ import torch
 from support.tiny_target import tiny_target_config
 
 from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
-from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.config.schema import RpcConfig, TargetConfig
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions, trainer_permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import ElasticMembership, host, join_elastic
@@ -126,9 +126,13 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
 
 def serve_tiny_target(link: Link, name: str, address: str, token: bytes) -> None:
     """A target until the test sends anything; says its incarnation when it serves."""
+    serve_target(link, name, tiny_target_config(), address, token)
+
+
+def serve_target(link: Link, name: str, config: TargetConfig, address: str, token: bytes) -> None:
     with joined(name, "target", address, token) as membership:
-        target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
-        server = TargetModelServer(target, tiny_target_config(), incarnation=membership.me.incarnation)
+        target = HFEagle3TargetModel.load(config, "cpu", cache_dir="unused", seed=0)
+        server = TargetModelServer(target, config, incarnation=membership.me.incarnation)
         host(SERVICE_NAME, server, CONTROL_METHODS)
         membership.report(lambda: server.status().value)
         link.send(membership.me.incarnation)
