@@ -39,7 +39,7 @@ def main() -> None:
     plan, mapping = data_of(config)
     permissions = trainer_permissions(config.rpc)
     with (
-        announced(config, cast.me.name, Role.trainer, device, permissions, when_superseded=stop.set) as membership,
+        announced(config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=stop.set) as membership,
         contextlib.closing(
             connect_target(
                 config,

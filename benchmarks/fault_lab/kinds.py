@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +37,7 @@ class Scene:
     service: Service
     observe: Callable[[], None] = lambda: None  # to be called often, whatever else goes on
     violations: list[str] = field(default_factory=list)  # promises that were broken
-    answers: dict[str, int] = field(default_factory=dict)  # of targets to rogues
+    answers: dict[str, Counter[str]] = field(default_factory=dict)  # of targets to each act of rogues
     _acts: int = 0
 
     def pause(self, seconds: float) -> None:
@@ -81,8 +82,8 @@ class Scene:
         found = json.loads(outcome.read_text())
         outcome.unlink()
         self.violations += [f"{name} at {victim.name}: {wrong}" for wrong in found["wrong"]]
-        for key in ("asked", "refused"):
-            self.answers[f"{name} {key}"] = self.answers.get(f"{name} {key}", 0) + found[key]
+        counted = {key: found[key] for key in ("asked", "as_promised")}
+        self.answers.setdefault(name, Counter()).update(counted)
         return found
 
 

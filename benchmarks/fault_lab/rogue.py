@@ -41,7 +41,7 @@ class Outcome:
     """What a target made of it."""
 
     asked: int = 0
-    refused: int = 0
+    as_promised: int = 0  # refused what must be refused, granted what may be
     wrong: list[str] = field(default_factory=list)  # answered as if it were a good request, or not at all
 
 
@@ -67,7 +67,7 @@ class Rogue:
         else:
             refused = isinstance(answer, Failure)
         if refused:
-            self.outcome.refused += 1
+            self.outcome.as_promised += 1
         else:
             self.outcome.wrong.append(f"{what}: {answer!r:.300}")
 
@@ -180,7 +180,7 @@ def abandoned_sessions(rogue: Rogue) -> None:
                 session=answer.value.id, incarnation=incarnation, request_id=str(index), seconds_left=10.0, tokens=tokens()
             )
             rpc.rpc_async(rogue.target.name, call_hosted, args=(SERVICE_NAME, "generate", request), timeout=_TIMEOUT)
-        rogue.outcome.refused += 1
+        rogue.outcome.as_promised += 1
 
 
 def truncated_messages(rogue: Rogue) -> None:
@@ -190,7 +190,7 @@ def truncated_messages(rogue: Rogue) -> None:
     for _ in range(3):
         rogue.outcome.asked += 1
         send(port, opening[: rogue.draw.randrange(1, len(opening))])
-        rogue.outcome.refused += 1
+        rogue.outcome.as_promised += 1
 
 
 def recorded_opening() -> bytes:

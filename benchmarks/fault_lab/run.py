@@ -140,7 +140,7 @@ def _add_tables(report: Report, campaign: Campaign, runs: list[str], steps: int)
         table(("fault", "number", "pause of training, s (median, longest)", "until all was whole, s (median, longest)"), rows)
     )
     report.tables.append(_restarts(service.restarts))
-    report.tables.append(table(("answers to rogues", "number"), sorted(campaign.scene.answers.items())))
+    report.tables.append(_answers(campaign.scene))
     report.record = {
         "seconds": campaign.seconds,
         "hits": [asdict(hit) for hit in campaign.hits],
@@ -148,6 +148,11 @@ def _add_tables(report: Report, campaign: Campaign, runs: list[str], steps: int)
         "usage": [one._asdict() for one in campaign.usage],
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def _answers(scene: Scene) -> str:
+    rows = [(name.replace("_", " "), count["asked"], count["as_promised"]) for name, count in sorted(scene.answers.items())]
+    return table(("rogues' doings", "number", "answered or borne as promised"), rows)
 
 
 def _restarts(restarts: list[Restart]) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.registry import load_or_create_token
 
 _TESTS = Path(__file__).parents[2] / "tests"
 _NUM_CHATS = 400
@@ -59,8 +58,6 @@ class Workplace:
     def prepare(self) -> "Workplace":
         for directory in (self.logs, self.temporary):
             directory.mkdir(parents=True, exist_ok=True)
-        # Whoever hosts the registry would make it, but others may be started before that one.
-        load_or_create_token(self.token)
         draw = random.Random(0)
 
         def words(fewest: int, most: int) -> str:
