@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
 from eagle_rpc.rpc.membership import TargetAddress
-from eagle_rpc.rpc.service import Link
+from eagle_rpc.rpc.service import Link, nudge
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class ElasticMembership:
         self._lock = threading.Lock()
         self._table: dict[str, int] = {}  # RPC names of peers, as this agent knows them
         self._lost: set[str] = set()  # incarnations with which a connection broke
+        self._nudged: set[int] = set()  # ids of peers that were gone when somebody else came
         self._next_connection = _LAST_ID
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
@@ -117,7 +118,6 @@ class ElasticMembership:
         link.release()
         if lost:
             self._mark_lost(link.incarnation)
-            # A broken connection keeps its files open until a call on it has failed.
             link.nudge()
 
     def _mark_lost(self, incarnation: str) -> None:
@@ -129,13 +129,22 @@ class ElasticMembership:
         with self._lock:
             if worker_id in self._table.values():
                 return
-        found = [one for one in self._registry.living() if one.id == worker_id]
-        if not found:
+        living = {one.id: one for one in self._registry.living()}
+        if worker_id not in living:
             raise ConnectionLost(f"worker {worker_id} is not in the registry (yet)")
-        peer = found[0]
+        self._let_go(living.keys())
+        peer = living[worker_id]
         maps = {peer_name(peer): {self.me.device: peer.device}} if on_gpus(self.me, peer) else {}
         with self._lock:
             self._put(peer_name(peer), peer.id, peer.url, maps)
+
+    def _let_go(self, living: Collection[int]) -> None:
+        """Has torch close what it still holds of peers that have gone since the last one came."""
+        with self._lock:
+            gone = [name for name, worker_id in self._table.items() if worker_id not in living and worker_id not in self._nudged]
+            self._nudged.update(self._table[name] for name in gone)
+        for name in gone:
+            nudge(name)
 
     def _put(self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None) -> None:
         if self._table.get(name) == worker_id:

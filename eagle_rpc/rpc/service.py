@@ -4,6 +4,7 @@ The server creates one RRef to it: objects made by `rpc.remote` stay pinned for 
 go by name, since they may take a connection of their own, which an RRef, bound to its owner's id, cannot.
 """
 
+import contextlib
 from typing import Any
 
 from torch.distributed import rpc
@@ -87,9 +88,9 @@ class Link:
         self._rref = None
 
     def nudge(self) -> None:
-        """Sends something that nobody waits for, so that torch finds out about connections that have broken."""
+        """As the function of that name, on both connections."""
         for worker in (self._data, self._control):
-            self._call_by_name(worker, "a nudge", _NUDGE_TIMEOUT, hosted_rref, self._service)
+            nudge(worker)
 
     def _call_by_name(self, worker: str, what: str, timeout: float, function: Any, *arguments: Any) -> PendingCall:
         try:
@@ -97,6 +98,12 @@ class Link:
         except RuntimeError as error:
             future = _failed(error)
         return PendingCall(future, peer=self.peer, what=what, timeout=timeout)
+
+
+def nudge(worker: str) -> None:
+    """Sends something that nobody waits for: torch keeps a broken connection's files open until a call on it has failed."""
+    with contextlib.suppress(RuntimeError):
+        rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_NUDGE_TIMEOUT)
 
 
 def _failed(error: Exception) -> Future:

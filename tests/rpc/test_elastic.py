@@ -256,3 +256,20 @@ def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Re
     arrived_meanwhile, num_bytes = service.start(beat_beside_bulk, "trainer0").receive()
     assert num_bytes == 200_000 * 256 * 4
     assert not arrived_meanwhile
+
+
+def num_sockets(pid: int) -> int:
+    return sum(os.readlink(entry).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: Service, registry: Registry):
+    target, _ = service.target("target0")
+    counts = []
+    for number in range(4):
+        guest = service.start(stream_on_demand, f"guest{number}")
+        check_batches(guest, range(2))
+        counts.append(num_sockets(target.process.pid))
+        guest.process.kill()
+        while len(registry.client.living()) > 1:
+            pass
+    assert counts[-1] <= counts[1]
