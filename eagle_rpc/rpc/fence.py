@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL = 5.0  # seconds
 _PROBE_TIMEOUT = 30.0  # seconds
+# Set while `probe_fence` asks for a refusal, which is no news.
+_probing = threading.Event()
 _MAX_TEXT = 2000  # characters of an error that a peer is told
 
 
@@ -58,12 +60,15 @@ def raise_fence(permissions: Permissions) -> None:
 
 def probe_fence() -> None:
     """Asks the running agent, through itself, for what nobody may have. Raises `ConfigError` if it complies."""
+    _probing.set()
     try:
         rpc.rpc_sync(internals.my_name().name, _forbidden, timeout=_PROBE_TIMEOUT)
     except RuntimeError as error:
         if PayloadRefused.__name__ in str(error):
             return
         raise
+    finally:
+        _probing.clear()
     raise ConfigError(f"torch {torch.__version__} goes past the fence around RPC: it must refuse functions that are not listed")
 
 
@@ -125,7 +130,8 @@ class _Fence:
 
     def _refuse(self, error: Exception) -> Any:
         text = " ".join(f"{type(error).__name__}: {error}"[:_MAX_TEXT].split())
-        self._log.note(text)
+        if not _probing.is_set():
+            self._log.note(text)
         # torch decodes escapes in what it is given.
         return internals.RemoteFailure(text.encode("unicode_escape").decode("ascii"), RuntimeError)
 
