@@ -12,9 +12,9 @@ from eagle_rpc.supervision import Reply
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """Something that the forward thread runs for one session."""
+    """Something that the forward thread does for one session."""
 
-    run: Callable[[], Any]
+    request: Any
     job: str
     session: str
     request_id: str
@@ -49,14 +49,15 @@ class FairQueue:
         """Adds `work` behind its session's other work, or in the place of what waits under the same id."""
         self._jobs.setdefault(work.job, OrderedDict()).setdefault(work.session, {})[work.request_id] = work
 
-    def take(self) -> Work:
-        """Removes what is next in turn; the queue must not be empty."""
-        job, sessions = next(iter(self._jobs.items()))
-        session, waiting = next(iter(sessions.items()))
-        work = waiting.pop(next(iter(waiting)))
-        sessions.move_to_end(session)
-        self._jobs.move_to_end(job)
-        self._forget_if_empty(job, session)
+    def take(self, suits: Callable[[Work], bool] = lambda work: True) -> Work | None:
+        """Removes what is next in turn among the sessions whose first work `suits`; None if there is none."""
+        firsts = (next(iter(waiting.values())) for sessions in self._jobs.values() for waiting in sessions.values())
+        work = next((first for first in firsts if suits(first)), None)
+        if work is not None:
+            del self._jobs[work.job][work.session][work.request_id]
+            self._jobs[work.job].move_to_end(work.session)
+            self._jobs.move_to_end(work.job)
+            self._forget_if_empty(work.job, work.session)
         return work
 
     def remove(self, unwanted: Callable[[Work], bool]) -> list[Work]:

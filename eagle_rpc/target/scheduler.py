@@ -1,11 +1,13 @@
-"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions."""
+"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions.
+
+Requests that admit each other run together when they wait at the same time.
+"""
 
 import logging
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.futures import Future
@@ -20,25 +22,48 @@ logger = logging.getLogger(__name__)
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # Seconds between which a refused sender is told to come back.
 _SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
-# Weight of the newest run in the average of their seconds.
+# Weight of the newest pass in the average of the seconds that a request takes.
 _NEWEST = 0.2
 
 
+class Passes(Protocol):
+    """What the forward thread does with requests."""
+
+    def admits(self, aboard: Sequence[Any], another: Any) -> bool:
+        """Whether `another` request may run together with those `aboard`, at least one."""
+
+    def run(self, aboard: Sequence[Any]) -> list[Any]:
+        """A value for each request; what it raises fails them all."""
+
+
+class _Urgent(NamedTuple):
+    run: Callable[[], Any]
+    reply: Future  # of a Reply
+
+
 class ForwardScheduler:
-    """Runs submitted work one by one. Whatever was accepted is answered exactly once, by a value or a typed failure."""
+    """Runs submitted requests. Whatever was accepted is answered exactly once, by a value or a typed failure."""
 
     def __init__(
-        self, *, max_queued: int, max_queued_per_session: int, clock: Callable[[], float], devices: Sequence[torch.device] = ()
+        self,
+        passes: Passes,
+        *,
+        max_queued: int,
+        max_queued_per_session: int,
+        clock: Callable[[], float],
+        devices: Sequence[torch.device] = (),
     ):
         """`clock`: seconds, as `time.monotonic`; `devices`: the CUDA devices that results may be on."""
+        self._passes = passes
         self._max_queued = max_queued
         self._max_queued_per_session = max_queued_per_session
         self._clock = clock
         self._devices = list(devices)
         self._queue = FairQueue()
-        self._urgent: deque[Work] = deque()
-        self._running: Work | None = None
-        self._seconds_per_run = 0.0
+        self._urgent: deque[_Urgent] = deque()
+        self._running: list[Work | _Urgent] = []
+        self._num_passes = 0
+        self._seconds_per_request = 0.0
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -58,8 +83,13 @@ class ForwardScheduler:
 
     @property
     def num_running(self) -> int:
-        """1 while the forward thread works."""
-        return int(self._running is not None)
+        """Requests that the forward thread works on."""
+        return len(self._running)
+
+    @property
+    def num_passes(self) -> int:
+        """Passes so far; requests that ran together took one."""
+        return self._num_passes
 
     def num_queued_of(self, job: str, session: str) -> int:
         """Requests of one session that wait."""
@@ -70,11 +100,11 @@ class ForwardScheduler:
     def retry_after(self) -> float:
         """Seconds after which a refused sender may expect room: what waits now, at the pace of late."""
         with self._changed:
-            return min(max(len(self._queue) * self._seconds_per_run, _SHORTEST_RETRY), LONGEST_RETRY)
+            return min(max(len(self._queue) * self._seconds_per_request, _SHORTEST_RETRY), LONGEST_RETRY)
 
     def submit(
         self,
-        run: Callable[[], Any],
+        request: Any,
         *,
         job: str,
         session: str,
@@ -83,13 +113,13 @@ class ForwardScheduler:
         num_jobs: int,
         settle: Callable[[Reply], None],
     ) -> Future:
-        """Queues `run` and returns a future of its `Reply`, which never holds an exception. `settle` gets the reply first.
+        """Queues `request` and returns a future of its `Reply`, which never holds an exception. `settle` gets the reply first.
 
         Work of the same session and id that still waits gives up its place and is answered `expired`. What has not started
         by `deadline` is not run. Raises `TargetDraining`, or `TargetBusy` where the queue, the session's part of it or, among
         `num_jobs`, the job's equal share of it is full.
         """
-        work = Work(run, job, session, request_id, deadline, settle, Future(devices=self._devices or None))
+        work = Work(request, job, session, request_id, deadline, settle, Future(devices=self._devices or None))
         with self._changed:
             if self._draining:
                 raise TargetDraining("the target is shutting down and takes no new requests")
@@ -103,7 +133,7 @@ class ForwardScheduler:
         return work.reply
 
     def _check_room(self, job: str, session: str, num_jobs: int) -> None:
-        running = self._running is not None and self._running.session == session
+        running = sum(isinstance(work, Work) and work.session == session for work in self._running)
         if self._queue.num_of_session(job, session) + running >= self._max_queued_per_session:
             raise TargetBusy(
                 f"a session must have at most {self._max_queued_per_session} requests under way (target.max_queued_per_session)"
@@ -118,15 +148,15 @@ class ForwardScheduler:
 
     def submit_first(self, run: Callable[[], Any]) -> Future:
         """Queues `run` before everything that waits; a future of its `Reply`. Raises `TargetBusy`, `TargetDraining`."""
-        work = Work(run, "", "", "", math.inf, lambda reply: None, Future())
+        urgent = _Urgent(run, Future())
         with self._changed:
             if self._draining:
                 raise TargetDraining("the target is shutting down and takes no new sessions")
             if len(self._urgent) >= self._max_queued:
                 raise TargetBusy(f"at most {self._max_queued} new sessions must wait (target.max_queued_requests)")
-            self._urgent.append(work)
+            self._urgent.append(urgent)
             self._changed.notify_all()
-        return work.reply
+        return urgent.reply
 
     def drop_session(self, session: str, why: str) -> None:
         """Answers everything of `session` that has not started with `unknown_session`; `why` completes "session ... "."""
@@ -159,17 +189,20 @@ class ForwardScheduler:
         """Refuses new work and waits up to `timeout` seconds for the queue; whether everything was answered."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._queue and not self._urgent and self._running is None, timeout)
+            return self._changed.wait_for(lambda: not self._queue and not self._urgent and not self._running, timeout)
 
     def stop(self, timeout: float) -> bool:
         """Refuses new work, answers what waits with `draining`, and ends the thread; whether it ended within `timeout` seconds."""
         with self._changed:
             self._draining = self._stopping = True
-            abandoned = [*self._urgent, *self._queue.remove(lambda work: True)]
+            openings, requests = list(self._urgent), self._queue.remove(lambda work: True)
             self._urgent.clear()
             self._changed.notify_all()
-        for work in abandoned:
-            _answer(work, failure_of(TargetDraining("the target stopped before this request ran")))
+        too_late = failure_of(TargetDraining("the target stopped before this request ran"))
+        for urgent in openings:
+            urgent.reply.set_result(too_late)
+        for work in requests:
+            _answer(work, too_late)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -178,25 +211,58 @@ class ForwardScheduler:
             pass
 
     def _serve_next(self) -> bool:
-        """Waits for the next work and answers it; False when stopping. Returning lets go of the reply, which may be large."""
+        """Waits for what is next and answers it; False when stopping. Returning lets go of the replies, which may be large."""
         with self._changed:
             self._changed.wait_for(lambda: self._urgent or self._queue or self._stopping)
             if self._stopping:
                 return False
-            work = self._running = self._urgent.popleft() if self._urgent else self._queue.take()
-        _answer(work, self._run(work))
+            urgent = self._urgent.popleft() if self._urgent else None
+            works = [] if urgent else self._take()
+            self._running = [urgent] if urgent else works
+        if urgent:
+            urgent.reply.set_result(self._reply_of(urgent.run))
+        for work, reply in zip(works, self._replies_to(works), strict=True):
+            _answer(work, reply)
         with self._changed:
-            self._running = None
+            self._running = []
             self._changed.notify_all()
         return True
 
-    def _run(self, work: Work) -> Reply:
+    def _take(self) -> list[Work]:
+        """The request that is next in turn, and those that wait and may run with it."""
+        now = self._clock()
+        taken: list[Work] = []
+        while work := self._queue.take(lambda work: not taken or self._joins(work, taken, now)):
+            taken.append(work)
+        return taken
+
+    def _joins(self, work: Work, taken: Sequence[Work], now: float) -> bool:
+        timely = min(work.deadline, taken[0].deadline) > now
+        return timely and self._passes.admits([one.request for one in taken], work.request)
+
+    def _replies_to(self, works: Sequence[Work]) -> list[Reply]:
+        if len(works) <= 1:
+            return [self._reply_to(work) for work in works]
+        started = self._clock()
+        reply = self._reply_of(lambda: self._passes.run([work.request for work in works]))
+        if isinstance(reply, Failure):
+            logger.warning("%d requests failed together and run one by one now: %s", len(works), reply.message)
+            return [self._reply_to(work) for work in works]
+        self._note_pass(started, num_requests=len(works))
+        return [Ok(value) for value in reply.value]
+
+    def _reply_to(self, work: Work) -> Reply:
         started = self._clock()
         if started >= work.deadline:
             late = started - work.deadline
             return failure_of(RequestExpired(f"the request's deadline passed {late:.3f} s before its turn; it was not run"))
+        reply = self._reply_of(lambda: self._passes.run([work.request])[0])
+        self._note_pass(started, num_requests=1)
+        return reply
+
+    def _reply_of(self, run: Callable[[], Any]) -> Reply:
         try:
-            return Ok(work.run())
+            return Ok(run())
         except EagleRpcError as error:
             return failure_of(error)
         except Exception as error:
@@ -205,8 +271,10 @@ class ForwardScheduler:
                 return failure_of(TargetOutOfMemory(f"the target ran out of memory; send fewer tokens at a time ({error})"))
             logger.exception("a forward pass failed")
             return Failure("failed", f"{type(error).__name__}: {error}")
-        finally:
-            self._seconds_per_run += _NEWEST * (self._clock() - started - self._seconds_per_run)
+
+    def _note_pass(self, started: float, *, num_requests: int) -> None:
+        self._num_passes += 1
+        self._seconds_per_request += _NEWEST * ((self._clock() - started) / num_requests - self._seconds_per_request)
 
 
 def _answer(work: Work, reply: Reply) -> None:

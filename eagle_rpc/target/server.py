@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.rpc.functions import async_execution
 from torch.futures import Future
@@ -21,7 +20,6 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import StaleIncarnation, TargetBusy, TargetDraining
 from eagle_rpc.supervision import (
     DraftHead,
-    EncodedSupervision,
     GenerateRequest,
     ModelInfo,
     Ok,
@@ -36,11 +34,12 @@ from eagle_rpc.supervision import (
 from eagle_rpc.target.demand import Demand
 from eagle_rpc.target.draft_heads import DraftHeads
 from eagle_rpc.target.envelopes import check_name, check_seconds, check_type, compact, future_of, replies
+from eagle_rpc.target.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.target.reply_budget import ReplyBudget, ReplyBytes
 from eagle_rpc.target.scheduler import ForwardScheduler
 from eagle_rpc.target.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.target.status import describe_load, describe_memory
-from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, own_storage, supervise
+from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, own_storage
 from eagle_rpc.target.throughput import Throughput
 
 logger = logging.getLogger(__name__)
@@ -76,6 +75,7 @@ class TargetModelServer:
             max_sessions=config.max_sessions, lease=config.session_lease, device=self._device, clock=clock
         )
         self._scheduler = ForwardScheduler(
+            ForwardPass(target, config),
             max_queued=config.max_queued_requests,
             max_queued_per_session=config.max_queued_per_session,
             clock=clock,
@@ -133,7 +133,8 @@ class TargetModelServer:
         for name in ("encoding", "rows", "job", "trainer"):
             check_name(name, getattr(spec, name))
         check_type("expected", spec.expected, TargetExpectation)
-        check_type("through_host", spec.through_host, bool)
+        for name in ("share_forward", "through_host"):
+            check_type(name, getattr(spec, name), bool)
         spec.check()
         if self._scheduler.draining:
             raise TargetDraining("the target is shutting down and takes no new sessions")
@@ -192,7 +193,7 @@ class TargetModelServer:
         promised = self._budget.promise(num_bytes, job=session.job, session=session.id, num_jobs=num_jobs)
         try:
             return self._scheduler.submit(
-                functools.partial(self._supervise, session, compact(tokens)),
+                PassRequest(session, compact(tokens)),
                 job=session.job,
                 session=session.id,
                 request_id=request_id,
@@ -203,14 +204,6 @@ class TargetModelServer:
         except BaseException:
             self._budget.release(promised)
             raise
-
-    def _supervise(self, session: Session, tokens: TokenBatch) -> EncodedSupervision:
-        encoded = supervise(
-            self._target, tokens, session.vocab, encoding=session.encoding, rows=session.rows, chunk_rows=self._config.chunk_rows
-        )
-        # TensorPipe aborts the process on a CUDA tensor without elements.
-        through_host = session.through_host or not encoded.supervised_rows.numel()
-        return encoded.to(torch.device("cpu")) if through_host else encoded
 
     def _settle(self, session: Session, promised: ReplyBytes, num_tokens: int, reply: Reply) -> None:
         """Keeps the books of a request that was accepted, just before its reply goes out."""

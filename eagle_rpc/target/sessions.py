@@ -35,6 +35,7 @@ class Session:
     vocab: DraftVocabOnDevice
     encoding: str
     rows: str
+    share_forward: bool
     through_host: bool
 
 
@@ -110,6 +111,7 @@ class SessionTable:
                 shared.on_device,
                 spec.encoding,
                 spec.rows,
+                spec.share_forward,
                 spec.through_host,
             )
             self._leases[session.id] = _Lease(session, renewed=self._clock())

@@ -19,14 +19,16 @@ def describe_load(
 ) -> dict[str, Any]:
     """What the target has to do and has done.
 
-    `requests`: answers by outcome, `ok` or a failure's code; `tokens`: real tokens of the batches answered; `*_per_second`:
-    over the last 10 s; `reply_bytes_held`: promised, or made and not yet sent; `lease_left`: seconds.
+    `passes`: forward passes, fewer than requests where these ran together; `requests`: answers by outcome, `ok` or a
+    failure's code; `tokens`: real tokens of the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`:
+    promised, or made and not yet sent; `lease_left`: seconds.
     """
     held = budget.held
     return {
         "draining": scheduler.draining,
         "queued": scheduler.num_queued,
         "running": scheduler.num_running,
+        "passes": scheduler.num_passes,
         "sessions": [
             {
                 "id": figures.session.id[:8],

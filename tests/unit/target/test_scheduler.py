@@ -25,6 +25,16 @@ class Gate:
         return "gate"
 
 
+class OneByOne:
+    """Requests are functions, and none admits another."""
+
+    def admits(self, aboard, another):
+        return False
+
+    def run(self, aboard):
+        return [request() for request in aboard]
+
+
 class Books:
     """What a caller of the scheduler is told of the replies."""
 
@@ -35,9 +45,11 @@ class Books:
         self.settled.append(reply)
 
 
-def submit(scheduler, run, *, job="job", session="a", request_id=None, deadline=math.inf, num_jobs=1, settle=lambda reply: None):
+def submit(
+    scheduler, request, *, job="job", session="a", request_id=None, deadline=math.inf, num_jobs=1, settle=lambda reply: None
+):
     return scheduler.submit(
-        run,
+        request,
         job=job,
         session=session,
         request_id=request_id or f"r{next(_ids)}",
@@ -52,7 +64,7 @@ _ids = itertools.count()
 
 @pytest.fixture
 def scheduler(clock):
-    made = ForwardScheduler(max_queued=4, max_queued_per_session=4, clock=clock)
+    made = ForwardScheduler(OneByOne(), max_queued=4, max_queued_per_session=4, clock=clock)
     yield made
     assert made.stop(WAIT)
 
@@ -92,7 +104,7 @@ def test_a_full_queue_is_busy_and_takes_work_again_later(scheduler, gate):
 
 
 def test_a_session_has_credits_and_the_running_request_takes_one(clock):
-    scheduler, gate = ForwardScheduler(max_queued=9, max_queued_per_session=2, clock=clock), Gate()
+    scheduler, gate = ForwardScheduler(OneByOne(), max_queued=9, max_queued_per_session=2, clock=clock), Gate()
     submit(scheduler, gate, session="a")
     assert gate.started.wait(WAIT)
     waiting = submit(scheduler, lambda: 1, session="a")

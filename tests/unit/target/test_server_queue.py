@@ -177,7 +177,7 @@ def test_a_failing_forward_costs_one_request(serve, gated, error, code):
 
 def test_a_request_keeps_no_more_than_its_tokens(serve, model, monkeypatch):
     kept = []
-    monkeypatch.setattr("eagle_rpc.target.server.supervise", lambda target, tokens, *args, **settings: kept.append(tokens))
+    monkeypatch.setattr("eagle_rpc.target.forward_pass.run_target", lambda target, tokens: kept.append(tokens))
     server = serve(HFEagle3TargetModel(model))
     tokens = tokens_of()
     tokens.input_ids = torch.zeros(10**6, dtype=torch.int64)[:18].view(2, 9)

@@ -8,8 +8,8 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 
 KEYS = {
     *("architecture", "hidden_size", "vocab_size", "dtype", "weights_fingerprint", "incarnation", "uptime", "draining"),
-    *("queued", "running", "sessions", "requests", "tokens", "tokens_per_second", "reply_bytes", "reply_bytes_per_second"),
-    *("reply_bytes_held", "max_reply_bytes", "resident_bytes", "device_bytes"),
+    *("queued", "running", "passes", "sessions", "requests", "tokens", "tokens_per_second", "reply_bytes"),
+    *("reply_bytes_per_second", "reply_bytes_held", "max_reply_bytes", "resident_bytes", "device_bytes"),
 }
 
 
@@ -32,6 +32,7 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     assert (told["tokens"], told["tokens_per_second"]) == (3 * num_tokens, 3 * num_tokens / 6)
     assert (told["reply_bytes"], told["reply_bytes_per_second"]) == (num_bytes, pytest.approx(num_bytes / 6))
     assert (told["uptime"], told["draining"], told["queued"], told["running"]) == (6.0, True, 0, 0)
+    assert told["passes"] == 3
     assert (told["reply_bytes_held"], told["max_reply_bytes"], told["device_bytes"]) == (0, 10**6, 0)
     assert 10**7 < told["resident_bytes"] < 10**11
     assert told["sessions"] == [
