@@ -1,12 +1,19 @@
 """One target as a trainer sees it: the link, this trainer's session there, and how it has been doing."""
 
+import logging
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
-from eagle_rpc.errors import UnknownSession
+import torch
+from torch import Tensor
+
+from eagle_rpc.errors import TargetFailed, UnknownSession
 from eagle_rpc.rpc import Link, PendingCall
 from eagle_rpc.supervision import DraftHead, GenerateRequest, ModelInfo, OpenedSession, SessionSpec, TokenBatch, unwrap
+
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "target"
 # A control call only validates and answers; this much means that the peer is stuck.
@@ -76,10 +83,28 @@ class Replica:
         return self._fetch("output_embeddings", self.session.id)
 
     def open_session(self, spec: SessionSpec) -> None:
+        spec = replace(spec, through_host=not self._reaches_this_gpu)
         # The first session with the hidden encoding probes the head, which waits for the target's forward thread.
-        spec = replace(spec, through_host=not self.link.between_gpus)
         call = self.link.control("open_session", spec, timeout=self._request_timeout)
         self.session = unwrap(call.result(), sender=self.name)
+
+    @cached_property
+    def _reaches_this_gpu(self) -> bool:
+        """Whether tensors on the target's GPU arrive here on one, as they left: drivers and containers decide, so it is tried."""
+        if not self.link.between_gpus:
+            return False
+        try:
+            probe: Tensor = self._fetch("probe_transfer")
+        except TargetFailed as error:
+            fault = str(error)
+        else:
+            whole = torch.equal(probe.cpu(), torch.arange(len(probe), dtype=probe.dtype))
+            fault = "" if probe.is_cuda and whole else f"the probe arrived on {probe.device}" + ("" if whole else " and damaged")
+        if fault:
+            logger.warning("supervision of %s goes through host memory: %s", self.name, fault)
+        else:
+            logger.info("supervision of %s comes from its GPU to %s, as a probe has shown", self.name, probe.device)
+        return not fault
 
     def disconnect(self) -> None:
         """Ends this trainer's session; the server lives on."""

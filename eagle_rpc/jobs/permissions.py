@@ -22,7 +22,8 @@ from eagle_rpc.target.server import TargetModelServer
 # By name as well as by RRef: a trainer that has lost a connection comes back by name.
 # `drain`, `wait_sent` and `close` are missing on purpose: a server's life belongs to whoever launched it, not to its clients.
 CONTROL_METHODS = frozenset(
-    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings set_vocab_mapping status".split()
+    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings probe_transfer "
+    "set_vocab_mapping status".split()
 )
 
 _REQUESTS = frozenset([GenerateRequest, SessionSpec, TargetExpectation, TokenBatch])

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.rpc.functions import async_execution
 from torch.futures import Future
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 _STOP_TIMEOUT = 30.0
 # Seconds between two looks at leases, deadlines and sent replies at most.
 _LOOK_INTERVAL = 1.0
+_PROBE_ELEMENTS = 2**16
 
 
 class TargetModelServer:
@@ -74,12 +76,13 @@ class TargetModelServer:
         self._sessions = SessionTable(
             max_sessions=config.max_sessions, lease=config.session_lease, device=self._device, clock=clock
         )
+        self._reply_devices = [self._device] if self._device.type == "cuda" else []
         self._scheduler = ForwardScheduler(
             ForwardPass(target, config),
             max_queued=config.max_queued_requests,
             max_queued_per_session=config.max_queued_per_session,
             clock=clock,
-            devices=[self._device] if self._device.type == "cuda" else [],
+            devices=self._reply_devices,
         )
         self._demand = Demand(clock)
         self._budget = ReplyBudget(max_bytes=config.max_reply_bytes, max_bytes_per_session=config.max_reply_bytes_per_session)
@@ -111,6 +114,13 @@ class TargetModelServer:
         """
         opened = self._sessions.renew(session)
         return self._heads.get(opened, num_jobs=self._demand.note(opened.job))
+
+    @async_execution
+    def probe_transfer(self) -> Future:
+        """A future of `Reply[Tensor]`: 0, 1, 2, … as int32 [65536] on the target's device, to see whether it arrives as it left."""
+        answered: Future = Future(devices=self._reply_devices or None)
+        answered.set_result(Ok(torch.arange(_PROBE_ELEMENTS, dtype=torch.int32, device=self._device)))
+        return answered
 
     @async_execution
     def open_session(self, spec: SessionSpec) -> Future:

@@ -34,17 +34,21 @@ class FakeTarget:
         self.name = name
         self.server = server
         self.alive = True
+        self.between_gpus = False
         self.num_requests = 0
+        self.dies_at: int | None = None  # the request with which it dies
         self.sessions: list[str] = []
         self.refuse: Callable[[str], Any] = lambda method: None  # a reply instead of the server's, or None
         self.held: list[tuple[Future, Callable[[], Any]]] | None = None  # calls that wait until `release`
 
     def call(self, method: str, *arguments: Any) -> Future:
         future: Future = Future()
+        self.num_requests += method == "generate"
+        if self.num_requests == self.dies_at:
+            self.die()
         if not self.alive:
             future.set_exception(RuntimeError("eof (this error originated at tensorpipe/fake)"))
             return future
-        self.num_requests += method == "generate"
         answer = self.refuse(method)
         if answer is not None:
             future.set_result(answer)
@@ -85,7 +89,7 @@ class FakeTarget:
 class FakeLink:
     def __init__(self, target: FakeTarget) -> None:
         self.peer = target.name
-        self.between_gpus = False
+        self.between_gpus = target.between_gpus
         self.target = target
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
