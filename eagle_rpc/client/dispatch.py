@@ -4,7 +4,6 @@ The thread owns all state and only reacts: to requests, to answers, to time. Cal
 """
 
 import functools
-import heapq
 import itertools
 import logging
 import queue
@@ -26,6 +25,7 @@ from eagle_rpc.errors import (
     TargetBusy,
     TargetDraining,
     TargetFailed,
+    TargetOutOfMemory,
     TargetUnavailable,
     UnknownSession,
     WaitTimeout,
@@ -39,7 +39,7 @@ _TICK = 0.1
 _REPORT_SECONDS = 5.0
 # A request is given up after this many request time-outs; time without any target does not count.
 _PATIENCE = 3
-# A target that raises may be ill alone; a second one that raises as well says that the request is at fault.
+# A target that raises may be ill alone; another one that raises as well says that the request is at fault.
 _MAX_FAILURES = 2
 # Seconds between two looks of a waiting caller at whether there is still something to wait for.
 _LOOK_SECONDS = 0.5
@@ -58,7 +58,7 @@ class Dispatcher:
         self._router = Router(offset=settings.index)
         self._numbers = itertools.count()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: list[Ticket] = []  # heap
+        self._waiting: set[Ticket] = set()
         self._under_way: set[Ticket] = set()
         self._heartbeats = Heartbeats(fleet, settings, wake=self.wake, when_lost=self._lose)
         self._unavailable_since: float | None = None
@@ -105,7 +105,7 @@ class Dispatcher:
     # --- the thread
 
     def _take_in(self, ticket: Ticket) -> None:
-        heapq.heappush(self._waiting, ticket)
+        self._waiting.add(ticket)
 
     def _run(self) -> None:
         try:
@@ -135,14 +135,16 @@ class Dispatcher:
             self._bear_absence(now)
 
     def _hand_out(self, usable: list[Replica], now: float) -> None:
-        while self._waiting:
-            replica = self._router.choose(usable, now)
-            if replica is None:
-                return
-            ticket = heapq.heappop(self._waiting)
+        for ticket in sorted(self._waiting):
             # A silent replica may have answered after all, or be about to.
             if ticket.settled or not all(one.silent for one in ticket.attempts):
+                self._waiting.discard(ticket)
                 continue
+            untried = [replica for replica in usable if replica not in ticket.let_down_by]
+            replica = self._router.choose(untried or usable, now)
+            if replica is None:
+                continue
+            self._waiting.discard(ticket)
             attempt = replica.send(ticket.id, ticket.tokens)
             ticket.attempts[replica] = attempt
             self._under_way.add(ticket)
@@ -177,16 +179,28 @@ class Dispatcher:
                 self._fleet.renew(replica, session)
             case ConnectionLost() | StaleIncarnation():
                 self._lose(replica, error)
-            case WaitTimeout() | RequestExpired():
+            case WaitTimeout():
+                ticket.let_down_by.add(replica)
+                self._bear_timeout(replica, error)
+            case RequestExpired():
                 if not ticket.settled:
                     logger.warning("%s", error)
-            case TargetFailed():
+            case TargetFailed() | TargetOutOfMemory():
+                ticket.let_down_by.add(replica)
                 ticket.failures += 1
                 if ticket.failures >= _MAX_FAILURES:
                     ticket.fail(error)
             case _:
                 ticket.fail(error)
         self._ask_again(ticket, error)
+
+    def _bear_timeout(self, replica: Replica, error: EagleRpcError) -> None:
+        """The replica loses its share; a sole one from which nothing arrives any more is connected anew, as it may be the way."""
+        logger.warning("%s", error)
+        replica.seconds_per_request = max(replica.seconds_per_request or 0.0, self._settings.request_timeout)
+        others = any(one.usable for one in self._fleet.replicas() if one is not replica)
+        if self._fleet.may_return and not others and replica.seconds_without_answer >= self._settings.request_timeout:
+            self._lose(replica, error)
 
     def _ask_again(self, ticket: Ticket, error: EagleRpcError) -> None:
         if ticket.settled or ticket.attempts:
@@ -200,7 +214,7 @@ class Dispatcher:
         else:
             if not isinstance(error, TargetBusy):
                 self.num_failovers += 1
-            heapq.heappush(self._waiting, ticket)
+            self._waiting.add(ticket)
 
     def _lose(self, replica: Replica, error: EagleRpcError) -> None:
         """The replica is gone; what it owed is asked elsewhere."""
@@ -217,14 +231,13 @@ class Dispatcher:
                     self._settle(ticket, replica, attempt)
             if ticket.attempts and all(replica.silent for replica in ticket.attempts) and ticket not in self._waiting:
                 self.num_failovers += 1
-                heapq.heappush(self._waiting, ticket)
+                self._waiting.add(ticket)
 
     def _abandon(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             ticket.fail(RequestExpired(f"request {ticket.id} was abandoned"))
             self._cancel_elsewhere(ticket)
-        self._waiting = [ticket for ticket in self._waiting if not ticket.settled]
-        heapq.heapify(self._waiting)
+        self._waiting = {ticket for ticket in self._waiting if not ticket.settled}
 
     def _cancel_elsewhere(self, ticket: Ticket) -> None:
         for replica in list(ticket.attempts):

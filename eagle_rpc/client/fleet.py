@@ -137,6 +137,8 @@ class Fleet:
             known = [incarnation for incarnation, one in self._replicas.items() if one is replica]
             for incarnation in known:
                 del self._replicas[incarnation]
+            # What it still owes is asked elsewhere.
+            replica.silent = True
             self.last_loss = str(error)
         if known:
             logger.warning("%s", error)
@@ -211,6 +213,7 @@ class Fleet:
             if self._registry_lost:
                 logger.info("targets are looked up again")
             self._registry_lost = False
+        self._drop_superseded(addresses)
         now = time.monotonic()
         with self._changed:
             self._addresses = addresses
@@ -223,6 +226,16 @@ class Fleet:
                 self._busy.add(address.incarnation)
                 threading.Thread(target=self._bring_in, args=(address,), name=f"bring in {address.name}", daemon=True).start()
 
+    def _drop_superseded(self, addresses: Sequence[TargetAddress]) -> None:
+        """Another process serves under the name of a replica: RPC finds peers by name, so calls to the old one would reach it."""
+        serving = {address.name: address.incarnation for address in addresses}
+        with self._changed:
+            superseded = [
+                replica for incarnation, replica in self._replicas.items() if serving.get(replica.name, incarnation) != incarnation
+            ]
+        for replica in superseded:
+            self.drop(replica, StaleIncarnation(f"{replica.name} is another process now, incarnation {serving[replica.name][:8]}"))
+
     def _bring_in(self, address: TargetAddress) -> None:
         """Connects a target, or opens the session at one that is connected."""
         try:
@@ -230,6 +243,14 @@ class Fleet:
             if self._spec is not None and replica.session is None and not self._closing.is_set():
                 replica.open_session(self._spec)
                 logger.info("session open at %s, %d requests at a time", replica.name, replica.session.credits)
+                if replica.session.lease <= self._settings.silence:
+                    logger.warning(
+                        "%s ends a session after %g s without a heartbeat, which is not more than rpc.heartbeat_interval x "
+                        "rpc.heartbeat_misses = %g s",
+                        replica.name,
+                        replica.session.lease,
+                        self._settings.silence,
+                    )
         except _FINAL as error:
             self._refuse(address, error)
         except EagleRpcError as error:
@@ -246,7 +267,7 @@ class Fleet:
         """Raises `TargetMismatch` unless it holds the model that the draft expects and that the other replicas have."""
         link = self._membership.connect(address, SERVICE_NAME)
         try:
-            replica = Replica(address.name, link, request_timeout=self._settings.request_timeout)
+            replica = Replica(address.name, link, request_timeout=self._settings.request_timeout, stop=self._stop)
             self._expected.check(replica.info)
             with self._changed:
                 self.info = self.info or replica.info

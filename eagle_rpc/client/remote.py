@@ -52,7 +52,11 @@ class RemoteEagle3TargetModel:
         self._seconds_waited = 0.0
         self._fleet = Fleet(membership, expected, settings, stop)
         self._dispatcher = Dispatcher(self._fleet, settings, stop)
-        self._info = self._fleet.connect()
+        try:
+            self._info = self._fleet.connect()
+        except BaseException:
+            self.close()
+            raise
 
     def model_info(self) -> ModelInfo:
         return self._info

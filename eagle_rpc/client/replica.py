@@ -1,6 +1,7 @@
 """One target as a trainer sees it: the link, this trainer's session there, and how it has been doing."""
 
 import logging
+import threading
 import time
 from dataclasses import replace
 from functools import cached_property
@@ -32,7 +33,8 @@ class Attempt(NamedTuple):
 class Replica:
     """One incarnation of a target. Every call is bounded; refusals arrive as the exceptions of their codes."""
 
-    def __init__(self, name: str, link: Link, *, request_timeout: float) -> None:
+    def __init__(self, name: str, link: Link, *, request_timeout: float, stop: threading.Event) -> None:
+        """`stop`: once set, nothing is waited for any longer."""
         self.name = name
         self.link = link
         self.info: ModelInfo = unwrap(link.control("model_info", timeout=CONTROL_TIMEOUT).result(), sender=name)
@@ -41,9 +43,10 @@ class Replica:
         self.silent = False
         self.not_before = 0.0  # time.monotonic until which it has asked not to be asked
         self.seconds_per_request: float | None = None  # at the target, without waiting for the requests before
-        self._last_answer = 0.0
+        self._last_answer = time.monotonic()
         self._under_way: dict[str, float] = {}  # request id -> when it was sent
         self._request_timeout = request_timeout
+        self._stop = stop
 
     @property
     def usable(self) -> bool:
@@ -54,6 +57,11 @@ class Replica:
     def state(self) -> str:
         """In one word, for people."""
         return "silent" if self.silent else "draining" if self.draining else "serving" if self.session else "connecting"
+
+    @property
+    def seconds_without_answer(self) -> float:
+        """Since the last request was answered, or since the connection was made."""
+        return time.monotonic() - self._last_answer
 
     @property
     def num_outstanding(self) -> int:
@@ -146,5 +154,5 @@ class Replica:
             self.link.control("cancel", self.session.id, request_ids, timeout=CONTROL_TIMEOUT)
 
     def _fetch(self, method: str, *arguments: Any) -> Any:
-        reply = self.link.call(method, *arguments, what=method, timeout=self._request_timeout).result()
-        return unwrap(reply, sender=self.name)
+        call = self.link.call(method, *arguments, what=method, timeout=self._request_timeout)
+        return unwrap(call.result(unless=lambda: self.silent or self._stop.is_set()), sender=self.name)

@@ -17,6 +17,7 @@ class Ticket:
         self.tokens = tokens
         self.deadline = time.monotonic() + patience
         self.failures = 0
+        self.let_down_by: set[Replica] = set()  # asked again only where nobody else is left
         self.attempts: dict[Replica, Attempt] = {}
         self._answered = threading.Event()
         self._reply: EncodedSupervision | None = None

@@ -44,7 +44,7 @@ def check(config: Config) -> None:
         for path in paths:
             _require(config, path, holds, rule)
     _require(config, "rpc.worker_threads", lambda value: value > 1, "must be at least 2")
-    _require(config, "rpc.transports", lambda value: len(value) > 0, "must name at least one transport")
+    _require(config, "rpc.transports", lambda value: value[-1:] == ["uv"], "must end with uv, which has an address to check")
     _require(config, "rpc.registry", lambda value: ADDRESS.fullmatch(value) is not None, "must be host:port")
     _require(config, "draft.step_decay", lambda value: 0 < value <= 1, "must lie in (0, 1]")
     _require(config, "data.validation_share", lambda value: 0 <= value < 1, "must lie in [0, 1)")

@@ -101,7 +101,8 @@ class RpcConfig:
     worker_threads: int = 4
     """RPC handler threads of each worker (> 1: a handler may wait for another)."""
     transports: list[str] = field(default_factory=lambda: ["uv"])
-    """TensorPipe transports. `shm` is faster on large hosts but burns a core while idle."""
+    """TensorPipe transports, `uv` last: its address is the one that peers are told. `shm` before it is faster on large hosts
+    but burns a core while idle."""
     channels: list[str] = field(default_factory=list)
     """TensorPipe channels; empty: `basic`, and whatever torch chooses for a worker with a GPU. `mpt_uv` uses several connections
     between hosts. `cma` copies from the sender's memory, which torch may have freed if the connection breaks meanwhile."""

@@ -11,7 +11,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from eagle_rpc.config import Config
-from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
 from eagle_rpc.report import setup_logging
 from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import RunDirectory
@@ -33,10 +33,10 @@ def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None
 
 @contextlib.contextmanager
 def ended_by(stop: threading.Event) -> Iterator[None]:
-    """An error after `stop` was set says only what the worker was waiting for when it was told to stop."""
+    """A wait that fails after `stop` was set says only what the worker was waiting for; any other error is one."""
     try:
         yield
-    except EagleRpcError as error:
+    except (ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout) as error:
         if not stop.is_set():
             raise
         logger.warning("stopped while it waited: %s", error)

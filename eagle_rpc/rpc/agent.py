@@ -80,16 +80,12 @@ register_rendezvous_handler(_SCHEME, _rendezvous)
 
 
 def listens(url: str) -> bool:
-    """Whether this process still accepts connections at the agent's `url` (`transport://host:port`, several joined by `;`).
+    """Whether this process still accepts connections at the agent's `url` (`transport://host:port`).
 
     TensorPipe closes its listener for good when a peer connects and leaves before it has said anything, as a port scan does.
     """
-    return all(_is_taken(part.split("://")[-1]) for part in url.split(";") if "://" in part)
-
-
-def _is_taken(address: str) -> bool:
-    """Whether somebody listens there; with address reuse, connections that were accepted there do not count."""
-    host, _, port = address.rpartition(":")
+    host, _, port = url.partition("://")[2].rpartition(":")
+    # With address reuse, connections that were accepted there do not count.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -100,7 +96,7 @@ def _is_taken(address: str) -> bool:
 
 
 def check_bound_address(url: str, address: str) -> None:
-    """Raises `ConfigError` unless the agent's `url` (`transport://host:port`, several joined by `;`) is on `address`."""
-    hosts = {part.split("://")[-1].rsplit(":", 1)[0] for part in url.split(";") if "://" in part}
-    if hosts != {address}:
-        raise ConfigError(f"rpc.interface has address {address}, but RPC listens on {', '.join(sorted(hosts))}")
+    """Raises `ConfigError` unless the agent's `url` (`transport://host:port`) is on `address`."""
+    host = url.partition("://")[2].rpartition(":")[0]
+    if host != address:
+        raise ConfigError(f"rpc.interface has address {address}, but RPC listens on {host}")

@@ -12,6 +12,8 @@ from eagle_rpc.rpc.failures import classify
 
 # torch marks a call as timed out itself; ours is the second fence, for a future that nobody ever completes.
 _GRACE_SECONDS = 5.0
+# Seconds between two looks at whether the answer is still wanted.
+_LOOK_SECONDS = 0.2
 
 
 class PendingCall:
@@ -35,10 +37,16 @@ class PendingCall:
         """Calls `callback` from a thread of torch when the answer or torch's own error is there; it must not wait."""
         self._future.add_done_callback(lambda _: callback())
 
-    def result(self) -> Any:
-        """The remote value. Raises `WaitTimeout`, `ConnectionLost`, or `TargetFailed` for what the peer raised."""
-        if not self._done.wait(max(0.0, self._deadline - time.monotonic())):
-            raise WaitTimeout(f"{self._peer} did not answer {self._what} within {self._timeout:.0f} s")
+    def result(self, unless: Callable[[], bool] = lambda: False) -> Any:
+        """The remote value. Raises `WaitTimeout`, `ConnectionLost`, or `TargetFailed` for what the peer raised.
+
+        The wait ends early with `WaitTimeout` once `unless` holds.
+        """
+        while not self._done.wait(min(_LOOK_SECONDS, max(0.0, self._deadline - time.monotonic()))):
+            if time.monotonic() >= self._deadline:
+                raise WaitTimeout(f"{self._peer} did not answer {self._what} within {self._timeout:g} s")
+            if unless():
+                raise WaitTimeout(f"{self._peer} had not answered {self._what} when it was given up")
         try:
             return self._future.wait()
         except Exception as error:  # noqa: BLE001 - torch raises whatever class the peer raised

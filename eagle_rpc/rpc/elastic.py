@@ -141,6 +141,7 @@ class ElasticMembership:
     def _let_go(self, living: Collection[int]) -> None:
         """Has torch close what it still holds of peers that have gone since the last one came."""
         with self._lock:
+            self._nudged.difference_update(living)
             gone = [name for name, worker_id in self._table.items() if worker_id not in living and worker_id not in self._nudged]
             self._nudged.update(self._table[name] for name in gone)
         for name in gone:

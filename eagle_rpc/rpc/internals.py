@@ -58,7 +58,7 @@ def agent_options(init_method: str, config: RpcConfig, *, cuda: bool) -> rpc.Ten
 
 
 def bound_url(name: str) -> str:
-    """Where the running agent listens, which has that RPC name: `transport://host:port`, several joined by `;`."""
+    """Where the running agent listens, which has that RPC name: `transport://host:port` of the last of its transports."""
     return api._get_current_rpc_agent().store.get(f"addrs/{name}").decode()
 
 

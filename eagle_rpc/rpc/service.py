@@ -71,10 +71,12 @@ class Link:
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
         """A call that carries tensors; `what` names it in errors."""
-        if self._rref is None:
+        # Another thread may release it meanwhile.
+        rref = self._rref
+        if rref is None:
             return self._call_by_name(self._data, what, timeout, call_hosted, self._service, method, *arguments)
         try:
-            future = getattr(self._rref.rpc_async(timeout=timeout), method)(*arguments)
+            future = getattr(rref.rpc_async(timeout=timeout), method)(*arguments)
         except RuntimeError as error:
             future = _failed(error)
         return PendingCall(future, peer=self.peer, what=what, timeout=timeout)

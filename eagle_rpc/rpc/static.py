@@ -22,7 +22,8 @@ from eagle_rpc.topology import Cast, DevicePlan, World
 
 logger = logging.getLogger(__name__)
 
-_PARTED = "parted"
+# How the agents of the job end: the key, and its values.
+_END, _TOGETHER, _ALONE = "end", "together", "alone"
 _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 10.0
 
@@ -70,12 +71,16 @@ class StaticMembership:
         self.store.set(f"{self.cast.me.name}/{event}", "1")
 
     def part(self) -> None:
-        """This worker will leave before the others: from now on nobody's end waits for anybody."""
-        self.store.set(_PARTED, "1")
+        """This worker may leave before the others: nobody's end waits for anybody, unless somebody's does already."""
+        self._decide_end(_ALONE)
 
-    @property
-    def parted(self) -> bool:
-        return self.store.check([_PARTED])
+    def ends_together(self) -> bool:
+        """Whether this worker's end waits for the others', as from now on every worker's does if nobody has parted."""
+        return self._decide_end(_TOGETHER) == _TOGETHER
+
+    def _decide_end(self, wish: str) -> str:
+        """The first wish counts for all: ends of two kinds would wait for each other in vain."""
+        return self.store.compare_set(_END, "", wish).decode()
 
     def marked(self, names: tuple[str, ...], event: str) -> bool:
         """Whether all `names` have marked `event`."""
@@ -127,7 +132,7 @@ def join_static(
         logger.info("joined %s over %s", ", ".join(cast.names), config.interface)
         membership = StaticMembership(cast, store, config, devices)
         yield membership
-        agent.graceful = not membership.parted
+        agent.graceful = membership.ends_together()
 
 
 def attempt_store(world: World, *, timeout: float) -> dist.Store:

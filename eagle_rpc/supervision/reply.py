@@ -53,10 +53,13 @@ def failure_of(error: errors.EagleRpcError) -> Failure:
 
 
 def unwrap(reply: Reply, *, sender: str) -> Any:
-    """The value, or the exception that the failure's code stands for, with the sender's name before the message."""
+    """The value, or the exception that the failure's code stands for, with the sender's name before the message.
+
+    A code that only newer targets have is a `TargetFailed`.
+    """
     if isinstance(reply, Ok):
         return reply.value
-    error = _ERROR_OF_CODE[reply.code](f"{sender}: {reply.message}")
+    error = _ERROR_OF_CODE.get(reply.code, errors.TargetFailed)(f"{sender}: {reply.message}")
     if isinstance(error, errors.TargetBusy) and reply.retry_after is not None:
         error.retry_after = reply.retry_after
     raise error

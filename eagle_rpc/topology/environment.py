@@ -84,6 +84,8 @@ def prepare_environment() -> None:
 
 
 def bind_to_interface(interface: str) -> None:
-    """Makes TensorPipe and gloo of this process listen on one interface; call before either starts."""
+    """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call before any of them starts."""
     os.environ["TP_SOCKET_IFNAME"] = interface
     os.environ["GLOO_SOCKET_IFNAME"] = interface
+    # NCCL takes names as prefixes, and leaves the loopback out, unless told that they are exact.
+    os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"

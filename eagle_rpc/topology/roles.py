@@ -80,6 +80,11 @@ def assign_elastic_roles(role: Role, topology: TopologyConfig, world: World) -> 
 
 def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
     if world.role_name == "default":
+        if world.num_agents > 1:
+            raise ConfigError(
+                f"torchrun --role must be target or trainer with several agents, got {world.num_agents} agents without it: "
+                "which host is which would depend on who came first"
+            )
         if world.rank < topology.targets:
             return Role.target, world.rank
         return Role.trainer, world.rank - topology.targets

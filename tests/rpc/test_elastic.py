@@ -206,9 +206,8 @@ def test_another_process_at_a_known_address_is_found_out_on_the_first_call(servi
     _, incarnation = service.target("target0")
     trainer = service.start(meet_an_impostor, "trainer0")
     assert trainer.receive() == "joined"
-    while not (real := [one for one in registry.client.living() if one.status.get("draining") is False]):
-        pass
-    fields = {name: getattr(real[0], name) for name in Record.__dataclass_fields__}
+    real = until_serving(registry)
+    fields = {name: getattr(real, name) for name in Record.__dataclass_fields__}
     registry.client.announce(Record(**{**fields, "name": "target9", "incarnation": "0" * 32}))
     trainer.send("announced")
     seen = trainer.receive()
@@ -260,8 +259,7 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
 def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Registry):
     wide = tiny_target_config(random={**TINY_LLAMA, "vocab_size": 200_000, "hidden_size": 256, "tie_word_embeddings": True})
     service.start(serve_target, "target0", wide).receive()
-    while not any(one.status.get("draining") is False for one in registry.client.living()):
-        pass
+    until_serving(registry)
     num_arrived, num_bytes = service.start(beat_beside_bulk, "trainer0").receive()
     assert num_bytes == 200_000 * 256 * 4
     # On a connection of their own they wait for none of the four in flight, behind them each waits for all four.
@@ -269,7 +267,21 @@ def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Re
 
 
 def num_sockets(pid: int) -> int:
-    return sum(os.readlink(entry).startswith("socket:") for entry in Path(f"/proc/{pid}/fd").iterdir())
+    """The fewest of several looks: every beat at the registry opens one for a moment."""
+    return min(sum(link.startswith("socket:") for link in open_files(pid)) for _ in range(20))
+
+
+def open_files(pid: int) -> Iterator[str]:
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            yield os.readlink(entry)
+
+
+def until_serving(registry: Registry) -> Record:
+    """The record of a target once it says that it serves."""
+    while not (serving := [one for one in registry.client.living() if one.status.get("draining") is False]):
+        threading.Event().wait(0.02)
+    return serving[0]
 
 
 def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: Service, registry: Registry):
@@ -281,5 +293,5 @@ def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: 
         counts.append(num_sockets(target.process.pid))
         guest.process.kill()
         while len(registry.client.living()) > 1:
-            pass
+            threading.Event().wait(0.02)
     assert counts[-1] <= counts[1]

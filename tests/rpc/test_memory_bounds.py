@@ -35,7 +35,8 @@ REPLY_BYTES = NUM_TOKENS * 3 * HIDDEN * 4
 BOUND = 5 * REPLY_BYTES + MIB
 # One forward pass's own tensors, and what the allocator, torch and the connections keep.
 ALLOWANCE = REPLY_BYTES + 64 * MIB
-LEASE = 4.0
+# Two hundred sessions have to be opened and asked within it on a busy machine.
+LEASE = 8.0
 WAIT = 60.0
 
 
@@ -112,7 +113,7 @@ class Hosted:
         return status["queued"] == status["running"] == 0
 
     def _watch(self) -> None:
-        while not self._watching.wait(0.002):
+        while not self._watching.wait(0.005):
             status = self.status()
             self.peak = {name: max(peak, status[name]) for name, peak in self.peak.items()}
 

@@ -1,6 +1,8 @@
 """Several trainers whose small requests run together in one target, over real RPC."""
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,11 @@ def stream_all(link: Link, name: str, first_seed: int, address: str, token: byte
         link.send([{name: tensor.numpy() for name, tensor in tensors_of(batch).items()} for batch in batches])
 
 
+def status_of_target(registry: Registry) -> dict[str, Any]:
+    """As the newest beat tells it."""
+    return next(one.status for one in registry.client.living() if one.role == "target")
+
+
 def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Path):
     registry = Registry(tmp_path)
     workers = [Worker(serve_tiny_target, "target0", registry.address, registry.token)]
@@ -38,10 +45,13 @@ def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Pat
         for trainer in workers[1:]:
             trainer.send("go")
         answers = [trainer.receive() for trainer in workers[1:]]
+        while (status := status_of_target(registry))["requests"].get("ok", 0) < NUM_TRAINERS * NUM_BATCHES:
+            threading.Event().wait(0.02)
     finally:
         for worker in workers:
             worker.end()
         registry.end()
+    assert status["passes"] < NUM_TRAINERS * NUM_BATCHES, "nothing ran together"
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
     alone = ColocatedEagle3TargetModel(target, tiny_target_config(), encoding="hidden", rows="position_mask")
     alone.open_session(tiny_mapping())

@@ -39,6 +39,7 @@ class FakeTarget:
         self.dies_at: int | None = None  # the request with which it dies
         self.sessions: list[str] = []
         self.refuse: Callable[[str], Any] = lambda method: None  # a reply instead of the server's, or None
+        self.sticks_at: str | None = None  # a method that never answers; the request does not arrive
         self.held: list[tuple[Future, Callable[[], Any]]] | None = None  # calls that wait until `release`
 
     def call(self, method: str, *arguments: Any) -> Future:
@@ -86,6 +87,14 @@ class FakeTarget:
             future.set_result(reply)
 
 
+def timed_out(seconds: float) -> Future:
+    """What torch makes of a call that nobody answers."""
+    future: Future = Future()
+    error = RuntimeError(f"RPCErr:1:RPC ran for more than set timeout ({seconds} s)")
+    threading.Timer(seconds, future.set_exception, [error]).start()
+    return future
+
+
 class FakeLink:
     def __init__(self, target: FakeTarget) -> None:
         self.peer = target.name
@@ -93,7 +102,8 @@ class FakeLink:
         self.target = target
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
-        return PendingCall(self.target.call(method, *arguments), peer=self.peer, what=what, timeout=timeout)
+        future = timed_out(timeout) if method == self.target.sticks_at else self.target.call(method, *arguments)
+        return PendingCall(future, peer=self.peer, what=what, timeout=timeout)
 
     def control(self, method: str, *arguments: Any, timeout: float) -> PendingCall:
         return PendingCall(self.target.call(method, *arguments), peer=self.peer, what=method, timeout=timeout)
@@ -106,6 +116,7 @@ class FakeMembership:
         self.elastic = elastic
         self.known = list(targets)
         self.num_lost = 0
+        self.when_connected: Callable[[], None] = lambda: None
 
     def targets(self) -> list[TargetAddress]:
         return [
@@ -118,6 +129,7 @@ class FakeMembership:
         target = next(one for one in self.known if f"{one.name}-{id(one)}" == address.incarnation)
         if not target.alive:
             raise ConnectionLost(f"{target.name} is gone")
+        self.when_connected()
         return FakeLink(target)
 
     def leave(self, link: FakeLink, *, lost: bool) -> None:

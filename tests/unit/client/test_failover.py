@@ -76,7 +76,7 @@ def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
 
 def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
-    backend = opened(FakeMembership(target), reconnect_deadline=0.3)
+    backend = opened(FakeMembership(target), reconnect_deadline=2.0)
     target.die()
     with pytest.raises(
         TargetUnavailable, match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0"
@@ -111,7 +111,8 @@ def test_a_draining_target_gets_nothing_new(opened: Any, server: TargetModelServ
     draining, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(draining, other))
     until_both_serve(backend)
-    refusals = {"generate": Failure("draining", "shutting down"), "heartbeat": Ok(Pulse(incarnation="", draining=True))}
+    incarnation = server.model_info().value.incarnation
+    refusals = {"generate": Failure("draining", "shutting down"), "heartbeat": Ok(Pulse(incarnation=incarnation, draining=True))}
     draining.refuse = refusals.get
     check_stream(backend, expected, {})
     asked = draining.num_requests
@@ -126,19 +127,60 @@ def test_a_lapsed_session_is_opened_again(opened: Any, server: TargetModelServer
     assert len(target.sessions) == 3
 
 
+@pytest.mark.parametrize("failure", [Failure("failed", "CUDA error"), Failure("out_of_memory", "want of memory")])
 def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_raise_is_given_up(
-    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], failure: Failure
 ):
     ill, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(ill, other))
     until_both_serve(backend)
-    failures = iter([Failure("failed", "CUDA error")])
-    ill.refuse = lambda method: next(failures, None) if method == "generate" else None
-    check_stream(backend, expected, {})
+    ill.refuse = lambda method: failure if method == "generate" else None
+    for _ in range(3):
+        check_stream(backend, expected, {})
+    assert ill.num_requests > 1
     for target in (ill, other):
         target.refuse = lambda method: Failure("failed", "always") if method == "generate" else None
     with pytest.raises(TargetFailed, match="always"):
         list(backend.stream([tiny_batch(0)]))
+
+
+def test_what_a_target_does_not_answer_in_time_is_asked_of_another(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
+    stuck, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(stuck, other), request_timeout=0.3, heartbeat_misses=10_000)
+    until_both_serve(backend)
+    stuck.sticks_at = "generate"
+    check_stream(backend, expected, {})
+    stuck.sticks_at = None
+    check_stream(backend, expected, {})
+    assert backend.status()["failovers"] > 0
+    assert stuck.num_requests == 0, "it has lost its share"
+
+
+def test_a_sole_target_from_which_nothing_arrives_is_connected_anew(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
+    target = FakeTarget("target0", server)
+    membership = FakeMembership(target)
+    backend = opened(membership, request_timeout=0.3, heartbeat_misses=10_000)
+    target.sticks_at = "generate"
+    membership.when_connected = lambda: setattr(target, "sticks_at", None)
+    check_stream(backend, expected, {})
+    assert membership.num_lost == 1
+
+
+def test_a_target_that_another_process_replaces_is_dropped(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+):
+    stopped = FakeTarget("target0", server)
+    membership = FakeMembership(stopped)
+    backend = opened(membership)
+    stopped.hold()
+    membership.known = [FakeTarget("target0", server)]
+    check_stream(backend, expected, {})
+    until(lambda: "target0 is another process now" in caplog.text)
+    assert [one["state"] for one in backend.status()["targets"]] == ["serving"]
 
 
 def test_a_target_that_joins_later_takes_its_share(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
@@ -170,6 +212,21 @@ def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
 def test_static_replicas_of_different_weights_are_refused(server: TargetModelServer, foreign_server: TargetModelServer):
     with pytest.raises(TargetMismatch, match="must serve the same model"):
         remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
+
+
+def test_embeddings_are_not_waited_for_where_a_target_has_fallen_silent(opened: Any, server: TargetModelServer):
+    stopped, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(stopped, other), heartbeat_misses=4, request_timeout=1000.0)
+    until_both_serve(backend)
+    stopped.hold()
+    assert backend.input_embeddings().equal(server.input_embeddings().value)
+
+
+def test_a_client_that_finds_no_target_of_its_draft_leaves_no_thread(server: TargetModelServer, foreign_server: TargetModelServer):
+    before = set(threading.enumerate())
+    with pytest.raises(TargetMismatch):
+        remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
+    until(lambda: set(threading.enumerate()) <= before)
 
 
 def test_embeddings_come_from_a_target_that_can_give_them(opened: Any, server: TargetModelServer):

@@ -95,9 +95,9 @@ def test_equal_mappings_are_held_once_and_as_long_as_they_are_used(server):
 
 
 def test_the_server_looks_after_its_leases_by_itself(model):
-    server = TargetModelServer(HFEagle3TargetModel(model), config(session_lease=0.05))
-    session, gone = open_session(server), threading.Event()
+    server, gone = TargetModelServer(HFEagle3TargetModel(model), config(session_lease=0.05)), threading.Event()
     server._sessions.close_silent = noticed(server._sessions.close_silent, gone)
+    session = open_session(server)
     assert gone.wait(WAIT)
     assert server.heartbeat(session).code == "unknown_session"
     assert server.close() == Ok(True)

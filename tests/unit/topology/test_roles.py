@@ -74,6 +74,7 @@ def test_single_is_both_roles():
             "needs 1 workers with --role target, got 2",
         ),
         (TopologyConfig(targets=1, trainers=2), {"num_agents": 2, "max_restarts": 1}, "got 1 with 2 agents"),
+        (TopologyConfig(targets=1, trainers=2), {"num_agents": 2}, "with several agents, got 2 agents without it"),
     ],
 )
 def test_workers_that_do_not_fit_are_refused_with_the_numbers(topology: TopologyConfig, changes: dict[str, object], message: str):
