@@ -56,6 +56,13 @@ class DType(Enum):
     float16 = "float16"
 
 
+class CompileMode(Enum):
+    """Modes of `torch.compile` that keep several shapes and captured outputs apart; the second tries matrix kernels for minutes."""
+
+    default = "default"
+    max_autotune = "max-autotune-no-cudagraphs"
+
+
 class PromptSource(Enum):
     """Where the prompts of `regenerate.prompts` and `evaluate.prompts` come from when the files are absent."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from eagle_rpc.config.choices import (
+    CompileMode,
     DraftLoss,
     DType,
     Encoding,
@@ -118,6 +119,12 @@ class TargetConfig:
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the local rank's GPU where there is one."""
     attention: str = "sdpa"
     """Attention implementation of transformers."""
+    compile_shapes: list[str] = field(default_factory=list)
+    """Shapes, `BxT` each, that decoder layers are compiled for at the start; empty: nothing is compiled. Batches are cut and padded to
+    them, so name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
+    compile_packed: bool = False
+    """Compile the form for packed chats as well, in twice the time; without it a compiled target refuses them."""
+    compile_mode: CompileMode = CompileMode.default
     aux_layer_ids: list[int] | None = None
     """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
     max_length: int | None = None
