@@ -132,7 +132,9 @@ class TargetConfig:
     max_batch_tokens: int = 65536
     """Largest B x T of one request (> 0)."""
     chunk_rows: int = 512
-    """Rows that are projected onto the whole vocabulary at a time (> 0)."""
+    """Rows that are projected onto the whole vocabulary at a time (> 0); more of them keep a large GPU busier."""
+    fused_rows: bool = False
+    """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one kernel, without an fp32 copy."""
     max_queued_requests: int = 64
     """Requests that wait for the forward thread at most (> 0)."""
     max_queued_per_session: int = 16

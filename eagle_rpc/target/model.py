@@ -17,7 +17,15 @@ from transformers import PreTrainedModel
 from eagle_rpc.config.choices import CompileMode
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.supervision import DraftHead, ModelInfo, TargetOutput, tokenizer_fingerprint, weights_fingerprint
+from eagle_rpc.supervision import (
+    DraftHead,
+    ModelInfo,
+    TargetOutput,
+    read_rows,
+    read_rows_fused,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_base, find_decoder_layers, run_base
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
@@ -33,8 +41,15 @@ class HFEagle3TargetModel:
     Safe to call from several threads: forward passes run one at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, *, tokenizer: Any | None = None, aux_layer_ids: Sequence[int] | None = None):
-        """Runs eager; `compile` changes that.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: Any | None = None,
+        aux_layer_ids: Sequence[int] | None = None,
+        fused_rows: bool = False,
+    ):
+        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`.
 
         Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
         """
@@ -48,6 +63,7 @@ class HFEagle3TargetModel:
         self._tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
         self._own_head = OwnHead(model)
+        self._read_rows = read_rows_fused if fused_rows else read_rows
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
@@ -60,7 +76,7 @@ class HFEagle3TargetModel:
     ) -> "HFEagle3TargetModel":
         """The target that the configuration describes; errors as of `load_model` and the constructor."""
         model, tokenizer = load_model(config, device, cache_dir=cache_dir, seed=seed)
-        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids)
+        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids, fused_rows=config.fused_rows)
         if config.compile_shapes:
             target.compile(config.compile_shapes, packed=config.compile_packed, mode=config.compile_mode)
         return target
@@ -111,7 +127,12 @@ class HFEagle3TargetModel:
                 last_hidden_BTH = run_base(self._base, input_ids, positions_BT, real_BT)
             else:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
-        return TargetOutput(aux_hidden_states=aux.states, last_hidden_state=last_hidden_BTH, project=self._own_head.project)
+        return TargetOutput(
+            aux_hidden_states=aux.states,
+            last_hidden_state=last_hidden_BTH,
+            project=self._own_head.project,
+            read_rows=self._read_rows,
+        )
 
     def draft_head(self, selected_token_ids: Tensor) -> DraftHead:
         """The head's rows for K target ids, in tensors of their own; raises `UnsupportedTarget` if there is no such form."""
@@ -175,7 +196,13 @@ class HFEagle3TargetModel:
             tokenizer_fingerprint=None if self._tokenizer is None else tokenizer_fingerprint(self._tokenizer),
             weights_fingerprint=weights_fingerprint(self._model),
             incarnation=uuid.uuid4().hex,
-            form=f"{attention} attention, {'eager' if self._compiled is None else self._compiled.form}",
+            form=", ".join(
+                [
+                    f"{attention} attention",
+                    "eager" if self._compiled is None else self._compiled.form,
+                    *(["fused rows"] if self._read_rows is read_rows_fused else []),
+                ]
+            ),
         )
 
 
