@@ -120,7 +120,7 @@ def _read_chunk(output: Any, rows: Tensor, columns_K: Tensor | None) -> RowsRead
     if getattr(output, "logits", None) is not None:
         return read_rows(output.logits.flatten(0, 1)[rows], columns_K)
     logits_NV = output.project(output.last_hidden_state.flatten(0, 1)[rows + 1])
-    return output.read_rows(logits_NV, columns_K)
+    return getattr(output, "read_rows", read_rows)(logits_NV, columns_K)
 
 
 def decode_supervision(encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None) -> Eagle3TargetBatch:
