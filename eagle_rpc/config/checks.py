@@ -71,6 +71,8 @@ def check(config: Config) -> None:
         lambda value: value and all(PAIR.fullmatch(topology) for topology in value),
         "must name at least one topology, targets x trainers as in 1x2",
     )
+    # Those read a cache of a server of transformers' own.
+    _require(config, "target.attention", lambda value: not value.startswith("paged"), "must be an implementation without pages")
     _require(
         config,
         "target.compile_shapes",

@@ -18,6 +18,7 @@ from eagle_rpc.config.choices import (
     OnError,
     Overlong,
     PromptSource,
+    Quantization,
     Resume,
     Rows,
     VerifySide,
@@ -118,7 +119,9 @@ class TargetConfig:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the local rank's GPU where there is one."""
     attention: str = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers, without `paged|`; packages that it needs have to be installed."""
+    quantization: Quantization | None = None
+    """Quantises the weights of a stored model as they are loaded, all but head and embedding; null: as they are stored."""
     compile_shapes: list[str] = field(default_factory=list)
     """Shapes, `BxT` each, that decoder layers are compiled for at the start; empty: nothing is compiled. Batches are cut and padded to
     them, so name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
