@@ -81,30 +81,27 @@ class Bench:
             self._targets[system] = target
         return self._targets[system]
 
-    def run_of(self, system: str, tokens: TokenBatch, encoding: str) -> Callable[[], Any]:
+    def run_of(self, system: str, tokens: TokenBatch, encoding: str, chunk_rows: int) -> Callable[[], Any]:
         target = self.target(system)
         if system == "plain":
             member = self.mapping.t2d.to(self.device)
             arguments = (self.vocab.selected_token_ids, member, tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
             return torch.no_grad()(lambda: compute_supervision(target, *arguments))
-        chunk_rows = self.options.chunk_rows
         return lambda: supervise(target, tokens, self.vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)
 
-    def measure_size(self, size: tuple[int, int], share: float, encoding: str, system: str) -> None:
+    def measure_size(self, size: tuple[int, int], share: float, encoding: str, chunk_rows: int, system: str) -> None:
         tokens = full_batch(*size, self.model.config.vocab_size, share, self.device)
         name = {**self.name, "size": f"{size[0]}x{size[1]}", "system": system, "supervised_share": share}
-        name |= {"encoding": "probs", "supervised_share": 1.0} if system == "plain" else {"encoding": encoding}
+        name |= {"encoding": "probs"} if system == "plain" else {"encoding": encoding, "chunk_rows": chunk_rows}
         num_tokens = size[0] * size[1]
-        run = self.run_of(system, tokens, encoding)
+        run = self.run_of(system, tokens, encoding, chunk_rows)
         run()
         flops = flops_per_token(self.model, size[1], 1.0 if system == "plain" else share)
         figures = measure(run, num_tokens, flops, self.ceiling, slow=num_tokens > 4096, device=self.device)
         of_shapes = shape_ceiling(self.model, num_tokens, share, self.device)
         stages = {}
         if system != "plain":
-            found = stage_milliseconds(
-                self.target(system), tokens, self.vocab, encoding=encoding, chunk_rows=self.options.chunk_rows
-            )
+            found = stage_milliseconds(self.target(system), tokens, self.vocab, encoding=encoding, chunk_rows=chunk_rows)
             stages = {f"{stage}_ms": spent for stage, spent in found.items()}
         share_of_shapes = figures["tokens_per_second"] / of_shapes
         self.results.add(
@@ -120,7 +117,7 @@ class Bench:
             "packed": packed_mix(lengths, 4, longest, vocab_size, self.device),
         }
         for kind, mix in mixes.items():
-            runs = [self.run_of(system, tokens, "hidden") for tokens in mix.batches]
+            runs = [self.run_of(system, tokens, "hidden", self.options.chunk_rows[0]) for tokens in mix.batches]
             seconds = median_seconds(lambda runs=runs: [run() for run in runs], repeats=3, warmups=1, device=self.device)
             slots = sum(tokens.input_ids.numel() for tokens in mix.batches)
             self.results.add(
@@ -151,16 +148,16 @@ def main() -> None:
 
 def measure_model(shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
     bench = Bench(shape, attention, options, results, ceiling)
-    work = itertools.product(sizes_of(options.sizes), options.supervised, options.encodings, options.systems)
-    for size, share, encoding, system in work:
+    variants = list(itertools.product(options.supervised, options.encodings, options.chunk_rows))
+    for size, variant, system in itertools.product(sizes_of(options.sizes), variants, options.systems):
         # The reference knows one form, probabilities of all rows.
-        if system == "plain" and (encoding != options.encodings[0] or share != options.supervised[0]):
+        if system == "plain" and variant != variants[0]:
             continue
         try:
-            bench.measure_size(size, share, encoding, system)
+            bench.measure_size(size, *variant, system)
         except (torch.cuda.OutOfMemoryError, EagleRpcError) as error:
             failure = f"{type(error).__name__}: {error}"[:300]
-            results.add(**bench.name, size=f"{size[0]}x{size[1]}", system=system, encoding=encoding, failed=failure)
+            results.add(**bench.name, size=f"{size[0]}x{size[1]}", system=system, variant=variant, failed=failure)
     for system in options.systems if options.chats else []:
         if system != "plain":
             bench.measure_mix(system)
@@ -176,7 +173,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--encodings", nargs="+", default=["hidden"], choices=ENCODINGS)
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0], help="shares of the rows")
     parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers")
-    parser.add_argument("--chunk-rows", type=int, default=2048)
+    parser.add_argument("--chunk-rows", type=int, nargs="+", default=[2048])
     parser.add_argument("--compile-mode", default="default", choices=[mode.name for mode in CompileMode])
     parser.add_argument("--chats", type=int, default=0, help="of the mix of lengths; 0: none")
     parser.add_argument("--deliver", nargs="+", choices=ENCODINGS, help="encodings that go to a trainer process over RPC")

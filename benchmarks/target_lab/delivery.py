@@ -52,7 +52,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
             "overrides": [
                 *architecture_overrides("target.random", SHAPES[shape]),
                 f"target.attention={options.attention[0]}",
-                f"target.chunk_rows={options.chunk_rows}",
+                f"target.chunk_rows={options.chunk_rows[0]}",
                 f"target.fused_rows={fused}",
                 f"target.compile_shapes=[{options.deliver_size if compiled else ''}]",
                 f"target.compile_mode={options.compile_mode}",
