@@ -74,14 +74,14 @@ def load_model(
     """The frozen model on `device`, ready for forward passes, and its tokenizer.
 
     A random target has the same weights in every process and on every device for equal `seed` and `config.dtype`.
-    Raises `ConfigError` if the model cannot be found, is of an unknown kind, has no safetensors weights, or asks for attention or
+    Raises `ConfigError` if the model cannot be found, is of an unknown kind, has no safetensors weights, or needs attention or
     quantisation that this machine has not got.
     """
     started = time.monotonic()
     hf_config = load_target_config(config, cache_dir=cache_dir)
     dtype = getattr(torch, config.dtype.value)
     attention = exact_attention(hf_config, config.attention)
-    _check_attention(hf_config, attention)
+    _check_attention(hf_config, attention, dtype)
     quantised = is_quantised(config, hf_config)
     if config.random:
         model = _random_model(hf_config, attention, seed).to(dtype)
@@ -126,14 +126,16 @@ def _stored_model(
         raise ConfigError(f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}") from error
 
 
-def _check_attention(hf_config: PretrainedConfig, attention: str) -> None:
+def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.dtype) -> None:
     """Raises `ConfigError` for an implementation that transformers does not know, has not got, or cannot give this model."""
     if attention in ("eager", "sdpa"):
         return
     try:
         # A copy without memory: the error of a large model's own loading would come late and say less.
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), attn_implementation=attention, trust_remote_code=False)
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
     except (ImportError, OSError, ValueError) as error:
         raise ConfigError(
             f"target.attention must be an implementation that runs {hf_config.model_type} here, got {attention}: {error}"

@@ -84,7 +84,8 @@ class HFEagle3TargetModel:
     def compile(self, shapes: Sequence[str], *, packed: bool, mode: CompileMode) -> None:
         """From here on batches run through compiled decoder layers, cut and padded to `shapes` (`BxT`), which takes its time now.
 
-        Without `packed`, chats that share a row are refused. Raises `UnsupportedTarget` for layers that do not compile.
+        Comes before `model_info`, which tells of it. Without `packed`, chats that share a row are refused. Raises
+        `UnsupportedTarget` for layers that do not compile.
         """
         compiled = CompiledForward(self._base, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
         with self._forward_lock:
