@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 import torch
+from device_measuring import environment
 from torch import Tensor
-from trainer import environment
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
@@ -93,7 +93,7 @@ def main() -> None:
     }
     exact = torch.tensor(curves["reference_fp32"])
     distances = {name: float(((torch.tensor(curves[name]) - exact) / exact).abs().max()) for name in ("fused", "reference_bf16")}
-    content = {**environment(), "largest_relative_distance_to_reference_fp32": distances, "losses": curves}
+    content = {**environment(torch.device("cuda")), "largest_relative_distance_to_reference_fp32": distances, "losses": curves}
     (options.out / "loss_curve.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     for step in (0, 9, 49, 99, 199, 299):
         print(f"step {step + 1:3d} " + " ".join(f"{name} {curve[step]:.4f}" for name, curve in curves.items()))

@@ -10,16 +10,13 @@ DIR/trainer.json. Legend: B batch, T sequence, H hidden.
 import argparse
 import gc
 import itertools
-import json
-import platform
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from device_measuring import Results, kernel_times, matrix_ceiling, measure
 
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
@@ -38,7 +35,7 @@ SHAPES = {
 SYSTEMS = ("fused", "fused_recompute", "reference", "optimiser", "optimiser_recompute", "optimiser_accumulated")
 ACCUMULATED = 4
 STEPS, SUPERVISED_SHARE = 7, 0.9
-GIB = 2**30
+GPU = torch.device("cuda")
 
 
 def make_draft(shape: str) -> Eagle3Draft:
@@ -97,46 +94,6 @@ def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
     return 6 * (3 * hidden * hidden + STEPS * step) + STEPS * 6 * hidden * length
 
 
-def matrix_ceiling() -> float:
-    """TFLOP/s of a bf16 product of 8192 x 8192 matrices."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / median_seconds(lambda: left @ right, repeats=9, warmups=3) / 1e12
-
-
-def median_seconds(run: Callable[[], Any], *, repeats: int, warmups: int) -> float:
-    """Of one run on the GPU, by events around each."""
-    for _ in range(warmups):
-        run()
-    seconds = []
-    for _ in range(repeats):
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        run()
-        after.record()
-        torch.cuda.synchronize()
-        seconds.append(before.elapsed_time(after) / 1e3)
-    return statistics.median(seconds)
-
-
-def measure(run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *, slow: bool) -> dict[str, float]:
-    """Throughput of `run`, which has run before, and its peak of memory over what is there without it."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    resident = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    # Long runs vary little and cost GPU time.
-    seconds = median_seconds(run, repeats=3 if slow else 15, warmups=1 if slow else 3)
-    rate = tokens / seconds
-    return {
-        "milliseconds": 1e3 * seconds,
-        "tokens_per_second": rate,
-        "teraflops": rate * flops / 1e12,
-        "share_of_ceiling": rate * flops / 1e12 / ceiling,
-        "peak_gib_over_resident": (torch.cuda.max_memory_allocated() - resident) / GIB,
-        "resident_gib": resident / GIB,
-    }
-
-
 KINDS = (
     # Kind of kernel, and what its name holds; the first that fits counts.
     ("own slots", ("_own_slots",)),
@@ -149,44 +106,6 @@ KINDS = (
 )
 
 
-def kernel_times(run: Callable[[], Any]) -> tuple[dict[str, float], list[str]]:
-    """Milliseconds of one run by kind of kernel, and the kernels that take longest, one a line."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    times: dict[str, float] = {}
-    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-    for event in events:
-        kind = next((kind for kind, signs in KINDS if any(sign in event.key for sign in signs)), "other")
-        times[kind] = times.get(kind, 0.0) + event.self_device_time_total / 1e3
-    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
-    return times, [f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:110]}" for event in longest]
-
-
-def environment() -> dict[str, str]:
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "command": " ".join(sys.argv),
-    }
-
-
-class Results:
-    """Prints every figure as it comes and keeps the file whole, whatever ends the run."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._content: dict[str, Any] = {**environment(), "runs": []}
-
-    def add(self, **entry: Any) -> None:
-        self._content["runs"].append(entry)
-        self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -196,8 +115,8 @@ def main() -> None:
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
-    results = Results(options.out / "trainer.json")
-    ceiling = matrix_ceiling()
+    results = Results(options.out / "trainer.json", GPU)
+    ceiling = matrix_ceiling(GPU)
     results.add(ceiling_teraflops=ceiling)
     for shape, size, system in itertools.product(options.shapes, options.sizes, options.systems):
         name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
@@ -223,10 +142,10 @@ def measure_system(name: dict[str, str], options: argparse.Namespace, results: R
     first_seconds = time.monotonic() - started
     tokens = rows * length * micro_batches
     slow = tokens > 10000 or name["system"] == "reference"
-    figures = measure(run, tokens, flops_per_token(draft.config, length), ceiling, slow=slow)
+    figures = measure(run, tokens, flops_per_token(draft.config, length), ceiling, slow=slow, device=GPU)
     results.add(**name, first_run_seconds=first_seconds, **figures)
     if options.profile:
-        times, longest = kernel_times(run)
+        times, longest = kernel_times(run, KINDS)
         results.add(**name, kernel_milliseconds=times)
         print("\n".join(longest), flush=True)
 

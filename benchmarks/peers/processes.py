@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import select
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,23 @@ _BENCHMARKS = Path(__file__).parents[1]
 _START_TIMEOUT, _ANSWER_TIMEOUT, _END_TIMEOUT = 120.0, 300.0, 20.0
 # One thread each; large pages, which this package asks for itself, for the peer too.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "THP_MEM_ALLOC_ENABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def static_environment(rank: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for one of two workers of a job, whose store rank 0 hosts at `port`."""
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), "2"),
+        **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
+        **{"TORCHELASTIC_RUN_ID": "benchmark", "TORCHELASTIC_USE_AGENT_STORE": "False"},
+    }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Member
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
-TOPOLOGY = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+# Two positive numbers: targets x trainers, or sequences x tokens.
+PAIR = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 ADDRESS = re.compile(r"([^\s:]+):(\d{1,5})")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
@@ -67,8 +68,16 @@ def check(config: Config) -> None:
     _require(
         config,
         "job.verify_topologies",
-        lambda value: value and all(TOPOLOGY.fullmatch(topology) for topology in value),
+        lambda value: value and all(PAIR.fullmatch(topology) for topology in value),
         "must name at least one topology, targets x trainers as in 1x2",
+    )
+    # Those read a cache of a server of transformers' own.
+    _require(config, "target.attention", lambda value: not value.startswith("paged"), "must be an implementation without pages")
+    _require(
+        config,
+        "target.compile_shapes",
+        lambda value: all(PAIR.fullmatch(shape) for shape in value),
+        "must name shapes, sequences x tokens as in 4x2048",
     )
     _check_across(config)
 

@@ -56,6 +56,22 @@ class DType(Enum):
     float16 = "float16"
 
 
+class Quantization(Enum):
+    """How the target's weights are quantised as they are loaded, by transformers."""
+
+    fp8 = "fp8"  # fine-grained, a GPU of compute capability 8.9 or later
+    int8 = "int8"  # bitsandbytes, weights and activations
+    int8_weights = "int8_weights"  # torchao, weights only
+    nf4 = "nf4"  # bitsandbytes, weights only
+
+
+class CompileMode(Enum):
+    """Modes of `torch.compile` that keep several shapes and captured outputs apart; the second tries matrix kernels for minutes."""
+
+    default = "default"
+    max_autotune = "max-autotune-no-cudagraphs"
+
+
 class PromptSource(Enum):
     """Where the prompts of `regenerate.prompts` and `evaluate.prompts` come from when the files are absent."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from eagle_rpc.config.choices import (
+    CompileMode,
     DraftLoss,
     DType,
     Encoding,
@@ -17,6 +18,7 @@ from eagle_rpc.config.choices import (
     OnError,
     Overlong,
     PromptSource,
+    Quantization,
     Resume,
     Rows,
     VerifySide,
@@ -118,7 +120,15 @@ class TargetConfig:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the local rank's GPU where there is one."""
     attention: str = "sdpa"
-    """Attention implementation of transformers."""
+    """Attention implementation of transformers, without `paged|`; packages that it needs have to be installed."""
+    quantization: Quantization | None = None
+    """Quantises the weights of a stored model as they are loaded, all but head and embedding; null: as they are stored."""
+    compile_shapes: list[str] = field(default_factory=list)
+    """Shapes, `BxT` each, that decoder layers are compiled for at the start; empty: nothing is compiled. Batches are cut and padded to
+    them, so name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
+    compile_packed: bool = False
+    """Compile the form for packed chats as well, in twice the time; without it a compiled target refuses them."""
+    compile_mode: CompileMode = CompileMode.default
     aux_layer_ids: list[int] | None = None
     """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
     max_length: int | None = None
@@ -128,7 +138,9 @@ class TargetConfig:
     max_shared_tokens: int = 8192
     """Largest B x T, padding included, that small requests of sessions with `supervision.share_forward` run in together (> 0)."""
     chunk_rows: int = 512
-    """Rows that are projected onto the whole vocabulary at a time (> 0)."""
+    """Rows that are projected onto the whole vocabulary at a time (> 0); more of them keep a large GPU busier."""
+    fused_rows: bool = False
+    """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one kernel, without an fp32 copy."""
     max_queued_requests: int = 64
     """Requests that wait for the forward thread at most (> 0)."""
     max_queued_per_session: int = 16

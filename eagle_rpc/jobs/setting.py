@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from eagle_rpc.config import Config
 from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
 from eagle_rpc.report import setup_logging
-from eagle_rpc.topology import resolve_device
+from eagle_rpc.topology import keep_compiled_code, resolve_device
 from eagle_rpc.train import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,14 @@ def run_directory(config: Config) -> RunDirectory:
 
 
 def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None:
-    """Logs under `name` to stderr and the run directory; divides the cores between the workers of this host."""
+    """Logs under `name` to stderr and the run directory; divides the cores between the workers of this host.
+
+    Compiled code is kept below `run.cache_dir`.
+    """
     setup_logging(name, run_directory(config).log_file(name))
     # Of its weight loading, which takes a second; the log says what is loaded.
     disable_progress_bar()
+    keep_compiled_code(Path(config.run.cache_dir) / "compiled")
     torch.set_num_threads(config.run.threads or max(1, available_cores() // workers_on_host))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.checks import TOPOLOGY
+from eagle_rpc.config.checks import PAIR
 from eagle_rpc.config.choices import Resume, VerifySide
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.config.schema import TopologyConfig
@@ -61,7 +61,7 @@ def run(config: Config) -> int:
 
 def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     """Raises `TargetFailed` with the log's name if a worker fails, `WaitTimeout` after `job.verify_timeout`."""
-    targets, trainers = map(int, TOPOLOGY.fullmatch(topology).groups())
+    targets, trainers = map(int, PAIR.fullmatch(topology).groups())
     directory = _side_directory(config, topology, side)
     # An earlier verification left its checkpoints here, and a run never writes over those.
     shutil.rmtree(directory, ignore_errors=True)
@@ -101,7 +101,7 @@ def _last_lines(log: Path, count: int = 15) -> str:
 
 
 def _compare(config: Config, topology: str) -> Iterator[Comparison]:
-    trainers = int(TOPOLOGY.fullmatch(topology).group(2))
+    trainers = int(PAIR.fullmatch(topology).group(2))
     for encoding in config.job.verify_encodings:
         colocated, remote = (
             [_read(_side_directory(config, topology, side), encoding.name, index) for index in range(trainers)] for side in _SIDES

@@ -15,6 +15,7 @@ from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
+from eagle_rpc.supervision.rows import RowsRead, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
 from eagle_rpc.supervision.shift import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
@@ -37,6 +38,7 @@ __all__ = [
     "ProjectedTargets",
     "Pulse",
     "Reply",
+    "RowsRead",
     "SessionSpec",
     "StoredLogits",
     "StoredProbs",
@@ -49,6 +51,8 @@ __all__ = [
     "decode_supervision",
     "encode_supervision",
     "failure_of",
+    "read_rows",
+    "read_rows_fused",
     "shift_left",
     "shifted_loss_mask",
     "tokenizer_fingerprint",

@@ -3,7 +3,6 @@
 Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, V target vocab, K draft vocab.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
 from eagle_rpc.supervision.head import DraftHead
+from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
 from eagle_rpc.supervision.vocab import VocabMapping
 
@@ -67,50 +67,60 @@ def encode_supervision(
     if encoding == "hidden" and last_hidden_BTH is None:
         raise InvalidRequest("encoding hidden needs a target that returns last_hidden_state; use encoding logits")
     candidates = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
-    pieces = [
-        _encode_rows(flat_rows, logits_NV, last_hidden_BTH, vocab, encoding=encoding, rows=rows)
-        for flat_rows, logits_NV in _row_logits(output, candidates, chunk_rows)
-    ]
-    columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
-    real = tokens.attention_mask.bool()
-    supervised_rows, values, log_normalizer, argmax = columns
+    read = _read_candidates(output, candidates, vocab, encoding=encoding, chunk_rows=chunk_rows)
+    argmax_N = vocab.draft_ids[read.argmax]
+    keep = None if rows == "loss_mask" else (argmax_N >= 0).nonzero().squeeze(1)
+    supervised_rows = _kept(candidates, keep)
+    if encoding == "hidden":
+        assert last_hidden_BTH is not None
+        values = last_hidden_BTH.flatten(0, 1)[supervised_rows + 1]
+    else:
+        assert read.selected is not None
+        values = _kept(read.selected, keep)
     return EncodedSupervision(
         encoding=encoding,
-        aux=output.aux_hidden_states[real],
+        aux=output.aux_hidden_states[tokens.attention_mask.bool()],
         supervised_rows=supervised_rows.int(),
         values=values,
-        log_normalizer=log_normalizer,
-        argmax=argmax.int(),
+        log_normalizer=_kept(read.log_normalizer, keep),
+        argmax=_kept(argmax_N, keep).int(),
     )
 
 
-def _row_logits(output: Any, rows: Tensor, chunk_rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Full-vocab logits [n, V] of the flat shifted `rows`, in chunks; one empty chunk when there are no rows."""
-    for chunk in rows.split(chunk_rows):
-        if getattr(output, "logits", None) is not None:
-            yield chunk, output.logits.flatten(0, 1)[chunk]
-        else:
-            yield chunk, output.project(output.last_hidden_state.flatten(0, 1)[chunk + 1])
+def _kept(column: Tensor, keep: Tensor | None) -> Tensor:
+    """The rows `keep` of a column, which is not copied if those are all."""
+    return column if keep is None or len(keep) == len(column) else column[keep]
 
 
-def _encode_rows(
-    flat_rows: Tensor, logits_NV: Tensor, last_hidden_BTH: Tensor | None, vocab: DraftVocabOnDevice, *, encoding: str, rows: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # Exact for every format, and the argmax of bf16 is several times slower on a CPU.
-    wide_NV = logits_NV.float()
-    argmax_N = vocab.draft_ids[wide_NV.argmax(dim=-1)]
-    log_normalizer_N = wide_NV.logsumexp(dim=-1)
-    keep = slice(None) if rows == "loss_mask" else argmax_N >= 0
-    kept_rows = flat_rows[keep]
-    if encoding == "hidden":
-        assert last_hidden_BTH is not None
-        values = last_hidden_BTH.flatten(0, 1)[kept_rows + 1]
-    else:
-        # Columns first: whole rows of the vocabulary would be copied otherwise.
-        values = logits_NV.index_select(1, vocab.selected_token_ids)[keep]
-        if encoding == "probs":
-            values = values.float().softmax(dim=-1)
-    return kept_rows, values, log_normalizer_N[keep], argmax_N[keep]
+def _read_candidates(output: Any, candidates: Tensor, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int) -> RowsRead:
+    """What the flat shifted rows `candidates` hold; `selected` are what `encoding` sends of them, probabilities for `probs`.
+
+    Results are written where they stay, chunk by chunk, so that one chunk's logits are all that exists beside them.
+    """
+    columns_K = None if encoding == "hidden" else vocab.selected_token_ids
+    log_normalizer_N = torch.empty(len(candidates), dtype=torch.float32, device=candidates.device)
+    argmax_N = torch.empty_like(candidates)
+    selected_NK: Tensor | None = None
+    start = 0
+    # Without candidates there is one empty chunk, whose dtype counts.
+    for chunk in candidates.split(chunk_rows):
+        read = _read_chunk(output, chunk, columns_K)
+        place = slice(start, start := start + len(chunk))
+        log_normalizer_N[place], argmax_N[place] = read.log_normalizer, read.argmax
+        if read.selected is not None:
+            values_NK = read.selected.float().softmax(dim=-1) if encoding == "probs" else read.selected
+            if selected_NK is None:
+                selected_NK = values_NK.new_empty(len(candidates), values_NK.shape[1])
+            selected_NK[place] = values_NK
+    return RowsRead(log_normalizer_N, argmax_N, selected_NK)
+
+
+def _read_chunk(output: Any, rows: Tensor, columns_K: Tensor | None) -> RowsRead:
+    """Their full-vocab logits exist in here only."""
+    if getattr(output, "logits", None) is not None:
+        return read_rows(output.logits.flatten(0, 1)[rows], columns_K)
+    logits_NV = output.project(output.last_hidden_state.flatten(0, 1)[rows + 1])
+    return getattr(output, "read_rows", read_rows)(logits_NV, columns_K)
 
 
 def decode_supervision(encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None) -> Eagle3TargetBatch:

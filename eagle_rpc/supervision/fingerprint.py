@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Values read of each tensor: spread evenly, enough to tell any two trainings apart, cheap for 70B parameters.
 _SAMPLES = 1024
@@ -20,9 +21,19 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes, dtypes and evenly spread values of all parameters."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    stored = (pair for entry in sorted(model.state_dict().items()) for pair in _plain_tensors(*entry))
+    for name, tensor in stored:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
         digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor, or those that one of a class of its own (a quantised one) is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from eagle_rpc.supervision.rows import RowsRead, read_rows
+
 
 @dataclass(kw_only=True, slots=True)
 class TargetOutput:
@@ -17,6 +19,7 @@ class TargetOutput:
     aux_hidden_states: Tensor  # [B, T, 3H]
     last_hidden_state: Tensor  # [B, T, H], what the head reads
     project: Callable[[Tensor], Tensor]  # [N, H] -> [N, V], the model's own head
+    read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows  # as of that function
 
 
 class Eagle3Target(Protocol):

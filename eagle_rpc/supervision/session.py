@@ -24,6 +24,7 @@ class ModelInfo:
     tokenizer_fingerprint: str | None  # null for targets without a tokenizer
     weights_fingerprint: str
     incarnation: str  # random id of this server process
+    form: str = ""  # what decides a forward pass's bits beside weights and dtype; empty where the target does not say
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class TargetExpectation:
     dtype: str | None = None
     tokenizer_fingerprint: str | None = None
     weights_fingerprint: str | None = None
+    form: str | None = None
 
     def check(self, info: ModelInfo) -> None:
         """Raises `TargetMismatch` with every field that differs."""

@@ -3,11 +3,12 @@
 Legend: B batch, T sequence, H target hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,6 +21,15 @@ def find_base(model: PreTrainedModel) -> nn.Module:
     if not isinstance(base, nn.Module):
         raise UnsupportedTarget(f"{type(model).__name__} has no submodule {model.base_model_prefix!r} beside its head")
     return base
+
+
+def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None, real_BT: Tensor | None = None) -> Tensor:
+    """Last hidden states [B, T, H] of [B, T] ids; tokens where `real_BT` is false are seen by none.
+
+    Positions that restart in a row say where chats end: those see only themselves, and `real_BT` is not read.
+    """
+    visibility = {"attention_mask": real_BT} if positions_BT is None else {"position_ids": positions_BT}
+    return base(input_ids=input_ids, use_cache=False, **visibility)[0]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -58,20 +68,47 @@ def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int,
 
 
 @contextmanager
-def captured_layers(layers: nn.ModuleList, ids: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fills a dict with the outputs [B, T, H] of the layers `ids` as the model runs inside the block.
+def captured_layers(layers: nn.ModuleList, ids: Sequence[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """As the model runs inside the block, `keep` gets the place in `ids` and the output [B, T, H] of each of those layers.
 
     The hooks go with the block, however it ends.
     """
-    captured: dict[int, Tensor] = {}
     with ExitStack() as hooks:
-        for layer in ids:
-            hooks.callback(layers[layer].register_forward_hook(partial(_keep_output, captured, layer)).remove)
-        yield captured
+        for place, layer in enumerate(ids):
+            hooks.callback(layers[layer].register_forward_hook(partial(_keep_output, keep, place)).remove)
+        yield
 
 
-def _keep_output(captured: dict[int, Tensor], layer: int, module: nn.Module, args: Any, output: Any) -> None:
+def _keep_output(keep: Callable[[int, Tensor], None], place: int, module: nn.Module, args: Any, output: Any) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise UnsupportedTarget(f"decoder layer {type(module).__name__} must return hidden states [B, T, H]")
-    captured[layer] = hidden
+    keep(place, hidden)
+
+
+class AuxStates:
+    """Outputs of the captured layers side by side, written as the layers run, so that they exist once."""
+
+    def __init__(self, batch: int, length: int, num_layers: int) -> None:
+        self._shape = batch, length
+        self._num_layers = num_layers
+        self._states: Tensor | None = None
+        self.rows = slice(0, batch)
+        """Sequences of the batch that run now. What runs beyond them or beyond `length` is padding and is not kept."""
+
+    def write(self, place: int, hidden_BTH: Tensor) -> None:
+        """Keeps the output of the layer in `place`."""
+        batch, length = self._shape
+        width = hidden_BTH.shape[-1]
+        if self._states is None:
+            # Autograd may save what comes of it, which it refuses of inference tensors.
+            with torch.inference_mode(False):
+                self._states = hidden_BTH.new_empty(batch, length, self._num_layers * width)
+        into_BTH = self._states[self.rows, :, place * width : (place + 1) * width]
+        into_BTH.copy_(hidden_BTH[: into_BTH.shape[0], :length])
+
+    @property
+    def states(self) -> Tensor:
+        """[B, T, 3H], once every layer has run."""
+        assert self._states is not None, "no captured layer has run"
+        return self._states

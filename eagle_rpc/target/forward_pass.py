@@ -21,6 +21,8 @@ from eagle_rpc.target.supervise import device_of, run_target
 
 # Tokens computed together for each that the requests would take by themselves: company must not waste what it saves.
 _MOST_PADDING = 1.25
+# What a target's output holds for each row.
+_BY_ROW = ("aux_hidden_states", "last_hidden_state", "logits")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -93,6 +95,6 @@ def _stack(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 def _part_of(output: Any, rows: slice, length: int) -> Any:
     """What a target returned for some rows, up to `length`."""
-    whole = {name: getattr(output, name, None) for name in ("aux_hidden_states", "last_hidden_state", "logits")}
-    parts = {name: value[rows, :length] for name, value in whole.items() if value is not None}
-    return SimpleNamespace(**parts, project=getattr(output, "project", None))
+    parts = {name: getattr(output, name)[rows, :length] for name in _BY_ROW if getattr(output, name, None) is not None}
+    wholes = {name: getattr(output, name) for name in ("project", "read_rows") if hasattr(output, name)}
+    return SimpleNamespace(**parts, **wholes)

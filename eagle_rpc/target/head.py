@@ -49,7 +49,8 @@ def draft_head(model: PreTrainedModel, selected_token_ids: Tensor) -> DraftHead:
     Raises `UnsupportedTarget` for heads that are not a plain linear layer.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or not head.weight.is_floating_point():
+    # The weights of a quantised head are of another type or dtype, and their rows alone would not be the head's.
+    if not isinstance(head, nn.Linear) or type(head.weight) is not nn.Parameter or head.weight.dtype not in ROUNDING:
         raise UnsupportedTarget(f"the head of {type(model).__name__} is no plain linear layer; use supervision.encoding=logits")
     rows = selected_token_ids.to(head.weight.device)
     return DraftHead(

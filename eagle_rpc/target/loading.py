@@ -3,6 +3,7 @@
 Weights come from safetensors only, and no code that a model ships is run.
 """
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
+from eagle_rpc.target.quantization import is_quantised, loading_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -72,37 +74,72 @@ def load_model(
     """The frozen model on `device`, ready for forward passes, and its tokenizer.
 
     A random target has the same weights in every process and on every device for equal `seed` and `config.dtype`.
-    Raises `ConfigError` if the model cannot be found, is of an unknown kind or has no safetensors weights.
+    Raises `ConfigError` if the model cannot be found, is of an unknown kind, has no safetensors weights, or needs attention or
+    quantisation that this machine has not got.
     """
     started = time.monotonic()
     hf_config = load_target_config(config, cache_dir=cache_dir)
     dtype = getattr(torch, config.dtype.value)
     attention = exact_attention(hf_config, config.attention)
+    _check_attention(hf_config, attention, dtype)
+    quantised = is_quantised(config, hf_config)
     if config.random:
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
-        directory = resolve_model_dir(config, cache_dir)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"target.model must be a causal language model with safetensors weights, got {directory}: {error}"
-            ) from error
-    model = model.to(device).eval().requires_grad_(False)
+        model = _stored_model(config, resolve_model_dir(config, cache_dir), attention, device, quantised=quantised)
+    if not quantised:
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     model.config.use_cache = False
     logger.info(
-        "target %s: %s, %.1f M parameters, %s, %s attention, on %s, loaded in %.1f s",
+        "target %s: %s, %.1f M parameters, %s%s, %s attention, on %s, loaded in %.1f s",
         "with random weights" if config.random else config.model,
         type(model).__name__,
         model.num_parameters() / 1e6,
         config.dtype.value,
+        " with quantised weights" if quantised else "",
         attention,
         device,
         time.monotonic() - started,
     )
     return model, load_tokenizer(config, cache_dir=cache_dir)
+
+
+def _stored_model(
+    config: TargetConfig, directory: Path, attention: str, device: torch.device | str, *, quantised: bool
+) -> PreTrainedModel:
+    """The model of a directory, on the CPU, or on `device` where its weights are quantised."""
+    dtype = getattr(torch, config.dtype.value)
+    placed = loading_arguments(config, dtype, device) if quantised else {}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, **placed
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"target.model must be a causal language model with safetensors weights, got {directory}: {error}"
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        if not quantised:
+            raise
+        wanted = "as stored" if config.quantization is None else config.quantization.name
+        raise ConfigError(f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}") from error
+
+
+def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.dtype) -> None:
+    """Raises `ConfigError` for an implementation that transformers does not know, has not got, or cannot give this model."""
+    if attention in ("eager", "sdpa"):
+        return
+    try:
+        # A copy without memory: the error of a large model's own loading would come late and say less.
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(
+                copy.deepcopy(hf_config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"target.attention must be an implementation that runs {hf_config.model_type} here, got {attention}: {error}"
+        ) from error
 
 
 def exact_attention(hf_config: PretrainedConfig, wanted: str) -> str:

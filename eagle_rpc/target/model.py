@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eagle_rpc.config.choices import CompileMode
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.supervision import DraftHead, ModelInfo, TargetOutput, tokenizer_fingerprint, weights_fingerprint
-from eagle_rpc.target.capture import aux_layers, captured_layers, find_base, find_decoder_layers
+from eagle_rpc.supervision import (
+    DraftHead,
+    ModelInfo,
+    TargetOutput,
+    read_rows,
+    read_rows_fused,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_base, find_decoder_layers, run_base
+from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
 from eagle_rpc.target.loading import caps_attention, load_model
 
@@ -31,8 +41,18 @@ class HFEagle3TargetModel:
     Safe to call from several threads: forward passes run one at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, *, tokenizer: Any | None = None, aux_layer_ids: Sequence[int] | None = None):
-        """Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokenizer: Any | None = None,
+        aux_layer_ids: Sequence[int] | None = None,
+        fused_rows: bool = False,
+    ):
+        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`.
+
+        Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
+        """
         if caps_attention(model.config) and model.config._attn_implementation == "sdpa":
             raise UnsupportedTarget(
                 f"{type(model).__name__} soft-caps attention scores and sdpa does not; use target.attention=eager"
@@ -43,10 +63,12 @@ class HFEagle3TargetModel:
         self._tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
         self._own_head = OwnHead(model)
+        self._read_rows = read_rows_fused if fused_rows else read_rows
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
+        self._compiled: CompiledForward | None = None
         with self._forward_lock, torch.inference_mode():
-            check_own_head(self._own_head, model, self._probe_ids, self._base(input_ids=self._probe_ids, use_cache=False)[0])
+            check_own_head(self._own_head, model, self._probe_ids, run_base(self._base, self._probe_ids))
 
     @classmethod
     def load(
@@ -54,7 +76,21 @@ class HFEagle3TargetModel:
     ) -> "HFEagle3TargetModel":
         """The target that the configuration describes; errors as of `load_model` and the constructor."""
         model, tokenizer = load_model(config, device, cache_dir=cache_dir, seed=seed)
-        return cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids)
+        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids, fused_rows=config.fused_rows)
+        if config.compile_shapes:
+            target.compile(config.compile_shapes, packed=config.compile_packed, mode=config.compile_mode)
+        return target
+
+    def compile(self, shapes: Sequence[str], *, packed: bool, mode: CompileMode) -> None:
+        """From here on batches run through compiled decoder layers, cut and padded to `shapes` (`BxT`), which takes its time now.
+
+        Comes before `model_info`, which tells of it. Without `packed`, chats that share a row are refused. Raises
+        `UnsupportedTarget` for layers that do not compile.
+        """
+        compiled = CompiledForward(self._base, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
+        with self._forward_lock:
+            compiled.compile(device=self.get_input_embeddings().weight.device)
+            self._compiled = compiled
 
     @property
     def model(self) -> PreTrainedModel:
@@ -84,16 +120,20 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        if segment_ids is None:
-            visibility = {"attention_mask": attention_mask.bool()}
-        else:
-            # Without a mask, transformers reads from positions that restart where one sequence ends and the next begins.
-            visibility = {"position_ids": _packed_positions(attention_mask.bool(), segment_ids)}
-        with captured_layers(self._layers, self.aux_layer_ids) as captured, torch.inference_mode():
-            last_hidden_BTH = self._base(input_ids=input_ids, use_cache=False, **visibility)[0]
-        # Outside inference mode, so that autograd may save what comes of it.
-        aux_BT3H = torch.cat([captured[layer] for layer in self.aux_layer_ids], dim=-1)
-        return TargetOutput(aux_hidden_states=aux_BT3H, last_hidden_state=last_hidden_BTH, project=self._own_head.project)
+        real_BT = attention_mask.bool()
+        positions_BT = None if segment_ids is None else _packed_positions(real_BT, segment_ids)
+        aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
+        with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
+            if self._compiled is None:
+                last_hidden_BTH = run_base(self._base, input_ids, positions_BT, real_BT)
+            else:
+                last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
+        return TargetOutput(
+            aux_hidden_states=aux.states,
+            last_hidden_state=last_hidden_BTH,
+            project=self._own_head.project,
+            read_rows=self._read_rows,
+        )
 
     def draft_head(self, selected_token_ids: Tensor) -> DraftHead:
         """The head's rows for K target ids, in tensors of their own; raises `UnsupportedTarget` if there is no such form."""
@@ -103,7 +143,7 @@ class HFEagle3TargetModel:
     def probe_head(self, selected_token_ids: Tensor) -> None:
         """Raises `UnsupportedTarget` unless `draft_head` computes what the model's own head does."""
         with self._forward_lock:
-            hidden_NH = self._base(input_ids=self._probe_ids, use_cache=False)[0].flatten(0, 1)
+            hidden_NH = run_base(self._base, self._probe_ids).flatten(0, 1)
         probe_draft_head(self.draft_head(selected_token_ids), self._own_head, selected_token_ids, hidden_NH)
 
     @cached_property
@@ -116,7 +156,7 @@ class HFEagle3TargetModel:
         """Once: two rows of two chats must give what the chats give alone."""
         if self._packing_is_exact:
             return
-        ids_BT = self._probe_ids.view(2, -1)
+        ids_BT = self._probe_ids.view(2, -1)[:, : self._max_length]
         whole = torch.ones_like(ids_BT, dtype=torch.bool)
         middle = ids_BT.shape[1] // 2
         packed = self._forward(
@@ -132,6 +172,11 @@ class HFEagle3TargetModel:
                 )
         self._packing_is_exact = True
 
+    @property
+    def _max_length(self) -> int:
+        context = self._model.config.get_text_config().max_position_embeddings
+        return context if self._compiled is None else min(context, self._compiled.longest)
+
     def model_info(self) -> ModelInfo:
         """Identity of the target; its limits are the model's own context."""
         return self._info
@@ -139,7 +184,7 @@ class HFEagle3TargetModel:
     @cached_property
     def _info(self) -> ModelInfo:
         weight_VH = self.get_input_embeddings().weight
-        context = self._model.config.get_text_config().max_position_embeddings
+        attention = self._model.config._attn_implementation
         return ModelInfo(
             architecture=type(self._model).__name__,
             vocab_size=weight_VH.shape[0],
@@ -147,11 +192,18 @@ class HFEagle3TargetModel:
             num_layers=len(self._layers),
             aux_layer_ids=self.aux_layer_ids,
             dtype=str(self._model.dtype).removeprefix("torch."),
-            max_length=context,
-            max_batch_tokens=context,
+            max_length=self._max_length,
+            max_batch_tokens=self._max_length,
             tokenizer_fingerprint=None if self._tokenizer is None else tokenizer_fingerprint(self._tokenizer),
             weights_fingerprint=weights_fingerprint(self._model),
             incarnation=uuid.uuid4().hex,
+            form=", ".join(
+                [
+                    f"{attention} attention",
+                    "eager" if self._compiled is None else self._compiled.form,
+                    *(["fused rows"] if self._read_rows is read_rows_fused else []),
+                ]
+            ),
         )
 
 

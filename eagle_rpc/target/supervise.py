@@ -57,6 +57,8 @@ def describe_target(target: Any, config: TargetConfig, incarnation: str | None =
         max_length=config.max_length or info.max_length,
         max_batch_tokens=config.max_batch_tokens,
         incarnation=incarnation or uuid.uuid4().hex,
+        # Matrix products of other shapes round differently.
+        form=", ".join(filter(None, [info.form, f"{config.chunk_rows} rows a projection"])),
     )
 
 

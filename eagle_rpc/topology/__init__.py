@@ -1,7 +1,7 @@
 """Who is who: torchrun's environment, roles, worker names and devices."""
 
 from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
-from eagle_rpc.topology.environment import World, bind_to_interface, prepare_environment, read_world
+from eagle_rpc.topology.environment import World, bind_to_interface, keep_compiled_code, prepare_environment, read_world
 from eagle_rpc.topology.interface import interface_address
 from eagle_rpc.topology.lifetime import die_with_parent, stop_signals
 from eagle_rpc.topology.roles import Cast, Role, Worker, assign_elastic_roles, assign_roles
@@ -17,6 +17,7 @@ __all__ = [
     "bind_to_interface",
     "die_with_parent",
     "interface_address",
+    "keep_compiled_code",
     "plan_devices",
     "prepare_environment",
     "read_world",

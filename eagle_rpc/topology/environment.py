@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from eagle_rpc.errors import ConfigError
 
@@ -81,6 +82,14 @@ def prepare_environment() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def keep_compiled_code(directory: str | Path) -> None:
+    """Where `torch.compile` keeps its code between runs, unless the user's environment names another place.
+
+    torch has no other setting for it, and its compiling processes inherit this one.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(directory).absolute()))
 
 
 def bind_to_interface(interface: str) -> None:

@@ -39,6 +39,8 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 2048 = 2048000"),
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
+        ("target.attention=paged|sdpa", r"target.attention must be an implementation without pages, got paged\|sdpa"),
+        ("target.compile_shapes=[4x0]", r"target.compile_shapes must name shapes, sequences x tokens as in 4x2048, got \['4x0'\]"),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
     ],
 )

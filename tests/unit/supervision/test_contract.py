@@ -3,6 +3,8 @@
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -220,6 +222,23 @@ def test_chunking_never_holds_more_logits_than_asked_and_changes_no_row(chunk_ro
     assert sum(sizes) == int(shifted_loss_mask(tokens).sum()) == len(encoded.supervised_rows)
     whole, _ = encoded_and_decoded(target, tokens, "probs", "loss_mask", chunk_rows=1000)
     assert torch.allclose(encoded.values, whole.values, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+def test_logits_of_one_chunk_are_gone_when_the_next_come(encoding):
+    target, tokens = LinearTarget(3, 16), tokens_of()
+    output, chunks = target.generate_batch(None, None, None), []
+
+    def project(hidden_NH):
+        assert all(logits() is None for logits in chunks)
+        logits = hidden_NH @ target.weight.T
+        chunks.append(weakref.ref(logits))
+        return logits
+
+    output.project = project
+    vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cpu"))
+    encode_supervision(output, tokens, vocab, encoding=encoding, rows="position_mask", chunk_rows=4)
+    assert len(chunks) > 2
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])

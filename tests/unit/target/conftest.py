@@ -7,6 +7,7 @@ from server_calls import Clock, config
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
 from eagle_rpc.supervision import Ok
+from eagle_rpc.target import compiled
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 
@@ -55,6 +56,15 @@ def any_model(request):
 @pytest.fixture
 def model(make_model):
     return make_model("llama")
+
+
+@pytest.fixture
+def trace_only(monkeypatch):
+    """What is compiled is traced, guarded and counted as ever, but runs as torch does, without a minute in a C++ compiler."""
+    monkeypatch.setattr(compiled, "_BACKEND", "eager")
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.target.capture import aux_layers, captured_layers, find_decoder_layers
+from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_decoder_layers
 
 
 def test_default_layers_are_second_middle_and_fourth_from_the_end():
@@ -40,6 +40,10 @@ def test_an_ambiguous_structure_is_refused(make_model):
         find_decoder_layers(model)
 
 
+def drop(place, hidden):
+    """Keeps nothing."""
+
+
 class Tuples(nn.Module):
     def forward(self, hidden):
         return hidden + 1, "weights"
@@ -53,11 +57,12 @@ class Fails(nn.Module):
 def test_outputs_are_read_from_layers_that_return_tensors_or_tuples():
     layers = nn.ModuleList([nn.Identity(), Tuples(), nn.Identity()])
     hidden = torch.randn(1, 2, 4)
-    with captured_layers(layers, [1, 0]) as captured:
+    captured = {}
+    with captured_layers(layers, [1, 0], captured.__setitem__):
         layers[0](hidden)
         layers[1](hidden)
-    assert torch.equal(captured[0], hidden)
-    assert torch.equal(captured[1], hidden + 1)
+    assert torch.equal(captured[0], hidden + 1), "layer 1 comes first"
+    assert torch.equal(captured[1], hidden)
     assert set(captured) == {0, 1}
 
 
@@ -66,10 +71,11 @@ def test_hooks_are_gone_afterwards_even_when_the_forward_raises(failing):
     layers = nn.ModuleList([nn.Identity(), Fails() if failing else nn.Identity(), nn.Identity()])
     hidden = torch.zeros(1, 1, 1)
     if failing:
-        with pytest.raises(KeyError, match="broken layer"), captured_layers(layers, [0, 1, 2]):
+        with pytest.raises(KeyError, match="broken layer"), captured_layers(layers, [0, 1, 2], drop):
             layers[1](hidden)
     else:
-        with captured_layers(layers, [0, 1, 2]) as captured:
+        captured = {}
+        with captured_layers(layers, [0, 1, 2], captured.__setitem__):
             assert all(layer._forward_hooks for layer in layers)
         layers[0](hidden)
         assert not captured
@@ -78,12 +84,26 @@ def test_hooks_are_gone_afterwards_even_when_the_forward_raises(failing):
 
 def test_hooks_are_gone_when_a_layer_id_is_wrong():
     layers = nn.ModuleList([nn.Identity()])
-    with pytest.raises(IndexError), captured_layers(layers, [0, 5]):
+    with pytest.raises(IndexError), captured_layers(layers, [0, 5], drop):
         pass
     assert not layers[0]._forward_hooks
 
 
 def test_a_layer_without_hidden_states_is_refused():
     layers = nn.ModuleList([nn.Identity()])
-    with pytest.raises(UnsupportedTarget, match=r"Identity must return hidden states \[B, T, H\]"), captured_layers(layers, [0]):
+    with (
+        pytest.raises(UnsupportedTarget, match=r"Identity must return hidden states \[B, T, H\]"),
+        captured_layers(layers, [0], drop),
+    ):
         layers[0](torch.zeros(3))
+
+
+def test_states_are_written_side_by_side_without_what_pads_them():
+    aux = AuxStates(3, 4, 2)
+    hidden = torch.randn(2, 2, 6, 5)
+    for piece, rows in enumerate((slice(0, 2), slice(2, 3))):
+        aux.rows = rows
+        for place in (1, 0):
+            aux.write(place, hidden[piece] + place)
+    expected = torch.cat([hidden[0, :, :4], hidden[1, :1, :4]])
+    assert torch.equal(aux.states, torch.cat([expected, expected + 1], dim=-1))

@@ -1,0 +1,113 @@
+"""What benchmarks of one device share: times, peaks of memory, a ceiling to compare with, and a file that stays whole."""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_seconds(run: Callable[[], Any], *, repeats: int, warmups: int, device: torch.device) -> float:
+    """Of one run: by events around each on a GPU, by the clock on a CPU."""
+    for _ in range(warmups):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            run()
+            after.record()
+            torch.cuda.synchronize(device)
+            seconds.append(before.elapsed_time(after) / 1e3)
+        else:
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def matrix_ceiling(device: torch.device, *, size: int = 8192) -> float:
+    """TFLOP/s of a bf16 product of two square matrices of `size`."""
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: left @ right, repeats=9, warmups=3, device=device) / 1e12
+
+
+def measure(
+    run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *, slow: bool, device: torch.device
+) -> dict[str, float]:
+    """Throughput of `run`, which has run before, and on a GPU its peak of memory over what is there without it."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        resident = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    # Long runs vary little and cost time.
+    seconds = median_seconds(run, repeats=3 if slow else 15, warmups=1 if slow else 3, device=device)
+    rate = tokens / seconds
+    figures = {
+        "milliseconds": 1e3 * seconds,
+        "tokens_per_second": rate,
+        "teraflops": rate * flops / 1e12,
+        "share_of_ceiling": rate * flops / 1e12 / ceiling,
+    }
+    if on_gpu:
+        figures["peak_gib_over_resident"] = (torch.cuda.max_memory_allocated(device) - resident) / GIB
+        figures["resident_gib"] = resident / GIB
+    return figures
+
+
+def kernel_times(run: Callable[[], Any], kinds: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[dict[str, float], list[str]]:
+    """Milliseconds on the GPU of one run by kind of kernel, and the kernels that take longest, one a line.
+
+    `kinds`: a kind, and what the names of its kernels hold; the first that fits counts.
+    """
+    run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    for event in events:
+        kind = next((kind for kind, signs in kinds if any(sign in event.key for sign in signs)), "other")
+        times[kind] = times.get(kind, 0.0) + event.self_device_time_total / 1e3
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
+    return times, [f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:110]}" for event in longest]
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": " ".join(sys.argv),
+    }
+
+
+class Results:
+    """Prints every figure as it comes and keeps the file whole, whatever ends the run."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._content: dict[str, Any] = {**environment(device), "runs": []}
+
+    def add(self, **entry: Any) -> None:
+        self._content["runs"].append(entry)
+        self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)

@@ -1,0 +1,189 @@
+"""How fast, in how much memory and with what share of the ceiling does a target make supervision?
+
+    python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 1x2048 4x2048 8x2048] [--systems plain eager compiled ...]
+    python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      tries the benchmark itself
+
+Random weights and tokens. `plain` is the reference's way (`compute_supervision`: full logits, shift, argmax, gather, fp32
+softmax); the others are `supervise`: the layers eager or compiled, logits read as torch does or by the fused kernel. Systems
+and ceilings of one table come from one process. With --chats the same lognormal chats go padded to buckets and packed into
+rows. With --deliver the target runs in a process of its own and a trainer process on the same device takes its supervision
+over RPC. Figures go to the screen and to DIR/target.json.
+"""
+
+import argparse
+import gc
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from device_measuring import Results, matrix_ceiling, measure, median_seconds
+from target_lab.delivery import deliver
+from target_lab.stages import stage_milliseconds
+from target_lab.work import (
+    SHAPES,
+    chat_lengths,
+    flops_per_token,
+    full_batch,
+    make_mapping,
+    make_model,
+    packed_mix,
+    padded_mix,
+    shape_ceiling,
+)
+from transformers import PreTrainedModel
+
+from eagle_rpc.config.choices import CompileMode
+from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, TokenBatch, VocabMapping, compute_supervision
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.supervise import supervise
+
+SYSTEMS = ("plain", "eager", "eager_fused_rows", "compiled", "compiled_fused_rows")
+
+
+def sizes_of(names: list[str]) -> list[tuple[int, int]]:
+    return [tuple(map(int, name.split("x"))) for name in names]
+
+
+def bucket_shapes(longest: int) -> list[tuple[int, int]]:
+    """About as many tokens in each: a quarter, half and the whole of the longest."""
+    return [(16, longest // 4), (8, longest // 2), (4, longest)]
+
+
+class Bench:
+    """One model with all the targets made of it, which share its weights."""
+
+    def __init__(self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
+        self.name = {"shape": shape, "attention": attention}
+        self.options, self.results, self.ceiling = options, results, ceiling
+        self.device = torch.device(options.device)
+        self.model: PreTrainedModel = make_model(shape, attention, self.device)
+        self.mapping: VocabMapping = make_mapping(self.model.config)
+        self.vocab = DraftVocabOnDevice.of(self.mapping, self.device)
+        self._targets: dict[str, HFEagle3TargetModel] = {}
+
+    def target(self, system: str) -> HFEagle3TargetModel:
+        """Made, and compiled for every shape of this run, when it is first asked for."""
+        if system not in self._targets:
+            target = HFEagle3TargetModel(self.model, fused_rows=system.endswith("fused_rows"))
+            if system.startswith("compiled"):
+                shapes = sizes_of(self.options.sizes) + (bucket_shapes(self.options.longest) if self.options.chats else [])
+                names = [f"{batch}x{length}" for batch, length in shapes]
+                seconds = median_seconds(
+                    lambda: target.compile(names, packed=bool(self.options.chats), mode=CompileMode[self.options.compile_mode]),
+                    repeats=1,
+                    warmups=0,
+                    device=self.device,
+                )
+                self.results.add(**self.name, system=system, compile_seconds=seconds, shapes=len(set(names)))
+            self._targets[system] = target
+        return self._targets[system]
+
+    def run_of(self, system: str, tokens: TokenBatch, encoding: str, chunk_rows: int) -> Callable[[], Any]:
+        target = self.target(system)
+        if system == "plain":
+            member = self.mapping.t2d.to(self.device)
+            arguments = (self.vocab.selected_token_ids, member, tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
+            return torch.no_grad()(lambda: compute_supervision(target, *arguments))
+        return lambda: supervise(target, tokens, self.vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)
+
+    def measure_size(self, size: tuple[int, int], share: float, encoding: str, chunk_rows: int, system: str) -> None:
+        tokens = full_batch(*size, self.model.config.vocab_size, share, self.device)
+        name = {**self.name, "size": f"{size[0]}x{size[1]}", "system": system, "supervised_share": share}
+        name |= {"encoding": "probs"} if system == "plain" else {"encoding": encoding, "chunk_rows": chunk_rows}
+        num_tokens = size[0] * size[1]
+        run = self.run_of(system, tokens, encoding, chunk_rows)
+        run()
+        flops = flops_per_token(self.model, size[1], 1.0 if system == "plain" else share)
+        figures = measure(run, num_tokens, flops, self.ceiling, slow=num_tokens > 4096, device=self.device)
+        of_shapes = shape_ceiling(self.model, num_tokens, share, self.device)
+        stages = {}
+        if system != "plain":
+            found = stage_milliseconds(self.target(system), tokens, self.vocab, encoding=encoding, chunk_rows=chunk_rows)
+            stages = {f"{stage}_ms": spent for stage, spent in found.items()}
+        share_of_shapes = figures["tokens_per_second"] / of_shapes
+        self.results.add(
+            **name, **figures, shape_ceiling_tokens_per_second=of_shapes, share_of_shape_ceiling=share_of_shapes, **stages
+        )
+
+    def measure_mix(self, system: str) -> None:
+        """The same chats padded and packed, real tokens per second."""
+        longest, vocab_size = self.options.longest, self.model.config.vocab_size
+        lengths = chat_lengths(self.options.chats, longest)
+        mixes = {
+            "padded": padded_mix(lengths, bucket_shapes(longest), vocab_size, self.device),
+            "packed": packed_mix(lengths, 4, longest, vocab_size, self.device),
+        }
+        for kind, mix in mixes.items():
+            runs = [self.run_of(system, tokens, "hidden", self.options.chunk_rows[0]) for tokens in mix.batches]
+            seconds = median_seconds(lambda runs=runs: [run() for run in runs], repeats=3, warmups=1, device=self.device)
+            slots = sum(tokens.input_ids.numel() for tokens in mix.batches)
+            self.results.add(
+                **self.name,
+                mix=kind,
+                system=system,
+                chats=len(lengths),
+                batches=len(mix.batches),
+                real_share=mix.real_tokens / slots,
+                real_tokens_per_second=mix.real_tokens / seconds,
+            )
+
+
+def main() -> None:
+    options = parse_options()
+    device = torch.device(options.device)
+    results = Results(options.out / "target.json", device)
+    ceiling = matrix_ceiling(device, size=8192 if device.type == "cuda" else 512)
+    results.add(ceiling_teraflops=ceiling)
+    for shape, attention in itertools.product(options.shapes, options.attention):
+        measure_model(shape, attention, options, results, ceiling)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for shape, encoding in itertools.product(options.shapes if options.deliver else [], options.deliver or []):
+        results.add(**deliver(shape, encoding, options))
+
+
+def measure_model(shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
+    bench = Bench(shape, attention, options, results, ceiling)
+    variants = list(itertools.product(options.supervised, options.encodings, options.chunk_rows))
+    for size, variant, system in itertools.product(sizes_of(options.sizes), variants, options.systems):
+        # The reference knows one form, probabilities of all rows.
+        if system == "plain" and variant != variants[0]:
+            continue
+        try:
+            bench.measure_size(size, *variant, system)
+        except (torch.cuda.OutOfMemoryError, EagleRpcError) as error:
+            failure = f"{type(error).__name__}: {error}"[:300]
+            results.add(**bench.name, size=f"{size[0]}x{size[1]}", system=system, variant=variant, failed=failure)
+    for system in options.systems if options.chats else []:
+        if system != "plain":
+            bench.measure_mix(system)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=list(SHAPES))
+    parser.add_argument("--sizes", nargs="+", default=["1x2048", "4x2048", "8x2048"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--encodings", nargs="+", default=["hidden"], choices=ENCODINGS)
+    parser.add_argument("--supervised", nargs="+", type=float, default=[1.0], help="shares of the rows")
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers")
+    parser.add_argument("--chunk-rows", type=int, nargs="+", default=[2048])
+    parser.add_argument("--compile-mode", default="default", choices=[mode.name for mode in CompileMode])
+    parser.add_argument("--chats", type=int, default=0, help="of the mix of lengths; 0: none")
+    parser.add_argument("--deliver", nargs="+", choices=ENCODINGS, help="encodings that go to a trainer process over RPC")
+    parser.add_argument("--deliver-size", default="4x2048")
+    parser.add_argument("--requests", type=int, default=30, help="that are delivered")
+    parser.add_argument("--prefetch", type=int, default=4, help="requests under way")
+    options = parser.parse_args()
+    options.longest = max(length for _, length in sizes_of(options.sizes))
+    return options
+
+
+if __name__ == "__main__":
+    main()

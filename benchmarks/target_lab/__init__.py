@@ -1,0 +1,1 @@
+"""What `target.py` is made of."""

@@ -1,0 +1,165 @@
+"""Targets of real shapes with random weights, and what is asked of them.
+
+Legend: B batch, T sequence, H hidden, V target vocab, K draft vocab.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from device_measuring import median_seconds
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from eagle_rpc.supervision import TokenBatch, VocabMapping
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # meta-llama/Llama-3.1-8B-Instruct and Qwen/Qwen3-8B by their configs; one that a CPU runs, to try the benchmark itself.
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "tie_word_embeddings": False,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "tie_word_embeddings": False,
+    },
+    "small": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+}
+# Tokens of a chat: lognormal, as chats are; few reach the limit.
+_MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
+
+
+def make_model(shape: str, attention: str, device: torch.device) -> PreTrainedModel:
+    """In bf16, drawn on the device; the same weights in every process of one device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+
+
+def make_mapping(config: PretrainedConfig) -> VocabMapping:
+    """A quarter of the vocabulary, spread evenly; at most 32,000 tokens."""
+    size = min(32000, config.vocab_size // 4)
+    return VocabMapping.from_token_ids(torch.linspace(0, config.vocab_size - 1, size).long(), config.vocab_size)
+
+
+def full_batch(batch: int, length: int, vocab_size: int, share: float, device: torch.device) -> TokenBatch:
+    """Random tokens without padding, `share` of them supervised."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (batch, length), generator=generator)
+    loss_mask = torch.rand(batch, length, generator=generator) < share
+    return TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), loss_mask=loss_mask).to(device)
+
+
+def chat_lengths(count: int, longest: int) -> list[int]:
+    draw = random.Random(0)
+    median = min(_MEDIAN_CHAT, longest // 3)
+    return [min(longest, max(_SHORTEST_CHAT, round(median * draw.lognormvariate(0.0, _SIGMA)))) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The same chats as batches of one kind."""
+
+    batches: list[TokenBatch]
+    real_tokens: int
+
+
+def padded_mix(lengths: list[int], shapes: list[tuple[int, int]], vocab_size: int, device: torch.device) -> Mix:
+    """Chats sorted by length, in batches of the shortest of `shapes` (B, T) that holds them."""
+    batches, rest = [], sorted(lengths)
+    while rest:
+        size, length = next(shape for shape in shapes if shape[1] >= rest[0])
+        taken = [one for one in rest[:size] if one <= length]
+        rest = rest[len(taken) :]
+        batches.append(_with_real([[one] for one in taken], length, vocab_size, device))
+    return Mix(batches, sum(lengths))
+
+
+def packed_mix(lengths: list[int], batch: int, length: int, vocab_size: int, device: torch.device) -> Mix:
+    """Chats one after the other in rows of `length`, the longest first, each where it fits first."""
+    rows: list[list[int]] = []
+    for one in sorted(lengths, reverse=True):
+        row = next((row for row in rows if sum(row) + one <= length), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(one)
+    starts = range(0, len(rows), batch)
+    batches = [_with_real(rows[start : start + batch], length, vocab_size, device, packed=True) for start in starts]
+    return Mix(batches, sum(lengths))
+
+
+def _with_real(rows: list[list[int]], length: int, vocab_size: int, device: torch.device, *, packed: bool = False) -> TokenBatch:
+    """Rows of chats of these lengths; the second half of every chat is supervised."""
+    shape = (len(rows), length)
+    real, supervised = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    segment_ids = torch.zeros(shape, dtype=torch.int64)
+    for row, chats in enumerate(rows):
+        start = 0
+        for number, chat in enumerate(chats):
+            real[row, start : start + chat] = True
+            supervised[row, start + chat // 2 : start + chat] = True
+            segment_ids[row, start : start + chat] = number
+            start += chat
+        segment_ids[row, start:] = len(chats)
+    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(length)) * real
+    segments = segment_ids if packed else None
+    return TokenBatch(input_ids=ids, attention_mask=real, loss_mask=supervised, segment_ids=segments).to(device)
+
+
+def _products(model: PreTrainedModel) -> tuple[list[nn.Linear], nn.Linear]:
+    """Every matrix product of the decoder, and the head's."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head], head
+
+
+def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
+    """Of a forward pass with the head at the supervised `share` of rows; causal attention at its half."""
+    products, head = _products(model)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * 2 * config.num_attention_heads * head_dim * length
+    return 2.0 * (sum(one.weight.numel() for one in products) + share * head.weight.numel()) + attention
+
+
+def shape_ceiling(model: PreTrainedModel, tokens: int, share: float, device: torch.device) -> float:
+    """Tokens per second if nothing but the matrix products of these shapes had to be done."""
+    products, head = _products(model)
+    layer = products[: len(products) // model.config.num_hidden_layers]
+
+    def seconds(linears: list[nn.Linear], rows: int) -> float:
+        inputs = {one.in_features: torch.randn(rows, one.in_features, device=device, dtype=torch.bfloat16) for one in linears}
+        with torch.inference_mode():
+            return median_seconds(lambda: [one(inputs[one.in_features]) for one in linears], repeats=9, warmups=3, device=device)
+
+    chunk = max(1, min(2048, round(share * tokens)))
+    head_seconds = seconds([head], chunk) * share * tokens / chunk
+    return tokens / (model.config.num_hidden_layers * seconds(layer, tokens) + head_seconds)

@@ -1,0 +1,34 @@
+"""What the supervision needs of a row of full-vocab logits: its argmax, its log-normaliser, its draft-vocab columns.
+
+Legend: N rows, V target vocab, K draft vocab.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class RowsRead(NamedTuple):
+    """Of each row of logits."""
+
+    log_normalizer: Tensor  # [N] fp32, logsumexp over V
+    argmax: Tensor  # [N] int64, the first of the largest
+    selected: Tensor | None  # [N, K] in the logits' dtype
+
+
+def read_rows(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
+    """Reads logits on any device as torch does, through an fp32 copy; `selected` are the `columns_K` (int64), if any."""
+    # Exact for every format, and the argmax of bf16 is several times slower on a CPU.
+    wide_NV = logits_NV.float()
+    selected_NK = None if columns_K is None else logits_NV.index_select(1, columns_K)
+    return RowsRead(wide_NV.logsumexp(dim=-1), wide_NV.argmax(dim=-1), selected_NK)
+
+
+def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
+    """`read_rows` in one pass and without a copy on a GPU, where the log-normaliser is equal to rounding; as it is elsewhere."""
+    if not logits_NV.is_cuda:
+        return read_rows(logits_NV, columns_K)
+    # Only torch for CUDA brings Triton.
+    from eagle_rpc.supervision import rows_kernel
+
+    return RowsRead(*rows_kernel.read_rows(logits_NV, columns_K))

@@ -1,0 +1,137 @@
+"""A target on a GPU: served and co-located supervision are equal bit for bit in every form, and memory stays within its bound.
+
+Legend: B batch, T sequence, K draft vocab.
+"""
+
+import gc
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.supervision import (
+    DraftVocabOnDevice,
+    GenerateRequest,
+    SessionSpec,
+    TokenBatch,
+    VocabMapping,
+    decode_supervision,
+    unwrap,
+)
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.server import TargetModelServer
+from eagle_rpc.target.supervise import supervise
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+VOCAB = 5000
+RANDOM = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.05,
+}
+MAPPING = VocabMapping.from_token_ids(torch.arange(0, VOCAB, 4), VOCAB)
+FORMS = {
+    "eager": {},
+    "fused_rows": {"fused_rows": True},
+    "compiled": {"compile_shapes": ["4x256", "4x512"], "compile_packed": True, "fused_rows": True},
+}
+
+
+def config_of(form, **changes):
+    return TargetConfig(**{"model": "", "random": RANDOM, "dtype": DType.bfloat16, "chunk_rows": 300, **FORMS[form], **changes})
+
+
+def batch_of(batch, length, packed=False, device="cpu"):
+    generator = torch.Generator().manual_seed(length)
+    mask = torch.arange(length)[None] < torch.randint(length // 2, length + 1, (batch, 1), generator=generator)
+    return TokenBatch(
+        input_ids=torch.randint(VOCAB, (batch, length), generator=generator),
+        attention_mask=mask.long(),
+        loss_mask=(mask & (torch.rand(batch, length, generator=generator) < 0.8)).long(),
+        segment_ids=(torch.arange(length)[None] >= length // 3).long().repeat(batch, 1) if packed else None,
+    ).to(torch.device(device))
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def loaded(request, tmp_path_factory):
+    config = config_of(request.param)
+    yield config, HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path_factory.mktemp("cache"))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+def test_served_and_colocated_supervision_are_the_same_bits(loaded, encoding, packed):
+    config, target = loaded
+    tokens = batch_of(6, 400, packed=packed)
+    server = TargetModelServer(target, config)
+    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
+    session = unwrap(server.open_session(spec).wait(), sender="target0").id
+    request = GenerateRequest(
+        session=session, incarnation=server.model_info().value.incarnation, request_id="r", tokens=tokens, seconds_left=60.0
+    )
+    encoded = unwrap(server.generate(request).wait(), sender="target0")
+    head = unwrap(server.output_embeddings(session), sender="target0").to(torch.device("cuda"))
+    served = decode_supervision(encoded, tokens.to(torch.device("cuda")), head)
+    unwrap(server.close(), sender="target0")
+    colocated = ColocatedEagle3TargetModel(target, config, encoding=encoding, rows="loss_mask")
+    colocated.open_session(MAPPING)
+    here = colocated.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    assert len(here.supervised_rows) > 500
+    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+        assert torch.equal(getattr(here, name), getattr(served, name)), name
+
+
+def test_every_form_gives_the_same_distribution_to_rounding(loaded, tmp_path):
+    eager = HFEagle3TargetModel.load(config_of("eager"), "cuda", cache_dir=tmp_path)
+    tokens, vocab = batch_of(4, 256, device="cuda"), DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
+    plain, other = (
+        supervise(target, tokens, vocab, encoding="probs", rows="loss_mask", chunk_rows=300) for target in (eager, loaded[1])
+    )
+    assert float((plain.argmax == other.argmax).float().mean()) > 0.95
+    torch.testing.assert_close(other.log_normalizer, plain.log_normalizer, rtol=0, atol=0.1)
+    assert float((plain.values - other.values).abs().sum(dim=-1).mean()) < 0.05
+
+
+def test_nothing_compiles_after_the_start(loaded):
+    _, target = loaded
+    before = counters["stats"]["unique_graphs"]
+    for batch, length, packed in ((4, 512, False), (1, 100, False), (9, 300, True), (4, 256, True)):
+        tokens = batch_of(batch, length, packed=packed, device="cuda")
+        packing = {"segment_ids": tokens.segment_ids} if packed else {}
+        target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, **packing)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("encoding", ["logits", "hidden"])
+def test_logits_of_one_chunk_are_the_most_that_the_projection_holds(encoding, tmp_path):
+    """With a vocabulary so large that whole logits, or a second chunk, would stand out."""
+    vocab_size, rows, chunk_rows = 200_000, 8192, 1024
+    random = {**RANDOM, "vocab_size": vocab_size}
+    config = config_of("fused_rows", random=random, aux_layer_ids=[0, 3, 6])
+    target = HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path)
+    mapping = VocabMapping.from_token_ids(torch.arange(0, vocab_size, 100), vocab_size)
+    vocab, tokens = DraftVocabOnDevice.of(mapping, torch.device("cuda")), batch_of(16, rows // 16, device="cuda")
+
+    def run():
+        return supervise(target, tokens, vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)
+
+    run()
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    reply = run()
+    chunk = chunk_rows * vocab_size * 2
+    others = 3 * reply.num_bytes + rows * 8 * RANDOM["intermediate_size"] * 2
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * chunk + others
+    assert others < chunk
