@@ -38,9 +38,11 @@ class ShardedWeights:
         self._group = group
         trainable = trainable_parameters(draft)
         self.require_alike(trainable, "the draft at the start")
-        self._mesh = group.mesh(next(iter(trainable.values())).device)
         frozen = {parameter for parameter in draft.parameters() if not parameter.requires_grad}
-        self._draft: FSDPModule = fully_shard(draft, mesh=self._mesh, reshard_after_forward=False, ignored_params=frozen)
+        # FSDP2 works on the current device, wherever the parameters are.
+        with torch.cuda.device_of(next(iter(trainable.values()))):
+            self._mesh = group.mesh(next(iter(trainable.values())).device)
+            self._draft: FSDPModule = fully_shard(draft, mesh=self._mesh, reshard_after_forward=False, ignored_params=frozen)
         self.parameters = trainable_parameters(draft)
         self._flat, self._padded = flat_buffer(self.parameters, group.size)
         self.gradients = {name: self._padded[name][: len(parameter)] for name, parameter in self.parameters.items()}
@@ -64,7 +66,7 @@ class ShardedWeights:
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        with self._group.bounded("the gathering of weights"):
+        with self._group.bounded("the gathering of weights"), torch.cuda.device_of(self._flat):
             self._draft.unshard()
         try:
             for name, parameter in trainable_parameters(self._draft).items():
@@ -102,8 +104,9 @@ class ShardedWeights:
         return kept
 
     def part_of(self, whole: Tensor, parameter: DTensor) -> Tensor:
+        whole = whole.to(parameter.device, copy=True)
         if whole.shape != parameter.shape:  # a count of steps
-            return whole.to(parameter.device, copy=True)
+            return whole
         return distribute_tensor(whole, self._mesh, parameter.placements, src_data_rank=None)
 
     def require_alike(self, tensors: Mapping[str, Tensor], what: str) -> None:
