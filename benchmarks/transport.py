@@ -17,7 +17,6 @@ so nothing else should use it: `unshare --net sh -c "ip link set lo up && exec p
 
 import argparse
 import shlex
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +24,7 @@ from pathlib import Path
 import torch
 from peers.measuring import Contestant, Measurement
 from peers.ours import overrides
-from peers.processes import Command
+from peers.processes import Command, free_port, static_environment
 from peers.reporting import report
 from peers.work import Work, random_batches
 
@@ -33,12 +32,6 @@ from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.loading import load_model
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def nemo(python: str, work: Path) -> Contestant:
@@ -49,19 +42,12 @@ def nemo(python: str, work: Path) -> Contestant:
 
 
 def static(encoding: str, work: Path) -> Contestant:
-    """One target and one trainer of one job, with the variables that torchrun sets but without torchrun's own process."""
-    port = str(free_port())
+    """One target and one trainer of one job."""
+    port = free_port()
     commands = []
     for rank, role in enumerate(("target", "trainer")):
         argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}"]
-        environment = {
-            **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
-            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), "2"),
-            **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
-            **{"TORCHELASTIC_RUN_ID": "transport", "TORCHELASTIC_USE_AGENT_STORE": "False"},
-        }
-        commands.append(Command(role, argv, environment, answers=role == "trainer"))
+        commands.append(Command(role, argv, static_environment(rank, 2, port), answers=role == "trainer"))
     return Contestant(f"static, {encoding}", commands[:1], commands[1])
 
 

@@ -4,6 +4,7 @@ Legend: S steps of training-time test.
 """
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ class Learner:
 
     def digest(self) -> str:
         """SHA-256 of weights, optimiser state and step."""
-        return tensors_digest((*self.weights(), *self.optimiser_state(), ("steps_done", torch.tensor([self.steps_done]))))
+        steps_done = ("steps_done", torch.tensor([self.steps_done]))
+        return tensors_digest(itertools.chain(self.weights(), self.optimiser_state(), [steps_done]))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole, by name, one after the other; every trainer has to take them all."""

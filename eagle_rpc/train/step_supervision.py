@@ -28,6 +28,7 @@ class StepSupervision:
     def __init__(self, batches: Iterable[Eagle3TargetBatch], ttt_steps: int, *, offload: bool) -> None:
         self._waiting: deque[Eagle3TargetBatch] = deque()
         self._device: torch.device | None = None
+        self._offload = offload
         counts = []
         for batch in batches:
             counts.append(count_rows(batch, ttt_steps))
@@ -43,7 +44,8 @@ class StepSupervision:
 
     def take(self) -> Eagle3TargetBatch:
         """The next micro-batch, on the device; from now on it is the caller's alone."""
-        return self._waiting.popleft().map_large(self._to_device)
+        batch = self._waiting.popleft()
+        return batch.map_large(self._to_device) if self._offload else batch
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device, non_blocking=True)
