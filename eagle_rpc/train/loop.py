@@ -87,7 +87,7 @@ class Trainer:
 
         Raises `TrainingDiverged` before anything that is not finite is saved, `CheckpointError` if the checkpoint is of
         another run, `ConfigError` if trainers do not start alike. What the target's backend or the other trainers raise
-        passes through after a checkpoint of the last whole step.
+        passes through after a checkpoint of the last whole step; without one where a part of the weights is gone with a trainer.
         """
         self._start()
         if self.learner.steps_done >= self.total_steps:
@@ -118,8 +118,11 @@ class Trainer:
         return True
 
     def _save_unless_saved(self, why: str) -> None:
-        if self.learner.steps_done > self._last_saved and self.learner.can_snapshot:
-            self._save()
+        if self.learner.steps_done > self._last_saved:
+            if self.learner.can_snapshot:
+                self._save()
+            else:
+                logger.warning("no checkpoint of step %d: another trainer is gone, with its part of it", self.learner.steps_done)
         if self._group.is_primary:
             logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
@@ -197,8 +200,8 @@ class Trainer:
         self._require_finite(self._sums, "loss or gradient norm")
         if not self.learner.weights_are_finite():
             raise TrainingDiverged(f"the draft's weights must be finite, they are not after step {self.learner.steps_done}")
-        self._last_saved = self.learner.steps_done
         weights, optimiser = self.learner.snapshot()
+        self._last_saved = self.learner.steps_done
         if not self._group.is_primary:
             return
         checkpoint = Checkpoint(
