@@ -47,7 +47,7 @@ def static(encoding: str, work: Path) -> Contestant:
     commands = []
     for rank, role in enumerate(("target", "trainer")):
         argv = [sys.executable, "-m", "peers.ours", role, str(work), "rpc=static", f"supervision={encoding}"]
-        commands.append(Command(role, argv, static_environment(rank, port), answers=role == "trainer"))
+        commands.append(Command(role, argv, static_environment(rank, 2, port), answers=role == "trainer"))
     return Contestant(f"static, {encoding}", commands[:1], commands[1])
 
 

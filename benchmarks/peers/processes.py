@@ -27,17 +27,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def static_environment(rank: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for one of two workers of a job, whose store rank 0 hosts at `port`."""
-    return {
-        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
-        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), "2"),
-        **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
-        **{"TORCHELASTIC_RUN_ID": "benchmark", "TORCHELASTIC_USE_AGENT_STORE": "False"},
-    }
-
-
 @dataclass(frozen=True)
 class Command:
     """A process to start."""
@@ -101,13 +90,26 @@ class Process:
             self._popen.wait()
 
 
+def static_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for a worker of a job on this host, for a job without torchrun's own process."""
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(size)),
+        **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
+        **{"TORCHELASTIC_RUN_ID": "benchmark", "TORCHELASTIC_USE_AGENT_STORE": "False"},
+    }
+
+
 @contextlib.contextmanager
-def running(servers: list[Command], client: Command, logs: Path) -> Iterator[tuple[list[Process], Process]]:
+def running(
+    servers: list[Command], client: Command, logs: Path, *, start_timeout: float = _START_TIMEOUT
+) -> Iterator[tuple[list[Process], Process]]:
     """The servers and the client, which is ready."""
     with contextlib.ExitStack() as stack:
         processes = []
         for command in (*servers, client):
             processes.append(Process(command, logs / f"{command.name}.log"))
             stack.callback(processes[-1].end)
-        processes[-1].answer(_START_TIMEOUT)
+        processes[-1].answer(start_timeout)
         yield processes[:-1], processes[-1]

@@ -70,7 +70,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
         port, commands = free_port(), []
         for rank, role in enumerate(("target", "trainer")):
             argv = [sys.executable, "-m", "target_lab.delivery", role, str(path)]
-            commands.append(Command(role, argv, static_environment(rank, port), answers=role == "trainer"))
+            commands.append(Command(role, argv, static_environment(rank, 2, port), answers=role == "trainer"))
         with running(commands[:1], commands[1], Path(directory)) as (_, trainer):
             found = trainer.ask(go=True)
         found |= json.loads((Path(directory) / "server.json").read_text())

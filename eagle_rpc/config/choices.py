@@ -101,6 +101,13 @@ class OnError(Enum):
     skip = "skip"
 
 
+class Sharding(Enum):
+    """What of a draft's training state each of several trainers holds."""
+
+    none = "none"
+    state = "state"
+
+
 class Resume(Enum):
     """Whether a run continues from the newest checkpoint of its directory."""
 

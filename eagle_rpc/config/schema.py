@@ -21,6 +21,7 @@ from eagle_rpc.config.choices import (
     Quantization,
     Resume,
     Rows,
+    Sharding,
     VerifySide,
 )
 
@@ -233,6 +234,11 @@ class TrainConfig:
     """On a GPU, with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
     recompute_mlp: bool = False
     """The fused step computes the feed-forward block again in the backward: two thirds of the memory for a tenth more time."""
+    offload_supervision: bool = False
+    """With `accumulation` on a GPU: supervision waits in pinned host memory for the rest of its step, so that the GPU holds
+    no more of it with more micro-batches."""
+    sharding: Sharding = Sharding.none
+    """`state`: several trainers share out master weights, optimiser state and reduced gradients (FSDP2); `none`: each has all."""
     device: str = "auto"
     validate_every: int = 100
     """Optimiser steps between validations (>= 0; 0: only at the end)."""

@@ -87,6 +87,9 @@ def ttt_loss(
 class TTTStep(Protocol):
     """Computes the objective and its gradients for one micro-batch at a time."""
 
+    reads_draft: bool
+    """Whether the draft's own parameters have to be whole when a batch is computed, or copies of them are read."""
+
     def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
         """The objective, whose gradients are added to those of the draft's parameters; no graph is left."""
 
@@ -99,6 +102,8 @@ class TTTStep(Protocol):
 
 class ReferenceStep:
     """The `TTTStep` that autograd makes of `ttt_loss`, with matrix products in `autocast` (null: in the weights' dtype)."""
+
+    reads_draft = True
 
     def __init__(self, draft: Eagle3Draft, objective: Objective, *, autocast: torch.dtype | None) -> None:
         self._draft, self._objective, self._autocast = draft, objective, autocast

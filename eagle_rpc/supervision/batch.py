@@ -3,7 +3,8 @@
 Legend: B batch, T sequence, H target hidden, K draft vocab, N supervised rows.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +28,9 @@ class DraftTargets(Protocol):
     def probs(self, rows: slice) -> Tensor:
         """Softmax over the draft-vocab logits alone, [n, K] fp32."""
 
+    def map_values(self, move: Callable[[Tensor], Tensor]) -> "DraftTargets":
+        """The same targets with what `move` makes of the tensor of all rows."""
+
 
 @dataclass(slots=True)
 class StoredProbs:
@@ -43,6 +47,9 @@ class StoredProbs:
 
     def probs(self, rows: slice) -> Tensor:
         return self.probs_NK[rows]
+
+    def map_values(self, move: Callable[[Tensor], Tensor]) -> "StoredProbs":
+        return StoredProbs(move(self.probs_NK))
 
 
 @dataclass(slots=True)
@@ -61,6 +68,9 @@ class StoredLogits:
     def probs(self, rows: slice) -> Tensor:
         return self.logits_NK[rows].float().softmax(dim=-1)
 
+    def map_values(self, move: Callable[[Tensor], Tensor]) -> "StoredLogits":
+        return StoredLogits(move(self.logits_NK))
+
 
 @dataclass(slots=True)
 class ProjectedTargets:
@@ -78,6 +88,9 @@ class ProjectedTargets:
 
     def probs(self, rows: slice) -> Tensor:
         return self.logits(rows).float().softmax(dim=-1)
+
+    def map_values(self, move: Callable[[Tensor], Tensor]) -> "ProjectedTargets":
+        return replace(self, hidden_NH=move(self.hidden_NH))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,6 +112,10 @@ class Eagle3TargetBatch:
     def __post_init__(self) -> None:
         self.input_ids = shift_left(self.tokens.input_ids)
         self.loss_mask = shifted_loss_mask(self.tokens)
+
+    def map_large(self, move: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
+        """The same batch with what `move` makes of its large tensors: the hidden states and the targets' values."""
+        return replace(self, aux_hidden_states=move(self.aux_hidden_states), targets=self.targets.map_values(move))
 
     @property
     def position_mask(self) -> Tensor:

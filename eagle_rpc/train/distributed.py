@@ -1,4 +1,11 @@
-"""Trainers that work on one draft: sums over all of them, and the check that they are alike."""
+"""Trainers that work on one draft: sums over all of them, and the check that they are alike.
+
+**Supervision before collectives.** What RPC receives on a GPU may have to wait behind a collective that runs there, and a
+collective waits for the slowest trainer. Neither waits for ever, because no trainer waits for a target between the start
+of a collective and the moment from which all others can start it too without a target's help. So all of a step's
+supervision is here, on every trainer, before the step's first collective; what the target sends meanwhile is of a later
+step. `TrainerGroup.together` stands where that is agreed, in `Learner.learn` and in the trainer's validation.
+"""
 
 import contextlib
 import hashlib
@@ -9,14 +16,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
+from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, TargetUnavailable, WaitTimeout
 
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 32
 _CPU = torch.device("cpu")
+# torch 2.13 renames it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TrainerGroup:
@@ -30,6 +40,8 @@ class TrainerGroup:
     def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
+        self.broken = False
+        """Whether a wait for the others has failed: there is nothing left to do together."""
         self._timeout = timeout
         self._gpu_group = gpu_group
 
@@ -41,9 +53,20 @@ class TrainerGroup:
     def sum_(self, tensor: Tensor, what: str) -> Tensor:
         """Replaces the tensor by its sum over all trainers, with the same bits on each; `what` is for error messages."""
         if self.size > 1:
-            with self._bounded(f"the sum of {what}"):
+            with self.bounded(f"the sum of {what}"):
                 dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._gpu_group if tensor.is_cuda else None)
         return tensor
+
+    def sum_parts(self, part: Tensor, whole: Tensor, what: str) -> None:
+        """Stores in `part` this trainer's part of the sum of `whole` over all trainers; `whole` has `size` parts along dim 0."""
+        with self.bounded(f"the sum of {what}"):
+            _reduce_scatter(part, whole, op=dist.ReduceOp.SUM, group=self._gpu_group if whole.is_cuda else None)
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All trainers in one dimension, for tensors on their `device`. Raises `ConfigError` for a GPU that several share."""
+        if device.type == "cuda" and self._gpu_group is None:
+            raise ConfigError("train.sharding must be none where trainers share a GPU, got state: NCCL wants one each")
+        return DeviceMesh.from_group(self._gpu_group if device.type == "cuda" else dist.group.WORLD, device.type)
 
     def any_(self, mine: bool, what: str) -> bool:
         """Whether it holds for any trainer; all learn the same."""
@@ -51,10 +74,26 @@ class TrainerGroup:
             return mine
         return bool(self.sum_(torch.tensor([int(mine)]), what).item())
 
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Around what each trainer gets from a target: it fails on all trainers or on none.
+
+        So those that could go on learn of it before they start what needs everyone. Raises what the body raises, and
+        `TargetUnavailable` where only another trainer's body did.
+        """
+        try:
+            yield
+        except EagleRpcError:
+            with contextlib.suppress(ConnectionLost, WaitTimeout):
+                self.any_(True, what)
+            raise
+        if self.any_(False, what):
+            raise TargetUnavailable(f"trainer {self.rank} of {self.size}: another trainer did not get {what}; its log says why")
+
     def barrier(self, what: str) -> None:
         """Returns when all trainers have come here."""
         if self.size > 1:
-            with self._bounded(what):
+            with self.bounded(what):
                 dist.monitored_barrier(timeout=timedelta(seconds=self._timeout), wait_all_ranks=True)
 
     def require_equal(self, digests: Mapping[str, str]) -> None:
@@ -82,15 +121,17 @@ class TrainerGroup:
     def _gather(self, mine: Tensor, what: str) -> Tensor:
         """Every trainer's digests, [size, n, 32] uint8, from one's own [n, 32]."""
         everyone = mine.new_empty(self.size, *mine.shape)
-        with self._bounded(what):
+        with self.bounded(what):
             dist.all_gather_into_tensor(everyone.flatten(0, 1), mine)
         return everyone
 
     @contextlib.contextmanager
-    def _bounded(self, what: str) -> Iterator[None]:
+    def bounded(self, what: str) -> Iterator[None]:
+        """Gives torch's errors of a wait for the others their class, and says what was waited for."""
         try:
             yield
         except RuntimeError as error:
+            self.broken = True
             raise _wait_error(error, f"trainer {self.rank} of {self.size}, waiting for {what}", self._timeout) from error
 
 
@@ -131,39 +172,10 @@ def _wait_error(error: RuntimeError, what: str, timeout: float) -> WaitTimeout |
     return ConnectionLost(f"{what}: {reason}")
 
 
-class FlatGradients:
-    """All gradients in one fp32 buffer, laid out once: zeroing, the sum over trainers, norm and clipping are one call each.
-
-    One buffer also makes the sum's rounding a matter of layout alone; buckets that depend on timing would not.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        parameters = list(parameters)
-        self._flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
-        start = 0
-        for parameter in parameters:
-            end = start + parameter.numel()
-            parameter.grad = self._flat[start:end].view_as(parameter)
-            start = end
-
-    def zero_(self) -> None:
-        self._flat.zero_()
-
-    def sum_(self, group: TrainerGroup) -> None:
-        """Adds up the gradients of all trainers; the objective is normalised already."""
-        group.sum_(self._flat, "gradients")
-
-    def clip_(self, max_norm: float) -> Tensor:
-        """Scales down to a global norm of at most `max_norm`; returns the norm before, a scalar."""
-        norm = torch.linalg.vector_norm(self._flat)
-        self._flat.mul_((max_norm / norm).clamp(max=1.0))
-        return norm
-
-
-def weights_digest(parameters: Mapping[str, Tensor]) -> str:
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names and all bits."""
     digest = hashlib.sha256()
-    for name, tensor in parameters.items():
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

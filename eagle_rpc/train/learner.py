@@ -3,19 +3,23 @@
 Legend: S steps of training-time test.
 """
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from eagle_rpc.config.choices import Sharding
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, TTTStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch
-from eagle_rpc.train.distributed import FlatGradients, TrainerGroup, weights_digest
+from eagle_rpc.train.distributed import TrainerGroup, tensors_digest
+from eagle_rpc.train.masters import MasterWeights, ReplicatedWeights
 from eagle_rpc.train.metrics import RunningSums
 from eagle_rpc.train.optimiser import (
     learning_rate,
@@ -25,6 +29,8 @@ from eagle_rpc.train.optimiser import (
     set_learning_rate,
     trainable_parameters,
 )
+from eagle_rpc.train.sharded import ShardedWeights
+from eagle_rpc.train.step_supervision import StepSupervision
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +45,16 @@ class StepOutcome:
 
 
 class Learner:
-    """The draft with its optimiser, alike on every trainer of `group`.
+    """The draft with its optimiser, alike on every trainer of `group`, or a part on each with `config.sharding`.
 
-    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype.
+    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype, and with
+    sharding as `ShardedWeights`. Every trainer has to construct one and to call all but `judge` alike.
     """
 
     def __init__(
         self, draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, group: TrainerGroup, total_steps: int
     ) -> None:
-        self.parameters = trainable_parameters(draft)
-        for name, parameter in self.parameters.items():
+        for name, parameter in trainable_parameters(draft).items():
             if parameter.dtype != torch.float32:
                 raise ConfigError(f"the draft's {name} must be float32 for training, got {parameter.dtype}")
         self.steps_done = 0
@@ -57,30 +63,41 @@ class Learner:
         self._objective = objective
         self._group = group
         self._total_steps = total_steps
-        self._gradients = FlatGradients(self.parameters.values())
+        self._masters = hold_weights(draft, config, group)
         self._optimiser = make_optimiser(draft, config)
-        self._ttt = make_ttt_step(draft, config, objective)
+        self._ttt = make_ttt_step(draft, config, objective, self._masters.gradients)
 
-    def learn(self, batches: Sequence[Eagle3TargetBatch]) -> StepOutcome:
-        """One optimiser step on this trainer's share of the micro-batches; every trainer has to take part.
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimiser steps, by name; DTensors where weights are sharded."""
+        return self._masters.parameters
 
-        All of the step's supervision is here before its first collective: what RPC receives on a GPU may wait behind one.
-        """
-        denominators_S = torch.stack([count_rows(batch, self._objective.ttt_steps) for batch in batches]).sum(dim=0)
-        self._group.sum_(denominators_S, "supervised rows")
+    def learn(self, batches: Iterable[Eagle3TargetBatch]) -> StepOutcome:
+        """One optimiser step on this trainer's share of the micro-batches, which are waited for before anything else."""
+        with self._group.together("the supervision of a step"):
+            supervision = StepSupervision(batches, self._objective.ttt_steps, offload=self._config.offload_supervision)
+        denominators_S = self._group.sum_(supervision.row_counts, "supervised rows")
         sums = self.empty_sums()
-        self._gradients.zero_()
-        for batch in batches:
-            sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
+        self._masters.zero_gradients()
+        with self.ready_to_judge():
+            while supervision:
+                self._learn_micro_batch(supervision.take(), denominators_S, sums)
         self._group.sum_(sums.flat, "losses")
-        self._gradients.sum_(self._group)
-        grad_norm = self._gradients.clip_(self._config.max_grad_norm)
+        self._masters.reduce_gradients()
+        grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
         rate = learning_rate(self.steps_done, self._total_steps, self._config)
         set_learning_rate(self._optimiser, rate)
         self._optimiser.step()
         self._ttt.refresh_weights()
         self.steps_done += 1
         return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
+
+    def _learn_micro_batch(self, batch: Eagle3TargetBatch, denominators_S: Tensor, sums: RunningSums) -> None:
+        sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
+
+    def ready_to_judge(self) -> contextlib.AbstractContextManager[None]:
+        """While the body runs `judge` may be called, as often as each trainer likes."""
+        return self._masters.whole() if self._ttt.reads_draft else contextlib.nullcontext()
 
     def judge(self, batch: Eagle3TargetBatch, sums: RunningSums) -> None:
         """Adds one batch's figures to `sums` and changes nothing else."""
@@ -90,15 +107,31 @@ class Learner:
         return RunningSums(self._objective.ttt_steps, self.device)
 
     def weights_are_finite(self) -> bool:
-        return bool(torch.stack([parameter.isfinite().all() for parameter in self.parameters.values()]).all())
+        return self._masters.are_finite()
 
     def digest(self) -> str:
         """SHA-256 of weights, optimiser state and step."""
-        state = {**self.parameters, **optimiser_tensors(self._optimiser, self.parameters)}
-        return weights_digest(state | {"steps_done": torch.tensor([self.steps_done])})
+        steps_done = ("steps_done", torch.tensor([self.steps_done]))
+        return tensors_digest(itertools.chain(self.weights(), self.optimiser_state(), [steps_done]))
 
-    def optimiser_tensors(self) -> dict[str, Tensor]:
-        return optimiser_tensors(self._optimiser, self.parameters)
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole, by name, one after the other; every trainer has to take them all."""
+        return ((name, self._masters.whole_of(parameter)) for name, parameter in self.parameters.items())
+
+    def optimiser_state(self) -> Iterator[tuple[str, Tensor]]:
+        """As `optimiser_tensors`, but whole; every trainer has to take it all."""
+        tensors = optimiser_tensors(self._optimiser, self.parameters)
+        return ((name, self._masters.whole_of(tensor)) for name, tensor in tensors.items())
+
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimiser state as a checkpoint keeps them; of use on the primary trainer only."""
+        tensors = optimiser_tensors(self._optimiser, self.parameters)
+        return self._masters.snapshot(self.parameters), self._masters.snapshot(tensors)
+
+    @property
+    def can_snapshot(self) -> bool:
+        """Whether all that a checkpoint needs is here, or can still be asked of the other trainers."""
+        return not (self._masters.in_parts and self._group.broken)
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], optimiser: dict[str, Tensor], steps_done: int) -> None:
@@ -106,21 +139,29 @@ class Learner:
         if weights.keys() != self.parameters.keys():
             differing = sorted(weights.keys() ^ self.parameters.keys())
             raise CheckpointError(f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}")
+        self._masters.require_alike({**weights, **optimiser}, "the checkpoint to resume from")
         for name, parameter in self.parameters.items():
             if weights[name].shape != parameter.shape:
                 raise CheckpointError(f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}")
-            parameter.copy_(weights[name])
-        load_optimiser_tensors(self._optimiser, self.parameters, optimiser)
+            parameter.copy_(self._masters.part_of(weights[name], parameter))
+        load_optimiser_tensors(self._optimiser, self.parameters, optimiser, self._masters.part_of)
         self._ttt.refresh_weights()
         self.steps_done = steps_done
 
 
-def make_ttt_step(draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig) -> TTTStep:
-    """The fused step where a GPU and the configuration allow it, else the reference."""
+def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -> MasterWeights:
+    """A copy or a part of the draft's weights, as the configuration says; a single trainer has all of them either way."""
+    if config.sharding is Sharding.state and group.size > 1:
+        return ShardedWeights(draft, group)
+    return ReplicatedWeights(draft, group)
+
+
+def make_ttt_step(draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]) -> TTTStep:
+    """The fused step where a GPU and the configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)
     if config.fused and FusedStep.supports(draft, dtype):
-        return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp)
+        return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp, gradients=gradients)
     if config.recompute_mlp:
         logger.warning(
             "train.recompute_mlp has no effect: it belongs to the fused step, which needs a GPU and train.autocast=bfloat16"

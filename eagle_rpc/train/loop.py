@@ -87,7 +87,7 @@ class Trainer:
 
         Raises `TrainingDiverged` before anything that is not finite is saved, `CheckpointError` if the checkpoint is of
         another run, `ConfigError` if trainers do not start alike. What the target's backend or the other trainers raise
-        passes through after a checkpoint of the last whole step.
+        passes through after a checkpoint of the last whole step; without one where a part of the weights is gone with a trainer.
         """
         self._start()
         if self.learner.steps_done >= self.total_steps:
@@ -119,12 +119,15 @@ class Trainer:
 
     def _save_unless_saved(self, why: str) -> None:
         if self.learner.steps_done > self._last_saved:
-            self._save()
+            if self.learner.can_snapshot:
+                self._save()
+            else:
+                logger.warning("no checkpoint of step %d: another trainer is gone, with its part of it", self.learner.steps_done)
         if self._group.is_primary:
             logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
     def _train_step(self, stream: Iterator[Eagle3TargetBatch], report: TrainingReport) -> None:
-        outcome = self.learner.learn(list(islice(stream, self._config.accumulation)))
+        outcome = self.learner.learn(islice(stream, self._config.accumulation))
         self._micro_batches += self._config.accumulation
         self._sums.add_step(outcome.sums, outcome.grad_norm)
         self._learning_rate = outcome.learning_rate
@@ -167,7 +170,12 @@ class Trainer:
         mine = (self._validation.batch(index) for index in range(self._group.rank, count, self._group.size))
         sums = self.learner.empty_sums()
         self._draft.eval()
-        with contextlib.closing(self._backend.stream(mine)) as stream:
+        # What needs every trainer comes before the first wait for the target, and after the last.
+        with (
+            self.learner.ready_to_judge(),
+            self._group.together("the supervision of a validation"),
+            contextlib.closing(self._backend.stream(mine)) as stream,
+        ):
             for batch in stream:
                 self.learner.judge(batch, sums)
         self._draft.train()
@@ -192,6 +200,7 @@ class Trainer:
         self._require_finite(self._sums, "loss or gradient norm")
         if not self.learner.weights_are_finite():
             raise TrainingDiverged(f"the draft's weights must be finite, they are not after step {self.learner.steps_done}")
+        weights, optimiser = self.learner.snapshot()
         self._last_saved = self.learner.steps_done
         if not self._group.is_primary:
             return
@@ -199,8 +208,8 @@ class Trainer:
             step=self.learner.steps_done,
             micro_batches=self._micro_batches,
             record=self._record,
-            weights=dict(self.learner.parameters),
-            optimiser=self.learner.optimiser_tensors(),
+            weights=weights,
+            optimiser=optimiser,
             running_sums=self._sums.flat.tolist(),
         )
         write_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.keep_checkpoints)

@@ -1,6 +1,7 @@
 """AdamW and its learning rate."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,13 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn
 
 
 def load_optimiser_tensors(
-    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    part_of: Callable[[Tensor, nn.Parameter], Tensor],
 ) -> None:
-    """Puts back what `optimiser_tensors` gave, on the parameters' devices."""
+    """Puts back what `optimiser_tensors` gave, as `MasterWeights.part_of` keeps it beside each parameter."""
     for key, tensor in tensors.items():
         slot, _, name = key.partition("/")
         parameter = parameters[name]
-        optimiser.state[parameter][slot] = tensor.to(parameter.device, copy=True)
+        optimiser.state[parameter][slot] = part_of(tensor, parameter)

@@ -103,6 +103,25 @@ def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, lis
     assert (directory / "runs/single/checkpoints/step_2").is_dir()
 
 
+@pytest.mark.slow
+def test_two_trainers_that_share_out_their_state_write_the_checkpoint_of_two_that_each_hold_all(
+    workplace: tuple[Path, list[str]],
+):
+    directory, overrides = workplace
+    # Unclipped, since the norm of gradients in parts is summed up in another order.
+    settings = ["topology=1x2", "train.max_steps=3", "train.accumulation=2", "train.max_grad_norm=1e9", *overrides]
+    written = []
+    for sharding in ("none", "state"):
+        named = [f"run.name=sharding_{sharding}", f"train.sharding={sharding}", *settings]
+        trained = run(torchrun(3), directory, "job=train", *named)
+        assert trained.returncode == 0, trained.stderr
+        checkpoint = directory / f"runs/sharding_{sharding}/checkpoints/step_3"
+        written.append([(checkpoint / name).read_bytes() for name in ("draft.safetensors", "optimiser.safetensors")])
+    assert written[0] == written[1]
+    exported = run(PYTHON, directory, "job=export", *named)
+    assert exported.returncode == 0, exported.stderr
+
+
 def test_training_killed_and_resumed_ends_with_the_same_weights(workplace: tuple[Path, list[str]]):
     directory, overrides = workplace
     settings = ["job=train", "topology=1x1", "train.max_steps=60", *overrides]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft.fused import formulas
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient, gradient_of
+from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import DraftTargets
 
@@ -40,7 +40,7 @@ def judge(
     """
     hidden_MH = hidden_SNH.flatten(0, 1)
     losses_NS, predicted_NS = torch.empty_like(rows.coefficients), torch.empty_like(rows.places)
-    norm = (draft.norm.weight, draft.config.rms_norm_eps)
+    norm = (weights.last_norm, draft.config.rms_norm_eps)
     for chunk in _row_chunks(rows.places, weights.head):
         places_M = rows.places[chunk].flatten()
         judged_MH = hidden_MH[places_M]
@@ -51,9 +51,9 @@ def judge(
         )
         if hidden_grads_SNH is not None:
             logit_grads_MK = logits_nSK.flatten(0, 1)
-            add_weight_gradient(gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
+            add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
             grads_MH = logit_grads_MK @ weights.head
-            formulas.rms_norm_backward(grads_MH, judged_MH, norm, gradient_of(norm[0]), None, grads_MH)
+            formulas.rms_norm_backward(grads_MH, judged_MH, norm, weights.gradient_of(draft.norm.weight), None, grads_MH)
             hidden_grads_SNH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
     return losses_NS, predicted_NS
 

@@ -3,6 +3,8 @@
 Legend: B batch, T sequence, U = T + S - 1, N supervised rows, S steps, H hidden.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,12 +22,24 @@ class FusedStep:
     """`ttt_loss` and its backward in one, for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
 
     Matrix products run in `dtype` on copies of the weights, gradients are summed in the parameters' dtype. `recompute_mlp`
-    saves a third of the memory of a batch for a tenth more time.
+    saves a third of the memory of a batch for a tenth more time. `gradients` are whole ones by parameter name that are
+    added to; null: those of the parameters. The draft's parameters may be DTensors: then all trainers have to construct
+    and refresh at the same time.
     """
 
-    def __init__(self, draft: Eagle3Draft, objective: Objective, *, dtype: torch.dtype, recompute_mlp: bool) -> None:
+    reads_draft = False
+
+    def __init__(
+        self,
+        draft: Eagle3Draft,
+        objective: Objective,
+        *,
+        dtype: torch.dtype,
+        recompute_mlp: bool,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._draft, self._objective, self._recompute_mlp = draft, objective, recompute_mlp
-        self._weights = FusedWeights(draft, dtype)
+        self._weights = FusedWeights(draft, dtype, gradients)
 
     @staticmethod
     def supports(draft: Eagle3Draft, dtype: torch.dtype) -> bool:
@@ -38,7 +52,7 @@ class FusedStep:
         self._weights.refresh()
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
-        """`ttt_loss` without graph; its gradients are added to those of the draft's parameters."""
+        """`ttt_loss` without graph; its gradients are added to the `gradients`."""
         with self._on_device():
             return self._run(batch, denominators_S, with_gradients=True)
 

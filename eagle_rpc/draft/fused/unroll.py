@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from eagle_rpc.draft.fused import formulas
 from eagle_rpc.draft.fused.attention import StepAttention
 from eagle_rpc.draft.fused.causal import Segments
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient, gradient_of
+from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.rope import RopeTables
 
@@ -45,6 +45,7 @@ class FusedUnroll:
     ) -> None:
         self._draft, self._weights = draft, weights
         self._layer, self._eps = draft.midlayer, draft.config.rms_norm_eps
+        self._gradient_of = weights.gradient_of
         self._shape, self._steps = shape, steps
         self._rows = shape[0] * shape[1]
         self._together = 1 if recompute_mlp else min(steps, -(-_ROWS_OF_A_PRODUCT // self._rows))
@@ -63,7 +64,7 @@ class FusedUnroll:
         """Runs all steps. `ids` [B, T + S - 1] are those of step 0 and what follows; `tables` are each step's."""
         self._aux, self._ids, self._tables = aux_NH3, ids_BU, tables
         torch.mm(aux_NH3, self._weights.fuse.t(), out=self.hidden_SNH[0])
-        embeds_MH = formulas.rms_norm(self._embeds(), self._layer.input_layernorm.weight, self._eps)
+        embeds_MH = formulas.rms_norm(self._embeds(), self._weights.embeds_norm, self._eps)
         embed_part_BUP = (embeds_MH @ self._weights.qkv_of_embeds.t()).view(*ids_BU.shape, -1)
         for step in range(self._steps):
             self._forward_step(step, embed_part_BUP[:, step : step + self._shape[1]])
@@ -71,7 +72,7 @@ class FusedUnroll:
     def _forward_step(self, step: int, embed_part_BTP: Tensor) -> None:
         layer, weights = self._layer, self._weights
         hidden_NH, middle_NH = self.hidden_SNH[step], self._middle[step]
-        normed_NH = formulas.rms_norm(hidden_NH, layer.hidden_norm.weight, self._eps)
+        normed_NH = formulas.rms_norm(hidden_NH, weights.hidden_norm, self._eps)
         hidden_part_NP = normed_NH @ weights.qkv_of_hidden.t()
         formulas.add_and_rotate(
             hidden_part_NP.view(*self._shape, -1), embed_part_BTP, self._tables[step], self._key_width, self._qkv_of(step)
@@ -79,7 +80,7 @@ class FusedUnroll:
         self._attention.forward(self._queries_of(step), self._in_heads(self._attended[step]))
         residual_NH = normed_NH if layer.norm_before_residual else hidden_NH
         torch.addmm(residual_NH, self._attended[step], weights.output.t(), out=middle_NH)
-        normed_NH = formulas.rms_norm(middle_NH, layer.post_attention_layernorm.weight, self._eps)
+        normed_NH = formulas.rms_norm(middle_NH, weights.middle_norm, self._eps)
         gate_up_NI2 = self._gate_up[step % len(self._gate_up)]
         torch.mm(normed_NH, weights.gate_up.t(), out=gate_up_NI2)
         torch.addmm(middle_NH, formulas.swiglu(gate_up_NI2), weights.down.t(), out=self.hidden_SNH[step + 1])
@@ -103,16 +104,15 @@ class FusedUnroll:
     def _backward_mlp(self, step: int) -> None:
         layer, weights = self._layer, self._weights
         middle_NH, gate_up_NI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
-        norm_weight = layer.post_attention_layernorm.weight
         if self._recompute_mlp:
-            torch.mm(formulas.rms_norm(middle_NH, norm_weight, self._eps), weights.gate_up.t(), out=gate_up_NI2)
+            torch.mm(formulas.rms_norm(middle_NH, weights.middle_norm, self._eps), weights.gate_up.t(), out=gate_up_NI2)
         out_grads_NH = self._hidden_grads[step + 1]
         formulas.swiglu_backward(out_grads_NH @ weights.down, gate_up_NI2, self._gated[step % self._together])
         formulas.rms_norm_backward(
             gate_up_NI2 @ weights.gate_up,
             middle_NH,
-            (norm_weight, self._eps),
-            gradient_of(norm_weight),
+            (weights.middle_norm, self._eps),
+            self._gradient_of(layer.post_attention_layernorm.weight),
             out_grads_NH,
             self._middle_grads[step % self._together],
         )
@@ -132,9 +132,8 @@ class FusedUnroll:
             normed_grads_NH += middle_grads_NH
         else:
             passed_NH += middle_grads_NH
-        norm_weight = layer.hidden_norm.weight
-        norm = (norm_weight, self._eps)
-        formulas.rms_norm_backward(normed_grads_NH, self.hidden_SNH[step], norm, gradient_of(norm_weight), passed_NH, passed_NH)
+        norm, norm_grad = (weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
+        formulas.rms_norm_backward(normed_grads_NH, self.hidden_SNH[step], norm, norm_grad, passed_NH, passed_NH)
 
     def _add_weight_gradients(self, first: int) -> None:
         """Of the steps from `first` on whose gradients wait; their hidden states are normed by now."""
@@ -143,27 +142,25 @@ class FusedUnroll:
         attention, mlp = self._layer.self_attn, self._layer.mlp
         normed_NH = self.hidden_SNH[steps].flatten(0, 1)
         for layer, grads in zip(self._weights.projections, self._split_qkv(self._qkv[steps].flatten(0, 1)), strict=True):
-            add_weight_gradient(gradient_of(layer.weight)[:, self._weights.hidden_size :], grads, normed_NH)
+            add_weight_gradient(self._gradient_of(layer.weight)[:, self._weights.hidden_size :], grads, normed_NH)
         middle_grads_NH, attended_NQ = self._middle_grads[waiting].flatten(0, 1), self._attended[steps].flatten(0, 1)
-        add_weight_gradient(gradient_of(attention.o_proj.weight), middle_grads_NH, attended_NQ)
+        add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_NH, attended_NQ)
         normed_NH = self._middle[steps].flatten(0, 1)
         gate_up_NI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
         for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_NI2.chunk(2, dim=-1), strict=True):
-            add_weight_gradient(gradient_of(layer.weight), grads, normed_NH)
+            add_weight_gradient(self._gradient_of(layer.weight), grads, normed_NH)
         out_grads_NH = self._hidden_grads[1:][steps].flatten(0, 1)
-        add_weight_gradient(gradient_of(mlp.down_proj.weight), out_grads_NH, self._gated[waiting].flatten(0, 1))
+        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_NH, self._gated[waiting].flatten(0, 1))
 
     def _backward_inputs(self) -> None:
         """What all steps share: the fused hidden states and the embeddings."""
-        add_weight_gradient(gradient_of(self._draft.fc.weight), self._hidden_grads[0], self._aux)
+        add_weight_gradient(self._gradient_of(self._draft.fc.weight), self._hidden_grads[0], self._aux)
         grads_MP = formulas.sum_shifted(self._qkv.unflatten(1, self._shape)).flatten(0, 1)
         embeds_MH, embed_grads_MH = self._embeds(), grads_MP @ self._weights.qkv_of_embeds
-        norm_weight = self._layer.input_layernorm.weight
-        formulas.rms_norm_backward(
-            embed_grads_MH, embeds_MH, (norm_weight, self._eps), gradient_of(norm_weight), None, embed_grads_MH
-        )
+        norm, norm_grad = (self._weights.embeds_norm, self._eps), self._gradient_of(self._layer.input_layernorm.weight)
+        formulas.rms_norm_backward(embed_grads_MH, embeds_MH, norm, norm_grad, None, embed_grads_MH)
         for layer, grads in zip(self._weights.projections, self._split_qkv(grads_MP), strict=True):
-            add_weight_gradient(gradient_of(layer.weight)[:, : self._weights.hidden_size], grads, embeds_MH)
+            add_weight_gradient(self._gradient_of(layer.weight)[:, : self._weights.hidden_size], grads, embeds_MH)
 
     def _embeds(self) -> Tensor:
         """[B U, H], a fresh tensor."""

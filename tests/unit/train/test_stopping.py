@@ -7,6 +7,7 @@ import pytest
 from training_cases import TableTarget, assert_same_bits, final_state, make_trainer, train_config
 
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, TargetUnavailable
+from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.checkpoint import latest_checkpoint
 
 SETTINGS = train_config(max_steps=9, checkpoint_every=100, accumulation=2)
@@ -59,6 +60,23 @@ def test_a_trainer_that_loses_its_targets_keeps_its_whole_steps_and_raises(tmp_p
     assert checkpoint_name(tmp_path / "lost") == "step_3"
     assert f"interrupted by {type(error).__name__}: the run goes on from step 3" in caplog.text
     check_that_it_goes_on(tmp_path / "lost", tmp_path / "undisturbed")
+
+
+def test_where_a_part_of_the_weights_is_gone_with_a_trainer_the_last_checkpoint_stays_the_newest(tmp_path, caplog):
+    group = TrainerGroup()
+    caplog.set_level("INFO")
+
+    def lose() -> None:
+        group.broken = True
+        raise ConnectionLost("another trainer is gone")
+
+    settings = train_config(max_steps=9, checkpoint_every=2, accumulation=2)
+    trainer = make_trainer(tmp_path, settings, group=group, target=EventfulTarget(7, lose))
+    trainer.learner._masters.in_parts = True
+    with pytest.raises(ConnectionLost):
+        trainer.train()
+    assert checkpoint_name(tmp_path) == "step_2"
+    assert "no checkpoint of step 3" in caplog.text and "the run goes on from step 2" in caplog.text
 
 
 def test_nothing_is_written_where_no_step_was_done(tmp_path):

@@ -181,7 +181,7 @@ def make_trainer(
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights and optimiser state."""
     learner = trainer.learner
-    return {name: tensor.detach().clone() for name, tensor in {**learner.parameters, **learner.optimiser_tensors()}.items()}
+    return {name: tensor.detach().clone() for name, tensor in (*learner.weights(), *learner.optimiser_state())}
 
 
 def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

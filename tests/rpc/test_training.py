@@ -1,0 +1,17 @@
+"""Two trainers and a target over real RPC: supervision arrives while the trainers stand in a collective."""
+
+import pytest
+from support.service_training import service_config, take_part
+from support.workers import run_workers
+
+from eagle_rpc.config.choices import Sharding
+
+pytestmark = pytest.mark.rpc
+
+
+@pytest.mark.parametrize(
+    "sharding", [pytest.param(Sharding.none, marks=pytest.mark.slow), Sharding.state], ids=lambda one: one.name
+)
+def test_supervision_arrives_while_another_trainer_is_waited_for_in_a_collective(sharding: Sharding):
+    _, first, second = run_workers(take_part, 3, service_config("cpu", trainers=2, sharding=sharding), 4)
+    assert first["digest"] == second["digest"]
