@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab, N rows.
 """
 
+import contextlib
 import threading
 import uuid
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from eagle_rpc.supervision import DraftHead, ModelInfo, TargetOutput, tokenizer_
 from eagle_rpc.target.capture import aux_layers, captured_layers, find_base, find_decoder_layers
 from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
 from eagle_rpc.target.loading import caps_attention, load_model
+from eagle_rpc.target.packed_attention import attention_by_chat
 
 # Tokens of the forward that the head is probed on.
 _PROBE_TOKENS = 32
@@ -85,11 +87,12 @@ class HFEagle3TargetModel:
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
         if segment_ids is None:
-            visibility = {"attention_mask": attention_mask.bool()}
+            visibility, attention = {"attention_mask": attention_mask.bool()}, contextlib.nullcontext()
         else:
             # Without a mask, transformers reads from positions that restart where one sequence ends and the next begins.
-            visibility = {"position_ids": _packed_positions(attention_mask.bool(), segment_ids)}
-        with captured_layers(self._layers, self.aux_layer_ids) as captured, torch.inference_mode():
+            positions_BT = _packed_positions(attention_mask.bool(), segment_ids)
+            visibility, attention = {"position_ids": positions_BT}, attention_by_chat(self._base, positions_BT)
+        with captured_layers(self._layers, self.aux_layer_ids) as captured, torch.inference_mode(), attention:
             last_hidden_BTH = self._base(input_ids=input_ids, use_cache=False, **visibility)[0]
         # Outside inference mode, so that autograd may save what comes of it.
         aux_BT3H = torch.cat([captured[layer] for layer in self.aux_layer_ids], dim=-1)
