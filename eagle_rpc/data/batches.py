@@ -23,8 +23,8 @@ class BatchPlan:
 
     A row holds one chat or, with `packed_length`, as many whole chats as best fit into that many tokens. A global
     micro-batch is `num_ranks * batch_size` rows of similar length, dealt out so that every rank gets `batch_size` rows and
-    about as many tokens. An epoch shows each chat once across the ranks; where rows are short of whole global micro-batches,
-    packed rows are split, and the last micro-batch is filled up with rows from the beginning of the epoch's shuffled order.
+    about as many tokens. An epoch shows each chat once across the ranks. Where rows are short of whole global micro-batches,
+    packed rows are split; what is still missing is filled up with rows from the beginning of the epoch's shuffled order.
     """
 
     def __init__(

@@ -3,7 +3,6 @@
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab, N rows.
 """
 
-import contextlib
 import threading
 import uuid
 from collections.abc import Sequence
@@ -87,12 +86,16 @@ class HFEagle3TargetModel:
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
         if segment_ids is None:
-            visibility, attention = {"attention_mask": attention_mask.bool()}, contextlib.nullcontext()
+            positions_BT, visibility = None, {"attention_mask": attention_mask.bool()}
         else:
             # Without a mask, transformers reads from positions that restart where one sequence ends and the next begins.
             positions_BT = _packed_positions(attention_mask.bool(), segment_ids)
-            visibility, attention = {"position_ids": positions_BT}, attention_by_chat(self._base, positions_BT)
-        with captured_layers(self._layers, self.aux_layer_ids) as captured, torch.inference_mode(), attention:
+            visibility = {"position_ids": positions_BT}
+        with (
+            captured_layers(self._layers, self.aux_layer_ids) as captured,
+            torch.inference_mode(),
+            attention_by_chat(self._base, positions_BT),
+        ):
             last_hidden_BTH = self._base(input_ids=input_ids, use_cache=False, **visibility)[0]
         # Outside inference mode, so that autograd may save what comes of it.
         aux_BT3H = torch.cat([captured[layer] for layer in self.aux_layer_ids], dim=-1)

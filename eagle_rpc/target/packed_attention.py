@@ -33,13 +33,13 @@ _chats: ContextVar[list[_Chat]] = ContextVar("_chats")
 
 
 @contextlib.contextmanager
-def attention_by_chat(base: nn.Module, positions_BT: Tensor) -> Iterator[None]:
+def attention_by_chat(base: nn.Module, positions_BT: Tensor | None) -> Iterator[None]:
     """In the body an sdpa model on the CPU attends within chats only, which begin where positions are 0.
 
     The exact layer masks (causal, sliding, chunked) are those of transformers. Other models keep their way: eager and flex
-    attention build masks of their own, and on a GPU a loop over chats would be slow.
+    attention build masks of their own, and on a GPU a loop over chats would be slow. Without positions nothing is packed.
     """
-    if base.config._attn_implementation != "sdpa" or positions_BT.is_cuda:
+    if positions_BT is None or positions_BT.is_cuda or base.config._attn_implementation != "sdpa":
         yield
         return
     token = _chats.set(_chats_of(positions_BT))
