@@ -108,7 +108,7 @@ class BatchPlan:
         return self._deal(shuffled[1][place], self._rank + number)
 
     def _deal(self, batch: list[Row], turn: int) -> list[Row]:
-        """One rank's rows of a global micro-batch; `turn` counts ranks, and the number moves it on."""
+        """One rank's rows of a global micro-batch; `turn` is the rank, moved on by the micro-batch's number."""
         by_length = sorted(batch, key=lambda row: (-self._length(row), row))
         # Dealt to and fro; the rank that begins, and so gets the longest row, changes with the number.
         seat = turn % self._num_ranks

@@ -38,6 +38,7 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 2048, got 128"),
         ("data.row_length=4096", r"data.row_length must go with data.packing=true .* got data.packing=false"),
         ("data={packing: true, row_length: 1024}", "data.row_length must reach data.max_length 2048, got 1024"),
+        ("data={packing: true, row_length: 32768}", "at most target.max_batch_tokens 65536, got 4 x 32768 = 131072"),
         ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 2048 = 2048000"),
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
