@@ -29,7 +29,7 @@ _NOT_NEGATIVE = (
 ).split()
 _SHARES = "train.min_learning_rate_share train.warmup_share".split()
 _POSITIVE_OR_NULL = (
-    "target.max_length draft.intermediate_size draft.num_attention_heads draft.num_key_value_heads train.max_epochs "
+    "target.max_length data.row_length draft.intermediate_size draft.num_attention_heads draft.num_key_value_heads train.max_epochs "
     "regenerate.num_prompts"
 ).split()
 
@@ -102,6 +102,8 @@ def _check_across(config: Config) -> None:
         raise ConfigError(
             f"topology.single must go with one target and one trainer, got {config.topology.targets} and {config.topology.trainers}"
         )
+    if config.data.packing and config.target.compile_shapes and not config.target.compile_packed:
+        raise ConfigError("target.compile_packed must be true for data.packing with target.compile_shapes, got false")
     if config.job.name is JobName.verify and config.supervision.share_forward:
         raise ConfigError("supervision.share_forward must be false for job=verify, which compares bits, got true")
     if config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda) and config.supervision.encoding is Encoding.probs:
@@ -109,14 +111,24 @@ def _check_across(config: Config) -> None:
             f"draft.loss={config.draft.loss.name} must not go with supervision.encoding=probs, whose probabilities are those "
             "among the draft vocabulary alone: use hidden or logits"
         )
-    longest = config.data.bucket_lengths[-1:] or [config.data.max_length]
-    if longest[0] < config.data.max_length:
-        raise ConfigError(f"data.bucket_lengths must reach data.max_length {config.data.max_length}, got {longest[0]}")
-    padded = config.train.batch_size * longest[0]
+    _check_rows(config)
+
+
+def _check_rows(config: Config) -> None:
+    data = config.data
+    if data.row_length is not None and (not data.packing or data.bucket_lengths):
+        raise ConfigError(
+            "data.row_length must go with data.packing=true and without data.bucket_lengths, whose last one it would be, "
+            f"got data.packing={str(data.packing).lower()} and data.bucket_lengths={data.bucket_lengths}"
+        )
+    if data.longest_row < data.max_length:
+        field = "data.bucket_lengths" if data.row_length is None else "data.row_length"
+        raise ConfigError(f"{field} must reach data.max_length {data.max_length}, got {data.longest_row}")
+    padded = config.train.batch_size * data.longest_row
     if config.job.name is JobName.train and padded > config.target.max_batch_tokens:
         raise ConfigError(
-            f"train.batch_size x data.max_length must be at most target.max_batch_tokens {config.target.max_batch_tokens}, "
-            f"got {config.train.batch_size} x {longest[0]} = {padded}"
+            f"train.batch_size x the longest row must be at most target.max_batch_tokens {config.target.max_batch_tokens}, "
+            f"got {config.train.batch_size} x {data.longest_row} = {padded}"
         )
 
 

@@ -203,10 +203,19 @@ class DataConfig:
     on_error: OnError = OnError.fail
     bucket_lengths: list[int] = field(default_factory=list)
     """Ascending lengths that batches are padded to; empty: the longest of the batch, rounded up to 64."""
+    packing: bool = False
+    """Fills each row with whole chats that do not see each other, instead of one chat and padding."""
+    row_length: int | None = None
+    """Tokens that packing fills a row up to (at least `max_length`); null: the last of `bucket_lengths`, or `max_length`."""
     chat_template: str | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
     prompt_source: PromptSource = PromptSource.files
     """`chitchat` writes the two prompt files from an installed package; `files` expects them."""
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that a batch may have, padding included."""
+        return self.row_length or (self.bucket_lengths or [self.max_length])[-1]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -216,7 +225,7 @@ class TrainConfig:
     max_epochs: int | None = None
     """Ends earlier when the data have been seen this often; null: `max_steps` alone decides."""
     batch_size: int = 4
-    """Chats of one micro-batch of one trainer (> 0)."""
+    """Rows of one micro-batch of one trainer (> 0): each of them one chat, or with `data.packing` several."""
     accumulation: int = 1
     """Micro-batches of one optimiser step of one trainer (> 0)."""
     learning_rate: float = 1e-3

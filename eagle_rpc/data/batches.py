@@ -1,20 +1,18 @@
 """Which chats make up which micro-batch.
 
 Everything follows from the arguments and a number, so the position in the data is the number of micro-batches consumed.
-
-Legend: B batch, T sequence.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 
-import torch
-
-from eagle_rpc.data.dataset import ChatDataset, Example
+from eagle_rpc.data.collate import collate
+from eagle_rpc.data.dataset import ChatDataset
+from eagle_rpc.data.packing import Row, RowLayout
 from eagle_rpc.errors import ConfigError, DataError
 from eagle_rpc.supervision.tokens import TokenBatch
 
-# Chats are sorted by length within windows of this many global micro-batches: wide enough for little padding, narrow
+# Rows are sorted by length within windows of this many global micro-batches: wide enough for little padding, narrow
 # enough that what is batched together differs from epoch to epoch.
 _WINDOW_BATCHES = 32
 _PAD_MULTIPLE = 64
@@ -23,9 +21,10 @@ _PAD_MULTIPLE = 64
 class BatchPlan:
     """An endless sequence of micro-batches for one of `num_ranks` trainers, with random access.
 
-    A global micro-batch is `num_ranks * batch_size` chats of similar length, dealt out so that every rank gets `batch_size`
-    chats and about as many tokens. An epoch shows each chat once across the ranks; its last global micro-batch is
-    filled up with chats from the beginning of the epoch's shuffled order.
+    A row holds one chat or, with `packed_length`, as many whole chats as best fit into that many tokens. A global
+    micro-batch is `num_ranks * batch_size` rows of similar length, dealt out so that every rank gets `batch_size` rows and
+    about as many tokens. An epoch shows each chat once across the ranks. Where rows are short of whole global micro-batches,
+    packed rows are split; what is still missing is filled up with rows from the beginning of the epoch's shuffled order.
     """
 
     def __init__(
@@ -37,6 +36,7 @@ class BatchPlan:
         rank: int = 0,
         num_ranks: int = 1,
         bucket_lengths: Sequence[int] = (),
+        packed_length: int | None = None,
     ) -> None:
         """Raises `DataError` on an empty dataset, `ConfigError` on values that cannot work."""
         self._lengths = [len(example.input_ids) for example in dataset]
@@ -46,26 +46,51 @@ class BatchPlan:
             raise ConfigError(f"train.batch_size must be positive, got {batch_size}")
         if not 0 <= rank < num_ranks:
             raise ConfigError(f"rank must lie in [0, {num_ranks}), got {rank}")
-        if bucket_lengths and max(bucket_lengths) < max(self._lengths):
+        longest = max(self._lengths)
+        if packed_length is not None and packed_length < longest:
+            raise ConfigError(f"data.row_length must reach the longest chat of {longest} tokens, got {packed_length}")
+        if bucket_lengths and max(bucket_lengths) < (packed_length or longest):
             raise ConfigError(
-                f"data.bucket_lengths must reach the longest chat of {max(self._lengths)} tokens, got {max(bucket_lengths)}"
+                f"data.bucket_lengths must reach the longest row of {packed_length or longest} tokens, got {max(bucket_lengths)}"
             )
         self._dataset = dataset
-        self._batch_size = batch_size
-        self._seed = seed
         self._rank = rank
         self._num_ranks = num_ranks
+        self._global_rows = num_ranks * batch_size
+        self._seed = seed
         self._bucket_lengths = sorted(bucket_lengths)
-        self._shuffled: tuple[int, list[list[int]]] | None = None
+        self._longest_row = packed_length or dataset.max_length
+        self._layout = None
+        if packed_length is not None:
+            self._layout = RowLayout(self._lengths, capacity=packed_length, multiple=self._global_rows)
+        self._shuffled: tuple[int, list[list[Row]]] | None = None
 
     @property
     def batches_per_epoch(self) -> int:
         """Micro-batches of each rank until every chat has been seen."""
-        return -(-len(self._lengths) // (self._num_ranks * self._batch_size))
+        rows = len(self._lengths) if self._layout is None else len(self._layout)
+        return -(-rows // self._global_rows)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of padding in the tokens that all ranks compute in the first epoch."""
+        real = padded = 0
+        for batch in self._epoch(0):
+            for rank in range(self._num_ranks):
+                lengths = [self._length(row) for row in self._deal(batch, rank)]
+                real += sum(lengths)
+                padded += len(lengths) * self._padded_length(max(lengths))
+        return 1 - real / padded
 
     def batch(self, number: int) -> TokenBatch:
-        """Micro-batch `number` (from 0, over all epochs) of this rank: cpu, int64 ids, bool masks, padded on the right."""
-        return self._pad([self._dataset[index] for index in self.chats(number)])
+        """Micro-batch `number` (from 0, over all epochs) of this rank: cpu, int64 ids, bool masks, padded on the right.
+
+        Segment ids tell packed chats apart; batches of one chat a row have none.
+        """
+        rows = self.rows(number)
+        length = self._padded_length(max(map(self._length, rows)))
+        examples = [[self._dataset[chat] for chat in row] for row in rows]
+        return collate(examples, length, packed=self._layout is not None)
 
     def batches(self, start: int = 0) -> Iterator[TokenBatch]:
         """All micro-batches from `start` on, without end."""
@@ -74,15 +99,19 @@ class BatchPlan:
             yield self.batch(number)
             number += 1
 
-    def chats(self, number: int) -> list[int]:
-        """Indices in the dataset of the chats in micro-batch `number` of this rank."""
+    def rows(self, number: int) -> list[Row]:
+        """The chats of micro-batch `number` of this rank, row by row."""
         epoch, place = divmod(number, self.batches_per_epoch)
         shuffled = self._shuffled
         if shuffled is None or shuffled[0] != epoch:
-            shuffled = self._shuffled = (epoch, self._shuffle(epoch))
-        by_length = sorted(shuffled[1][place], key=lambda index: (-self._lengths[index], index))
-        # Dealt to and fro; the rank that begins, and so gets the longest chat, changes with the number.
-        seat = (self._rank + number) % self._num_ranks
+            shuffled = self._shuffled = (epoch, self._epoch(epoch))
+        return self._deal(shuffled[1][place], self._rank + number)
+
+    def _deal(self, batch: list[Row], turn: int) -> list[Row]:
+        """One rank's rows of a global micro-batch; `turn` is the rank, moved on by the micro-batch's number."""
+        by_length = sorted(batch, key=lambda row: (-self._length(row), row))
+        # Dealt to and fro; the rank that begins, and so gets the longest row, changes with the number.
+        seat = turn % self._num_ranks
         dealt = []
         for start in range(0, len(by_length), self._num_ranks):
             hand = by_length[start : start + self._num_ranks]
@@ -90,36 +119,30 @@ class BatchPlan:
             dealt.append(hand[seat] if forth else hand[-1 - seat])
         return dealt
 
-    def _shuffle(self, epoch: int) -> list[list[int]]:
+    def _epoch(self, number: int) -> list[list[Row]]:
         """The global micro-batches of an epoch, in order."""
-        size = self._num_ranks * self._batch_size
+        size = self._global_rows
         # Seeding by text uses a hash, so neighbouring seeds and epochs are unrelated.
-        rng = random.Random(f"{self._seed}/{epoch}")
-        order = list(range(len(self._lengths)))
-        rng.shuffle(order)
+        rng = random.Random(f"{self._seed}/{number}")
+        rows = self._single_rows(rng) if self._layout is None else self._layout.seat(rng)
         total = self.batches_per_epoch * size
-        order = [order[place % len(order)] for place in range(total)]
+        rows = [rows[place % len(rows)] for place in range(total)]
         batches = []
         for start in range(0, total, _WINDOW_BATCHES * size):
-            window = sorted(order[start : start + _WINDOW_BATCHES * size], key=lambda index: self._lengths[index])
+            window = sorted(rows[start : start + _WINDOW_BATCHES * size], key=self._length)
             batches += [window[first : first + size] for first in range(0, len(window), size)]
         rng.shuffle(batches)
         return batches
 
-    def _pad(self, examples: list[Example]) -> TokenBatch:
-        length = self._padded_length(max(len(example.input_ids) for example in examples))
-        shape = (len(examples), length)
-        input_ids_BT = torch.zeros(shape, dtype=torch.int64)
-        attention_mask_BT = torch.zeros(shape, dtype=torch.bool)
-        loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
-        for row, example in enumerate(examples):
-            real = len(example.input_ids)
-            input_ids_BT[row, :real] = example.input_ids
-            attention_mask_BT[row, :real] = True
-            loss_mask_BT[row, :real] = example.loss_mask
-        return TokenBatch(input_ids=input_ids_BT, attention_mask=attention_mask_BT, loss_mask=loss_mask_BT)
+    def _single_rows(self, rng: random.Random) -> list[Row]:
+        order = list(range(len(self._lengths)))
+        rng.shuffle(order)
+        return [(chat,) for chat in order]
+
+    def _length(self, row: Row) -> int:
+        return sum(self._lengths[chat] for chat in row)
 
     def _padded_length(self, longest: int) -> int:
         if self._bucket_lengths:
             return next(length for length in self._bucket_lengths if length >= longest)
-        return min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, self._dataset.max_length)
+        return min(-(-longest // _PAD_MULTIPLE) * _PAD_MULTIPLE, self._longest_row)

@@ -6,6 +6,7 @@ D head width.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -21,17 +22,38 @@ class AttentionMemory(Protocol):
 
 
 class UnrollMemory:
-    """Training-time test: each call is one step over the same T slots."""
+    """Training-time test: each call is one step over the same T slots.
+
+    `segment_ids` [B, T] keep packed chats apart: each attends by itself, so scores between chats are never computed.
+    """
 
     def __init__(self, segment_ids: Tensor | None) -> None:
-        self._segment_ids = segment_ids
-        self._step_keys: list[Tensor] = []
-        self._step_values: list[Tensor] = []
+        self._chat_lengths = None if segment_ids is None else _chat_lengths(segment_ids)
+        self._step_keys: list[list[Tensor]] = []  # of every step those of every chat, or of the whole batch
+        self._step_values: list[list[Tensor]] = []
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        self._step_keys.append(keys)
-        self._step_values.append(values)
-        return ttt_attention(queries, self._step_keys, self._step_values, self._segment_ids)
+        self._step_keys.append(self._split(keys))
+        self._step_values.append(self._split(values))
+        chats = zip(self._split(queries), zip(*self._step_keys, strict=True), zip(*self._step_values, strict=True), strict=True)
+        return self._join([ttt_attention(*chat) for chat in chats])
+
+    def _split(self, heads: Tensor) -> list[Tensor]:
+        if self._chat_lengths is None:
+            return [heads]
+        rows = zip(heads.split(1), self._chat_lengths, strict=True)
+        return [chat for row, lengths in rows for chat in row.split(lengths, dim=2)]
+
+    def _join(self, chats: list[Tensor]) -> Tensor:
+        if self._chat_lengths is None:
+            return chats[0]
+        left = iter(chats)
+        return torch.cat([torch.cat(list(islice(left, len(lengths))), dim=2) for lengths in self._chat_lengths])
+
+
+def _chat_lengths(segment_ids: Tensor) -> list[list[int]]:
+    """Slots of each chat of each row; padding counts as a chat where its id says so."""
+    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in segment_ids]
 
 
 class DraftCache:
@@ -65,30 +87,25 @@ class DraftCache:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible_SC, enable_gqa=True)
 
 
-def ttt_attention(
-    queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor], segment_ids: Tensor | None
-) -> Tensor:
+def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor]) -> Tensor:
     """One step of the unrolled draft: causal over step 0, plus the same slot in every later step so far.
 
     `queries` [B, Q, T, D] belong to the last of the steps whose keys and values [B, J, T, D] are given, all rotated to
-    their phases; `segment_ids` [B, T] keep packed chats apart. Returns [B, Q, T, D]. Padding on the right needs no
-    mask: no real slot looks to the right.
+    their phases. Returns [B, Q, T, D]. Padding on the right needs no mask: no real slot looks to the right.
     """
     key_heads, length, width = step_keys[0].shape[1:]
     queries_BJGTD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
     scores_BJGTT = (queries_BJGTD.flatten(2, 3) @ step_keys[0].transpose(-1, -2)).unflatten(2, (-1, length))
     own_BJGT1 = [(queries_BJGTD * keys.unsqueeze(2)).sum(-1, keepdim=True) for keys in step_keys[1:]]
-    weights = torch.cat((scores_BJGTT + _causal_bias(queries, segment_ids), *own_BJGT1), dim=-1).softmax(dim=-1)
+    weights = torch.cat((scores_BJGTT + _causal_bias(queries), *own_BJGT1), dim=-1).softmax(dim=-1)
     output_BJGTD = (weights[..., :length].flatten(2, 3) @ step_values[0]).unflatten(2, (-1, length))
     for step, values in enumerate(step_values[1:]):
         output_BJGTD = output_BJGTD + weights[..., length + step, None] * values.unsqueeze(2)
     return output_BJGTD.flatten(1, 2)
 
 
-def _causal_bias(queries: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """0 where a slot may look, -inf at later slots and other segments; [B or 1, 1, 1, T, T] in the queries' dtype."""
+def _causal_bias(queries: Tensor) -> Tensor:
+    """0 where a slot may look, -inf at later slots; [T, T] in the queries' dtype."""
     length = queries.shape[2]
-    visible = torch.ones(1, length, length, dtype=torch.bool, device=queries.device).tril()
-    if segment_ids is not None:
-        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return queries.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))[:, None, None]
+    visible = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril()
+    return queries.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))

@@ -72,8 +72,7 @@ def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) 
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"
-    length = (config.data.bucket_lengths or [config.data.max_length])[-1]
-    tokens = config.train.batch_size * length
+    tokens = config.train.batch_size * config.data.longest_row
     reply = tokens * bytes_per_token(
         config.supervision.encoding.value,
         hidden_size=draft.hidden_size,

@@ -1,7 +1,9 @@
 """A worker that trains the draft."""
 
 import contextlib
+import logging
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
 from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
 
+logger = logging.getLogger(__name__)
+
 
 def train_until_done(
     config: Config, device: torch.device, cast: Cast, membership: Membership, store: dist.Store, stop: threading.Event
@@ -32,6 +36,8 @@ def train_until_done(
         raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
     training, validation = load_datasets(config.data, ChatTemplate(tokenizer, config.data.chat_template), show_progress=index == 0)
+    if index == 0:
+        log_padding(config, training, len(cast.trainer_names))
     mapping, _ = build_vocab_mapping(
         training,
         tokenizer=tokenizer,
@@ -89,9 +95,11 @@ def connect_target(
 
 def require_room(config: Config, limit: int) -> None:
     """Raises `ConfigError` if a batch may be longer than the target accepts: better now than in the middle of a run."""
-    longest = (config.data.bucket_lengths or [config.data.max_length])[-1]
+    longest = config.data.longest_row
     if longest > limit:
-        raise ConfigError(f"data.max_length (and data.bucket_lengths) must be at most the target's {limit} tokens, got {longest}")
+        raise ConfigError(
+            f"data.max_length (and data.bucket_lengths, data.row_length) must be at most the target's {limit} tokens, got {longest}"
+        )
 
 
 def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any | None) -> TargetExpectation:
@@ -124,6 +132,23 @@ def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ran
         rank=rank,
         num_ranks=num_ranks,
         bucket_lengths=config.data.bucket_lengths,
+        packed_length=config.data.longest_row if config.data.packing else None,
+    )
+
+
+def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
+    """What packing saves, or would save."""
+    packed, padded = (
+        plan_batches(replace(config, data=replace(config.data, packing=packing)), dataset, num_ranks=num_ranks)
+        for packing in (True, False)
+    )
+    logger.info(
+        "data.packing=%s: padding is %.1f %% of the tokens with packing and %.1f %% without it, in %d and %d micro-batches an epoch",
+        str(config.data.packing).lower(),
+        100 * packed.padding_share,
+        100 * padded.padding_share,
+        packed.batches_per_epoch,
+        padded.batches_per_epoch,
     )
 
 

@@ -1,4 +1,4 @@
-"""A worker of one side of `job=verify`: trains a few steps on synthetic tokens and records the bits it saw."""
+"""A worker of one side of `job=verify`: trains a few steps on synthetic chats and records the bits it saw."""
 
 import contextlib
 import hashlib
@@ -15,10 +15,11 @@ from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Encoding, VerifySide
+from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done
-from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record
+from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.rpc import attempt_store, join_static
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
@@ -27,7 +28,7 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Cast, Role, Worker, assign_roles, bind_to_interface, plan_devices, read_world, stop_signals
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
 
-_SHORTEST = 8  # tokens of a synthetic sequence
+_SHORTEST = 8  # tokens of a synthetic chat
 _SUPERVISED_SHARE = 0.7
 # Both sides sum over gloo: over NCCL, which co-located trainers on one GPU cannot use, sums may have other bits.
 _GROUP_DEVICE = torch.device("cpu")
@@ -96,6 +97,7 @@ def _train_and_record(
     device: torch.device,
     stop: threading.Event,
 ) -> None:
+    chats = synthetic_chats(config, target_config.vocab_size)
     mapping = _random_mapping(target_config.vocab_size, config.draft.vocab_size, config.run.seed)
     path = record_path(run_directory(config).path, encoding.name, group.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +109,7 @@ def _train_and_record(
             config.draft,
             draft=make_draft(config, target_config, recording, device),
             backend=recording,
-            batches=SyntheticBatches(config, target_config.vocab_size, group.rank),
+            batches=plan_batches(config, chats, rank=group.rank, num_ranks=group.size),
             validation=None,
             group=group,
             run=run,
@@ -127,27 +129,18 @@ def _train_and_record(
     path.write_text(json.dumps(record, indent=1))
 
 
-class SyntheticBatches:
-    """Stands in for a `BatchPlan`: sequences of random tokens and lengths, a function of seed, rank and number."""
-
-    def __init__(self, config: Config, vocab_size: int, rank: int) -> None:
-        self.batches_per_epoch = config.job.verify_steps * config.train.accumulation
-        self._vocab_size = vocab_size
-        self._shape = (config.train.batch_size, config.data.max_length)
-        self._seed = config.run.seed
-        self._rank = rank
-
-    def batch(self, number: int) -> TokenBatch:
-        draw = torch.Generator().manual_seed((self._seed << 32) + (self._rank << 24) + number)
-        batch, length = self._shape
-        real = torch.arange(length)[None] < torch.randint(_SHORTEST, length + 1, (batch, 1), generator=draw)
-        ids = torch.randint(0, self._vocab_size, self._shape, generator=draw)
-        supervised = real & (torch.rand(self._shape, generator=draw) < _SUPERVISED_SHARE)
-        return TokenBatch(input_ids=ids * real, attention_mask=real.long(), loss_mask=supervised.long())
-
-    def batches(self, start: int = 0) -> Iterator[TokenBatch]:
-        for number in range(start, self.batches_per_epoch):
-            yield self.batch(number)
+def synthetic_chats(config: Config, vocab_size: int) -> ChatDataset:
+    """Chats of random tokens and lengths, a function of the seed, for about as many rows as are compared, packed or not."""
+    draw = torch.Generator().manual_seed(config.run.seed)
+    longest = config.data.max_length
+    rows = config.job.verify_steps * config.train.accumulation * config.train.batch_size * config.topology.trainers
+    examples = []
+    # Chats have half of the longest length on average.
+    for _ in range(2 * rows * config.data.longest_row // longest):
+        length = int(torch.randint(_SHORTEST, longest + 1, (), generator=draw))
+        supervised = torch.rand(length, generator=draw) < _SUPERVISED_SHARE
+        examples.append(Example(torch.randint(0, vocab_size, (length,), generator=draw), supervised))
+    return ChatDataset(examples, max_length=longest)
 
 
 def _random_mapping(vocab_size: int, draft_vocab_size: int, seed: int) -> VocabMapping:

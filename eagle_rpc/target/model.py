@@ -30,6 +30,7 @@ from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, fin
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
 from eagle_rpc.target.loading import caps_attention, load_model
+from eagle_rpc.target.packed_attention import attention_by_chat
 
 # Tokens of the forward that the head is probed on.
 _PROBE_TOKENS = 32
@@ -124,10 +125,11 @@ class HFEagle3TargetModel:
         positions_BT = None if segment_ids is None else _packed_positions(real_BT, segment_ids)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
-            if self._compiled is None:
-                last_hidden_BTH = run_base(self._base, input_ids, positions_BT, real_BT)
-            else:
+            if self._compiled is not None:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
+            else:
+                with attention_by_chat(self._base, positions_BT):
+                    last_hidden_BTH = run_base(self._base, input_ids, positions_BT, real_BT)
         return TargetOutput(
             aux_hidden_states=aux.states,
             last_hidden_state=last_hidden_BTH,

@@ -28,6 +28,8 @@ _FIXED_SETTINGS = (
     "data.max_length",
     "data.overlong",
     "data.bucket_lengths",
+    "data.packing",
+    "data.row_length",
     "data.chat_template",
 )
 _WATCHED_SECTIONS = ("train", "draft", "supervision", "data")
@@ -103,7 +105,8 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
     _require_equal("the training data's digest", saved.data_digest, current.data_digest)
-    before, now = _flatten(saved.config), _flatten(current.config)
+    # A checkpoint of an earlier version lacks settings that came later; their defaults are what it was made with.
+    before, now = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)
     for path in _FIXED_SETTINGS:
         _require_equal(path, before.get(path), now.get(path))
     for path in sorted(before.keys() | now.keys()):

@@ -36,12 +36,16 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("target.aux_layer_ids=[3,3,5]", r"target.aux_layer_ids must be three distinct layers .* got \[3, 3, 5\]"),
         ("data.bucket_lengths=[64,32]", r"data.bucket_lengths must ascend, got \[64, 32\]"),
         ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 2048, got 128"),
+        ("data.row_length=4096", r"data.row_length must go with data.packing=true .* got data.packing=false"),
+        ("data={packing: true, row_length: 1024}", "data.row_length must reach data.max_length 2048, got 1024"),
+        ("data={packing: true, row_length: 32768}", "at most target.max_batch_tokens 65536, got 4 x 32768 = 131072"),
         ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 2048 = 2048000"),
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
         ("target.attention=paged|sdpa", r"target.attention must be an implementation without pages, got paged\|sdpa"),
         ("target.compile_shapes=[4x0]", r"target.compile_shapes must name shapes, sequences x tokens as in 4x2048, got \['4x0'\]"),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
+        ("rpc.transports=[uv,shm]", r"rpc.transports must end with uv, .* got \['uv', 'shm'\]"),
     ],
 )
 def test_an_impossible_value_names_field_rule_and_value(override: str, message: str):
@@ -52,6 +56,18 @@ def test_an_impossible_value_names_field_rule_and_value(override: str, message: 
 def test_single_takes_one_of_each():
     with pytest.raises(ConfigError, match=r"topology\.single .* got 2 and 1"):
         load("topology=single", "topology.targets=2")
+
+
+def test_a_compiled_target_takes_packed_chats_only_if_it_was_compiled_for_them():
+    packed = ["data.packing=true", "target.compile_shapes=[4x2048]"]
+    with pytest.raises(ConfigError, match=r"target\.compile_packed must be true .* got false"):
+        load(*packed)
+    assert load(*packed, "target.compile_packed=true").target.compile_packed
+
+
+def test_what_compares_bits_shares_no_forward_pass():
+    with pytest.raises(ConfigError, match=r"supervision\.share_forward must be false for job=verify"):
+        load("job=verify", "supervision.share_forward=true")
 
 
 @pytest.mark.parametrize("loss", ["lk_alpha", "lk_lambda"])

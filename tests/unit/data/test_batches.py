@@ -22,6 +22,11 @@ def chats_of(batch):
     return (batch.input_ids[:, 0] - 1).tolist()
 
 
+def chats(plan, number):
+    """Of a micro-batch with one chat a row."""
+    return [chat for (chat,) in plan.rows(number)]
+
+
 def epoch(plan, number=0):
     return range(number * plan.batches_per_epoch, (number + 1) * plan.batches_per_epoch)
 
@@ -82,8 +87,8 @@ def test_rows_are_padded_on_the_right_with_masks_to_match():
 
 def test_chats_of_similar_length_share_a_batch_but_long_batches_do_not_come_in_a_row():
     plan = plans(batch_size=8)[0]
-    longest = [max(LENGTHS[chat] for chat in plan.chats(i)) for i in epoch(plan)]
-    tokens = sum(LENGTHS[chat] for i in epoch(plan) for chat in plan.chats(i))
+    longest = [max(LENGTHS[chat] for chat in chats(plan, i)) for i in epoch(plan)]
+    tokens = sum(LENGTHS[chat] for i in epoch(plan) for chat in chats(plan, i))
     assert tokens / (8 * sum(longest)) > 0.9
     rises = sum(earlier < later for earlier, later in pairwise(longest))
     assert 0.25 < rises / len(longest) < 0.75
@@ -91,20 +96,20 @@ def test_chats_of_similar_length_share_a_batch_but_long_batches_do_not_come_in_a
 
 def test_the_ranks_get_about_as_many_tokens():
     ranks = plans(num_ranks=4, batch_size=2)
-    shares = [sum(LENGTHS[chat] for i in epoch(plan) for chat in plan.chats(i)) for plan in ranks]
+    shares = [sum(LENGTHS[chat] for i in epoch(plan) for chat in chats(plan, i)) for plan in ranks]
     assert max(shares) / min(shares) < 1.03
-    within = [[sum(LENGTHS[chat] for chat in plan.chats(i)) for plan in ranks] for i in epoch(ranks[0])]
+    within = [[sum(LENGTHS[chat] for chat in chats(plan, i)) for plan in ranks] for i in epoch(ranks[0])]
     assert sum(map(max, within)) / sum(map(min, within)) < 1.15
 
 
 def test_long_and_short_chats_are_dealt_against_each_other():
     ranks = plans(dataset_of_lengths(100, 90, 20, 10), num_ranks=2, batch_size=2)
-    assert {frozenset(plan.chats(0)) for plan in ranks} == {frozenset({0, 3}), frozenset({1, 2})}
+    assert {frozenset(chats(plan, 0)) for plan in ranks} == {frozenset({0, 3}), frozenset({1, 2})}
 
 
 def test_the_longest_chat_of_a_batch_falls_to_each_rank_in_turn():
     ranks = plans(num_ranks=3, batch_size=1)
-    longest = Counter(max(range(3), key=lambda rank: LENGTHS[ranks[rank].chats(i)[0]]) for i in epoch(ranks[0]))
+    longest = Counter(max(range(3), key=lambda rank: LENGTHS[chats(ranks[rank], i)[0]]) for i in epoch(ranks[0]))
     assert min(longest[rank] for rank in range(3)) > ranks[0].batches_per_epoch / 6
 
 
@@ -134,7 +139,7 @@ def test_rounding_does_not_pass_the_longest_allowed_length():
     [
         ({"batch_size": 0}, r"train\.batch_size must be positive, got 0"),
         ({"rank": 2, "num_ranks": 2}, r"rank must lie in \[0, 2\), got 2"),
-        ({"bucket_lengths": [64, 128]}, r"data\.bucket_lengths must reach the longest chat of 192 tokens, got 128"),
+        ({"bucket_lengths": [64, 128]}, r"data\.bucket_lengths must reach the longest row of 192 tokens, got 128"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(options, message):

@@ -1,6 +1,6 @@
 import torch
 
-from eagle_rpc.draft import ttt_attention
+from eagle_rpc.draft import UnrollMemory
 
 
 def explicit_attention(queries, step_keys, step_values, segment_ids):
@@ -28,6 +28,6 @@ def test_every_step_equals_an_explicit_mask():
             keys, values = (
                 [torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(steps)] for _ in range(2)
             )
-            torch.testing.assert_close(
-                ttt_attention(queries, keys, values, segment_ids), explicit_attention(queries, keys, values, segment_ids)
-            )
+            memory = UnrollMemory(segment_ids)
+            answers = [memory.attend(queries, *heads) for heads in zip(keys, values, strict=True)]
+            torch.testing.assert_close(answers[-1], explicit_attention(queries, keys, values, segment_ids))
