@@ -40,6 +40,8 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
+        ("rpc.registry='here:70000'", "rpc.registry must be host:port with a port in 1..65535, got 'here:70000'"),
+        (f"run.name={'n' * 129}", "run.name must be at most 128 printable characters, got nnn"),
     ],
 )
 def test_an_impossible_value_names_field_rule_and_value(override: str, message: str):
