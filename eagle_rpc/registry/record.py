@@ -77,7 +77,7 @@ _FIELDS = {field.name for field in fields(Record)}
 
 
 def outlined(record: Record) -> Record:
-    """The record as its peers need it: its status says whether it drains, if it did, and nothing else."""
+    """The record as its peers need it: its status says whether it drains, if it said so, and nothing else."""
     draining = record.status.get("draining")
     return replace(record, status={"draining": draining} if isinstance(draining, bool) else {})
 
