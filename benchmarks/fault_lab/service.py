@@ -133,7 +133,7 @@ class Service:
             self._last_records = time.monotonic()
             try:
                 client = RegistryClient(f"127.0.0.1:{self.port}", load_token(self.workplace.token), timeout=1.0)
-                self._records = client.living()
+                self._records = [one.record for one in client.records() if one.living]
             except EagleRpcError:
                 self._records = []
         return self._records

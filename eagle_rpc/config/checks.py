@@ -8,11 +8,11 @@ from typing import Any
 
 from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Membership
 from eagle_rpc.config.schema import Config
+from eagle_rpc.config.texts import NAME_RULE, is_name, parse_address
 from eagle_rpc.errors import ConfigError
 
 # Two positive numbers: targets x trainers, or sequences x tokens.
 PAIR = re.compile(r"([1-9]\d*)x([1-9]\d*)")
-ADDRESS = re.compile(r"([^\s:]+):(\d{1,5})")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
     "rpc.request_timeout rpc.reconnect_deadline rpc.heartbeat_interval rpc.heartbeat_misses rpc.drain_timeout "
@@ -46,7 +46,8 @@ def check(config: Config) -> None:
             _require(config, path, holds, rule)
     _require(config, "rpc.worker_threads", lambda value: value > 1, "must be at least 2")
     _require(config, "rpc.transports", lambda value: value[-1:] == ["uv"], "must end with uv, which has an address to check")
-    _require(config, "rpc.registry", lambda value: ADDRESS.fullmatch(value) is not None, "must be host:port")
+    _require(config, "run.name", is_name, f"must be {NAME_RULE}")
+    parse_address(config.rpc.registry)
     _require(config, "draft.step_decay", lambda value: 0 < value <= 1, "must lie in (0, 1]")
     _require(config, "data.validation_share", lambda value: 0 <= value < 1, "must lie in [0, 1)")
     _require(config, "data.max_length", lambda value: value > 2, "must be at least 3")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eagle_rpc.config import Config
+from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token, parse_address
+from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token
 from eagle_rpc.report import setup_logging
 from eagle_rpc.topology import interface_address, stop_signals
 

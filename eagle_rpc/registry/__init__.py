@@ -1,16 +1,15 @@
 """The directory where elastic workers find each other: one small process, authenticated, without torch."""
 
-from eagle_rpc.registry.beat import Beat, register, wait_until_reachable
+from eagle_rpc.registry.beat import Beat, register, take_id
 from eagle_rpc.registry.client import RegistryClient
 from eagle_rpc.registry.directory import Directory
-from eagle_rpc.registry.ids import LAST_ID, IdFile
+from eagle_rpc.registry.ids import LAST_WORKER_ID, IdFile
 from eagle_rpc.registry.record import Record, Sighting
 from eagle_rpc.registry.server import RegistryServer
 from eagle_rpc.registry.token import load_or_create_token, load_token
-from eagle_rpc.registry.wire import parse_address
 
 __all__ = [
-    "LAST_ID",
+    "LAST_WORKER_ID",
     "Beat",
     "Directory",
     "IdFile",
@@ -20,7 +19,6 @@ __all__ = [
     "Sighting",
     "load_or_create_token",
     "load_token",
-    "parse_address",
     "register",
-    "wait_until_reachable",
+    "take_id",
 ]

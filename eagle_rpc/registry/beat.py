@@ -5,24 +5,27 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, NameTaken, WaitTimeout
 from eagle_rpc.registry.client import RegistryClient
-from eagle_rpc.registry.record import Record, measured_size
+from eagle_rpc.registry.record import Record, encoded_record
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 _RETRY_SECONDS = 0.1
 _LINE_SECONDS = 5.0
 
 
-def wait_until_reachable(client: RegistryClient, patience: float, stop: threading.Event) -> None:
-    """Returns once the registry answers.
+def take_id(client: RegistryClient, patience: float, stop: threading.Event) -> int:
+    """A worker id that no worker ever had, once the registry answers.
 
-    Raises its `ConnectionLost` or `WaitTimeout` after `patience` seconds without it, or once `stop` is set.
+    Raises its `ConnectionLost` or `WaitTimeout` after `patience` seconds without it, or once `stop` is set; `ConfigError` when
+    all ids are used.
     """
-    _patiently(client.records, (ConnectionLost, WaitTimeout), patience, stop, "the registry")
+    return _patiently(client.new_id, (ConnectionLost, WaitTimeout), patience, stop, "the registry")
 
 
 def register(client: RegistryClient, record: Record, patience: float, stop: threading.Event) -> None:
@@ -35,15 +38,14 @@ def register(client: RegistryClient, record: Record, patience: float, stop: thre
 
 
 def _patiently(
-    call: Callable[[], Any], passing: tuple[type[EagleRpcError], ...], patience: float, stop: threading.Event, what: str
-) -> None:
+    call: Callable[[], Answer], passing: tuple[type[EagleRpcError], ...], patience: float, stop: threading.Event, what: str
+) -> Answer:
     """Calls until it succeeds; the last passing error is raised after `patience` seconds, or once `stop` is set."""
     started = time.monotonic()
     next_line = started
     while True:
         try:
-            call()
-            return
+            return call()
         except passing as error:
             now = time.monotonic()
             if now - started >= patience or stop.is_set():
@@ -126,7 +128,7 @@ class Beat:
         """The record with a fresh status; with the last good one if there is none."""
         try:
             described = replace(self._record, status=self._status())
-            measured_size(described)
+            encoded_record(described)
         except Exception as error:  # noqa: BLE001 - a status asks torch too, and a worker that fails to describe itself still lives
             if not self._undescribed:
                 logger.warning("%s announces an old status: %s: %s", self._record.name, type(error).__name__, error)

@@ -4,6 +4,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import (
     AccessRefused,
     ConfigError,
@@ -13,8 +14,8 @@ from eagle_rpc.errors import (
     NameTaken,
     WaitTimeout,
 )
-from eagle_rpc.registry.record import Record, Sighting, from_json, record_to_json, sighting_from_json, to_json
-from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation, parse_address
+from eagle_rpc.registry.record import Record, Sighting, from_json, record_from_json, record_to_json, sighting_from_json, to_json
+from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
 
 # Shorter than the silence after which a worker is dead, with the default intervals.
 REQUEST_TIMEOUT = 2.0
@@ -56,15 +57,18 @@ class RegistryClient:
         self._ask("withdraw", {"incarnation": incarnation})
 
     def records(self) -> list[Sighting]:
-        """The living workers and, for a while, the silent ones."""
-        value = self._ask("records", {})
-        if not isinstance(value, list):
-            raise InvalidRequest(f"{self} must answer records with a list, got {value!r:.80}")
-        return [sighting_from_json(one) for one in value]
+        """The living workers and, for a while, the silent ones, with all that they tell: for people to see."""
+        return [sighting_from_json(one) for one in self._list("records")]
 
     def living(self) -> list[Record]:
-        """The living workers."""
-        return [one.record for one in self.records() if one.living]
+        """The living workers for their peers: a status says whether its worker drains, and nothing else."""
+        return [record_from_json(one) for one in self._list("living")]
+
+    def _list(self, operation: str) -> list[Any]:
+        value = self._ask(operation, {})
+        if not isinstance(value, list):
+            raise InvalidRequest(f"{self} must answer {operation} with a list, got {value!r:.80}")
+        return value
 
     def _ask(self, operation: str, arguments: Mapping[str, Any]) -> Any:
         request = to_json({"operation": operation, **arguments})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
 from eagle_rpc.registry.ids import IdFile
-from eagle_rpc.registry.record import Record, Sighting, measured_size
+from eagle_rpc.registry.record import Record, encoded_list, encoded_record, encoded_sighting, outlined
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,11 @@ _REMEMBERED = 10
 
 @dataclass(slots=True)
 class _Entry:
+    """What a worker announced last, as JSON too: written once for all who ask."""
+
     record: Record
-    size: int  # bytes as JSON
+    complete: bytes
+    outline: bytes  # the record as its peers need it
     last_beat: float
 
 
@@ -48,19 +51,19 @@ class Directory:
 
     def announce(self, record: Record) -> None:
         """Registers a worker or renews it. Raises `NameTaken` while another one holds its place."""
-        size = measured_size(record)
+        complete, outline = encoded_record(record), encoded_record(outlined(record))
         with self._lock:
             now = self._clock()
             self._forget(now)
             held = self._entries.get(record.place)
-            total = sum(entry.size for entry in self._entries.values()) - (held.size if held else 0) + size
+            total = sum(len(entry.complete) for entry in self._entries.values() if entry is not held) + len(complete)
             if total > MAX_LISTING_BYTES:
                 raise InvalidRequest(
                     f"all records together must have at most {MAX_LISTING_BYTES} bytes, {record.name} makes it {total}"
                 )
             if held is None or held.record.incarnation != record.incarnation:
                 self._check_admission(record, held, now)
-            self._entries[record.place] = _Entry(record, size, now)
+            self._entries[record.place] = _Entry(record, complete, outline, now)
 
     def withdraw(self, incarnation: str) -> None:
         """Frees what this incarnation holds; nothing if it holds nothing."""
@@ -78,19 +81,27 @@ class Directory:
             for entry in self._entries.values():
                 entry.last_beat = min(entry.last_beat + seconds, self._clock())
 
-    def sightings(self) -> list[Sighting]:
-        """The living and, for a while, the silent; targets first, then by job and name."""
+    def sightings(self) -> bytes:
+        """A JSON list of the living and, for a while, the silent with all that they tell; targets first, then by job and name."""
         with self._lock:
             now = self._clock()
             self._forget(now)
-            entries = [entry for _, entry in sorted(self._entries.items())]
-        return [
-            Sighting(record=entry.record, seconds_silent=now - entry.last_beat, living=now - entry.last_beat < self._ttl)
-            for entry in entries
-        ]
+            return encoded_list(
+                encoded_sighting(entry.complete, seconds_silent=now - entry.last_beat, living=self._lives(entry, now))
+                for _, entry in sorted(self._entries.items())
+            )
+
+    def living(self) -> bytes:
+        """A JSON list of the living as their peers need them, in the same order."""
+        with self._lock:
+            now = self._clock()
+            return encoded_list(entry.outline for _, entry in sorted(self._entries.items()) if self._lives(entry, now))
+
+    def _lives(self, entry: _Entry, now: float) -> bool:
+        return now - entry.last_beat < self._ttl
 
     def _check_admission(self, record: Record, held: _Entry | None, now: float) -> None:
-        if held is not None and now - held.last_beat < self._ttl:
+        if held is not None and self._lives(held, now):
             raise NameTaken(
                 f"{record.name} must be the name of one living {record.role}: {held.record} has it, "
                 f"heard of {now - held.last_beat:.1f} s ago, dead after {self._ttl:g} s"

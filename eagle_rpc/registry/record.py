@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from eagle_rpc.config.texts import NAME_RULE, is_name
 from eagle_rpc.errors import InvalidRequest
+from eagle_rpc.registry.ids import LAST_WORKER_ID
 
 # A target with 256 sessions describes itself in a fifth of this.
 MAX_RECORD_BYTES = 256 * 2**10
@@ -62,8 +64,8 @@ def _number(low: int, high: int) -> Callable[[Any], bool]:
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "name": (_text(r"[A-Za-z0-9_-]{1,64}"), "1 to 64 letters, digits, - or _"),
     "role": (_text("target|trainer"), "target or trainer"),
-    "job": (lambda value: isinstance(value, str) and len(value) <= 256 and value.isprintable(), "at most 256 printable characters"),
-    "id": (_number(1, 2**15 - 1), "a whole number in 1..32767"),
+    "job": (is_name, NAME_RULE),
+    "id": (_number(1, LAST_WORKER_ID), f"a whole number in 1..{LAST_WORKER_ID}"),
     "incarnation": (_text("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
     "url": (_text(r"[!-~]{1,512}"), "1 to 512 ASCII characters without blanks"),
     "device": (_text(r"cpu|cuda:\d{1,3}"), "cpu or cuda:N"),
@@ -74,16 +76,25 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 _FIELDS = {field.name for field in fields(Record)}
 
 
+def outlined(record: Record) -> Record:
+    """The record as its peers need it: its status says whether it drains, if it said so, and nothing else."""
+    draining = record.status.get("draining")
+    return replace(record, status={"draining": draining} if isinstance(draining, bool) else {})
+
+
 def record_to_json(record: Record) -> dict[str, Any]:
-    return asdict(record)
+    """Its fields, not copied."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
-def measured_size(record: Record) -> int:
-    """Bytes of the record as JSON. Raises `InvalidRequest` if it is too large or its status is no plain JSON."""
-    size = len(to_json(record_to_json(record)))
-    if size > MAX_RECORD_BYTES:
-        raise InvalidRequest(f"a record must have at most {MAX_RECORD_BYTES} bytes as JSON, that of {record.name} has {size}")
-    return size
+def encoded_record(record: Record) -> bytes:
+    """The record as JSON. Raises `InvalidRequest` if it is too large or its status is no plain JSON."""
+    encoded = to_json(record_to_json(record))
+    if len(encoded) > MAX_RECORD_BYTES:
+        raise InvalidRequest(
+            f"a record must have at most {MAX_RECORD_BYTES} bytes as JSON, that of {record.name} has {len(encoded)}"
+        )
+    return encoded
 
 
 def record_from_json(value: Any) -> Record:
@@ -92,6 +103,16 @@ def record_from_json(value: Any) -> Record:
         found = sorted(map(str, value)) if isinstance(value, dict) else value
         raise InvalidRequest(f"a record must have exactly the fields {', '.join(sorted(_FIELDS))}, got {found!r:.200}")
     return Record(**value)
+
+
+def encoded_sighting(record: bytes, *, seconds_silent: float, living: bool) -> bytes:
+    """As JSON, made of a record that is JSON already; seconds to the millisecond."""
+    return b'{"record":%b,"seconds_silent":%.3f,"living":%b}' % (record, seconds_silent, b"true" if living else b"false")
+
+
+def encoded_list(values: Iterable[bytes]) -> bytes:
+    """The JSON list of values that are JSON already."""
+    return b"[%b]" % b",".join(values)
 
 
 def sighting_from_json(value: Any) -> Sighting:

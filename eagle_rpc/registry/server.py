@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import socket
 import socketserver
 import threading
@@ -10,15 +11,17 @@ from typing import Any
 
 from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, EagleRpcError, InvalidRequest, WaitTimeout
 from eagle_rpc.registry.directory import Directory
-from eagle_rpc.registry.record import from_json, record_from_json, record_to_json, to_json
+from eagle_rpc.registry.record import from_json, record_from_json, to_json
 from eagle_rpc.registry.wire import Conversation
 
 logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 64
-# Seconds that a whole request may take, and that a connection which makes room may take to end.
+# Seconds that a whole request may take.
 REQUEST_SECONDS = 5.0
-_EVICTION_SECONDS = 1.0
+# Seconds that a newcomer waits for a place at most, and in which even a slow worker has shown that it knows the token.
+_PLACE_SECONDS = 1.0
+_STRANGER_SECONDS = 0.5
 _POLL_SECONDS = 0.25
 # The accepting thread never takes this long for one round unless the whole process stands still.
 _STALL_SECONDS = 1.5
@@ -63,20 +66,18 @@ class RegistryServer:
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """When all places are taken, the connection that has been open longest makes room: an honest one takes milliseconds."""
-
     allow_reuse_address = True
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128
+    # Of a service's size: its workers may all start at once.
+    request_queue_size = 1024
 
     def __init__(self, address: tuple[str, int], token: bytes, directory: Directory, request_seconds: float) -> None:
         self._token = token
         self._directory = directory
         self._request_seconds = request_seconds
         self._refusals = _Refusals()
-        self._open: dict[socket.socket, None] = {}  # oldest first
-        self._left = threading.Condition()
+        self._places = _Places()
         self._last_round = time.monotonic()
         super().__init__(address, socketserver.BaseRequestHandler)
 
@@ -90,28 +91,21 @@ class _Listener(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         # Before what has waited in the socket is answered.
         self.service_actions()
-        with self._left:
-            if len(self._open) >= MAX_CONNECTIONS:
-                _abort(next(iter(self._open)))
-                self._left.wait_for(lambda: len(self._open) < MAX_CONNECTIONS, _EVICTION_SECONDS)
-            full = len(self._open) >= MAX_CONNECTIONS
-            if not full:
-                self._open[request] = None
-        if full:
+        if self._places.take(request):
+            super().process_request(request, client_address)
+        else:
             self._refusals.note(ConnectionLost(f"all {MAX_CONNECTIONS} connections are busy"))
             self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         peer = f"{client_address[0]}:{client_address[1]}"
         conversation = Conversation(request, peer=peer, token=self._token, seconds=self._request_seconds)
         try:
-            self._converse(conversation)
+            self._converse(conversation, request)
         except (AccessRefused, ConnectionLost, InvalidRequest, WaitTimeout) as error:
             self._refusals.note(error)
 
-    def _converse(self, conversation: Conversation) -> None:
+    def _converse(self, conversation: Conversation, connection: socket.socket) -> None:
         conversation.greet()
         try:
             request = conversation.receive_request()
@@ -119,13 +113,12 @@ class _Listener(socketserver.ThreadingTCPServer):
             # The reply bears our token's mark, by which a peer with another one sees what is wrong.
             conversation.reply(_failure(error))
             raise
+        self._places.trust(connection)
         conversation.reply(self._answer(request))
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self._left:
-            self._open.pop(request, None)
-            self._left.notify()
+        self._places.leave(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """socketserver calls it inside its `except`; its own version prints."""
@@ -133,34 +126,90 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        with self._left:
-            for connection in self._open:
-                _abort(connection)
+        self._places.abort_all()
 
     def _answer(self, request: bytes) -> bytes:
         try:
-            return to_json({"value": self._perform(from_json(request))})
+            return b'{"value":%b}' % self._perform(from_json(request))
         except EagleRpcError as error:
             return _failure(error)
 
-    def _perform(self, request: Any) -> Any:
+    def _perform(self, request: Any) -> bytes:
+        """The value, as JSON."""
         match request:
             case {"operation": "new_id"}:
-                return self._directory.new_id()
+                return to_json(self._directory.new_id())
             case {"operation": "announce", "record": record}:
-                return self._directory.announce(record_from_json(record))
+                return to_json(self._directory.announce(record_from_json(record)))
             case {"operation": "withdraw", "incarnation": str(incarnation)}:
-                return self._directory.withdraw(incarnation)
+                return to_json(self._directory.withdraw(incarnation))
             case {"operation": "records"}:
-                return [
-                    {"record": record_to_json(one.record), "seconds_silent": one.seconds_silent, "living": one.living}
-                    for one in self._directory.sightings()
-                ]
-        raise InvalidRequest(f"a request must be new_id, announce, withdraw or records with its argument, got {request!r:.80}")
+                return self._directory.sightings()
+            case {"operation": "living"}:
+                return self._directory.living()
+        operations = "new_id, announce, withdraw, records or living"
+        raise InvalidRequest(f"a request must be {operations} with its argument, got {request!r:.80}")
 
 
 def _failure(error: EagleRpcError) -> bytes:
     return to_json({"error": type(error).__name__, "message": str(error)})
+
+
+class _Places:
+    """Where the open connections sit: a bounded number.
+
+    Who has shown the token keeps its place, however long the disk takes for its answer. When all places are taken, the stranger
+    that has been there longest makes room, once that is longer than a worker needs to show the token.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._open: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, float] = {}  # since when they are there, oldest first
+
+    def take(self, connection: socket.socket) -> bool:
+        """Waits for a place; whether it got one."""
+        deadline = time.monotonic() + _PLACE_SECONDS
+        with self._changed:
+            while not self._changed.wait_for(self._has_room, min(deadline, self._next_eviction()) - time.monotonic()):
+                now = time.monotonic()
+                if now >= deadline:
+                    return False
+                if now >= self._next_eviction():
+                    self._evict()
+                    self._changed.wait_for(self._has_room, deadline - now)
+            self._open.add(connection)
+            self._strangers[connection] = time.monotonic()
+        return True
+
+    def _has_room(self) -> bool:
+        return len(self._open) < MAX_CONNECTIONS
+
+    def _evict(self) -> None:
+        """Has the oldest stranger's thread end it, which takes a moment."""
+        oldest = next(iter(self._strangers))
+        del self._strangers[oldest]
+        _abort(oldest)
+
+    def _next_eviction(self) -> float:
+        return next(iter(self._strangers.values()), math.inf) + _STRANGER_SECONDS
+
+    def trust(self, connection: socket.socket) -> None:
+        """It has shown the token."""
+        with self._changed:
+            self._strangers.pop(connection, None)
+
+    def leave(self, connection: socket.socket) -> None:
+        """Nothing if it had no place."""
+        with self._changed:
+            self._open.discard(connection)
+            self._strangers.pop(connection, None)
+            self._changed.notify()
+
+    def abort_all(self) -> None:
+        with self._changed:
+            for connection in self._open:
+                _abort(connection)
 
 
 def _abort(connection: socket.socket) -> None:

@@ -16,7 +16,7 @@ import socket
 import struct
 import time
 
-from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, InvalidRequest, WaitTimeout
+from eagle_rpc.errors import AccessRefused, ConnectionLost, InvalidRequest, WaitTimeout
 from eagle_rpc.registry.record import MAX_RECORD_BYTES
 
 # A request is a record and the name of an operation; a reply may list all records.
@@ -28,14 +28,6 @@ _NONCE_BYTES = 32
 _MAC_BYTES = hashlib.sha256().digest_size
 _LENGTH = struct.Struct(">I")
 _CHUNK_BYTES = 64 * 2**10
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`. Raises `ConfigError` if it is anything else."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"rpc.registry must be host:port with a port in 1..65535, got {text!r}")
-    return host, int(port)
 
 
 class Conversation:

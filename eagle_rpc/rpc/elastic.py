@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch.distributed import rpc
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, StaleIncarnation
-from eagle_rpc.registry import Beat, Record, RegistryClient, wait_until_reachable
+from eagle_rpc.errors import ConnectionLost, EagleRpcError, StaleIncarnation
+from eagle_rpc.registry import LAST_WORKER_ID, Beat, Record, RegistryClient, take_id
 from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
@@ -28,9 +28,9 @@ from eagle_rpc.rpc.service import Link, nudge
 
 logger = logging.getLogger(__name__)
 
-# Ids of connections count down from torch's last, ids of workers up from 1.
-_LAST_ID = 2**15 - 1
-_LOWEST_CONNECTION = 2**14
+# Ids of connections count down from torch's last to those of workers, which the registry counts up from 1.
+_LAST_CONNECTION = 2**15 - 1
+_LOWEST_CONNECTION = LAST_WORKER_ID + 1
 # torch takes a caller's device maps only before it starts, when the targets are not known yet: so all of these names get
 # one. Requests are CPU tensors; where replies go is the targets' maps' business, which `admit` makes.
 _MAPPED_TARGETS = 64
@@ -51,7 +51,7 @@ class ElasticMembership:
         self._table: dict[str, int] = {}  # RPC names of peers, as this agent knows them
         self._lost: set[str] = set()  # incarnations with which a connection broke
         self._nudged: set[int] = set()  # ids of peers that were gone when somebody else came
-        self._next_connection = _LAST_ID
+        self._next_connection = _LAST_CONNECTION
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
         """Has `status` asked at every beat from now on; a target serves once its status says that it does not drain."""
@@ -157,7 +157,7 @@ class ElasticMembership:
 
     def _fresh_id(self) -> int:
         if self._next_connection < _LOWEST_CONNECTION:
-            raise ConnectionLost(f"this process has opened {_LAST_ID - _LOWEST_CONNECTION} connections, torch numbers no more")
+            raise ConnectionLost(f"this process has opened {_LAST_CONNECTION - LAST_WORKER_ID} connections, torch numbers no more")
         self._next_connection -= 1
         return self._next_connection + 1
 
@@ -199,16 +199,10 @@ def join_elastic(
     """Starts this worker's agent and announces it at the registry until the body ends; peers that it met stay as they are.
 
     `when_superseded` is called if another process takes the name over. Waits `config.start_timeout` for the registry and for
-    the name, unless `stop` is set; raises `ConnectionLost` or `WaitTimeout` without a registry, `NameTaken` while a living
-    worker has the name, otherwise as `running_agent` does.
+    the name, unless `stop` is set; raises `ConnectionLost` or `WaitTimeout` without a registry, `ConfigError` when it has
+    numbered all the workers that torch can, `NameTaken` while a living worker has the name, otherwise as `running_agent` does.
     """
-    wait_until_reachable(registry, config.start_timeout, stop)
-    worker_id = registry.new_id()
-    if worker_id >= _LOWEST_CONNECTION:
-        raise ConfigError(
-            f"the registry has numbered {worker_id} workers, torch takes {_LOWEST_CONNECTION}: with no worker running, remove the file "
-            "beside rpc.token_file that counts them"
-        )
+    worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
     device_maps = {target: {device: device} for target in targets} if device.startswith("cuda") else {}
     with running_agent(

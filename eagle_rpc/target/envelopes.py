@@ -8,14 +8,12 @@ from typing import Any
 
 from torch.futures import Future
 
+from eagle_rpc.config.texts import NAME_RULE, is_name
 from eagle_rpc.errors import EagleRpcError, InvalidRequest
 from eagle_rpc.supervision import Failure, Ok, Reply, TokenBatch, failure_of
 from eagle_rpc.target.supervise import own_storage
 
 logger = logging.getLogger(__name__)
-
-# Characters of a name or an id: they are kept, logged and shown.
-_LONGEST_NAME = 128
 
 
 def replies(method: Callable[..., Any]) -> Callable[..., Reply]:
@@ -52,8 +50,8 @@ def check_type(name: str, value: Any, wanted: type) -> None:
 def check_name(name: str, value: Any) -> None:
     """Raises `InvalidRequest` unless `value` is a short line of text; it may be empty."""
     check_type(name, value, str)
-    if len(value) > _LONGEST_NAME or not value.isprintable():
-        raise InvalidRequest(f"{name} must be at most {_LONGEST_NAME} printable characters, got {value!r:.80}")
+    if not is_name(value):
+        raise InvalidRequest(f"{name} must be {NAME_RULE}, got {value!r:.80}")
 
 
 def check_seconds(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "eagle_rpc"
 ALLOWED = {
     "config": set(),
     "topology": {"config"},
-    "registry": set(),
+    "registry": {"config"},
     "rpc": {"config", "topology", "registry"},
     "supervision": set(),
     "target": {"config", "supervision"},

@@ -46,6 +46,8 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("target.compile_shapes=[4x0]", r"target.compile_shapes must name shapes, sequences x tokens as in 4x2048, got \['4x0'\]"),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
         ("rpc.transports=[uv,shm]", r"rpc.transports must end with uv, .* got \['uv', 'shm'\]"),
+        ("rpc.registry='here:70000'", "rpc.registry must be host:port with a port in 1..65535, got 'here:70000'"),
+        (f"run.name={'n' * 129}", "run.name must be at most 128 printable characters, got nnn"),
     ],
 )
 def test_an_impossible_value_names_field_rule_and_value(override: str, message: str):

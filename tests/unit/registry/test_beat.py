@@ -1,16 +1,16 @@
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from registry_cases import TOKEN, client_of, running_registry, target
+from registry_cases import BOUND, TOKEN, client_of, running_registry, target
 
-from eagle_rpc.errors import ConnectionLost, NameTaken
-from eagle_rpc.registry import Beat, Record, RegistryClient, register, wait_until_reachable
+from eagle_rpc.errors import ConfigError, ConnectionLost, NameTaken
+from eagle_rpc.registry import LAST_WORKER_ID, Beat, Record, RegistryClient, register, take_id
 
 INTERVAL = 0.02
-BOUND = 20.0
 
 
 def beat(client: RegistryClient, record: Record, status: Callable[[], dict[str, Any]] = dict, **changes: Any) -> Beat:
@@ -43,9 +43,9 @@ def test_a_beat_announces_the_latest_status_and_withdraws(tmp_path):
     with running_registry(tmp_path) as server:
         client = client_of(server)
         with beat(client, target(), status):
-            assert client.living()[0].status["count"] >= 1
+            assert client.records()[0].record.status["count"] >= 1
             wait_for(3)
-            assert client.living()[0].status["count"] >= 3
+            assert client.records()[0].record.status["count"] >= 3
         assert client.records() == []
 
 
@@ -62,11 +62,11 @@ def test_a_status_that_fails_does_not_end_the_beat(tmp_path, caplog):
             raise answer
         return answer
 
-    with running_registry(tmp_path, ttl=60) as server:
+    with running_registry(tmp_path) as server:
         client = client_of(server)
         with beat(client, target(), status):
             assert all_asked.wait(BOUND)
-            assert client.living()[0].status in ({"step": 1}, {"step": 2})
+            assert client.records()[0].record.status in ({"step": 1}, {"step": 2})
     warnings = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     assert warnings == ["target0 announces an old status: ValueError: no status"]
 
@@ -76,7 +76,7 @@ def test_an_outage_costs_two_lines_and_the_name_is_kept(tmp_path, caplog):
     status, wait_for = counting()
     with running_registry(tmp_path) as server:
         address = server.address
-        worker = beat(RegistryClient(address, TOKEN, timeout=10), target(), status)
+        worker = beat(client_of(server), target(), status)
         worker.__enter__()
     wait_for(5)
     caplog.clear()
@@ -101,7 +101,14 @@ def test_an_outage_is_reported_once(tmp_path, caplog):
 
 def test_a_worker_whose_name_was_taken_over_is_told_once_and_leaves_the_other_alone(tmp_path):
     told: list[str] = []
-    superseded = threading.Event()
+    registered, beating, taken_over, superseded = (threading.Event() for _ in range(4))
+
+    def status() -> dict[str, Any]:
+        # No beat between the withdrawal and the successor: it would take the name back.
+        if registered.is_set():
+            beating.set()
+            assert taken_over.wait(BOUND)
+        return {}
 
     def when_superseded() -> None:
         told.append("superseded")
@@ -110,16 +117,19 @@ def test_a_worker_whose_name_was_taken_over_is_told_once_and_leaves_the_other_al
     with running_registry(tmp_path) as server:
         client = client_of(server)
         first, second = target(incarnation="a"), target(incarnation="b")
-        with beat(client, first, when_superseded=when_superseded):
+        with beat(client, first, status, when_superseded=when_superseded):
+            registered.set()
+            assert beating.wait(BOUND)
             client.withdraw(first.incarnation)
-            register(client, second, BOUND, threading.Event())
+            client.announce(second)
+            taken_over.set()
             assert superseded.wait(BOUND)
         assert (told, client.living()) == (["superseded"], [second])
 
 
 def test_a_living_name_is_refused_after_the_patience_and_said_to_be_waited_for(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    with running_registry(tmp_path, ttl=60) as server:
+    with running_registry(tmp_path) as server:
         client = client_of(server)
         client.announce(target(incarnation="a"))
         with pytest.raises(NameTaken, match="incarnation a"):
@@ -133,29 +143,34 @@ def test_a_dead_workers_name_is_waited_for(tmp_path):
         client = client_of(server)
         client.announce(target(incarnation="a"))
         register(client, target(incarnation="b"), BOUND, threading.Event())
-        assert client.living()[0].incarnation[0] == "b"
+        assert client.records()[0].record.incarnation[0] == "b"
 
 
 def test_a_registry_that_starts_later_is_waited_for(tmp_path):
     with running_registry(tmp_path) as server:
         address = server.address
-    client = RegistryClient(address, TOKEN, timeout=10)
+    client = RegistryClient(address, TOKEN, timeout=BOUND)
     with pytest.raises(ConnectionLost):
-        wait_until_reachable(client, 0.2, threading.Event())
-    waiter = threading.Thread(target=wait_until_reachable, args=(client, BOUND, threading.Event()), daemon=True)
-    waiter.start()
-    with running_registry(tmp_path, address=address):
-        waiter.join(BOUND)
-        assert not waiter.is_alive()
+        take_id(client, 0.2, threading.Event())
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(take_id, client, BOUND, threading.Event())
+        with running_registry(tmp_path, address=address):
+            assert waiting.result(BOUND) == 1
+
+
+def test_a_worker_beyond_the_last_id_is_refused_at_once(tmp_path):
+    (tmp_path / "ids").write_text(f"{LAST_WORKER_ID}\n")
+    with running_registry(tmp_path) as server, pytest.raises(ConfigError, match=f"all worker ids up to {LAST_WORKER_ID} are used"):
+        take_id(client_of(server), 1000.0, threading.Event())
 
 
 def test_a_worker_that_is_told_to_stop_does_not_go_on_waiting_for_its_name_or_the_registry(tmp_path):
     stop = threading.Event()
     stop.set()
-    with running_registry(tmp_path, ttl=60) as registry:
-        client = client_of(registry)
+    with running_registry(tmp_path) as server:
+        client = client_of(server)
         client.announce(target())
         with pytest.raises(NameTaken):
             register(client, target(incarnation="b"), 1000.0, stop)
     with pytest.raises(ConnectionLost):
-        wait_until_reachable(RegistryClient("127.0.0.1:1", TOKEN), 1000.0, stop)
+        take_id(RegistryClient("127.0.0.1:1", TOKEN), 1000.0, stop)

@@ -1,20 +1,24 @@
 """The registry over sockets: who is believed, what is bounded, and that nothing that arrives ends it."""
 
 import contextlib
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from registry_cases import TOKEN, client_of, running_registry, target
+from registry_cases import BOUND, TOKEN, client_of, running_registry, target
 
+from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, InvalidRequest, NameTaken, WaitTimeout
-from eagle_rpc.registry import RegistryClient, RegistryServer, parse_address
+from eagle_rpc.registry import IdFile, RegistryClient, RegistryServer, take_id
 from eagle_rpc.registry.server import MAX_CONNECTIONS
 from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
 
@@ -24,14 +28,14 @@ GREETING_BYTES = len(b"eagle_rpc registry 1\n") + 32
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[RegistryServer]:
     """One for all tests here: each of them leaves it serving."""
-    with running_registry(tmp_path_factory.mktemp("registry"), request_seconds=2.0) as running:
+    with running_registry(tmp_path_factory.mktemp("registry")) as running:
         yield running
         assert client_of(running).new_id() > 0
 
 
 @contextlib.contextmanager
 def connected(server: RegistryServer) -> Iterator[socket.socket]:
-    with socket.create_connection(parse_address(server.address), timeout=10) as connection:
+    with socket.create_connection(parse_address(server.address), timeout=BOUND) as connection:
         yield connection
 
 
@@ -50,11 +54,23 @@ def test_a_worker_announces_itself_and_is_found(server):
     assert second == first + 1
     record = target(7, id=first, status={"sessions": [{"lease_left": 1.5}], "draining": False, "job": "ü"})
     client.announce(record)
-    assert client.living() == [record]
     (seen,) = client.records()
-    assert seen.living and 0 <= seen.seconds_silent < 10
+    assert seen.record == record and seen.living and 0 <= seen.seconds_silent < BOUND
     client.withdraw(record.incarnation)
     assert client.records() == []
+
+
+def test_peers_learn_of_a_status_only_whether_its_worker_drains(server):
+    client = client_of(server)
+    statuses = [{"draining": False, "text": "x" * 1000}, {"draining": True}, {"draining": ["x" * 1000]}, {"text": "x" * 1000}]
+    announced = [target(number, status=status) for number, status in enumerate(statuses)]
+    for record in announced:
+        client.announce(record)
+    outlines = [{"draining": False}, {"draining": True}, {}, {}]
+    assert client.living() == [replace(record, status=status) for record, status in zip(announced, outlines, strict=True)]
+    assert [one.record for one in client.records()] == announced
+    for record in announced:
+        client.withdraw(record.incarnation)
 
 
 def test_a_taken_name_arrives_as_such(server):
@@ -72,6 +88,31 @@ def test_clients_at_the_same_time_get_different_ids(server):
     assert len(set(ids)) == 80
 
 
+def test_more_workers_than_connections_may_start_at_once(tmp_path, monkeypatch):
+    def take(_: int) -> int:
+        together.wait(BOUND)
+        return take_id(client, BOUND, threading.Event())
+
+    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.01))
+    num_workers = 2 * MAX_CONNECTIONS
+    together = threading.Barrier(num_workers)
+    with running_registry(tmp_path) as server, ThreadPoolExecutor(num_workers) as threads:
+        client = client_of(server)
+        assert len(set(threads.map(take, range(num_workers)))) == num_workers
+
+
+def test_workers_that_wait_for_the_disk_keep_their_connections(tmp_path):
+    ids = StuckIds(tmp_path / "ids")
+    with running_registry(tmp_path, ids=ids) as server, ThreadPoolExecutor(MAX_CONNECTIONS) as threads:
+        client = client_of(server)
+        waiting = [threads.submit(client.new_id) for _ in range(MAX_CONNECTIONS)]
+        ids.wait_for(MAX_CONNECTIONS)
+        with pytest.raises(ConnectionLost):
+            client.living()
+        ids.disk_answers.set()
+        assert sorted(one.result(BOUND) for one in waiting) == list(range(1, MAX_CONNECTIONS + 1))
+
+
 def test_a_wrong_token_is_told_so_and_changes_nothing(server):
     for call in (lambda one: one.announce(target()), lambda one: one.new_id(), lambda one: one.records()):
         with pytest.raises(AccessRefused, match="same token"):
@@ -81,14 +122,14 @@ def test_a_wrong_token_is_told_so_and_changes_nothing(server):
 
 def test_the_token_never_travels(tmp_path):
     with running_registry(tmp_path) as server, recording_proxy(server) as (address, sent):
-        RegistryClient(address, TOKEN, timeout=10).announce(target())
+        RegistryClient(address, TOKEN, timeout=BOUND).announce(target())
     assert b"target0" in bytes(sent) and TOKEN not in bytes(sent) and TOKEN.hex().encode() not in bytes(sent)
 
 
 def test_an_old_request_is_worth_nothing_in_another_conversation(tmp_path):
     with running_registry(tmp_path) as server:
         with recording_proxy(server) as (address, sent):
-            RegistryClient(address, TOKEN, timeout=10).announce(target())
+            RegistryClient(address, TOKEN, timeout=BOUND).announce(target())
         client_of(server).withdraw(target().incarnation)
         with connected(server) as replay:
             replay.sendall(bytes(sent))
@@ -99,23 +140,25 @@ def test_an_old_request_is_worth_nothing_in_another_conversation(tmp_path):
 def test_an_impostor_that_repeats_an_old_reply_is_not_believed(tmp_path):
     with running_registry(tmp_path) as server, connected(server) as connection:
         recorded = Recording(connection)
-        Conversation(recorded, peer="registry", token=TOKEN, seconds=10).ask(b'{"operation":"records"}')
+        Conversation(recorded, peer="registry", token=TOKEN, seconds=BOUND).ask(b'{"operation":"records"}')
     with impostor(bytes(recorded.received)) as address, pytest.raises(AccessRefused, match="same token"):
-        RegistryClient(address, TOKEN, timeout=10).records()
+        RegistryClient(address, TOKEN, timeout=BOUND).records()
 
 
 def test_something_else_at_the_address_is_not_taken_for_a_registry():
     answer = b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n" + b"." * 64
     with impostor(answer) as address, pytest.raises(AccessRefused, match="must be a registry"):
-        RegistryClient(address, TOKEN, timeout=10).records()
+        RegistryClient(address, TOKEN, timeout=BOUND).records()
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(garbage=st.binary(max_size=300))
 def test_garbage_is_closed_without_an_answer(server, garbage):
     with connected(server) as connection:
-        connection.sendall(garbage)
-        connection.shutdown(socket.SHUT_WR)
+        # It may have been closed before its end was said.
+        with contextlib.suppress(OSError):
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
         answer = read_to_end(connection)
     # A complete message of garbage is told that the token is missing.
     assert len(answer) in (0, GREETING_BYTES) or b"AccessRefused" in answer
@@ -125,13 +168,10 @@ NONSENSE = [b"[" * 100_000, b'{"operation":"announce"}', b'{"operation":["new_id
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    body=st.binary(max_size=200)
-    | st.sampled_from([b"[" * 100_000, b'{"operation":"announce"}', b'{"operation":["new_id"]}', b"null"])
-)
+@given(body=st.binary(max_size=200) | st.sampled_from(NONSENSE))
 def test_authenticated_nonsense_is_refused_by_name(server, body):
     with connected(server) as connection:
-        answer = Conversation(connection, peer="registry", token=TOKEN, seconds=10).ask(body)
+        answer = Conversation(connection, peer="registry", token=TOKEN, seconds=BOUND).ask(body)
     assert b'"error":"InvalidRequest"' in answer
 
 
@@ -140,7 +180,7 @@ def test_a_truncated_request_ends_its_connection_only(server, kept: int):
     with connected(server) as connection:
         cut = Truncated(connection, kept)
         with pytest.raises(ConnectionLost):
-            Conversation(cut, peer="registry", token=TOKEN, seconds=10).ask(b'{"operation":"new_id"}')
+            Conversation(cut, peer="registry", token=TOKEN, seconds=BOUND).ask(b'{"operation":"new_id"}')
     assert client_of(server).records() == []
 
 
@@ -152,21 +192,22 @@ def test_an_oversized_request_is_refused_before_it_is_read(server):
         client_of(server).announce(target(status={"text": "x" * MAX_REQUEST_BYTES}))
 
 
-def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(server):
-    started = time.monotonic()
-    with connected(server) as connection, contextlib.suppress(ConnectionError):
+def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(tmp_path):
+    with running_registry(tmp_path, request_seconds=1.0) as server, connected(server) as connection:
         connection.recv(GREETING_BYTES)
         connection.settimeout(0.1)
-        while time.monotonic() - started < 30:
-            connection.sendall(b"x")
-            with contextlib.suppress(TimeoutError):
-                if not connection.recv(1):
-                    break
-    assert time.monotonic() - started < 20
+        deadline = time.monotonic() + BOUND
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < deadline:
+                connection.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(1):
+                        break
+        assert time.monotonic() < deadline
 
 
 def test_silent_connections_do_not_keep_workers_out(tmp_path):
-    with running_registry(tmp_path, request_seconds=60.0) as server, contextlib.ExitStack() as stack:
+    with running_registry(tmp_path) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(server)) for _ in range(MAX_CONNECTIONS + 20)]
         assert client_of(server).new_id() > 0
         # Those that were there first have made room.
@@ -182,7 +223,7 @@ def test_refusals_are_counted_in_few_lines(tmp_path, caplog):
                 read_to_end(connection)
         client_of(server).records()
     lines = [one.getMessage() for one in caplog.records if "refused" in one.getMessage()]
-    assert len(lines) == 1 and "connections refused since the last such line: 1, " in lines[0]
+    assert 1 <= len(lines) < 10 and "connections refused since the last such line: 1, " in lines[0]
 
 
 def test_a_registry_that_is_not_there_and_one_that_does_not_answer():
@@ -209,12 +250,6 @@ def test_an_address_in_use_is_named_and_free_after_closing(tmp_path):
         RegistryClient(address, TOKEN).new_id()
     with running_registry(tmp_path, address=address) as again:
         assert client_of(again).new_id() == 2
-
-
-@pytest.mark.parametrize("text", ["", "here", "here:", ":1", "here:0", "here:65536", "here:-1", "here:1x"])
-def test_an_address_needs_host_and_port(text: str):
-    with pytest.raises(ConfigError, match="host:port"):
-        parse_address(text)
 
 
 @contextlib.contextmanager
@@ -262,6 +297,24 @@ def recording_proxy(server: RegistryServer) -> Iterator[tuple[str, bytearray]]:
         thread.start()
         yield f"127.0.0.1:{listener.getsockname()[1]}", sent
         thread.join(20)
+
+
+class StuckIds(IdFile):
+    """A file on a disk that does not answer for now."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, lock_seconds=BOUND)
+        self.disk_answers = threading.Event()
+        self._asked = threading.Semaphore(0)
+
+    def wait_for(self, num_asked: int) -> None:
+        for _ in range(num_asked):
+            assert self._asked.acquire(timeout=BOUND)
+
+    def next(self) -> int:
+        self._asked.release()
+        assert self.disk_answers.wait(BOUND)
+        return super().next()
 
 
 class Recording:

@@ -4,7 +4,8 @@ import pytest
 from registry_cases import TTL, Clock, target
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
-from eagle_rpc.registry import Directory, IdFile
+from eagle_rpc.registry import Directory, IdFile, Sighting
+from eagle_rpc.registry.record import from_json, record_from_json, sighting_from_json
 
 
 @pytest.fixture
@@ -22,8 +23,12 @@ def directory(ids, clock) -> Directory:
     return Directory(ids, ttl=TTL, clock=clock)
 
 
+def sightings(directory: Directory) -> list[Sighting]:
+    return [sighting_from_json(one) for one in from_json(directory.sightings())]
+
+
 def names(directory: Directory) -> list[tuple[str, str]]:
-    return [(one.record.name, one.record.incarnation[:1]) for one in directory.sightings() if one.living]
+    return [(one.record.name, one.record.incarnation[:1]) for one in sightings(directory) if one.living]
 
 
 def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(directory, clock):
@@ -34,11 +39,21 @@ def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(di
     assert names(directory) == [("target0", "a")]
 
 
+def test_peers_get_the_living_targets_first(directory, clock):
+    directory.announce(target(3))
+    clock.now += TTL / 2
+    living = [target(2), target(11), target(4, role="trainer", job="one"), target(0, role="trainer", job="two")]
+    for record in reversed(living):
+        directory.announce(record)
+    clock.now += TTL / 2
+    assert [record_from_json(one) for one in from_json(directory.living())] == sorted(living, key=lambda record: record.place)
+
+
 def test_names_belong_to_a_role_and_a_job(directory):
     directory.announce(target(incarnation="a"))
     directory.announce(target(incarnation="b", role="trainer", job="one"))
     directory.announce(target(incarnation="c", role="trainer", job="two"))
-    assert len(directory.sightings()) == 3
+    assert len(sightings(directory)) == 3
 
 
 def test_a_beat_renews_the_status_and_the_time(directory, clock):
@@ -46,15 +61,16 @@ def test_a_beat_renews_the_status_and_the_time(directory, clock):
     clock.now += 2
     directory.announce(target(incarnation="a", status={"step": 2}))
     clock.now += 2
-    (seen,) = directory.sightings()
+    (seen,) = sightings(directory)
     assert (seen.record.status, seen.seconds_silent, seen.living) == ({"step": 2}, 2, True)
 
 
 def test_a_silent_holder_is_shown_as_silent_then_superseded_and_ends_itself(directory, clock):
     directory.announce(target(incarnation="a"))
     clock.now += TTL
-    (silent,) = directory.sightings()
+    (silent,) = sightings(directory)
     assert (silent.living, silent.seconds_silent) == (False, TTL)
+    assert from_json(directory.living()) == []
     directory.announce(target(incarnation="b", id=2))
     assert names(directory) == [("target0", "b")]
     with pytest.raises(NameTaken, match="incarnation b"):
@@ -71,9 +87,9 @@ def test_a_worker_that_was_silent_keeps_its_name_if_nobody_took_it(directory, cl
 def test_the_silent_are_forgotten_in_the_end(directory, clock):
     directory.announce(target(incarnation="a"))
     clock.now += 10 * TTL - 0.1
-    assert len(directory.sightings()) == 1
+    assert len(sightings(directory)) == 1
     clock.now += 0.1
-    assert directory.sightings() == []
+    assert sightings(directory) == []
 
 
 def test_withdrawing_frees_the_name_at_once_and_only_that_incarnations(directory):
@@ -110,7 +126,7 @@ def test_after_a_restart_a_name_that_nobody_claims_is_free_after_the_time_to_liv
 
 def test_a_registry_that_never_had_workers_admits_them_at_once(directory):
     directory.announce(target(id=directory.new_id()))
-    assert len(directory.sightings()) == 1
+    assert len(sightings(directory)) == 1
 
 
 def test_silence_while_the_registry_stood_still_does_not_count(directory, clock):
@@ -119,9 +135,9 @@ def test_silence_while_the_registry_stood_still_does_not_count(directory, clock)
     directory.announce(target(1))
     clock.now += 100
     directory.excuse(100)
-    assert [(one.living, one.seconds_silent) for one in directory.sightings()] == [(True, 1), (True, 0)]
+    assert [(one.living, one.seconds_silent) for one in sightings(directory)] == [(True, 1), (True, 0)]
     clock.now += TTL - 1
-    assert [one.living for one in directory.sightings()] == [False, True]
+    assert [one.living for one in sightings(directory)] == [False, True]
 
 
 def test_all_records_together_are_bounded(directory):
@@ -129,11 +145,11 @@ def test_all_records_together_are_bounded(directory):
     with pytest.raises(InvalidRequest, match="together"):
         for number in itertools.count():
             directory.announce(target(number, status=large))
-    held = len(directory.sightings())
+    held = len(sightings(directory))
     assert 50 < held < 110
     # Those who are in stay in.
     directory.announce(target(0, status=large))
-    assert len(directory.sightings()) == held
+    assert len(sightings(directory)) == held
 
 
 def test_one_record_is_bounded(directory):

@@ -1,11 +1,26 @@
 import fcntl
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from registry_cases import BOUND
 
 from eagle_rpc.errors import ConfigError, WaitTimeout
-from eagle_rpc.registry import LAST_ID, IdFile
+from eagle_rpc.registry import LAST_WORKER_ID, IdFile
+
+
+@pytest.fixture
+def slow_disk(monkeypatch) -> list[int]:
+    """Keeps every write waiting for 50 ms, and lists them."""
+    written: list[int] = []
+
+    def sync(descriptor: int) -> None:
+        written.append(descriptor)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    return written
 
 
 def test_ids_ascend_from_one_and_go_on_after_a_restart(tmp_path):
@@ -16,7 +31,7 @@ def test_ids_ascend_from_one_and_go_on_after_a_restart(tmp_path):
 
 def test_registries_that_share_the_file_hand_out_different_ids(tmp_path):
     def take(_: int) -> list[int]:
-        own = IdFile(tmp_path / "ids")
+        own = IdFile(tmp_path / "ids", lock_seconds=BOUND)
         return [own.next() for _ in range(25)]
 
     with ThreadPoolExecutor(4) as threads:
@@ -26,11 +41,37 @@ def test_registries_that_share_the_file_hand_out_different_ids(tmp_path):
 
 def test_the_last_id_is_followed_by_a_clear_error(tmp_path):
     path = tmp_path / "ids"
-    path.write_text(f"{LAST_ID - 1}\n")
-    assert IdFile(path).next() == LAST_ID
-    with pytest.raises(ConfigError, match=r"32767 are used: .* remove .*ids"):
-        IdFile(path).next()
-    assert IdFile(path).last() == LAST_ID
+    path.write_text(f"{LAST_WORKER_ID - 1}\n")
+    ids = IdFile(path)
+    assert ids.next() == LAST_WORKER_ID
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"16383 are used: .* remove .*ids"):
+            ids.next()
+    assert ids.last() == LAST_WORKER_ID
+
+
+def test_a_crowd_at_the_end_gets_what_is_left(tmp_path, slow_disk):
+    path = tmp_path / "ids"
+    path.write_text(f"{LAST_WORKER_ID - 20}\n")
+    ids = IdFile(path, lock_seconds=BOUND)
+
+    def take(_: int) -> int | None:
+        try:
+            return ids.next()
+        except ConfigError:
+            return None
+
+    with ThreadPoolExecutor(40) as threads:
+        taken = [value for value in threads.map(take, range(40)) if value is not None]
+    assert sorted(taken) == list(range(LAST_WORKER_ID - 19, LAST_WORKER_ID + 1))
+
+
+def test_a_crowd_is_served_by_few_writes_and_wastes_no_id(tmp_path, slow_disk):
+    ids = IdFile(tmp_path / "ids", lock_seconds=BOUND)
+    with ThreadPoolExecutor(100) as threads:
+        taken = list(threads.map(lambda _: ids.next(), range(100)))
+    assert sorted(taken) == list(range(1, 101)) and ids.last() == 100
+    assert len(slow_disk) < 100
 
 
 @pytest.mark.parametrize("text", ["", "seven", "-1", "40000", "\xff"])
@@ -51,8 +92,12 @@ def test_a_lock_that_somebody_keeps_is_waited_for_within_a_bound(tmp_path):
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     try:
-        with pytest.raises(WaitTimeout, match="lock"):
-            IdFile(tmp_path / "ids").next()
+        ids = IdFile(tmp_path / "ids", lock_seconds=0.1)
+        with ThreadPoolExecutor(8) as threads:
+            waiting = [threads.submit(ids.next) for _ in range(8)]
+        for one in waiting:
+            with pytest.raises(WaitTimeout, match=r"waited 0\.1 s for the lock"):
+                one.result()
     finally:
         os.close(held)
     assert IdFile(tmp_path / "ids").next() == 1
