@@ -30,7 +30,7 @@ def stream_all(link: Link, name: str, first_seed: int, address: str, token: byte
 
 def status_of_target(registry: Registry) -> dict[str, Any]:
     """As the newest beat tells it."""
-    return next(one.status for one in registry.client.living() if one.role == "target")
+    return next(one.record.status for one in registry.client.records() if one.record.role == "target")
 
 
 def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Path):
