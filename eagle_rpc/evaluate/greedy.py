@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from eagle_rpc.target.capture import aux_layers, captured_layers, find_decoder_layers
+from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_decoder_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +58,10 @@ class GreedyTarget:
     def read(self, token_ids: Sequence[int], *, predictions: int) -> TargetStep:
         """Appends N tokens to the sequence and predicts what follows each of the last `predictions` of them."""
         ids_1N = torch.tensor([token_ids], device=self._model.device)
-        with captured_layers(self._layers, self.aux_layer_ids) as captured:
+        aux = AuxStates(*ids_1N.shape, len(self.aux_layer_ids))
+        with captured_layers(self._layers, self.aux_layer_ids, aux.write):
             output = self._model(input_ids=ids_1N, past_key_values=self._cache, use_cache=True, logits_to_keep=predictions)
-        aux_N3H = torch.cat([captured[layer][0] for layer in self.aux_layer_ids], dim=-1)
-        return TargetStep(output.logits[0], aux_N3H)
+        return TargetStep(output.logits[0], aux.states[0])
 
     def keep(self, length: int) -> None:
         """Rolls the sequence back to its first `length` tokens."""
