@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from server_calls import SELECTED, WAIT, ask, config, open_session, send, status
+from server_calls import SELECTED, WAIT, ask, config, open_session, send, status, try_to_open
 
 from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -72,8 +72,9 @@ def test_a_place_comes_free_when_a_session_ends(serve, model, clock):
     server = serve(HFEagle3TargetModel(model), max_sessions=2, session_lease=LEASE)
     for _ in range(2):
         open_session(server)
+    assert try_to_open(server).code == "busy"
     later(server, clock, LEASE)
-    open_session(server)
+    assert isinstance(try_to_open(server), Ok)
 
 
 def mapping_of(server, session):
