@@ -6,9 +6,11 @@ from eagle_rpc.supervision.encoding import (
     ENCODINGS,
     DraftVocabOnDevice,
     EncodedSupervision,
+    ReadSupervision,
     bytes_per_token,
     decode_supervision,
     encode_supervision,
+    read_supervision,
 )
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from eagle_rpc.supervision.head import DraftHead
@@ -18,11 +20,13 @@ from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
 from eagle_rpc.supervision.rows import RowsRead, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
 from eagle_rpc.supervision.shift import shift_left
-from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision.storage import own_storage
+from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mask
 from eagle_rpc.supervision.vocab import VocabMapping
 
 __all__ = [
     "ENCODINGS",
+    "BatchRows",
     "DraftHead",
     "DraftTargets",
     "DraftVocabOnDevice",
@@ -37,6 +41,7 @@ __all__ = [
     "OpenedSession",
     "ProjectedTargets",
     "Pulse",
+    "ReadSupervision",
     "Reply",
     "RowsRead",
     "SessionSpec",
@@ -51,8 +56,10 @@ __all__ = [
     "decode_supervision",
     "encode_supervision",
     "failure_of",
+    "own_storage",
     "read_rows",
     "read_rows_fused",
+    "read_supervision",
     "shift_left",
     "shifted_loss_mask",
     "tokenizer_fingerprint",

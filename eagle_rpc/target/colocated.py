@@ -17,8 +17,9 @@ from eagle_rpc.supervision import (
     TokenBatch,
     VocabMapping,
     decode_supervision,
+    own_storage,
 )
-from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, exact_draft_head, own_storage, supervise
+from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, exact_draft_head, supervise
 
 
 class ColocatedEagle3TargetModel:

@@ -115,8 +115,7 @@ class CompiledForward:
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, aux: AuxStates) -> Tensor:
         """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `run_base`.
 
-        There is no mask: padding on the right is invisible to causal attention. Raises `InvalidRequest` for what no compiled
-        form takes, `TargetFailed` where one would be compiled again.
+        Raises `InvalidRequest` for what no compiled form takes, `TargetFailed` where one would be compiled again.
         """
         batch, length = input_ids.shape
         pieces = []

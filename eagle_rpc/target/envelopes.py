@@ -10,8 +10,7 @@ from torch.futures import Future
 
 from eagle_rpc.config.texts import NAME_RULE, is_name
 from eagle_rpc.errors import EagleRpcError, InvalidRequest
-from eagle_rpc.supervision import Failure, Ok, Reply, TokenBatch, failure_of
-from eagle_rpc.target.supervise import own_storage
+from eagle_rpc.supervision import Failure, Ok, Reply, TokenBatch, failure_of, own_storage
 
 logger = logging.getLogger(__name__)
 

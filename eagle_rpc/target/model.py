@@ -121,15 +121,14 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        real_BT = attention_mask.bool()
-        positions_BT = None if segment_ids is None else _packed_positions(real_BT, segment_ids)
+        positions_BT = None if segment_ids is None else _packed_positions(attention_mask.bool(), segment_ids)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
             if self._compiled is not None:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
             else:
                 with attention_by_chat(self._base, positions_BT):
-                    last_hidden_BTH = run_base(self._base, input_ids, positions_BT, real_BT)
+                    last_hidden_BTH = run_base(self._base, input_ids, positions_BT)
         return TargetOutput(
             aux_hidden_states=aux.states,
             last_hidden_state=last_hidden_BTH,

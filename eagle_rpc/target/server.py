@@ -31,6 +31,7 @@ from eagle_rpc.supervision import (
     TargetExpectation,
     TokenBatch,
     VocabMapping,
+    own_storage,
 )
 from eagle_rpc.target.demand import Demand
 from eagle_rpc.target.draft_heads import DraftHeads
@@ -40,7 +41,7 @@ from eagle_rpc.target.reply_budget import ReplyBudget, ReplyBytes
 from eagle_rpc.target.scheduler import ForwardScheduler
 from eagle_rpc.target.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.target.status import describe_load, describe_memory
-from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, own_storage
+from eagle_rpc.target.supervise import check_encoding, describe_target, device_of
 from eagle_rpc.target.throughput import Throughput
 
 logger = logging.getLogger(__name__)

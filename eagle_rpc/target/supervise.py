@@ -92,11 +92,3 @@ def check_encoding(target: Any, selected_token_ids: Tensor, encoding: str) -> No
         exact_draft_head(target, selected_token_ids)
         if hasattr(target, "probe_head"):
             target.probe_head(selected_token_ids)
-
-
-def own_storage(tensor: Tensor) -> Tensor:
-    """`tensor` without gradient, contiguous and alone in its storage: RPC ships storages, not views."""
-    tensor = tensor.detach().contiguous()
-    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        return tensor.clone()
-    return tensor

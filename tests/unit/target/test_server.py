@@ -17,11 +17,11 @@ from eagle_rpc.supervision import (
     TokenBatch,
     VocabMapping,
     decode_supervision,
+    own_storage,
     shift_left,
 )
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.target.supervise import own_storage
 
 
 @pytest.fixture
