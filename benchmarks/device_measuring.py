@@ -1,5 +1,6 @@
 """What benchmarks of one device share: times, peaks of memory, a ceiling to compare with, and a file that stays whole."""
 
+import contextlib
 import json
 import platform
 import statistics
@@ -66,9 +67,19 @@ def measure(
         "share_of_ceiling": rate * flops / 1e12 / ceiling,
     }
     if on_gpu:
+        run()
+        figures |= clock_and_power(device)
+        torch.cuda.synchronize(device)
         figures["peak_gib_over_resident"] = (torch.cuda.max_memory_allocated(device) - resident) / GIB
         figures["resident_gib"] = resident / GIB
     return figures
+
+
+def clock_and_power(device: torch.device) -> dict[str, float]:
+    """What the GPU runs at this moment at, where its management library can be asked: under load it lowers its clock."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return {"megahertz": float(torch.cuda.clock_rate(device)), "watts": torch.cuda.power_draw(device) / 1e3}
+    return {}
 
 
 def kernel_times(run: Callable[[], Any], kinds: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[dict[str, float], list[str]]:

@@ -4,10 +4,10 @@
     python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      tries the benchmark itself
 
 Random weights and tokens. `plain` is the reference's way (`compute_supervision`: full logits, shift, argmax, gather, fp32
-softmax); the others are `supervise`: the layers eager or compiled, logits read as torch does or by the fused kernel. Systems
-and ceilings of one table come from one process. With --chats the same lognormal chats go padded to buckets and packed into
-rows. With --deliver the target runs in a process of its own and a trainer process on the same device takes its supervision
-over RPC. Figures go to the screen and to DIR/target.json.
+softmax); the others are `supervise`: the layers eager or compiled, logits read as torch does or by the fused kernel. `served` is
+the rate of a server whose queue is never empty, in this process. Systems and ceilings of one table come from one process. With
+--chats the same lognormal chats go padded to buckets and packed into rows. With --deliver the target runs in a process of its
+own and a trainer process on the same device takes its supervision over RPC. Figures go to the screen and to DIR/target.json.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from device_measuring import Results, matrix_ceiling, measure, median_seconds
 from target_lab.delivery import deliver
+from target_lab.serving import served_rate
 from target_lab.stages import stage_milliseconds
 from target_lab.work import (
     SHAPES,
@@ -98,15 +99,16 @@ class Bench:
         run()
         flops = flops_per_token(self.model, size[1], 1.0 if system == "plain" else share)
         figures = measure(run, num_tokens, flops, self.ceiling, slow=num_tokens > 4096, device=self.device)
-        of_shapes = shape_ceiling(self.model, num_tokens, share, self.device)
-        stages = {}
+        of_shapes = shape_ceiling(self.model, num_tokens, share, chunk_rows, self.device)
+        figures["shape_ceiling_tokens_per_second"] = of_shapes
         if system != "plain":
-            found = stage_milliseconds(self.target(system), tokens, self.vocab, encoding=encoding, chunk_rows=chunk_rows)
-            stages = {f"{stage}_ms": spent for stage, spent in found.items()}
-        share_of_shapes = figures["tokens_per_second"] / of_shapes
-        self.results.add(
-            **name, **figures, shape_ceiling_tokens_per_second=of_shapes, share_of_shape_ceiling=share_of_shapes, **stages
-        )
+            settings = {"encoding": encoding, "chunk_rows": chunk_rows}
+            spent = stage_milliseconds(self.target(system), tokens, self.vocab, **settings)
+            figures |= {f"{stage}_ms": milliseconds for stage, milliseconds in spent.items()}
+            requests = max(4, 2**17 // num_tokens) if self.device.type == "cuda" else 4
+            served = served_rate(self.target(system), tokens, self.mapping, **settings, requests=requests, device=self.device)
+            figures |= {"served_tokens_per_second": served, "served_share_of_shape_ceiling": served / of_shapes}
+        self.results.add(**name, **figures)
 
     def measure_mix(self, system: str) -> None:
         """The same chats padded and packed, real tokens per second."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_measuring import median_seconds, synchronise
+from device_measuring import synchronise
 from peers.ours import compose
 from peers.processes import Command, free_port, running, static_environment
 
@@ -26,12 +26,12 @@ from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY
 from eagle_rpc.jobs.trainer_worker import connect_target
 from eagle_rpc.rpc import host, join_static, withdraw
-from eagle_rpc.supervision import DraftVocabOnDevice, bytes_per_token
+from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.target.supervise import supervise
 from eagle_rpc.topology import assign_roles, plan_devices, read_world
+from target_lab.serving import served_rate
 from target_lab.work import SHAPES, full_batch, make_mapping, make_model
 
 _WARM_UP = 4  # requests
@@ -61,6 +61,9 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
                 f"supervision.prefetch={options.prefetch}",
                 f"train.device={options.device}",
                 f"run.dir={directory}/run",
+                # As many replies as requests are under way.
+                f"target.max_reply_bytes={2**33}",
+                f"target.max_reply_bytes_per_session={2**33}",
                 "rpc.model_timeout=500",
                 "run.threads=1",
             ],
@@ -95,16 +98,16 @@ def serve_target(spec: dict[str, Any], config: Config, device: torch.device, mem
     if config.target.compile_shapes:
         target.compile(config.target.compile_shapes, packed=False, mode=config.target.compile_mode)
     tokens = full_batch(*map(int, spec["size"].split("x")), target.model.config.vocab_size, 1.0, device)
-    vocab = DraftVocabOnDevice.of(make_mapping(target.model.config), device)
-    encoding, chunk_rows = config.supervision.encoding.value, config.target.chunk_rows
-    seconds = median_seconds(
-        lambda: supervise(target, tokens, vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows),
-        repeats=9,
-        warmups=2,
+    rate = served_rate(
+        target,
+        tokens,
+        make_mapping(target.model.config),
+        encoding=config.supervision.encoding.value,
+        chunk_rows=config.target.chunk_rows,
+        requests=spec["requests"],
         device=device,
     )
-    answer = {"server_tokens_per_second": tokens.input_ids.numel() / seconds}
-    (Path(spec["directory"]) / "server.json").write_text(json.dumps(answer))
+    (Path(spec["directory"]) / "server.json").write_text(json.dumps({"server_tokens_per_second": rate}))
     server = TargetModelServer(target, config.target)
     host(SERVICE_NAME, server, CONTROL_METHODS)
     membership.mark(READY)

@@ -150,16 +150,22 @@ def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
     return 2.0 * (sum(one.weight.numel() for one in products) + share * head.weight.numel()) + attention
 
 
-def shape_ceiling(model: PreTrainedModel, tokens: int, share: float, device: torch.device) -> float:
-    """Tokens per second if nothing but the matrix products of these shapes had to be done."""
+def shape_ceiling(model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device) -> float:
+    """Tokens per second if nothing but the matrix products of these shapes had to be done, for as long as a system is measured.
+
+    A GPU lowers its clock within a second of matrix products; a burst would be another ceiling.
+    """
     products, head = _products(model)
-    layer = products[: len(products) // model.config.num_hidden_layers]
+    rows = round(share * tokens)
+    inputs = {
+        width: torch.randn(tokens, width, device=device, dtype=model.dtype) for width in {one.in_features for one in products}
+    }
 
-    def seconds(linears: list[nn.Linear], rows: int) -> float:
-        inputs = {one.in_features: torch.randn(rows, one.in_features, device=device, dtype=torch.bfloat16) for one in linears}
-        with torch.inference_mode():
-            return median_seconds(lambda: [one(inputs[one.in_features]) for one in linears], repeats=9, warmups=3, device=device)
+    def run() -> None:
+        for one in products:
+            one(inputs[one.in_features])
+        for chunk in inputs[head.in_features][:rows].split(chunk_rows):
+            head(chunk)
 
-    chunk = max(1, min(2048, round(share * tokens)))
-    head_seconds = seconds([head], chunk) * share * tokens / chunk
-    return tokens / (model.config.num_hidden_layers * seconds(layer, tokens) + head_seconds)
+    with torch.inference_mode():
+        return tokens / median_seconds(run, repeats=5, warmups=2, device=device)

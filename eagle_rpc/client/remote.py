@@ -23,6 +23,7 @@ from eagle_rpc.supervision import (
     TokenBatch,
     VocabMapping,
     decode_supervision,
+    to_device,
 )
 
 
@@ -111,9 +112,8 @@ class RemoteEagle3TargetModel:
         started = time.monotonic()
         encoded = self._dispatcher.wait(ticket)
         self._seconds_waited += time.monotonic() - started
-        return decode_supervision(
-            encoded.to(self._device), ticket.tokens.to(self._device), self._head if self._settings.encoding == "hidden" else None
-        )
+        encoded = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
+        return decode_supervision(encoded, ticket.tokens, self._head if self._settings.encoding == "hidden" else None)
 
     @property
     def seconds_waited(self) -> float:

@@ -148,7 +148,7 @@ class TargetConfig:
     """Requests of one session that wait or run at a time at most (> 0): the credits of its trainer."""
     max_reply_bytes: int = 8 * 2**30
     """Bytes of replies that are promised or made but not yet sent at most (> 0), over all sessions."""
-    max_reply_bytes_per_session: int = 2 * 2**30
+    max_reply_bytes_per_session: int = 4 * 2**30
     """The same for one session (> 0)."""
     max_sessions: int = 256
     """Sessions that are open at a time at most (> 0)."""

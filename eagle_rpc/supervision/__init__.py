@@ -20,7 +20,7 @@ from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
 from eagle_rpc.supervision.rows import RowsRead, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
 from eagle_rpc.supervision.shift import shift_left
-from eagle_rpc.supervision.storage import own_storage
+from eagle_rpc.supervision.storage import own_storage, to_device, to_host
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mask
 from eagle_rpc.supervision.vocab import VocabMapping
 
@@ -62,6 +62,8 @@ __all__ = [
     "read_supervision",
     "shift_left",
     "shifted_loss_mask",
+    "to_device",
+    "to_host",
     "tokenizer_fingerprint",
     "unwrap",
     "weights_fingerprint",

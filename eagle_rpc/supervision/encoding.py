@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, V target vocab, K draft vocab.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
 from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.rows import RowsRead, read_rows
-from eagle_rpc.supervision.tokens import BatchRows, TokenBatch
+from eagle_rpc.supervision.storage import to_device
+from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, true_places
 from eagle_rpc.supervision.vocab import VocabMapping
 
 ENCODINGS = ("probs", "logits", "hidden")
@@ -39,8 +41,9 @@ class EncodedSupervision:
         tensors = (self.aux, self.supervised_rows, self.values, self.log_normalizer, self.argmax)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def to(self, device: torch.device) -> "EncodedSupervision":
-        moved = {field.name: value.to(device) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+    def map_tensors(self, move: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
+        """The same reply with what `move` makes of its tensors."""
+        moved = {field.name: move(value) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
         return replace(self, **moved)
 
 
@@ -90,8 +93,9 @@ class ReadSupervision:
 def encode_supervision(
     output: Any, tokens: TokenBatch, vocab: DraftVocabOnDevice, *, encoding: str, rows: str, chunk_rows: int
 ) -> EncodedSupervision:
-    """Turns a target's output for `tokens` into the reply: `read_supervision`, then `encode` with the rule `rows`."""
-    return read_supervision(output, BatchRows.of(tokens), vocab, encoding=encoding, chunk_rows=chunk_rows).encode(rows)
+    """Turns a target's output for `tokens`, of any device, into the reply: `read_supervision`, then `encode` with the rule `rows`."""
+    where = BatchRows.of(tokens).to(output.aux_hidden_states.device)
+    return read_supervision(output, where, vocab, encoding=encoding, chunk_rows=chunk_rows).encode(rows)
 
 
 def read_supervision(output: Any, rows: BatchRows, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int) -> ReadSupervision:
@@ -156,26 +160,32 @@ class _RowReader:
 
 
 def decode_supervision(encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None) -> Eagle3TargetBatch:
-    """The batch that `encoded` stands for; `tokens` are the ones that were sent, on the device of `encoded`.
+    """The batch that `encoded` stands for, on its device; `tokens` are the ones that were sent. From the CPU they make no GPU wait.
 
     `head` holds the target's draft rows and is needed for `hidden` only.
     """
-    batch, length = tokens.shape
-    aux = encoded.aux.new_zeros(batch, length, encoded.aux.shape[-1])
-    aux[tokens.attention_mask.bool()] = encoded.aux
     if encoded.encoding == "hidden":
         assert head is not None, "the hidden encoding needs the draft rows of the target's head"
         targets = ProjectedTargets(encoded.values, head)
     else:
         targets = StoredProbs(encoded.values) if encoded.encoding == "probs" else StoredLogits(encoded.values)
     return Eagle3TargetBatch(
-        tokens=tokens,
-        aux_hidden_states=aux,
+        tokens=tokens.to(encoded.aux.device),
+        aux_hidden_states=_dense_aux(encoded.aux, tokens),
         supervised_rows=encoded.supervised_rows.long(),
         targets=targets,
         log_normalizer=encoded.log_normalizer,
         argmax=encoded.argmax.long(),
     )
+
+
+def _dense_aux(aux: Tensor, tokens: TokenBatch) -> Tensor:
+    """[B, T, 3H], zero at padding."""
+    batch, length = tokens.shape
+    if len(aux) < batch * length:
+        real = to_device(true_places(tokens.attention_mask.bool()), aux.device)
+        aux = aux.new_zeros(batch * length, aux.shape[-1]).index_copy_(0, real, aux)
+    return aux.view(batch, length, -1)
 
 
 def bytes_per_token(

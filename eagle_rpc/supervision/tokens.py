@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.shift import shift_left
+from eagle_rpc.supervision.storage import to_device
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64)
 
@@ -27,12 +28,10 @@ class TokenBatch:
     def shape(self) -> tuple[int, int]:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "TokenBatch":
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = None if value is None else value.to(device, non_blocking=non_blocking)
-        return TokenBatch(**moved)
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same tokens there, on their way as `to_device` says."""
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{name: None if column is None else to_device(column, device) for name, column in columns.items()})
 
     def check(self, *, vocab_size: int, max_length: int, max_tokens: int) -> None:
         """Raises `InvalidRequest` naming field, rule and value. Reads nothing but this batch."""
@@ -104,11 +103,12 @@ class BatchRows:
     @classmethod
     def of(cls, tokens: TokenBatch) -> "BatchRows":
         """Where `tokens` are; on a GPU their numbers have to be waited for."""
-        return cls(_true_places(tokens.attention_mask.bool()), _true_places(shifted_loss_mask(tokens)))
+        return cls(true_places(tokens.attention_mask.bool()), true_places(shifted_loss_mask(tokens)))
 
     def to(self, device: torch.device) -> "BatchRows":
-        return BatchRows(self.real.to(device), self.supervisable.to(device))
+        return BatchRows(to_device(self.real, device), to_device(self.supervisable, device))
 
 
-def _true_places(mask_BT: Tensor) -> Tensor:
+def true_places(mask_BT: Tensor) -> Tensor:
+    """Flat places [N] int64 of what is true, ascending."""
     return mask_BT.flatten().nonzero().squeeze(1)

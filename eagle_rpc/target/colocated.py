@@ -80,7 +80,6 @@ class ColocatedEagle3TargetModel:
         tokens = TokenBatch(input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids)
         info = self._info
         tokens.check(vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens)
-        tokens = tokens.to(device_of(self._target))
         encoded = supervise(
             self._target, tokens, self._vocab, encoding=self._encoding, rows=self._rows, chunk_rows=self._chunk_rows
         )

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from eagle_rpc.config.checks import PAIR
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
-from eagle_rpc.target.capture import AuxStates, run_base
+from eagle_rpc.target.capture import AuxStates
+from eagle_rpc.target.packed_attention import are_plain, run_chats
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class CompiledForward:
             try:
                 with torch._dynamo.config.patch(limits), self._in_place():
                     # Zeros as positions: every token is a chat of its own.
-                    run_base(self._base, ids_BT, ids_BT if packed else None)
+                    run_chats(self._base, ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 raise UnsupportedTarget(
                     f"{kind} must compile whole and alike in all layers, or target.compile_shapes be empty: {error}"
@@ -113,7 +114,7 @@ class CompiledForward:
         logger.info("compiled %d shapes in %.1f s", len(forms), time.monotonic() - started)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, aux: AuxStates) -> Tensor:
-        """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `run_base`.
+        """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `run_chats`.
 
         Raises `InvalidRequest` for what no compiled form takes, `TargetFailed` where one would be compiled again.
         """
@@ -122,20 +123,22 @@ class CompiledForward:
         with self._compiled_only():
             for rows, shape in self._buckets.pieces(batch, length):
                 aux.rows = rows
-                last_hidden_BTH = run_base(self._base, _padded(input_ids[rows], shape), self._positions(positions_BT, rows, shape))
+                positions = self._positions(positions_BT, rows, shape)
+                last_hidden_BTH = run_chats(self._base, _padded(input_ids[rows], shape), positions, compiled=True)
                 pieces.append(last_hidden_BTH[: rows.stop - rows.start, :length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _positions(self, positions_BT: Tensor | None, rows: slice, shape: Shape) -> Tensor | None:
         if positions_BT is None:
             return None
-        positions_BT = _padded(positions_BT[rows], shape)
-        # Chats that fill a row each are no packed ones to transformers either.
-        if bool((positions_BT == torch.arange(shape.length, device=positions_BT.device)).all()):
-            return None
-        if not self._packed:
+        positions_BT = positions_BT[rows]
+        if not (self._packed or are_plain(positions_BT)):
             raise InvalidRequest("segment_ids must be absent where target.compile_packed is false, got packed chats")
-        return positions_BT
+        batch, length = positions_BT.shape
+        # Padding on the right is one more chat, a plain row remains one.
+        index_L = torch.arange(shape.length - length) + (length if are_plain(positions_BT) else 0)
+        padded_BT = torch.cat((positions_BT, index_L.expand(batch, -1)), dim=1)
+        return torch.cat((padded_BT, torch.arange(shape.length).expand(shape.batch - batch, -1)))
 
     @contextmanager
     def _compiled_only(self) -> Iterator[None]:

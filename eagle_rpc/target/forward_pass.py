@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.supervision import EncodedSupervision, TokenBatch, encode_supervision
+from eagle_rpc.supervision import (
+    BatchRows,
+    EncodedSupervision,
+    ReadSupervision,
+    TokenBatch,
+    read_supervision,
+    to_host,
+)
 from eagle_rpc.target.sessions import Session
 from eagle_rpc.target.supervise import device_of, run_target
 
@@ -34,14 +41,24 @@ class PassRequest:
 
 
 class ForwardPass:
-    """Runs the target on requests; each gets the supervision of its own tokens in its session's form."""
+    """Runs the target on requests; each gets the supervision of its own tokens in its session's form.
+
+    A GPU runs targets on a stream of its own, so that replies are encoded, copied to the host and sent while the next pass runs.
+    Nothing waits for it before `StartedPass.finish`.
+    """
 
     def __init__(self, target: Any, config: TargetConfig) -> None:
         """`target`: an `Eagle3Target`."""
         self._target = target
         self._device = device_of(target)
+        self._stream = torch.cuda.Stream(self._device) if self.overlaps else None
         self._max_shared_tokens = config.max_shared_tokens
         self._chunk_rows = config.chunk_rows
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether one pass may be started before the one before it is finished."""
+        return self._device.type == "cuda"
 
     def admits(self, aboard: Sequence[PassRequest], another: PassRequest) -> bool:
         """Whether `another` may run with those `aboard`: by its session, in size, in length, and packed like them."""
@@ -55,27 +72,63 @@ class ForwardPass:
         return alike and padded <= min(self._max_shared_tokens, _MOST_PADDING * alone)
 
     @torch.no_grad()
-    def run(self, aboard: Sequence[PassRequest]) -> list[EncodedSupervision]:
-        """The supervision of each, on the target's device or, where RPC cannot take it from there, on the CPU."""
-        batches = [request.tokens.to(self._device) for request in aboard]
-        if len(batches) == 1:
-            return [self._encode(run_target(self._target, batches[0]), batches[0], aboard[0].session)]
-        output = run_target(self._target, _stack(batches))
-        encoded, first = [], 0
-        for request, tokens in zip(aboard, batches, strict=True):
-            batch, length = tokens.shape
-            part = _part_of(output, slice(first, first + batch), length)
-            encoded.append(self._encode(part, tokens, request.session))
-            first += batch
-        return encoded
+    def start(self, aboard: Sequence[PassRequest]) -> "StartedPass":
+        """Runs the pass, or gives it to the GPU."""
+        if self._stream is None:
+            return StartedPass(self._run(aboard), aboard, self._device, None)
+        # What earlier passes left may be overwritten once their replies are encoded.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            return StartedPass(self._run(aboard), aboard, self._device, self._stream.record_event())
 
-    def _encode(self, output: Any, tokens: TokenBatch, session: Session) -> EncodedSupervision:
-        encoded = encode_supervision(
-            output, tokens, session.vocab, encoding=session.encoding, rows=session.rows, chunk_rows=self._chunk_rows
-        )
+    def _run(self, aboard: Sequence[PassRequest]) -> list[ReadSupervision]:
+        batches = [request.tokens for request in aboard]
+        if len(batches) == 1:
+            return [self._read(run_target(self._target, batches[0]), aboard[0])]
+        output = run_target(self._target, _stack(batches))
+        read, first = [], 0
+        for request in aboard:
+            batch, length = request.tokens.shape
+            read.append(self._read(_part_of(output, slice(first, first + batch), length), request))
+            first += batch
+        return read
+
+    def _read(self, output: Any, request: PassRequest) -> ReadSupervision:
+        session, rows = request.session, BatchRows.of(request.tokens).to(self._device)
+        return read_supervision(output, rows, session.vocab, encoding=session.encoding, chunk_rows=self._chunk_rows)
+
+
+class StartedPass:
+    """A pass that is done on a CPU, and that a GPU works on."""
+
+    def __init__(
+        self, read: list[ReadSupervision], aboard: Sequence[PassRequest], device: torch.device, done: torch.cuda.Event | None
+    ) -> None:
+        self._read, self._aboard, self._device, self._done = read, aboard, device, done
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would not have to wait for the target."""
+        return self._done is None or self._done.query()
+
+    @torch.no_grad()
+    def finish(self) -> list[EncodedSupervision]:
+        """The supervision of each request, on the target's device or, where RPC cannot take it from there, on the CPU.
+
+        On a GPU it is in the order of the current stream.
+        """
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+        return [self._encode(read, request.session) for read, request in zip(self._read, self._aboard, strict=True)]
+
+    def _encode(self, read: ReadSupervision, session: Session) -> EncodedSupervision:
+        encoded = read.encode(session.rows)
         # TensorPipe aborts the process on a CUDA tensor without elements.
-        through_host = session.through_host or not encoded.supervised_rows.numel()
-        return encoded.to(torch.device("cpu")) if through_host else encoded
+        if self._done is None or not (session.through_host or encoded.supervised_rows.numel() == 0):
+            return encoded
+        on_host = encoded.map_tensors(to_host)
+        torch.cuda.current_stream(self._device).synchronize()
+        return on_host
 
 
 def _stack(batches: Sequence[TokenBatch]) -> TokenBatch:

@@ -23,6 +23,7 @@ from eagle_rpc.supervision import (
     TargetOutput,
     read_rows,
     read_rows_fused,
+    to_device,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -30,10 +31,12 @@ from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, fin
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
 from eagle_rpc.target.loading import caps_attention, load_model
-from eagle_rpc.target.packed_attention import attention_by_chat
+from eagle_rpc.target.packed_attention import run_chats
 
 # Tokens of the forward that the head is probed on.
 _PROBE_TOKENS = 32
+# Part of what seeing another chat changes that packed rows may be off by.
+_LEAST_LEAK = 0.25
 
 
 class HFEagle3TargetModel:
@@ -41,6 +44,8 @@ class HFEagle3TargetModel:
 
     Safe to call from several threads: forward passes run one at a time.
     """
+
+    takes_host_tokens = True
 
     def __init__(
         self,
@@ -110,7 +115,7 @@ class HFEagle3TargetModel:
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> TargetOutput:
-        """Runs the decoder once on [B, T] ids, padded on the right, without its head.
+        """Runs the decoder once on [B, T] ids, padded on the right, without its head. Ids on the CPU make no GPU wait.
 
         With `segment_ids` the chats of a row see only themselves and positions restart at each. Raises
         `UnsupportedTarget` if this model cannot run packed rows exactly.
@@ -121,14 +126,14 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        positions_BT = None if segment_ids is None else _packed_positions(attention_mask.bool(), segment_ids)
+        positions_BT = None if segment_ids is None else _packed_positions(attention_mask.bool(), segment_ids).cpu()
+        input_ids = to_device(input_ids, self._probe_ids.device)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
             if self._compiled is not None:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
             else:
-                with attention_by_chat(self._base, positions_BT):
-                    last_hidden_BTH = run_base(self._base, input_ids, positions_BT)
+                last_hidden_BTH = run_chats(self._base, input_ids, positions_BT, compiled=False)
         return TargetOutput(
             aux_hidden_states=aux.states,
             last_hidden_state=last_hidden_BTH,
@@ -154,23 +159,24 @@ class HFEagle3TargetModel:
         return spread.long().unsqueeze(0)
 
     def _check_packing(self) -> None:
-        """Once: two rows of two chats must give what the chats give alone."""
+        """Once: two rows of two chats must give what the chats give alone, not what one chat of the whole row gives."""
         if self._packing_is_exact:
             return
         ids_BT = self._probe_ids.view(2, -1)[:, : self._max_length]
         whole = torch.ones_like(ids_BT, dtype=torch.bool)
         middle = ids_BT.shape[1] // 2
-        packed = self._forward(
-            ids_BT, whole, (torch.arange(ids_BT.shape[1], device=ids_BT.device) >= middle).long().expand_as(ids_BT)
-        )
-        for chat in (slice(0, middle), slice(middle, None)):
-            alone = self._forward(ids_BT[:, chat], whole[:, chat], None)
-            error = relative_error(packed.last_hidden_state[:, chat], alone.last_hidden_state)
-            if not error <= ROUNDING[alone.last_hidden_state.dtype]:
-                raise UnsupportedTarget(
-                    f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention does not keep packed "
-                    f"chats apart (relative error {error:.1e}); send one chat a row"
-                )
+        segments = (torch.arange(ids_BT.shape[1], device=ids_BT.device) >= middle).long().expand_as(ids_BT)
+        packed, mixed = (self._forward(ids_BT, whole, one).last_hidden_state for one in (segments, None))
+        chats = slice(0, middle), slice(middle, None)
+        alone = [self._forward(ids_BT[:, chat], whole[:, chat], None).last_hidden_state for chat in chats]
+        error = max(relative_error(packed[:, chat], one) for chat, one in zip(chats, alone, strict=True))
+        # Kernels for packed rows round differently, which grows from layer to layer; seeing the other chat is another matter.
+        bound = max(ROUNDING[packed.dtype], _LEAST_LEAK * relative_error(mixed[:, chats[1]], alone[1]))
+        if not error <= bound:
+            raise UnsupportedTarget(
+                f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention does not keep packed "
+                f"chats apart (relative error {error:.1e}, at most {bound:.1e}); send one chat a row"
+            )
         self._packing_is_exact = True
 
     @property

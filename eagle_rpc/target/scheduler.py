@@ -7,33 +7,22 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.futures import Future
 
-from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, TargetOutOfMemory, UnknownSession
-from eagle_rpc.supervision import Failure, Ok, Reply, failure_of
+from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnknownSession
+from eagle_rpc.supervision import Reply, failure_of
 from eagle_rpc.target.fair_queue import FairQueue, Work
+from eagle_rpc.target.pass_runner import Begun, Passes, PassRunner, answer, reply_of
 
 logger = logging.getLogger(__name__)
 
-# What the CPU allocator says; torch has no exception class for it.
-_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # Seconds between which a refused sender is told to come back.
 _SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
-# Weight of the newest pass in the average of the seconds that a request takes.
-_NEWEST = 0.2
-
-
-class Passes(Protocol):
-    """What the forward thread does with requests."""
-
-    def admits(self, aboard: Sequence[Any], another: Any) -> bool:
-        """Whether `another` request may run together with those `aboard`, at least one."""
-
-    def run(self, aboard: Sequence[Any]) -> list[Any]:
-        """A value for each request; what it raises fails them all."""
+# Seconds between two looks whether a GPU is done, while there is nothing else to do.
+_LOOK_INTERVAL = 0.001
 
 
 class _Urgent(NamedTuple):
@@ -55,6 +44,7 @@ class ForwardScheduler:
     ):
         """`clock`: seconds, as `time.monotonic`; `devices`: the CUDA devices that results may be on."""
         self._passes = passes
+        self._runner = PassRunner(passes, clock)
         self._max_queued = max_queued
         self._max_queued_per_session = max_queued_per_session
         self._clock = clock
@@ -62,8 +52,7 @@ class ForwardScheduler:
         self._queue = FairQueue()
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
-        self._num_passes = 0
-        self._seconds_per_request = 0.0
+        self._begun: Begun | None = None
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -89,7 +78,7 @@ class ForwardScheduler:
     @property
     def num_passes(self) -> int:
         """Passes so far; requests that ran together took one."""
-        return self._num_passes
+        return self._runner.num_passes
 
     def num_queued_of(self, job: str, session: str) -> int:
         """Requests of one session that wait."""
@@ -100,7 +89,7 @@ class ForwardScheduler:
     def retry_after(self) -> float:
         """Seconds after which a refused sender may expect room: what waits now, at the pace of late."""
         with self._changed:
-            return min(max(len(self._queue) * self._seconds_per_request, _SHORTEST_RETRY), LONGEST_RETRY)
+            return min(max(len(self._queue) * self._runner.seconds_per_request, _SHORTEST_RETRY), LONGEST_RETRY)
 
     def submit(
         self,
@@ -129,7 +118,7 @@ class ForwardScheduler:
             self._queue.put(work)
             self._changed.notify_all()
         if replaced is not None:
-            _answer(replaced, failure_of(RequestExpired(f"request {request_id!r:.80} was sent again before this one ran")))
+            answer(replaced, failure_of(RequestExpired(f"request {request_id!r:.80} was sent again before this one ran")))
         return work.reply
 
     def _check_room(self, job: str, session: str, num_jobs: int) -> None:
@@ -182,7 +171,7 @@ class ForwardScheduler:
             dropped = self._queue.remove(unwanted)
             self._changed.notify_all()
         for work in dropped:
-            _answer(work, failure_of(reason))
+            answer(work, failure_of(reason))
         return len(dropped)
 
     def drain(self, timeout: float) -> bool:
@@ -202,7 +191,7 @@ class ForwardScheduler:
         for urgent in openings:
             urgent.reply.set_result(too_late)
         for work in requests:
-            _answer(work, too_late)
+            answer(work, too_late)
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -211,22 +200,44 @@ class ForwardScheduler:
             pass
 
     def _serve_next(self) -> bool:
-        """Waits for what is next and answers it; False when stopping. Returning lets go of the replies, which may be large."""
+        """Begins what is next and answers what was begun before it; False when stopping.
+
+        Returning lets go of the replies, which may be large.
+        """
+        before = self._begun
         with self._changed:
-            self._changed.wait_for(lambda: self._urgent or self._queue or self._stopping)
-            if self._stopping:
+            self._wait_for_work()
+            if self._stopping and before is None:
                 return False
             urgent = self._urgent.popleft() if self._urgent else None
             works = [] if urgent else self._take()
-            self._running = [urgent] if urgent else works
+            self._running = [*(before.works if before else []), *([urgent] if urgent else works)]
         if urgent:
-            urgent.reply.set_result(self._reply_of(urgent.run))
-        for work, reply in zip(works, self._replies_to(works), strict=True):
-            _answer(work, reply)
+            urgent.reply.set_result(reply_of(urgent.run))
+        begun = self._runner.begin(works) if works else None
+        if before is not None:
+            self._runner.finish(before)
+            if begun is not None and begun.lacks_memory:
+                # Now it has the memory to itself.
+                begun = self._runner.begin(works)
+        if begun is not None and not self._runner.overlaps:
+            self._runner.finish(begun)
+            begun = None
+        self._begun = begun
         with self._changed:
-            self._running = []
+            self._running = begun.works if begun else []
             self._changed.notify_all()
         return True
+
+    def _wait_for_work(self) -> None:
+        """Until there is something to begin, or to finish without waiting for a GPU."""
+        while not (self._urgent or self._queue or self._stopping):
+            if self._begun is None:
+                self._changed.wait()
+            elif self._begun.is_done:
+                return
+            else:
+                self._changed.wait(_LOOK_INTERVAL)
 
     def _take(self) -> list[Work]:
         """The request that is next in turn, and those that wait and may run with it."""
@@ -239,49 +250,3 @@ class ForwardScheduler:
     def _joins(self, work: Work, taken: Sequence[Work], now: float) -> bool:
         timely = min(work.deadline, taken[0].deadline) > now
         return timely and self._passes.admits([one.request for one in taken], work.request)
-
-    def _replies_to(self, works: Sequence[Work]) -> list[Reply]:
-        if len(works) <= 1:
-            return [self._reply_to(work) for work in works]
-        started = self._clock()
-        reply = self._reply_of(lambda: self._passes.run([work.request for work in works]))
-        if isinstance(reply, Failure):
-            logger.warning("%d requests failed together and run one by one now: %s", len(works), reply.message)
-            return [self._reply_to(work) for work in works]
-        self._note_pass(started, num_requests=len(works))
-        return [Ok(value) for value in reply.value]
-
-    def _reply_to(self, work: Work) -> Reply:
-        started = self._clock()
-        if started >= work.deadline:
-            late = started - work.deadline
-            return failure_of(RequestExpired(f"the request's deadline passed {late:.3f} s before its turn; it was not run"))
-        reply = self._reply_of(lambda: self._passes.run([work.request])[0])
-        self._note_pass(started, num_requests=1)
-        return reply
-
-    def _reply_of(self, run: Callable[[], Any]) -> Reply:
-        try:
-            return Ok(run())
-        except EagleRpcError as error:
-            return failure_of(error)
-        except Exception as error:
-            if is_out_of_memory(error):
-                logger.warning("a request was refused for want of memory: %s", error)
-                return failure_of(TargetOutOfMemory(f"the target ran out of memory; send fewer tokens at a time ({error})"))
-            logger.exception("a forward pass failed")
-            return Failure("failed", f"{type(error).__name__}: {error}")
-
-    def _note_pass(self, started: float, *, num_requests: int) -> None:
-        self._num_passes += 1
-        self._seconds_per_request += _NEWEST * ((self._clock() - started) / num_requests - self._seconds_per_request)
-
-
-def _answer(work: Work, reply: Reply) -> None:
-    work.settle(reply)
-    work.reply.set_result(reply)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is torch's or the CPU allocator's want of memory."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_OUT_OF_MEMORY in str(error)

@@ -25,12 +25,13 @@ def supervise(
     target: Any, tokens: TokenBatch, vocab: DraftVocabOnDevice, *, encoding: str, rows: str, chunk_rows: int
 ) -> EncodedSupervision:
     """Runs `target` (an `Eagle3Target`) on checked `tokens` of any device and encodes what it gives, on the target's device."""
-    tokens = tokens.to(device_of(target))
     return encode_supervision(run_target(target, tokens), tokens, vocab, encoding=encoding, rows=rows, chunk_rows=chunk_rows)
 
 
 def run_target(target: Any, tokens: TokenBatch) -> Any:
-    """What the `generate_batch` of an `Eagle3Target` returns for `tokens` on its device."""
+    """What the `generate_batch` of an `Eagle3Target` returns for `tokens` of any device."""
+    if not getattr(target, "takes_host_tokens", False):
+        tokens = tokens.to(device_of(target))
     packing = {} if tokens.segment_ids is None else {"segment_ids": tokens.segment_ids}
     return target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, **packing)
 

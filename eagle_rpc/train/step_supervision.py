@@ -11,10 +11,9 @@ from collections import deque
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from eagle_rpc.draft import count_rows
-from eagle_rpc.supervision import Eagle3TargetBatch
+from eagle_rpc.supervision import Eagle3TargetBatch, to_device, to_host
 
 
 class StepSupervision:
@@ -33,7 +32,7 @@ class StepSupervision:
         for batch in batches:
             counts.append(count_rows(batch, ttt_steps))
             self._device = batch.aux_hidden_states.device
-            self._waiting.append(batch.map_large(_to_host) if offload and self._waiting else batch)
+            self._waiting.append(batch.map_large(to_host) if offload and self._waiting else batch)
             # Not to be held while the next one is waited for.
             del batch
         self.row_counts = torch.stack(counts).sum(dim=0)  # [S] int64, of this trainer
@@ -45,14 +44,4 @@ class StepSupervision:
     def take(self) -> Eagle3TargetBatch:
         """The next micro-batch, on the device; from now on it is the caller's alone."""
         batch = self._waiting.popleft()
-        return batch.map_large(self._to_device) if self._offload else batch
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory; the stream that makes it also orders the reuse of the tensor's own memory behind it."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+        return batch.map_large(lambda tensor: to_device(tensor, self._device)) if self._offload else batch

@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import AttentionMaskInterface
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
@@ -21,6 +22,7 @@ from eagle_rpc.supervision import (
     unwrap,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.head import ROUNDING, relative_error
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.target.supervise import supervise
@@ -69,27 +71,85 @@ def loaded(request, tmp_path_factory):
     torch.compiler.reset()
 
 
+def open_session(server, encoding, rows="loss_mask", through_host=False):
+    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows=rows, through_host=through_host)
+    return unwrap(server.open_session(spec).wait(), sender="target0").id
+
+
+def send(server, session, tokens, number=0):
+    """The future of the reply to one request."""
+    incarnation = server.model_info().value.incarnation
+    return server.generate(
+        GenerateRequest(session=session, incarnation=incarnation, request_id=f"r{number}", tokens=tokens, seconds_left=60.0)
+    )
+
+
+def colocated_with(target, config, encoding, rows="loss_mask"):
+    backend = ColocatedEagle3TargetModel(target, config, encoding=encoding, rows=rows)
+    backend.open_session(MAPPING)
+    return lambda tokens: backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+
+
+def assert_same_bits(here, served):
+    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+        assert torch.equal(getattr(here, name), getattr(served, name)), name
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
 def test_served_and_colocated_supervision_are_the_same_bits(loaded, encoding, packed):
     config, target = loaded
     tokens = batch_of(6, 400, packed=packed)
     server = TargetModelServer(target, config)
-    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = unwrap(server.open_session(spec).wait(), sender="target0").id
-    request = GenerateRequest(
-        session=session, incarnation=server.model_info().value.incarnation, request_id="r", tokens=tokens, seconds_left=60.0
-    )
-    encoded = unwrap(server.generate(request).wait(), sender="target0")
+    session = open_session(server, encoding)
+    encoded = unwrap(send(server, session, tokens).wait(), sender="target0")
     head = unwrap(server.output_embeddings(session), sender="target0").to(torch.device("cuda"))
-    served = decode_supervision(encoded, tokens.to(torch.device("cuda")), head)
+    served = decode_supervision(encoded, tokens, head)
     unwrap(server.close(), sender="target0")
-    colocated = ColocatedEagle3TargetModel(target, config, encoding=encoding, rows="loss_mask")
-    colocated.open_session(MAPPING)
-    here = colocated.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    here = colocated_with(target, config, encoding)(tokens)
     assert len(here.supervised_rows) > 500
-    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
-        assert torch.equal(getattr(here, name), getattr(served, name)), name
+    assert_same_bits(here, served)
+
+
+@pytest.mark.parametrize("through_host", [False, True])
+@pytest.mark.parametrize("rows", ["loss_mask", "position_mask"])
+def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, through_host):
+    """A queue that is never empty, batches of different sizes, and replies that are held until all are there."""
+    config, target = loaded
+    server = TargetModelServer(target, config)
+    session = open_session(server, "logits", rows, through_host)
+    batches = [batch_of(4, length, packed=length % 3 == 0) for length in range(200, 500, 25)]
+    futures = [send(server, session, tokens, number) for number, tokens in enumerate(batches)]
+    replies = [unwrap(future.wait(), sender="target0") for future in futures]
+    unwrap(server.close(), sender="target0")
+    supervised = colocated_with(target, config, "logits", rows)
+    for tokens, encoded in zip(batches, replies, strict=True):
+        assert encoded.aux.is_cuda is not through_host
+        on_gpu = encoded.map_tensors(lambda tensor: tensor.to("cuda"))
+        assert_same_bits(supervised(tokens), decode_supervision(on_gpu, tokens, None))
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_chats_are_what_they_are_alone_without_a_mask(window, tmp_path, monkeypatch):
+    """Chats longer than the sliding window; `window` is what each token sees."""
+    sliding = {"model_type": "mistral", "sliding_window": window, "head_dim": 64}
+    target = HFEagle3TargetModel.load(config_of("eager", random={**RANDOM, **sliding}), "cuda", cache_dir=tmp_path)
+    tokens, masks = batch_of(3, 300, packed=True), []
+    # The first packed batch is preceded by a probe, which also runs chats alone.
+    target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", lambda **settings: masks.append(settings))
+    packed = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    assert not masks
+    monkeypatch.undo()
+    for row in range(3):
+        length = int(tokens.attention_mask[row].sum())
+        for chat in (slice(0, 100), slice(100, length)):
+            ids = tokens.input_ids[row : row + 1, chat]
+            whole = torch.ones_like(ids)
+            alone = target.generate_batch(ids, whole, whole)
+            for name in ("aux_hidden_states", "last_hidden_state"):
+                error = relative_error(getattr(packed, name)[row : row + 1, chat], getattr(alone, name))
+                assert error < ROUNDING[torch.bfloat16], (row, chat, name)
 
 
 def test_every_form_gives_the_same_distribution_to_rounding(loaded, tmp_path):

@@ -44,11 +44,11 @@ def device(monkeypatch) -> Device:
         on_host[id(copy)] = copy
         return copy
 
-    def to_device(supervision, tensor):
+    def to_device(tensor, place):
         return device.note(tensor.clone()) if on_host.get(id(tensor)) is tensor else tensor
 
-    monkeypatch.setattr(step_supervision, "_to_host", to_host)
-    monkeypatch.setattr(StepSupervision, "_to_device", to_device)
+    monkeypatch.setattr(step_supervision, "to_host", to_host)
+    monkeypatch.setattr(step_supervision, "to_device", to_device)
     return device
 
 
@@ -102,7 +102,7 @@ def test_rows_are_counted_over_all_micro_batches():
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_what_waits_on_the_host_comes_back_unchanged(projected, monkeypatch):
-    monkeypatch.setattr(step_supervision, "_to_host", torch.clone)
+    monkeypatch.setattr(step_supervision, "to_host", torch.clone)
     batches = [case_batch(Case(seed=seed, projected=projected)) for seed in range(2)]
     if not projected:
         batches[1].targets = StoredProbs(batches[1].targets.probs(slice(None)))

@@ -1,0 +1,60 @@
+"""What a server makes by itself: a queue that is never empty, and replies that nobody takes."""
+
+import time
+import uuid
+from collections import deque
+from typing import Any
+
+import torch
+from device_measuring import synchronise
+
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, unwrap
+from eagle_rpc.target.server import TargetModelServer
+
+_WARM_UP, _UNDER_WAY = 3, 3  # requests
+_MOST_BYTES = 2**35
+
+
+def served_rate(
+    target: Any, tokens: TokenBatch, mapping: VocabMapping, *, encoding: str, chunk_rows: int, requests: int, device: torch.device
+) -> float:
+    """Tokens per second of a `TargetModelServer` in this process, which is asked for `tokens` again and again."""
+    num_tokens = tokens.input_ids.numel()
+    config = TargetConfig(
+        model="random",
+        chunk_rows=chunk_rows,
+        max_batch_tokens=num_tokens,
+        max_reply_bytes=_MOST_BYTES,
+        max_reply_bytes_per_session=_MOST_BYTES,
+    )
+    server = TargetModelServer(target, config)
+    spec = SessionSpec(selected_token_ids=mapping.selected_token_ids, encoding=encoding, rows="loss_mask")
+    session = unwrap(server.open_session(spec).wait(), sender="target0").id
+    incarnation = unwrap(server.model_info(), sender="target0").incarnation
+    on_host = tokens.to(torch.device("cpu"))
+
+    def send() -> torch.futures.Future:
+        request = GenerateRequest(
+            session=session, incarnation=incarnation, request_id=uuid.uuid4().hex, tokens=on_host, seconds_left=600.0
+        )
+        return server.generate(request)
+
+    under_way, started = deque(send() for _ in range(_UNDER_WAY)), 0.0
+    for number in range(_WARM_UP + requests):
+        unwrap(under_way.popleft().wait(), sender="target0")
+        # A reply counts when its bytes are there, as for a receiver.
+        synchronise_reply(device)
+        if number == _WARM_UP - 1:
+            started = time.perf_counter()
+        under_way.append(send())
+    seconds = time.perf_counter() - started
+    unwrap(server.close(), sender="target0")
+    synchronise(device)
+    return requests * num_tokens / seconds
+
+
+def synchronise_reply(device: torch.device) -> None:
+    """Waits for what the current stream was given, which is the reply, not the passes that run beside it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
