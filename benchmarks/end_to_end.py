@@ -124,12 +124,10 @@ def both_ways(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[s
     half = max(1, arguments.threads // 2)
     target, trainer = (command(role, half, static_environment(rank, 2, port)) for rank, role in enumerate(("target", "trainer")))
     colocated = command("colocated", 2 * half, {})
-    with contextlib.ExitStack() as stack:
-        contestants = {}
-        for name, servers, client in (("co-located", [], colocated), ("remote", [target], trainer)):
-            started = stack.enter_context(running(servers, client, directory, start_timeout=arguments.start_timeout))
-            contestants[name] = Contestant(*started)
-        yield contestants
+    # All at once: a large target takes minutes to load.
+    with running([target, colocated], trainer, directory, start_timeout=arguments.start_timeout) as ((server, alone), client):
+        alone.answer(arguments.start_timeout)
+        yield {"co-located": Contestant([], alone), "remote": Contestant([server], client)}
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:

@@ -128,7 +128,8 @@ def serve(config: Config) -> None:
 
 def watch(server: TargetModelServer, looks: list[tuple[float, int]], done: Callable[[], bool]) -> None:
     while not done():
-        looks.append((time.monotonic(), server.status().value["running"]))
+        # A GPU has the next request begun before it is done with one.
+        looks.append((time.monotonic(), min(1, server.status().value["running"])))
         time.sleep(_LOOK_SECONDS)
 
 

@@ -138,10 +138,11 @@ class TargetConfig:
     """Largest B x T of one request (> 0)."""
     max_shared_tokens: int = 8192
     """Largest B x T, padding included, that small requests of sessions with `supervision.share_forward` run in together (> 0)."""
-    chunk_rows: int = 512
+    chunk_rows: int = 2048
     """Rows that are projected onto the whole vocabulary at a time (> 0); more of them keep a large GPU busier."""
-    fused_rows: bool = False
-    """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one kernel, without an fp32 copy."""
+    fused_rows: bool = True
+    """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one Triton kernel; false: by torch, through an fp32
+    copy. On a CPU the two are the same."""
     max_queued_requests: int = 64
     """Requests that wait for the forward thread at most (> 0)."""
     max_queued_per_session: int = 16

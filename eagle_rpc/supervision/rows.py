@@ -31,9 +31,7 @@ def _argmax(wide_NV: Tensor) -> Tensor:
 
 
 def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
-    """`read_rows` in one pass and without a copy on a GPU, where the log-normaliser is equal to rounding; as it is elsewhere."""
-    if not logits_NV.is_cuda:
-        return read_rows(logits_NV, columns_K)
+    """`read_rows` on a GPU in one pass and without a copy, where the log-normaliser is equal to rounding."""
     # Only torch for CUDA brings Triton.
     from eagle_rpc.supervision import rows_kernel
 

@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ class HFEagle3TargetModel:
         *,
         tokenizer: Any | None = None,
         aux_layer_ids: Sequence[int] | None = None,
-        fused_rows: bool = False,
+        fused_rows: bool = True,
     ):
-        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`.
+        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`; it needs Triton, which torch for CUDA brings.
 
         Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
         """
@@ -69,7 +70,7 @@ class HFEagle3TargetModel:
         self._tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
         self._own_head = OwnHead(model)
-        self._read_rows = read_rows_fused if fused_rows else read_rows
+        self._fused_rows = fused_rows and self._probe_ids.is_cuda and find_spec("triton") is not None
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
@@ -138,7 +139,7 @@ class HFEagle3TargetModel:
             aux_hidden_states=aux.states,
             last_hidden_state=last_hidden_BTH,
             project=self._own_head.project,
-            read_rows=self._read_rows,
+            read_rows=read_rows_fused if self._fused_rows else read_rows,
         )
 
     def draft_head(self, selected_token_ids: Tensor) -> DraftHead:
@@ -208,7 +209,7 @@ class HFEagle3TargetModel:
                 [
                     f"{attention} attention",
                     "eager" if self._compiled is None else self._compiled.form,
-                    *(["fused rows"] if self._read_rows is read_rows_fused else []),
+                    *(["fused rows"] if self._fused_rows else []),
                 ]
             ),
         )

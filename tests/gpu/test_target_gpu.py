@@ -43,9 +43,9 @@ RANDOM = {
 }
 MAPPING = VocabMapping.from_token_ids(torch.arange(0, VOCAB, 4), VOCAB)
 FORMS = {
-    "eager": {},
-    "fused_rows": {"fused_rows": True},
-    "compiled": {"compile_shapes": ["4x256", "4x512"], "compile_packed": True, "fused_rows": True},
+    "eager": {"fused_rows": False},
+    "fused_rows": {},
+    "compiled": {"compile_shapes": ["4x256", "4x512"], "compile_packed": True},
 }
 
 
