@@ -55,6 +55,6 @@ def served_rate(
 
 
 def synchronise_reply(device: torch.device) -> None:
-    """Waits for what the current stream was given, which is the reply, not the passes that run beside it."""
+    """Waits for what the current stream was given: replies; passes have a stream of their own."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

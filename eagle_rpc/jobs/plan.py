@@ -68,7 +68,9 @@ def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) 
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(target).num_parameters()
     yield "target, weights", f"{num_parameters * dtype_bytes / _GIB:.2f} GiB ({num_parameters / 1e6:.1f} M parameters)"
-    chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4)
+    # A GPU without the fused kernel reads logits through an fp32 copy; a CPU copies few rows at a time.
+    copied = torch.cuda.is_available() and not config.target.fused_rows
+    chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4 * copied)
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"

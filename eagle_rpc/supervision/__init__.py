@@ -17,7 +17,7 @@ from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
-from eagle_rpc.supervision.rows import RowsRead, read_rows, read_rows_fused
+from eagle_rpc.supervision.rows import RowsRead, fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
 from eagle_rpc.supervision.shift import shift_left
 from eagle_rpc.supervision.storage import own_storage, to_device, to_host
@@ -56,6 +56,7 @@ __all__ = [
     "decode_supervision",
     "encode_supervision",
     "failure_of",
+    "fused_rows_run",
     "own_storage",
     "read_rows",
     "read_rows_fused",

@@ -23,14 +23,11 @@ class TargetOutput:
 
 
 class Eagle3Target(Protocol):
-    """Any object with these two methods serves as a target. Its tokens come on its device, or, if it says so, on the CPU as well.
+    """Any object with these two methods serves as a target. Tokens come on its device; with a true `takes_host_tokens` on any.
 
     `generate_batch` returns a `TargetOutput`, or, as NeMo AutoModel's target wrapper does, an object with
     `aux_hidden_states` [B, T, 3H] and `logits` [B, T, V] that are already shifted left by one.
     """
-
-    takes_host_tokens: bool
-    """May be absent, for false."""
 
     def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **packing: Tensor) -> Any:
         """Runs the target once on [B, T] ids. `segment_ids` [B, T] is passed only for packed batches."""

@@ -3,10 +3,13 @@
 Legend: N rows, V target vocab, K draft vocab.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class RowsRead(NamedTuple):
@@ -36,3 +39,17 @@ def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
     from eagle_rpc.supervision import rows_kernel
 
     return RowsRead(*rows_kernel.read_rows(logits_NV, columns_K))
+
+
+def fused_rows_run(logits_NV: Tensor) -> bool:
+    """Whether `read_rows_fused` can be had for logits like these: on a GPU with Triton, which needs a C compiler at its first use."""
+    if not logits_NV.is_cuda:
+        return False
+    try:
+        for columns_K in (None, torch.arange(1, device=logits_NV.device)):
+            read_rows_fused(logits_NV, columns_K)
+    except Exception:
+        # Triton's errors have no class in common.
+        logger.warning("logits are read by torch, since Triton does not run here (target.fused_rows)", exc_info=True)
+        return False
+    return True

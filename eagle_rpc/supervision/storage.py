@@ -14,10 +14,10 @@ def own_storage(tensor: Tensor) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` there; what goes from the CPU to a GPU is in the order of the current stream, and the CPU goes on."""
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        # From memory that may be paged out a copy waits for everything before it.
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From memory that may be paged out a copy waits for everything before it.
+    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

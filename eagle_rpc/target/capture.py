@@ -23,15 +23,14 @@ def find_base(model: PreTrainedModel) -> nn.Module:
     return base
 
 
-def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None) -> Tensor:
     """Last hidden states [B, T, H] of [B, T] ids, padded on the right.
 
-    Without `mask` padding is not masked: on the right it is invisible to causal attention. Positions that restart in a row say
-    where chats end: those see only themselves.
+    Padding is not masked: on the right it is invisible to causal attention. Positions that restart in a row say where chats end:
+    those see only themselves.
     """
-    given = {"position_ids": positions_BT, "attention_mask": mask}
-    # Not every decoder takes what is not given.
-    return base(input_ids=input_ids, use_cache=False, **{name: one for name, one in given.items() if one is not None})[0]
+    positions = {} if positions_BT is None else {"position_ids": positions_BT}
+    return base(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

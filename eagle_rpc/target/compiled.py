@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from eagle_rpc.config.checks import PAIR
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
+from eagle_rpc.target.attention import ChatAttention, are_plain
 from eagle_rpc.target.capture import AuxStates
-from eagle_rpc.target.packed_attention import are_plain, run_chats
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,9 @@ class Buckets:
 class CompiledForward:
     """The base model with a compiled `forward` in every decoder layer."""
 
-    def __init__(self, base: nn.Module, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str) -> None:
-        """`packed`: whether rows may hold several chats; `mode`: as of `torch.compile`."""
-        self._base, self._layers, self._buckets, self._packed = base, layers, buckets, packed
+    def __init__(self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str) -> None:
+        """`attention`: of the base model; `packed`: whether rows may hold several chats; `mode`: as of `torch.compile`."""
+        self._attention, self._layers, self._buckets, self._packed = attention, layers, buckets, packed
         self._mode = mode
         self._forwards = [
             torch.compile(layer.forward, dynamic=False, fullgraph=True, backend=_BACKEND, mode=mode) for layer in layers
@@ -106,7 +106,7 @@ class CompiledForward:
             try:
                 with torch._dynamo.config.patch(limits), self._in_place():
                     # Zeros as positions: every token is a chat of its own.
-                    run_chats(self._base, ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True)
+                    self._attention.run(ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 raise UnsupportedTarget(
                     f"{kind} must compile whole and alike in all layers, or target.compile_shapes be empty: {error}"
@@ -114,7 +114,7 @@ class CompiledForward:
         logger.info("compiled %d shapes in %.1f s", len(forms), time.monotonic() - started)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, aux: AuxStates) -> Tensor:
-        """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `run_chats`.
+        """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `ChatAttention.run`.
 
         Raises `InvalidRequest` for what no compiled form takes, `TargetFailed` where one would be compiled again.
         """
@@ -124,7 +124,7 @@ class CompiledForward:
             for rows, shape in self._buckets.pieces(batch, length):
                 aux.rows = rows
                 positions = self._positions(positions_BT, rows, shape)
-                last_hidden_BTH = run_chats(self._base, _padded(input_ids[rows], shape), positions, compiled=True)
+                last_hidden_BTH = self._attention.run(_padded(input_ids[rows], shape), positions, compiled=True)
                 pieces.append(last_hidden_BTH[: rows.stop - rows.start, :length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 

@@ -78,8 +78,10 @@ class ForwardPass:
             return StartedPass(self._run(aboard), aboard, self._device, None)
         # What earlier passes left may be overwritten once their replies are encoded.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        # Whoever waits for it leaves the core to others.
+        done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
-            return StartedPass(self._run(aboard), aboard, self._device, self._stream.record_event())
+            return StartedPass(self._run(aboard), aboard, self._device, self._stream.record_event(done))
 
     def _run(self, aboard: Sequence[PassRequest]) -> list[ReadSupervision]:
         batches = [request.tokens for request in aboard]
@@ -115,11 +117,13 @@ class StartedPass:
     def finish(self) -> list[EncodedSupervision]:
         """The supervision of each request, on the target's device or, where RPC cannot take it from there, on the CPU.
 
-        On a GPU it is in the order of the current stream.
+        Once: what the target left is given up. On a GPU the replies are in the order of the current stream.
         """
+        read, self._read = self._read, []
         if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-        return [self._encode(read, request.session) for read, request in zip(self._read, self._aboard, strict=True)]
+            # So that no more than one other pass is ahead, and a pass that failed on the GPU fails here.
+            self._done.synchronize()
+        return [self._encode(one, request.session) for one, request in zip(read, self._aboard, strict=True)]
 
     def _encode(self, read: ReadSupervision, session: Session) -> EncodedSupervision:
         encoded = read.encode(session.rows)

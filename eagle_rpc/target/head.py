@@ -6,7 +6,6 @@ Legend: B batch, T sequence, N rows, H target hidden, V target vocab, K draft vo
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -14,11 +13,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import DraftHead
 from eagle_rpc.target.capture import find_base
+from eagle_rpc.target.probes import ROUNDING, relative_error
 
 # Largest logit of the probe: far beyond every soft cap in use, where a cap that one side lacks shows.
 _PROBE_LOGIT = 200.0
-# Relative error that rounding explains, when the two sides multiply matrices of different shapes.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 class OwnHead:
@@ -96,9 +94,3 @@ def probe_draft_head(rebuilt: DraftHead, own_head: OwnHead, selected_token_ids: 
                 f"the target's head is more than weight, bias, scale and soft cap (relative error {error:.1e}); "
                 "use supervision.encoding=logits"
             )
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`; NaN where either holds one."""
-    actual, expected = actual.float(), expected.float()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))

@@ -6,8 +6,7 @@ Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab, N r
 import threading
 import uuid
 from collections.abc import Sequence
-from functools import cached_property
-from importlib.util import find_spec
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +21,22 @@ from eagle_rpc.supervision import (
     DraftHead,
     ModelInfo,
     TargetOutput,
+    fused_rows_run,
     read_rows,
     read_rows_fused,
     to_device,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from eagle_rpc.target.attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_base, find_decoder_layers, run_base
 from eagle_rpc.target.compiled import Buckets, CompiledForward
-from eagle_rpc.target.head import ROUNDING, OwnHead, check_own_head, draft_head, probe_draft_head, relative_error
+from eagle_rpc.target.head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
-from eagle_rpc.target.packed_attention import run_chats
+from eagle_rpc.target.probes import check_causal, packing_fault
 
 # Tokens of the forward that the head is probed on.
 _PROBE_TOKENS = 32
-# Part of what seeing another chat changes that packed rows may be off by.
-_LEAST_LEAK = 0.25
 
 
 class HFEagle3TargetModel:
@@ -56,7 +55,7 @@ class HFEagle3TargetModel:
         aux_layer_ids: Sequence[int] | None = None,
         fused_rows: bool = True,
     ):
-        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`; it needs Triton, which torch for CUDA brings.
+        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`.
 
         Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
         """
@@ -70,12 +69,15 @@ class HFEagle3TargetModel:
         self._tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
         self._own_head = OwnHead(model)
-        self._fused_rows = fused_rows and self._probe_ids.is_cuda and find_spec("triton") is not None
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
         with self._forward_lock, torch.inference_mode():
-            check_own_head(self._own_head, model, self._probe_ids, run_base(self._base, self._probe_ids))
+            check_causal(partial(run_base, self._base), self._probe_ids, type(model).__name__)
+            hidden_BTH = run_base(self._base, self._probe_ids)
+            check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
+            self._attention = ChatAttention(self._base, self._probe_ids)
+            self._fused_rows = fused_rows and fused_rows_run(self._own_head.project(hidden_BTH.flatten(0, 1)))
 
     @classmethod
     def load(
@@ -94,14 +96,14 @@ class HFEagle3TargetModel:
         Comes before `model_info`, which tells of it. Without `packed`, chats that share a row are refused. Raises
         `UnsupportedTarget` for layers that do not compile.
         """
-        compiled = CompiledForward(self._base, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
+        compiled = CompiledForward(self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
         with self._forward_lock:
             compiled.compile(device=self.get_input_embeddings().weight.device)
             self._compiled = compiled
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model, for generation and evaluation beside the service."""
+        """The transformers model, for generation and evaluation while no batch runs."""
         return self._model
 
     @property
@@ -127,14 +129,14 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        positions_BT = None if segment_ids is None else _packed_positions(attention_mask.bool(), segment_ids).cpu()
+        positions_BT = None if segment_ids is None else positions_within_chats(attention_mask.bool(), segment_ids).cpu()
         input_ids = to_device(input_ids, self._probe_ids.device)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
             if self._compiled is not None:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
             else:
-                last_hidden_BTH = run_chats(self._base, input_ids, positions_BT, compiled=False)
+                last_hidden_BTH = self._attention.run(input_ids, positions_BT, compiled=False)
         return TargetOutput(
             aux_hidden_states=aux.states,
             last_hidden_state=last_hidden_BTH,
@@ -160,23 +162,18 @@ class HFEagle3TargetModel:
         return spread.long().unsqueeze(0)
 
     def _check_packing(self) -> None:
-        """Once: two rows of two chats must give what the chats give alone, not what one chat of the whole row gives."""
+        """Once: rows of two chats must give what the chats give alone."""
         if self._packing_is_exact:
             return
-        ids_BT = self._probe_ids.view(2, -1)[:, : self._max_length]
-        whole = torch.ones_like(ids_BT, dtype=torch.bool)
-        middle = ids_BT.shape[1] // 2
-        segments = (torch.arange(ids_BT.shape[1], device=ids_BT.device) >= middle).long().expand_as(ids_BT)
-        packed, mixed = (self._forward(ids_BT, whole, one).last_hidden_state for one in (segments, None))
-        chats = slice(0, middle), slice(middle, None)
-        alone = [self._forward(ids_BT[:, chat], whole[:, chat], None).last_hidden_state for chat in chats]
-        error = max(relative_error(packed[:, chat], one) for chat, one in zip(chats, alone, strict=True))
-        # Kernels for packed rows round differently, which grows from layer to layer; seeing the other chat is another matter.
-        bound = max(ROUNDING[packed.dtype], _LEAST_LEAK * relative_error(mixed[:, chats[1]], alone[1]))
-        if not error <= bound:
+
+        def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
+            return self._forward(ids_BT, torch.ones_like(ids_BT), segment_ids_BT).last_hidden_state
+
+        fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
+        if fault is not None:
             raise UnsupportedTarget(
                 f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention does not keep packed "
-                f"chats apart (relative error {error:.1e}, at most {bound:.1e}); send one chat a row"
+                f"chats apart ({fault}); send one chat a row"
             )
         self._packing_is_exact = True
 
@@ -213,11 +210,3 @@ class HFEagle3TargetModel:
                 ]
             ),
         )
-
-
-def _packed_positions(real_BT: Tensor, segment_ids_BT: Tensor) -> Tensor:
-    """Positions [B, T] that restart at each segment, and at the padding after the last one."""
-    index_BT = torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT)
-    starts_BT = torch.zeros_like(real_BT)
-    starts_BT[:, 1:] = (segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]) | (real_BT[:, 1:] != real_BT[:, :-1])
-    return index_BT - (index_BT * starts_BT).cummax(dim=1).values

@@ -55,16 +55,15 @@ class Begun:
     @property
     def is_done(self) -> bool:
         """Whether `PassRunner.finish` would not have to wait."""
-        return not isinstance(self.reply, Ok) or self.reply.value.is_done
-
-    @property
-    def lacks_memory(self) -> bool:
-        """Whether it failed for want of memory."""
-        return isinstance(self.reply, Failure) and self.reply.code == "out_of_memory"
+        try:
+            return isinstance(self.reply, Failure) or self.reply.value.is_done
+        except RuntimeError:
+            # A GPU that has failed says so wherever it is asked; `finish` answers with it.
+            return True
 
 
 class PassRunner:
-    """Runs passes for one thread. Whatever was begun is answered by `finish`, by values or typed failures."""
+    """Runs passes for one thread; requests are answered by values or typed failures."""
 
     def __init__(self, passes: Passes, clock: Callable[[], float]) -> None:
         """`clock`: seconds, as `time.monotonic`."""
@@ -93,8 +92,12 @@ class PassRunner:
             )
         return Begun(works, reply_of(lambda: self._passes.start([work.request for work in works])), began)
 
-    def finish(self, begun: Begun) -> None:
-        """Answers every request of a pass; if they failed together, each gets a pass of its own."""
+    def finish(self, begun: Begun, *, alone: bool) -> list[Work]:
+        """Answers the requests of a pass. Those that may fare better each by itself are returned unanswered.
+
+        Those are requests that failed together, and those that found too little memory while, unless `alone`, another pass was
+        under way.
+        """
         reply = begun.reply
         if isinstance(reply, Ok):
             reply = reply_of(reply.value.finish)
@@ -102,12 +105,18 @@ class PassRunner:
         if isinstance(reply, Ok):
             for work, value in zip(begun.works, reply.value, strict=True):
                 answer(work, Ok(value))
-        elif len(begun.works) == 1:
-            answer(begun.works[0], reply)
-        else:
+            return []
+        if len(begun.works) > 1:
             logger.warning("%d requests failed together and run one by one now: %s", len(begun.works), reply.message)
-            for work in begun.works:
-                self.finish(self.begin([work]))
+            return begun.works
+        if reply.code == "out_of_memory" and not alone:
+            return begun.works
+        answer(begun.works[0], reply)
+        return []
+
+    def run_alone(self, work: Work) -> None:
+        """Begins and answers one request while nothing else is under way."""
+        self.finish(self.begin([work]), alone=True)
 
     def _note_pass(self, begun: Begun) -> None:
         now = self._clock()

@@ -13,7 +13,7 @@ import torch
 from torch.futures import Future
 
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnknownSession
-from eagle_rpc.supervision import Reply, failure_of
+from eagle_rpc.supervision import Failure, Reply, failure_of
 from eagle_rpc.target.fair_queue import FairQueue, Work
 from eagle_rpc.target.pass_runner import Begun, Passes, PassRunner, answer, reply_of
 
@@ -182,22 +182,35 @@ class ForwardScheduler:
 
     def stop(self, timeout: float) -> bool:
         """Refuses new work, answers what waits with `draining`, and ends the thread; whether it ended within `timeout` seconds."""
+        self._refuse_all(failure_of(TargetDraining("the target stopped before this request ran")))
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _refuse_all(self, failure: Failure) -> None:
+        """Takes no more work and answers with `failure` what waits."""
         with self._changed:
             self._draining = self._stopping = True
             openings, requests = list(self._urgent), self._queue.remove(lambda work: True)
             self._urgent.clear()
             self._changed.notify_all()
-        too_late = failure_of(TargetDraining("the target stopped before this request ran"))
         for urgent in openings:
-            urgent.reply.set_result(too_late)
+            urgent.reply.set_result(failure)
         for work in requests:
-            answer(work, too_late)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+            answer(work, failure)
 
     def _serve(self) -> None:
-        while self._serve_next():
-            pass
+        try:
+            while self._serve_next():
+                pass
+        except Exception as error:
+            # Trainers go elsewhere at once instead of waiting for a thread that is gone.
+            logger.exception("the forward thread failed, and with it this target")
+            failure = Failure("failed", f"the target's forward thread failed: {type(error).__name__}: {error}")
+            for running in self._running:
+                if not running.reply.done():
+                    running.reply.set_result(failure)
+            self._running = []
+            self._refuse_all(failure)
 
     def _serve_next(self) -> bool:
         """Begins what is next and answers what was begun before it; False when stopping.
@@ -214,18 +227,15 @@ class ForwardScheduler:
             self._running = [*(before.works if before else []), *([urgent] if urgent else works)]
         if urgent:
             urgent.reply.set_result(reply_of(urgent.run))
-        begun = self._runner.begin(works) if works else None
-        if before is not None:
-            self._runner.finish(before)
-            if begun is not None and begun.lacks_memory:
-                # Now it has the memory to itself.
-                begun = self._runner.begin(works)
-        if begun is not None and not self._runner.overlaps:
-            self._runner.finish(begun)
-            begun = None
-        self._begun = begun
+        self._begun = self._runner.begin(works) if works else None
+        again = self._runner.finish(before, alone=self._begun is None) if before else []
+        if self._begun and (again or isinstance(self._begun.reply, Failure) or not self._runner.overlaps):
+            again += self._runner.finish(self._begun, alone=before is None)
+            self._begun = None
+        for work in again:
+            self._runner.run_alone(work)
         with self._changed:
-            self._running = begun.works if begun else []
+            self._running = self._begun.works if self._begun else []
             self._changed.notify_all()
         return True
 

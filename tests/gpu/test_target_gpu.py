@@ -22,8 +22,8 @@ from eagle_rpc.supervision import (
     unwrap,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
-from eagle_rpc.target.head import ROUNDING, relative_error
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.probes import ROUNDING, relative_error
 from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.target.supervise import supervise
 
@@ -131,16 +131,17 @@ def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, t
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_packed_chats_are_what_they_are_alone_without_a_mask(window, tmp_path, monkeypatch):
-    """Chats longer than the sliding window; `window` is what each token sees."""
+    """Chats longer than the sliding window, `window`, which needs transformers' mask."""
     sliding = {"model_type": "mistral", "sliding_window": window, "head_dim": 64}
     target = HFEagle3TargetModel.load(config_of("eager", random={**RANDOM, **sliding}), "cuda", cache_dir=tmp_path)
     tokens, masks = batch_of(3, 300, packed=True), []
     # The first packed batch is preceded by a probe, which also runs chats alone.
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
-    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "sdpa", lambda **settings: masks.append(settings))
+    mapping = AttentionMaskInterface._global_mapping
+    make_mask = mapping["sdpa"]
+    monkeypatch.setitem(mapping, "sdpa", lambda **settings: masks.append(settings) or make_mask(**settings))
     packed = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
-    assert not masks
-    monkeypatch.undo()
+    assert bool(masks) is (window is not None)
     for row in range(3):
         length = int(tokens.attention_mask[row].sum())
         for chat in (slice(0, 100), slice(100, length)):

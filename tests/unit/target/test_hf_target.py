@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.target import model as model_module
+from eagle_rpc.target.attention import positions_within_chats
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 LAYERS = [0, 3, 6]
@@ -70,12 +71,12 @@ def test_packed_chats_are_what_they_are_alone(any_model):
 def test_positions_restart_at_each_segment_and_at_padding():
     real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
     segments = torch.tensor([[0, 0, 0, 1, 2, 2], [3, 3, 3, 3, 3, 3]])
-    assert model_module._packed_positions(real, segments).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]]
+    assert positions_within_chats(real, segments).tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 0, 1]]
 
 
 def test_a_model_that_mixes_packed_chats_is_refused(make_model, monkeypatch):
     target = HFEagle3TargetModel(make_model("llama"))
-    monkeypatch.setattr(model_module, "_packed_positions", lambda real, segments: torch.arange(real.shape[1]).expand_as(real))
+    monkeypatch.setattr(model_module, "positions_within_chats", lambda real, segments: torch.arange(real.shape[1]).expand_as(real))
     with pytest.raises(UnsupportedTarget, match="does not keep packed chats apart"):
         run(target, ids_of(), torch.tensor([[0] * 6 + [1] * 6] * 2))
 

@@ -1,11 +1,10 @@
 import gc
-import itertools
-import math
 import threading
 import weakref
 
 import pytest
 import torch
+from scheduler_calls import OneByOne, submit
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest, TargetBusy, TargetDraining
@@ -26,81 +25,6 @@ class Gate:
         return "gate"
 
 
-class Done:
-    """A pass that was over when it began."""
-
-    is_done = True
-
-    def __init__(self, values):
-        self._values = values
-
-    def finish(self):
-        return self._values
-
-
-class OneByOne:
-    """Requests are functions, and none admits another."""
-
-    overlaps = False
-
-    def admits(self, aboard, another):
-        return False
-
-    def start(self, aboard):
-        return Done([request() for request in aboard])
-
-
-class OnAGpu:
-    """Passes that are begun at once and done when told, one after the other. Requests are values."""
-
-    overlaps = True
-
-    def __init__(self):
-        self.log = []
-        self.begun = threading.Semaphore(0)
-        self.memory = math.inf
-
-    def admits(self, aboard, another):
-        return False
-
-    def start(self, aboard):
-        if self.memory <= 0:
-            self.memory = math.inf
-            raise torch.OutOfMemoryError("no room for two")
-        self.log.append(f"start {aboard[0]}")
-        self.memory -= 1
-        self.begun.release()
-        return OnItsWay(self, aboard[0])
-
-
-class OnItsWay:
-    def __init__(self, gpu, value):
-        self._gpu, self._value = gpu, value
-        self.done = value.done
-
-    @property
-    def is_done(self):
-        return self.done.is_set()
-
-    def finish(self):
-        assert self.done.wait(WAIT)
-        self._gpu.log.append(f"finish {self._value}")
-        if self._value.error is not None:
-            raise self._value.error
-        return [str(self._value)]
-
-
-class OnGpu:
-    """A request that is done when told."""
-
-    def __init__(self, name, error=None):
-        self._name, self.error = name, error
-        self.done = threading.Event()
-
-    def __str__(self):
-        return self._name
-
-
 class Books:
     """What a caller of the scheduler is told of the replies."""
 
@@ -109,23 +33,6 @@ class Books:
 
     def __call__(self, reply):
         self.settled.append(reply)
-
-
-def submit(
-    scheduler, request, *, job="job", session="a", request_id=None, deadline=math.inf, num_jobs=1, settle=lambda reply: None
-):
-    return scheduler.submit(
-        request,
-        job=job,
-        session=session,
-        request_id=request_id or f"r{next(_ids)}",
-        deadline=deadline,
-        num_jobs=num_jobs,
-        settle=settle,
-    )
-
-
-_ids = itertools.count()
 
 
 @pytest.fixture
@@ -361,63 +268,3 @@ def test_the_cpu_allocator_is_understood_for_real():
         torch.empty(1 << 60)
     assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
-
-
-@pytest.fixture
-def gpu(clock):
-    passes = OnAGpu()
-    passes.scheduler = ForwardScheduler(passes, max_queued=4, max_queued_per_session=4, clock=clock)
-    yield passes
-    assert passes.scheduler.stop(WAIT)
-
-
-def test_the_next_pass_begins_before_the_one_before_it_is_finished(gpu):
-    first, second = OnGpu("first"), OnGpu("second")
-    futures = [submit(gpu.scheduler, one) for one in (first, second)]
-    assert gpu.begun.acquire(timeout=WAIT) and gpu.begun.acquire(timeout=WAIT)
-    assert gpu.scheduler.num_running == 2 and not futures[0].done()
-    first.done.set()
-    assert futures[0].wait() == Ok("first")
-    assert not futures[1].done()
-    second.done.set()
-    assert futures[1].wait() == Ok("second")
-    assert gpu.log == ["start first", "start second", "finish first", "finish second"]
-    assert gpu.scheduler.drain(WAIT) and gpu.scheduler.num_passes == 2
-
-
-def test_a_request_that_comes_while_a_gpu_works_is_begun_at_once(gpu):
-    first, second = OnGpu("first"), OnGpu("second")
-    submit(gpu.scheduler, first)
-    assert gpu.begun.acquire(timeout=WAIT)
-    submit(gpu.scheduler, second)
-    assert gpu.begun.acquire(timeout=WAIT)
-    for one in (first, second):
-        one.done.set()
-    assert gpu.scheduler.drain(WAIT)
-
-
-def test_what_fails_on_a_gpu_fails_alone(gpu):
-    bad, good = OnGpu("bad", InvalidRequest("no")), OnGpu("good")
-    futures = [submit(gpu.scheduler, one) for one in (bad, good)]
-    for one in (bad, good):
-        one.done.set()
-    assert futures[0].wait().code == "invalid_request"
-    assert futures[1].wait() == Ok("good")
-
-
-def test_a_pass_without_room_beside_another_begins_again_when_that_one_is_finished(gpu):
-    gpu.memory = 1
-    first, second = OnGpu("first"), OnGpu("second")
-    futures = [submit(gpu.scheduler, one) for one in (first, second)]
-    for one in (first, second):
-        one.done.set()
-    assert [future.wait() for future in futures] == [Ok("first"), Ok("second")]
-
-
-def test_stopping_answers_what_a_gpu_works_on(gpu):
-    under_way = OnGpu("under way")
-    future = submit(gpu.scheduler, under_way)
-    assert gpu.begun.acquire(timeout=WAIT)
-    under_way.done.set()
-    assert gpu.scheduler.stop(WAIT)
-    assert future.wait() == Ok("under way")
