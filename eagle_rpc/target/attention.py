@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import to_device
 from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.probes import packing_fault
@@ -23,6 +22,8 @@ from eagle_rpc.target.probes import packing_fault
 # Names under which transformers finds them: one chat a row and no mask; a loop over chats; one kernel for all chats.
 _WHOLE, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# Ends of the names of config fields that bound what a layer sees, as `sliding_window`; some models have them in their masks only.
+_NARROW = ("window", "window_size", "chunk_size")
 # What a model's own code may raise when it meets a name or a kernel that it does not know.
 _FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -51,17 +52,21 @@ _boundaries: ContextVar[_Boundaries] = ContextVar("_boundaries")
 class ChatAttention:
     """How one model attends to rows of one chat and of several.
 
-    An sdpa model whose layers see all that came before is spared transformers' masks, which make the CPU wait for the GPU, where a
-    probe shows that it gives the same. Others keep their way: eager and flex attention build masks of their own.
+    An sdpa model is spared transformers' masks, which for packed rows are large and make the CPU wait for the GPU, where a probe shows
+    that it gives the same without: on a GPU if its layers see all that came before. Others keep their way: eager and flex attention
+    build masks of their own.
     """
 
     def __init__(self, base: nn.Module, probe_ids: Tensor) -> None:
         """`probe_ids`: [1, T] on the base's device."""
         self._base = base
-        self._is_sdpa = base.config._attn_implementation == "sdpa"
-        sees_all = self._is_sdpa and _sees_all(base)
+        if base.config._attn_implementation != "sdpa":
+            self._spares_mask = self._flash = self._loops = False
+            return
+        sees_all, on_gpu, rows = _sees_all(base), probe_ids.is_cuda, probe_ids.view(2, -1)
         self._spares_mask = sees_all and self._gives_the_same(probe_ids)
-        self._flash = sees_all and probe_ids.is_cuda and base.dtype in _FLASH_DTYPES and self._keeps_apart(probe_ids.view(2, -1))
+        self._flash = sees_all and on_gpu and base.dtype in _FLASH_DTYPES and self._keeps_apart(rows, self._run_varlen)
+        self._loops = not on_gpu and self._keeps_apart(rows, self._run_in_loop)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, *, compiled: bool) -> Tensor:
         """`run_base` on [B, T] ids; `positions_BT`, on the CPU, restart where a chat begins. `compiled`: without loops over data."""
@@ -69,9 +74,9 @@ class ChatAttention:
             return self._run_whole(input_ids) if self._spares_mask else run_base(self._base, input_ids)
         if self._flash:
             return self._run_varlen(input_ids, positions_BT)
-        loops = self._is_sdpa and not input_ids.is_cuda and not compiled
-        with self._attending(_LOOP, _chats, _chats_of(positions_BT)) if loops else contextlib.nullcontext():
-            return run_base(self._base, input_ids, to_device(positions_BT, input_ids.device))
+        if self._loops and not compiled:
+            return self._run_in_loop(input_ids, positions_BT)
+        return run_base(self._base, input_ids, to_device(positions_BT, input_ids.device))
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
         with self._attending(_WHOLE, _chats, []):
@@ -80,6 +85,10 @@ class ChatAttention:
     def _run_varlen(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
         with self._attending(_VARLEN, _boundaries, _boundaries_of(positions_BT, input_ids.device)):
             return run_base(self._base, input_ids, to_device(positions_BT, input_ids.device))
+
+    def _run_in_loop(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
+        with self._attending(_LOOP, _chats, _chats_of(positions_BT)):
+            return run_base(self._base, input_ids, positions_BT)
 
     @contextlib.contextmanager
     def _attending(self, name: str, variable: ContextVar, chats: Any) -> Iterator[None]:
@@ -96,13 +105,13 @@ class ChatAttention:
             return torch.equal(self._run_whole(ids_BT), run_base(self._base, ids_BT))
         return False
 
-    def _keeps_apart(self, ids_BT: Tensor) -> bool:
-        """Whether flash attention takes this model."""
+    def _keeps_apart(self, ids_BT: Tensor, run_packed: Callable[[Tensor, Tensor], Tensor]) -> bool:
+        """Whether the model takes this way to attend to packed rows."""
 
         def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
             if segment_ids_BT is None:
                 return run_base(self._base, ids_BT)
-            return self._run_varlen(ids_BT, positions_within_chats(torch.ones_like(ids_BT).bool(), segment_ids_BT).cpu())
+            return run_packed(ids_BT, positions_within_chats(torch.ones_like(ids_BT).bool(), segment_ids_BT).cpu())
 
         with contextlib.suppress(*_FAILURES):
             return packing_fault(run, ids_BT) is None
@@ -112,7 +121,7 @@ class ChatAttention:
 def _sees_all(base: nn.Module) -> bool:
     """Whether every layer attends to all that came before, as far as the config tells."""
     config = base.config.get_text_config()
-    narrow = any(getattr(config, name, None) is not None for name in ("sliding_window", "attention_chunk_size"))
+    narrow = any(value and name.endswith(_NARROW) for name, value in config.to_dict().items())
     return not narrow and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
 
 
@@ -141,7 +150,7 @@ def _chats_of(positions_BT: Tensor) -> list[_Chat]:
 def _mask_by_chat(*, mask_function: Callable[..., Tensor], use_vmap: bool = False, **_: Any) -> list[_Chat]:
     """Stands in for the mask that transformers would build from `mask_function`: its blocks on the diagonal."""
     if use_vmap:
-        raise UnsupportedTarget("packed chats need masks that are made of indices alone; use target.attention=eager")
+        raise NotImplementedError("the mask is not made of indices alone")
     return [_Chat(chat.row, chat.place, _block(mask_function, chat)) for chat in _chats.get()]
 
 
