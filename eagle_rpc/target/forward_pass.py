@@ -44,7 +44,7 @@ class ForwardPass:
     """Runs the target on requests; each gets the supervision of its own tokens in its session's form.
 
     A GPU runs targets on a stream of its own, so that replies are encoded, copied to the host and sent while the next pass runs.
-    Nothing waits for it before `StartedPass.finish`.
+    Nothing here waits for it before `StartedPass.finish`.
     """
 
     def __init__(self, target: Any, config: TargetConfig) -> None:
