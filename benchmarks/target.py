@@ -4,10 +4,11 @@
     python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      tries the benchmark itself
 
 Random weights and tokens. `plain` is the reference's way (`compute_supervision`: full logits, shift, argmax, gather, fp32
-softmax); the others are `supervise`: the layers eager or compiled, logits read as torch does or by the fused kernel. `served` is
-the rate of a server whose queue is never empty, in this process. Systems and ceilings of one table come from one process. With
---chats the same lognormal chats go padded to buckets and packed into rows. With --deliver the target runs in a process of its
-own and a trainer process on the same device takes its supervision over RPC. Figures go to the screen and to DIR/target.json.
+softmax); the others are `supervise`: the layers eager or compiled, with `fused_rows` logits read by a kernel, with `fused` the gates
+of MLPs applied by one as well. `served` is the rate of a server whose queue is never empty, in this process. Systems and ceilings of
+one table come from one process. With --chats the same lognormal chats go padded to buckets and packed into rows. With --deliver the
+target runs in a process of its own and a trainer process on the same device takes its supervision over RPC. Figures go to the screen
+and to DIR/target.json.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from target_lab.work import (
     chat_lengths,
     flops_per_token,
     full_batch,
+    fused_kernels,
     make_mapping,
     make_model,
     packed_mix,
@@ -41,7 +43,7 @@ from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, TokenBatch, Voc
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.supervise import supervise
 
-SYSTEMS = ("plain", "eager", "eager_fused_rows", "compiled", "compiled_fused_rows")
+SYSTEMS = ("plain", "eager", "eager_fused_rows", "eager_fused", "compiled", "compiled_fused_rows", "compiled_fused")
 
 
 def sizes_of(names: list[str]) -> list[tuple[int, int]]:
@@ -68,7 +70,7 @@ class Bench:
     def target(self, system: str) -> HFEagle3TargetModel:
         """Made, and compiled for every shape of this run, when it is first asked for."""
         if system not in self._targets:
-            target = HFEagle3TargetModel(self.model, fused_rows=system.endswith("fused_rows"))
+            target = HFEagle3TargetModel(self.model, **fused_kernels([system]))
             if system.startswith("compiled"):
                 shapes = sizes_of(self.options.sizes) + (bucket_shapes(self.options.longest) if self.options.chats else [])
                 names = [f"{batch}x{length}" for batch, length in shapes]

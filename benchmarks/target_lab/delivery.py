@@ -32,7 +32,7 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.topology import assign_roles, plan_devices, read_world
 from target_lab.serving import served_rate
-from target_lab.work import SHAPES, full_batch, make_mapping, make_model
+from target_lab.work import SHAPES, full_batch, fused_kernels, make_mapping, make_model
 
 _WARM_UP = 4  # requests
 
@@ -40,7 +40,7 @@ _WARM_UP = 4  # requests
 def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs both processes and returns what they found. Everything is supervised; nothing else runs on the device."""
     compiled = any(system.startswith("compiled") for system in options.systems)
-    fused = any(system.endswith("fused_rows") for system in options.systems)
+    fused = fused_kernels(options.systems)
     with tempfile.TemporaryDirectory(prefix="delivery-") as directory:
         spec = {
             "directory": directory,
@@ -53,7 +53,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
                 *architecture_overrides("target.random", SHAPES[shape]),
                 f"target.attention={options.attention[0]}",
                 f"target.chunk_rows={options.chunk_rows[0]}",
-                f"target.fused_rows={fused}",
+                *(f"target.{name}={used}" for name, used in fused.items()),
                 f"target.compile_shapes=[{options.deliver_size if compiled else ''}]",
                 f"target.compile_mode={options.compile_mode}",
                 f"supervision={encoding}",
@@ -77,7 +77,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
         with running(commands[:1], commands[1], Path(directory)) as (_, trainer):
             found = trainer.ask(go=True)
         found |= json.loads((Path(directory) / "server.json").read_text())
-    figures = {"delivered": encoding, "shape": shape, "size": options.deliver_size, "compiled": compiled, "fused_rows": fused}
+    figures = {"delivered": encoding, "shape": shape, "size": options.deliver_size, "compiled": compiled, **fused}
     share = found["trainer_tokens_per_second"] / found["server_tokens_per_second"]
     gigabytes = found["trainer_tokens_per_second"] * found["wire_bytes_per_token"] / 1e9
     return {**figures, **found, "share_of_server": share, "gigabytes_per_second": gigabytes}
@@ -94,7 +94,8 @@ def architecture_overrides(path: str, fields: dict[str, Any]) -> Iterator[str]:
 
 def serve_target(spec: dict[str, Any], config: Config, device: torch.device, membership: Any) -> None:
     """Measures the target by itself, then serves until the trainer is done."""
-    target = HFEagle3TargetModel(make_model(spec["shape"], spec["attention"], device), fused_rows=config.target.fused_rows)
+    model = make_model(spec["shape"], spec["attention"], device)
+    target = HFEagle3TargetModel(model, fused_rows=config.target.fused_rows, fused_mlp=config.target.fused_mlp)
     if config.target.compile_shapes:
         target.compile(config.target.compile_shapes, packed=False, mode=config.target.compile_mode)
     tokens = full_batch(*map(int, spec["size"].split("x")), target.model.config.vocab_size, 1.0, device)

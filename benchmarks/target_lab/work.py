@@ -4,6 +4,7 @@ Legend: B batch, T sequence, H hidden, V target vocab, K draft vocab.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,14 @@ def make_model(shape: str, attention: str, device: torch.device) -> PreTrainedMo
     with torch.device(device):
         config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+
+
+def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
+    """Those of `TargetConfig` that the systems' names ask for."""
+    return {
+        "fused_rows": any("fused" in system for system in systems),
+        "fused_mlp": any(system.endswith("fused") for system in systems),
+    }
 
 
 def make_mapping(config: PretrainedConfig) -> VocabMapping:

@@ -59,7 +59,7 @@ class DType(Enum):
 class Quantization(Enum):
     """How the target's weights are quantised as they are loaded, by transformers."""
 
-    fp8 = "fp8"  # fine-grained, a GPU of compute capability 8.9 or later
+    fp8 = "fp8"  # torchao, weights and activations by row; a GPU of compute capability 8.9 or later
     int8 = "int8"  # bitsandbytes, weights and activations
     int8_weights = "int8_weights"  # torchao, weights only
     nf4 = "nf4"  # bitsandbytes, weights only

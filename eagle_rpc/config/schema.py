@@ -143,6 +143,9 @@ class TargetConfig:
     fused_rows: bool = True
     """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one Triton kernel; false: by torch, through an fp32
     copy. On a CPU the two are the same."""
+    fused_mlp: bool = True
+    """On a Hopper GPU: the gate of SiLU-gated MLPs is applied by a Triton kernel inside the matrix product; false: by the model's own
+    modules. Elsewhere the two are the same."""
     max_queued_requests: int = 64
     """Requests that wait for the forward thread at most (> 0)."""
     max_queued_per_session: int = 16

@@ -31,6 +31,7 @@ from eagle_rpc.supervision import (
 from eagle_rpc.target.attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_base, find_decoder_layers, run_base
 from eagle_rpc.target.compiled import Buckets, CompiledForward
+from eagle_rpc.target.gated_mlp import FusedMLPs
 from eagle_rpc.target.head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
 from eagle_rpc.target.probes import check_causal, packing_fault
@@ -54,8 +55,9 @@ class HFEagle3TargetModel:
         tokenizer: Any | None = None,
         aux_layer_ids: Sequence[int] | None = None,
         fused_rows: bool = True,
+        fused_mlp: bool = True,
     ):
-        """Runs eager; `compile` changes that. `fused_rows`: as of `TargetConfig`.
+        """Runs eager; `compile` changes that. `fused_rows` and `fused_mlp`: as of `TargetConfig`.
 
         Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
         """
@@ -78,6 +80,7 @@ class HFEagle3TargetModel:
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
             self._attention = ChatAttention(self._base, self._probe_ids)
             self._fused_rows = fused_rows and fused_rows_run(self._own_head.project(hidden_BTH.flatten(0, 1)))
+        self._mlps = FusedMLPs(self._layers.modules() if fused_mlp else ())
 
     @classmethod
     def load(
@@ -85,7 +88,8 @@ class HFEagle3TargetModel:
     ) -> "HFEagle3TargetModel":
         """The target that the configuration describes; errors as of `load_model` and the constructor."""
         model, tokenizer = load_model(config, device, cache_dir=cache_dir, seed=seed)
-        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids, fused_rows=config.fused_rows)
+        fused = {"fused_rows": config.fused_rows, "fused_mlp": config.fused_mlp}
+        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids, **fused)
         if config.compile_shapes:
             target.compile(config.compile_shapes, packed=config.compile_packed, mode=config.compile_mode)
         return target
@@ -97,7 +101,7 @@ class HFEagle3TargetModel:
         `UnsupportedTarget` for layers that do not compile.
         """
         compiled = CompiledForward(self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
-        with self._forward_lock:
+        with self._forward_lock, self._mlps.in_place():
             compiled.compile(device=self.get_input_embeddings().weight.device)
             self._compiled = compiled
 
@@ -132,7 +136,8 @@ class HFEagle3TargetModel:
         positions_BT = None if segment_ids is None else positions_within_chats(attention_mask.bool(), segment_ids).cpu()
         input_ids = to_device(input_ids, self._probe_ids.device)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
-        with captured_layers(self._layers, self.aux_layer_ids, aux.write), torch.inference_mode():
+        captured = captured_layers(self._layers, self.aux_layer_ids, aux.write)
+        with captured, self._mlps.in_place(), torch.inference_mode():
             if self._compiled is not None:
                 last_hidden_BTH = self._compiled.run(input_ids, positions_BT, aux)
             else:
@@ -207,6 +212,7 @@ class HFEagle3TargetModel:
                     f"{attention} attention",
                     "eager" if self._compiled is None else self._compiled.form,
                     *(["fused rows"] if self._fused_rows else []),
+                    *(["fused MLPs"] if self._mlps else []),
                 ]
             ),
         )

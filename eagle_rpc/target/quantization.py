@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PretrainedConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig, TorchAoConfig
 
 from eagle_rpc.config.choices import Quantization
 from eagle_rpc.config.schema import TargetConfig
@@ -25,10 +25,15 @@ def _int8_weights(dtype: torch.dtype) -> TorchAoConfig:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def _fp8(dtype: torch.dtype) -> FineGrainedFP8Config:
-    return FineGrainedFP8Config()
+def _fp8(dtype: torch.dtype) -> TorchAoConfig:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    # Without torchao's settings for inductor, which would also change how the process multiplies fp32.
+    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
 
 
+# Of the first GPUs that multiply fp8.
+_FP8_CAPABILITY = (8, 9)
 _CONFIGS: dict[Quantization, Callable[[torch.dtype], Any]] = {
     Quantization.fp8: _fp8,
     Quantization.int8: _int8,
@@ -52,12 +57,22 @@ def is_quantised(config: TargetConfig, hf_config: PretrainedConfig) -> bool:
 def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     """What `from_pretrained` needs to load quantised weights to where they stay: they do not move afterwards.
 
-    Raises `ConfigError` if a package is missing.
+    Raises `ConfigError` if a package is missing, or a GPU that can.
     """
-    placed = {"device_map": {"": torch.device(device)}}
+    device = torch.device(device)
+    placed = {"device_map": {"": device}}
     if config.quantization is None:
         return placed
     try:
-        return {**placed, "quantization_config": _CONFIGS[config.quantization](dtype)}
+        quantised = {**placed, "quantization_config": _CONFIGS[config.quantization](dtype)}
     except ImportError as error:
         raise ConfigError(f"target.quantization={config.quantization.name} must find its package: {error}") from error
+    if config.quantization is Quantization.fp8 and not _multiplies_fp8(device):
+        raise ConfigError(
+            f"target.quantization must be one that this machine runs on {device}, got fp8, which takes a GPU of compute capability 8.9"
+        )
+    return quantised
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY

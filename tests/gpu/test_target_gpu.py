@@ -7,16 +7,14 @@ import gc
 
 import pytest
 import torch
+from gpu_targets import FORMS, MAPPING, RANDOM, batch_of, config_of
 from torch._dynamo.utils import counters
 from transformers import AttentionMaskInterface
 
-from eagle_rpc.config.choices import DType
-from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import (
     DraftVocabOnDevice,
     GenerateRequest,
     SessionSpec,
-    TokenBatch,
     VocabMapping,
     decode_supervision,
     unwrap,
@@ -28,40 +26,6 @@ from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.target.supervise import supervise
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-VOCAB = 5000
-RANDOM = {
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.05,
-}
-MAPPING = VocabMapping.from_token_ids(torch.arange(0, VOCAB, 4), VOCAB)
-FORMS = {
-    "eager": {"fused_rows": False},
-    "fused_rows": {},
-    "compiled": {"compile_shapes": ["4x256", "4x512"], "compile_packed": True},
-}
-
-
-def config_of(form, **changes):
-    return TargetConfig(**{"model": "", "random": RANDOM, "dtype": DType.bfloat16, "chunk_rows": 300, **FORMS[form], **changes})
-
-
-def batch_of(batch, length, packed=False, device="cpu"):
-    generator = torch.Generator().manual_seed(length)
-    mask = torch.arange(length)[None] < torch.randint(length // 2, length + 1, (batch, 1), generator=generator)
-    return TokenBatch(
-        input_ids=torch.randint(VOCAB, (batch, length), generator=generator),
-        attention_mask=mask.long(),
-        loss_mask=(mask & (torch.rand(batch, length, generator=generator) < 0.8)).long(),
-        segment_ids=(torch.arange(length)[None] >= length // 3).long().repeat(batch, 1) if packed else None,
-    ).to(torch.device(device))
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -129,11 +93,11 @@ def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, t
         assert_same_bits(supervised(tokens), decode_supervision(on_gpu, tokens, None))
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_packed_chats_are_what_they_are_alone_without_a_mask(window, tmp_path, monkeypatch):
-    """Chats longer than the sliding window, `window`, which needs transformers' mask."""
-    sliding = {"model_type": "mistral", "sliding_window": window, "head_dim": 64}
-    target = HFEagle3TargetModel.load(config_of("eager", random={**RANDOM, **sliding}), "cuda", cache_dir=tmp_path)
+@pytest.mark.parametrize(("window", "head_dim"), [(None, 64), (40, 64), (None, 320)])
+def test_packed_chats_are_what_they_are_alone(window, head_dim, tmp_path, monkeypatch):
+    """Without a mask, but for chats longer than the sliding window and for heads wider than flash attention takes."""
+    shape = {"model_type": "mistral", "sliding_window": window, "head_dim": head_dim}
+    target = HFEagle3TargetModel.load(config_of("eager", random={**RANDOM, **shape}), "cuda", cache_dir=tmp_path)
     tokens, masks = batch_of(3, 300, packed=True), []
     # The first packed batch is preceded by a probe, which also runs chats alone.
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
@@ -141,7 +105,7 @@ def test_packed_chats_are_what_they_are_alone_without_a_mask(window, tmp_path, m
     make_mask = mapping["sdpa"]
     monkeypatch.setitem(mapping, "sdpa", lambda **settings: masks.append(settings) or make_mask(**settings))
     packed = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
-    assert bool(masks) is (window is not None)
+    assert bool(masks) is (window is not None or head_dim > 256)
     for row in range(3):
         length = int(tokens.attention_mask[row].sum())
         for chat in (slice(0, 100), slice(100, length)):
@@ -179,7 +143,7 @@ def test_logits_of_one_chunk_are_the_most_that_the_projection_holds(encoding, tm
     """With a vocabulary so large that whole logits, or a second chunk, would stand out."""
     vocab_size, rows, chunk_rows = 200_000, 8192, 1024
     random = {**RANDOM, "vocab_size": vocab_size}
-    config = config_of("fused_rows", random=random, aux_layer_ids=[0, 3, 6])
+    config = config_of("fused", random=random, aux_layer_ids=[0, 3, 6])
     target = HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path)
     mapping = VocabMapping.from_token_ids(torch.arange(0, vocab_size, 100), vocab_size)
     vocab, tokens = DraftVocabOnDevice.of(mapping, torch.device("cuda")), batch_of(16, rows // 16, device="cuda")

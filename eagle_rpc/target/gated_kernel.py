@@ -1,0 +1,66 @@
+"""Triton kernel of `gated_mlp`: a row block against gate and up weights at once, and the gate applied before anything is stored.
+
+Each streaming multiprocessor works through tiles of the result. A tile's gate and up columns are one operand of the matrix units,
+twice as wide as the tile; loads of the next tile begin while this one is gated. Legend: N rows, H hidden, F feed-forward width.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_TILE_ROWS, _TILE_COLUMNS, _STEP = 128, 128, 64
+# Tiles of a group of rows are made one after the other, while the second-level cache holds the rows and the columns they share.
+_GROUP = 16
+_NUM_STAGES, _NUM_WARPS = 3, 8
+
+
+# Else it would be compiled again for multiples of 16 rows, and for one.
+@triton.jit(do_not_specialize=["rows"])
+def _gated_product_kernel(
+    hidden, weight, gated, rows, width, depth,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    tiles_down, tiles_across = tl.cdiv(rows, TILE_ROWS), tl.cdiv(width, TILE_COLUMNS)
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, PROGRAMS, flatten=True):
+        first_down = tile // (GROUP * tiles_across) * GROUP
+        group_height = tl.minimum(tiles_down - first_down, GROUP)
+        within = tile % (GROUP * tiles_across)
+        row = (first_down + within % group_height) * TILE_ROWS
+        column = within // group_height * TILE_COLUMNS
+        both = tl.zeros((TILE_ROWS, 2 * TILE_COLUMNS), tl.float32)
+        for start in range(0, depth, STEP):
+            weight_block = weight.load([0, column, start]).reshape(2 * TILE_COLUMNS, STEP)
+            both = tl.dot(hidden.load([row, start]), weight_block.T, both)
+        gate, up = both.reshape(TILE_ROWS, 2, TILE_COLUMNS).permute(0, 2, 1).split()
+        # Rounded where the modules themselves round.
+        gate, up = gate.to(gated.dtype).to(tl.float32), up.to(gated.dtype).to(tl.float32)
+        activated = (gate / (1.0 + tl.exp(-gate))).to(gated.dtype).to(tl.float32)
+        gated.store([row, column], (activated * up).to(gated.dtype))
+
+
+def gated_product(hidden_NH: Tensor, weight_2FH: Tensor) -> Tensor:
+    """`silu(hidden @ weight[0].T) * (hidden @ weight[1].T)`, [N, F] in the dtype of both, which is bf16 or fp16; H a multiple of 8."""
+    (rows, depth), width = hidden_NH.shape, weight_2FH.shape[1]
+    gated_NF = hidden_NH.new_empty(rows, width)
+    descriptors = (
+        TensorDescriptor.from_tensor(hidden_NH, [_TILE_ROWS, _STEP]),
+        TensorDescriptor.from_tensor(weight_2FH, [2, _TILE_COLUMNS, _STEP]),
+        TensorDescriptor.from_tensor(gated_NF, [_TILE_ROWS, _TILE_COLUMNS]),
+    )
+    programs = _multiprocessors(hidden_NH.device)
+    # Triton launches on the current device, wherever its tensors are.
+    with torch.cuda.device_of(hidden_NH):
+        _gated_product_kernel[(programs,)](
+            *descriptors, rows, width, depth, _TILE_ROWS, _TILE_COLUMNS, _STEP, _GROUP, programs,
+            num_stages=_NUM_STAGES, num_warps=_NUM_WARPS,
+        )  # fmt: skip
+    return gated_NF
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,69 @@
+"""Forward passes that a GPU is given without waiting for it, those that requests share, and those with nothing to supervise."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gpu_targets import FORMS, MAPPING, batch_of, config_of
+
+from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, decode_supervision
+from eagle_rpc.target.forward_pass import ForwardPass, PassRequest
+from eagle_rpc.target.model import HFEagle3TargetModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def forward(request, tmp_path_factory):
+    config = config_of(request.param, max_shared_tokens=4096)
+    target = HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path_factory.mktemp("cache"))
+    yield ForwardPass(target, config)
+    torch.compiler.reset()
+
+
+def request_of(tokens, encoding="hidden"):
+    vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
+    session = SimpleNamespace(vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False, share_forward=True)
+    return PassRequest(session=session, tokens=tokens)
+
+
+def decoded(encoded, tokens):
+    return decode_supervision(encoded.map_tensors(lambda tensor: tensor.cuda()), tokens, None)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_starting_a_pass_never_waits_for_the_gpu(forward, encoding, packed):
+    request = request_of(batch_of(4, 256, packed=packed), encoding)
+    # The first packed batch is preceded by a probe, which waits.
+    forward.start([request]).finish()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        started = forward.start([request])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    [encoded] = started.finish()
+    assert encoded.supervised_rows.numel() > 300
+
+
+def test_requests_that_share_a_pass_get_their_own_supervision(forward):
+    batches = [batch_of(2, 240), batch_of(3, 256)]
+    requests = [request_of(tokens, "logits") for tokens in batches]
+    assert forward.admits(requests[:1], requests[1])
+    together = forward.start(requests).finish()
+    for request, encoded in zip(requests, together, strict=True):
+        shared = decoded(encoded, request.tokens)
+        alone = decoded(*forward.start([request]).finish(), request.tokens)
+        for name in ("supervised_rows", "aux_hidden_states", "target_probs"):
+            torch.testing.assert_close(getattr(shared, name), getattr(alone, name), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("encoding", ["probs", "logits"])
+def test_a_batch_with_nothing_to_supervise_leaves_by_the_host(forward, encoding):
+    """TensorPipe aborts on a tensor without elements that lies on a GPU."""
+    tokens = batch_of(4, 256)
+    tokens.loss_mask.zero_()
+    [encoded] = forward.start([request_of(tokens, encoding)]).finish()
+    assert not encoded.aux.is_cuda and encoded.supervised_rows.numel() == 0
+    assert not decoded(encoded, tokens).position_mask.any()

@@ -1,0 +1,88 @@
+"""The kernel that gates inside a matrix product, against two products, and whole MLPs with it.
+
+Where there is no GPU, Triton's interpreter runs the kernel: `TRITON_INTERPRET=1 python -m pytest tests/gpu/test_gated_product_gpu.py`
+(Triton 3.6 with numpy below 2.4). Legend: N rows, H hidden, F feed-forward width.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from eagle_rpc.target.gated_mlp import FusedMLPs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+DEVICE = "cuda" if HOPPER else "cpu"
+
+needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (HOPPER or INTERPRETED), reason="needs a Hopper GPU or Triton's interpreter"),
+]
+
+
+@pytest.fixture(autouse=True)
+def multiprocessors(monkeypatch):
+    """Three programs, which share tiles, where there is no GPU to count them."""
+    if not HOPPER:
+        from eagle_rpc.target import gated_kernel
+
+        monkeypatch.setattr(gated_kernel, "_multiprocessors", lambda device: 3)
+
+
+def drawn(*shape, dtype=torch.bfloat16, scale=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+
+def in_two_products(hidden_NH, weight_2FH):
+    gate, up = (F.linear(hidden_NH, weight) for weight in weight_2FH)
+    return F.silu(gate) * up
+
+
+# The interpreter multiplies the bits of bf16.
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=needs_hopper)])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden"),
+    [(1, 128, 64), (128, 128, 128), (5, 24, 8), (300, 200, 72), pytest.param(4000, 1376, 512, marks=needs_hopper)],
+)
+def test_products_of_any_size(dtype, rows, width, hidden):
+    from eagle_rpc.target.gated_kernel import gated_product
+
+    hidden_NH = drawn(rows, hidden, dtype=dtype)
+    weight_2FH = drawn(2, width, hidden, dtype=dtype, scale=2 * hidden**-0.5)
+    torch.testing.assert_close(gated_product(hidden_NH, weight_2FH), in_two_products(hidden_NH, weight_2FH), rtol=2e-2, atol=2e-2)
+
+
+def test_gates_of_any_size():
+    from eagle_rpc.target.gated_kernel import gated_product
+
+    hidden_NH, weight_2FH = torch.zeros(128, 64), torch.zeros(2, 128, 64)
+    gates = torch.tensor([0.0, 1.0, -1.0, 20.0, -20.0, 90.0, -90.0, 1e4, -1e4])
+    hidden_NH[: len(gates), 0], weight_2FH[0, :, 0] = gates, 1.0
+    hidden_NH[:, 1], weight_2FH[1, :, 1] = 3.0, 1.0
+    hidden_NH, weight_2FH = hidden_NH.to(DEVICE, torch.float16), weight_2FH.to(DEVICE, torch.float16)
+    gated_NF = gated_product(hidden_NH, weight_2FH)
+    torch.testing.assert_close(gated_NF, in_two_products(hidden_NH, weight_2FH), rtol=1e-2, atol=1e-6)
+
+
+@needs_hopper
+@pytest.mark.parametrize("rows", [1, 77, 4096])
+@torch.no_grad()
+def test_an_mlp_of_transformers_gives_what_it_gave(rows):
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816)
+    mlp = LlamaMLP(config).to("cuda", torch.bfloat16)
+    hidden = drawn(2, rows, 1024)
+    expected = mlp(hidden)
+    fused = FusedMLPs(nn.ModuleList([mlp]).modules())
+    assert len(fused) == 1
+    with fused.in_place():
+        actual = mlp(hidden)
+    assert float((actual.float() - expected.float()).norm() / expected.float().norm()) < 1e-2
+    assert torch.equal(mlp(hidden), expected)

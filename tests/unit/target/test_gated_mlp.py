@@ -1,0 +1,141 @@
+"""MLPs whose gate is applied inside their product, with a stand-in for the kernel, which needs a GPU.
+
+Legend: N rows, H hidden, F feed-forward width.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+from eagle_rpc.config.choices import CompileMode
+from eagle_rpc.target import gated_mlp
+from eagle_rpc.target.gated_mlp import FusedMLPs
+from eagle_rpc.target.model import HFEagle3TargetModel
+
+
+class MLP(nn.Module):
+    def __init__(self, activation=F.silu, most=float("inf"), bias=False, dtype=torch.bfloat16):
+        super().__init__()
+        self.gate_proj = nn.Linear(16, 24, bias=bias, dtype=dtype)
+        self.up_proj = nn.Linear(16, 24, bias=bias, dtype=dtype)
+        self.down_proj = nn.Linear(24, 16, bias=bias, dtype=dtype)
+        self.activation, self.most = activation, most
+
+    def forward(self, hidden):
+        gated = self.activation(self.gate_proj(hidden).clamp(max=self.most)) * self.up_proj(hidden)
+        return self.down_proj(gated)
+
+
+class Calls(list):
+    """Shapes that the stand-in was called with."""
+
+    def gated_product(self, hidden_NH, weight_2FH):
+        self.append(tuple(hidden_NH.shape))
+        return F.silu(F.linear(hidden_NH, weight_2FH[0])) * F.linear(hidden_NH, weight_2FH[1])
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    calls = Calls()
+    monkeypatch.setattr(gated_mlp, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(gated_mlp, "_DTYPES", (torch.bfloat16, torch.float32))
+    monkeypatch.setitem(sys.modules, "eagle_rpc.target.gated_kernel", SimpleNamespace(gated_product=calls.gated_product))
+    return calls
+
+
+@torch.no_grad()
+def test_the_fused_forward_runs_only_in_place_and_gives_what_the_modules_give(kernel):
+    mlp, hidden = MLP(), torch.randn(2, 5, 16, dtype=torch.bfloat16)
+    weights = [part.weight.clone() for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    expected = mlp(hidden)
+    fused = FusedMLPs(nn.ModuleList([mlp]).modules())
+    assert len(fused) == 1
+    kernel.clear()
+    with fused.in_place():
+        assert torch.equal(mlp(hidden), expected)
+    assert kernel == [(10, 16)]
+    assert torch.equal(mlp(hidden), expected)
+    assert kernel == [(10, 16)]
+    for part, weight in zip((mlp.gate_proj, mlp.up_proj, mlp.down_proj), weights, strict=True):
+        assert torch.equal(part.weight, weight)
+
+
+def test_gate_and_up_weights_are_not_held_twice(kernel):
+    mlp = MLP()
+    FusedMLPs([mlp])
+    storages = {part.weight.untyped_storage().data_ptr() for part in (mlp.gate_proj, mlp.up_proj)}
+    assert storages == {mlp.gate_up_weight.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": F.gelu},
+        {"activation": F.relu},
+        {"most": 7.0},
+        {"bias": True},
+        {"dtype": torch.float64},
+    ],
+    ids=str,
+)
+def test_what_is_no_plain_silu_gate_stays_as_it_is(kernel, changes):
+    mlp = MLP(**changes)
+    assert not FusedMLPs([mlp])
+    assert not hasattr(mlp, "gate_up_weight")
+
+
+def test_products_of_another_class_are_not_fused(kernel):
+    class Quantised(nn.Linear):
+        pass
+
+    mlp = MLP()
+    mlp.up_proj = Quantised(16, 24, bias=False, dtype=torch.bfloat16)
+    assert not FusedMLPs([mlp])
+
+
+def test_without_a_hopper_gpu_nothing_is_fused():
+    assert not FusedMLPs([MLP()])
+
+
+def test_a_kernel_that_does_not_run_is_told_once(kernel, caplog, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setitem(sys.modules, "eagle_rpc.target.gated_kernel", SimpleNamespace(gated_product=fail))
+    mlps = [MLP(), MLP()]
+    assert not FusedMLPs(mlps)
+    assert len(caplog.records) == 1 and "target.fused_mlp" in caplog.text
+    hidden = torch.randn(3, 16, dtype=torch.bfloat16)
+    assert mlps[0](hidden).shape == hidden.shape
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_a_target_runs_its_mlps_fused_where_they_are_gated_by_silu(kernel, make_model, family):
+    plain = HFEagle3TargetModel(make_model(family), fused_mlp=False)
+    ids = torch.randint(97, (2, 9))
+    mask = torch.ones_like(ids)
+    expected = plain.generate_batch(ids, mask, mask)
+    assert not kernel and "fused MLPs" not in plain.model_info().form
+    target = HFEagle3TargetModel(make_model(family))
+    kernel.clear()
+    output = target.generate_batch(ids, mask, mask)
+    is_gated_by_silu = family != "gemma2"
+    assert kernel == [(18, 32)] * (7 if is_gated_by_silu else 0)
+    assert ("fused MLPs" in target.model_info().form) is is_gated_by_silu
+    assert torch.equal(output.last_hidden_state, expected.last_hidden_state)
+
+
+def test_compiled_layers_hold_the_fused_mlps_and_share_their_graph(kernel, make_model, trace_only):
+    target = HFEagle3TargetModel(make_model("llama"))
+    before = counters["stats"]["unique_graphs"]
+    target.compile(["2x8"], packed=False, mode=CompileMode.default)
+    assert counters["stats"]["unique_graphs"] == before + 1
+    kernel.clear()
+    ids = torch.randint(97, (2, 8))
+    target.generate_batch(ids, torch.ones_like(ids), torch.ones_like(ids))
+    assert kernel == [(16, 32)] * 7
