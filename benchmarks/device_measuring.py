@@ -58,7 +58,7 @@ def measure(
         resident = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     # Long runs vary little and cost time.
-    seconds = median_seconds(run, repeats=3 if slow else 15, warmups=1 if slow else 3, device=device)
+    seconds = median_seconds(run, repeats=7 if slow else 15, warmups=2 if slow else 3, device=device)
     rate = tokens / seconds
     figures = {
         "milliseconds": 1e3 * seconds,

@@ -37,7 +37,7 @@ from target_lab.work import (
 )
 from transformers import PreTrainedModel
 
-from eagle_rpc.config.choices import CompileMode
+from eagle_rpc.config.choices import CompileMode, Quantization
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, TokenBatch, VocabMapping, compute_supervision
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -59,10 +59,10 @@ class Bench:
     """One model with all the targets made of it, which share its weights."""
 
     def __init__(self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
-        self.name = {"shape": shape, "attention": attention}
+        self.name = {"shape": shape, "attention": attention, "quantization": options.quantization}
         self.options, self.results, self.ceiling = options, results, ceiling
         self.device = torch.device(options.device)
-        self.model: PreTrainedModel = make_model(shape, attention, self.device)
+        self.model: PreTrainedModel = make_model(shape, attention, self.device, options.quantization)
         self.mapping: VocabMapping = make_mapping(self.model.config)
         self.vocab = DraftVocabOnDevice.of(self.mapping, self.device)
         self._targets: dict[str, HFEagle3TargetModel] = {}
@@ -177,6 +177,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--encodings", nargs="+", default=["hidden"], choices=ENCODINGS)
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0], help="shares of the rows")
     parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers")
+    parser.add_argument(
+        "--quantization", choices=[Quantization.fp8.name, Quantization.int8_weights.name], help="not with --deliver"
+    )
     parser.add_argument("--chunk-rows", type=int, nargs="+", default=[2048])
     parser.add_argument("--compile-mode", default="default", choices=[mode.name for mode in CompileMode])
     parser.add_argument("--chats", type=int, default=0, help="of the mix of lengths; 0: none")

@@ -13,7 +13,10 @@ from device_measuring import median_seconds
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from eagle_rpc.config.choices import Quantization
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import TokenBatch, VocabMapping
+from eagle_rpc.target.quantization import loading_arguments
 
 SHAPES: dict[str, dict[str, Any]] = {
     # meta-llama/Llama-3.1-8B-Instruct and Qwen/Qwen3-8B by their configs; one that a CPU runs, to try the benchmark itself.
@@ -58,12 +61,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 
 
-def make_model(shape: str, attention: str, device: torch.device) -> PreTrainedModel:
-    """In bf16, drawn on the device; the same weights in every process of one device."""
+def make_model(shape: str, attention: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:
+    """In bf16, drawn on the device; the same weights in every process of one device. `quantization`: one of torchao's."""
     torch.manual_seed(0)
     with torch.device(device):
         config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    if quantization is not None:
+        from torchao.quantization import quantize_
+
+        quantised = TargetConfig(quantization=Quantization[quantization])
+        settings = loading_arguments(quantised, torch.bfloat16, device)["quantization_config"]
+        quantize_(model.base_model, settings.quant_type)
+    return model
 
 
 def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
