@@ -1,16 +1,18 @@
-"""What does it gain to take the target out of the trainer's process? Trained tokens a second of both, on the same device.
+"""What does it gain to take the target out of the trainer's process? Trained tokens a second of both.
 
     python benchmarks/end_to_end.py --target small --output benchmarks/results/NAME.json
 
 *Co-located*: one process that runs the target and trains. *Remote*: a target process and a trainer process of one static
-job. Both train the same draft on the same random tokens; they stand side by side, and take turns on the device. On a CPU the
-co-located process has the threads that the two remote ones have together.
+job. Both train the same draft on the same random tokens; they stand side by side, and take turns. On a CPU the co-located process has
+the threads that the two remote ones have together. With --trainer-device the remote trainer has a GPU of its own, and the co-located
+process still one.
 
 For both: tokens trained a second, the share of its time that the trainer waits for supervision (co-located: that it spends on
 it), and the share in which the target's forward thread has no work. On a GPU that thread runs ahead of the device, so there its
 share says how long no request was waiting, not that the GPU was idle. Medians over repetitions.
 
     python benchmarks/end_to_end.py --target llama --device cuda:0 --output FILE.json     # one GPU of 80 GB
+    python benchmarks/end_to_end.py --target llama --device cuda:0 --trainer-device cuda:1  # two of them
     python benchmarks/end_to_end.py --target small --repetitions 1 --steps 2               # a smoke test
 """
 
@@ -73,14 +75,14 @@ SETTINGS = {
 }
 
 
-def overrides(arguments: argparse.Namespace, directory: str, threads: int) -> list[str]:
+def overrides(arguments: argparse.Namespace, directory: str, threads: int, trainer_device: str) -> list[str]:
     setting = SETTINGS[arguments.target]
     batch_size, length = (arguments.size or setting.size).split("x")
     return [
         "job=train",
         *setting.overrides,
         f"target.device={arguments.device}",
-        f"train.device={arguments.device}",
+        f"train.device={trainer_device}",
         f"train.batch_size={batch_size}",
         f"train.accumulation={arguments.accumulation}",
         f"data.max_length={length}",
@@ -117,13 +119,16 @@ class Contestant:
 def both_ways(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[str, Contestant]]:
     port = free_port()
 
-    def command(role: str, threads: int, environment: dict[str, str]) -> Command:
-        argv = [sys.executable, "-m", "peers.training", role, *overrides(arguments, str(directory / role), threads)]
+    def command(role: str, threads: int, environment: dict[str, str], trainer_device: str) -> Command:
+        settings = overrides(arguments, str(directory / role), threads, trainer_device)
+        argv = [sys.executable, "-m", "peers.training", role, *settings]
         return Command(role, argv, {**environment, "OMP_NUM_THREADS": str(threads)}, answers=True)
 
     half = max(1, arguments.threads // 2)
-    target, trainer = (command(role, half, static_environment(rank, 2, port)) for rank, role in enumerate(("target", "trainer")))
-    colocated = command("colocated", 2 * half, {})
+    device = arguments.trainer_device or arguments.device
+    roles = enumerate(("target", "trainer"))
+    target, trainer = (command(role, half, static_environment(rank, 2, port), device) for rank, role in roles)
+    colocated = command("colocated", 2 * half, {}, arguments.device)
     # All at once: a large target takes minutes to load.
     with running([target, colocated], trainer, directory, start_timeout=arguments.start_timeout) as ((server, alone), client):
         alone.answer(arguments.start_timeout)
@@ -148,6 +153,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=list(SETTINGS), default="small")
     parser.add_argument("--device", default="cpu", help="of both ways, as train.device takes it")
+    parser.add_argument("--trainer-device", help="of the remote trainer, if it is another")
     parser.add_argument("--size", help="rows x tokens of a micro-batch; the target's own by default")
     parser.add_argument("--draft-vocab-size", type=int)
     parser.add_argument("--accumulation", type=int, default=1)

@@ -57,7 +57,8 @@ class FusedMLPs:
 def _is_candidate(mlp: nn.Module) -> bool:
     """Whether it holds the products of a gated MLP, in a form that the kernel takes."""
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    if not all(type(part) is nn.Linear and part.bias is None for part in parts):
+    # Quantised weights are of a class of their own in modules of the plain one.
+    if not all(type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.bias is None for part in parts):
         return False
     gate, up = parts[0].weight, parts[1].weight
     return _is_hopper(gate.device) and gate.dtype in _DTYPES and gate.shape == up.shape and gate.shape[1] % _ALIGNED == 0

@@ -89,13 +89,28 @@ def test_what_is_no_plain_silu_gate_stays_as_it_is(kernel, changes):
     assert not hasattr(mlp, "gate_up_weight")
 
 
-def test_products_of_another_class_are_not_fused(kernel):
-    class Quantised(nn.Linear):
-        pass
+class Quantised(nn.Linear):
+    pass
 
-    mlp = MLP()
+
+class QuantisedWeight(torch.Tensor):
+    pass
+
+
+def with_quantised_module(mlp):
     mlp.up_proj = Quantised(16, 24, bias=False, dtype=torch.bfloat16)
+
+
+def with_quantised_weight(mlp):
+    mlp.gate_proj.weight = nn.Parameter(mlp.gate_proj.weight.data.as_subclass(QuantisedWeight))
+
+
+@pytest.mark.parametrize("quantise", [with_quantised_module, with_quantised_weight])
+def test_quantised_products_are_not_touched(kernel, quantise, caplog):
+    mlp = MLP()
+    quantise(mlp)
     assert not FusedMLPs([mlp])
+    assert not kernel and not caplog.records
 
 
 def test_without_a_hopper_gpu_nothing_is_fused():
