@@ -98,8 +98,9 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    num_gpus = torch.cuda.device_count()
-    devices = plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=num_gpus)
+    devices = plan_devices(
+        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
+    )
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         yield membership, torch.device(devices.device)
 

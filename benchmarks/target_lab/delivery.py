@@ -59,6 +59,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
                 f"supervision={encoding}",
                 "supervision.rows=loss_mask",
                 f"supervision.prefetch={options.prefetch}",
+                f"target.device={options.device}",
                 f"train.device={options.device}",
                 f"run.dir={directory}/run",
                 # As many replies as requests are under way.
@@ -154,7 +155,9 @@ def main() -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = plan_devices(cast, setting=spec["device"], local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    devices = plan_devices(
+        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
+    )
     device = torch.device(devices.device)
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.

@@ -52,8 +52,9 @@ def run(config: Config) -> int:
 
 
 def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
-    setting = config.train.device if cast.me.has(Role.trainer) else config.target.device
-    devices = plan_devices(cast, setting=setting, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    devices = plan_devices(
+        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
+    )
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if not cast.me.has(Role.trainer):

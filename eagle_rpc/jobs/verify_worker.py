@@ -25,7 +25,17 @@ from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenB
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Cast, Role, Worker, assign_roles, bind_to_interface, plan_devices, read_world, stop_signals
+from eagle_rpc.topology import (
+    Cast,
+    Role,
+    Worker,
+    assign_roles,
+    bind_to_interface,
+    plan_devices,
+    read_world,
+    resolve_device,
+    stop_signals,
+)
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
 
 _SHORTEST = 8  # tokens of a synthetic chat
@@ -54,9 +64,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     bind_to_interface(config.rpc.interface)
-    device = torch.device(
-        plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()).device
-    )
+    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
@@ -72,7 +80,9 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
-    devices = plan_devices(cast, setting=config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    # As the co-located ones, targets run where trainers do.
+    device_of_all, num_gpus = config.train.device, torch.cuda.device_count()
+    devices = plan_devices(cast, world, target=device_of_all, trainer=device_of_all, num_gpus=num_gpus)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from eagle_rpc.topology.environment import World
 from eagle_rpc.topology.roles import Cast, Role
 
 
@@ -13,17 +14,26 @@ class DevicePlan:
     device_maps: dict[str, dict[str, str]]  # peer name -> {own device: peer device}
 
 
-def plan_devices(cast: Cast, *, setting: str, local_rank: int, num_gpus: int) -> DevicePlan:
-    """Resolves `auto` and maps this worker's GPU to the peers' on the same host.
+def plan_devices(cast: Cast, world: World, *, target: str, trainer: str, num_gpus: int) -> DevicePlan:
+    """This worker's device, and its GPU mapped to those of its peers on the same host.
 
-    Worker i of `cast.names` is taken to have local rank i, so with fewer GPUs than workers several share one.
+    `target` and `trainer` are `target.device` and `train.device`; a worker that is both follows the latter. Worker i of `cast.names`
+    is taken to have local rank i, so where settings are `auto` several workers share a GPU if there are fewer.
     """
-    device = resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
-    if not device.startswith("cuda"):
-        return DevicePlan(device, {})
+
+    def device_of(name: str, local_rank: int) -> str:
+        setting = trainer if name in cast.trainer_names else target
+        return resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
+
+    device = device_of(cast.me.name, world.local_rank)
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
-    maps = {name: {device: f"cuda:{cast.names.index(name) % num_gpus}"} for name in peers}
+    devices = {name: device_of(name, cast.names.index(name)) for name in peers}
+    maps = {name: {device: there} for name, there in devices.items() if _are_gpus(device, there)}
     return DevicePlan(device, maps)
+
+
+def _are_gpus(*devices: str) -> bool:
+    return all(device.startswith("cuda") for device in devices)
 
 
 def resolve_device(setting: str, *, local_rank: int, num_gpus: int) -> str:

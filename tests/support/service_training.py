@@ -50,8 +50,9 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
-    setting = config.train.device
-    devices = plan_devices(cast, setting=setting, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    devices = plan_devices(
+        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
+    )
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):

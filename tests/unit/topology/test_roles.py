@@ -82,24 +82,48 @@ def test_workers_that_do_not_fit_are_refused_with_the_numbers(topology: Topology
         assign_roles(topology, dataclasses.replace(read_world(TORCHRUN), **{"max_restarts": 0, "size": 3, **changes}))
 
 
+AUTO = {"target": "auto", "trainer": "auto"}
+
+
 def test_trainers_map_their_gpu_to_each_targets_gpu():
-    cast = assign_roles(TopologyConfig(targets=2, trainers=1), world(rank=2, size=3))
-    plan = plan_devices(cast, setting="auto", local_rank=2, num_gpus=3)
+    here = world(rank=2, size=3, local_rank=2)
+    cast = assign_roles(TopologyConfig(targets=2, trainers=1), here)
+    plan = plan_devices(cast, here, **AUTO, num_gpus=3)
     assert plan.device == "cuda:2"
     assert plan.device_maps == {"target0": {"cuda:2": "cuda:0"}, "target1": {"cuda:2": "cuda:1"}}
 
 
 def test_workers_share_a_gpu_when_there_are_too_few():
-    cast = assign_roles(TopologyConfig(), world(rank=1, size=2))
-    assert plan_devices(cast, setting="auto", local_rank=1, num_gpus=1).device_maps == {"target0": {"cuda:0": "cuda:0"}}
+    here = world(rank=1, size=2)
+    plan = plan_devices(assign_roles(TopologyConfig(), here), here, **AUTO, num_gpus=1)
+    assert plan.device_maps == {"target0": {"cuda:0": "cuda:0"}}
+
+
+@pytest.mark.parametrize(
+    ("target", "trainer", "plans"),
+    [
+        ("cuda:0", "cuda:0", [("cuda:0", {"trainer0": {"cuda:0": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:0"}})]),
+        ("cuda:1", "cuda:0", [("cuda:1", {"trainer0": {"cuda:1": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:1"}})]),
+        ("cpu", "auto", [("cpu", {}), ("cuda:1", {})]),
+        ("cuda", "cpu", [("cuda:0", {}), ("cpu", {})]),
+    ],
+)
+def test_both_ends_map_the_devices_that_the_configuration_names(
+    target: str, trainer: str, plans: list[tuple[str, dict[str, dict[str, str]]]]
+):
+    for rank, (device, maps) in enumerate(plans):
+        here = world(rank=rank, size=2, local_rank=rank)
+        plan = plan_devices(assign_roles(TopologyConfig(), here), here, target=target, trainer=trainer, num_gpus=2)
+        assert (plan.device, plan.device_maps) == (device, maps)
 
 
 def test_one_process_maps_its_gpu_to_itself():
-    cast = assign_roles(TopologyConfig(single=True), read_world({}))
-    assert plan_devices(cast, setting="auto", local_rank=0, num_gpus=1).device_maps == {"single0": {"cuda:0": "cuda:0"}}
+    here = read_world({})
+    cast = assign_roles(TopologyConfig(single=True), here)
+    assert plan_devices(cast, here, **AUTO, num_gpus=1).device_maps == {"single0": {"cuda:0": "cuda:0"}}
 
 
 def test_without_gpus_everything_is_on_the_cpu():
-    cast = assign_roles(TopologyConfig(), world(rank=1, size=2))
-    plan = plan_devices(cast, setting="auto", local_rank=1, num_gpus=0)
+    here = world(rank=1, size=2)
+    plan = plan_devices(assign_roles(TopologyConfig(), here), here, **AUTO, num_gpus=0)
     assert (plan.device, plan.device_maps) == ("cpu", {})
