@@ -26,12 +26,12 @@ def gate(gates: Tensor, ups: Tensor) -> Tensor:
     return F.silu(gates) * ups
 
 
-def ways(hidden_NH: Tensor, weight_2FH: Tensor) -> dict[str, Callable[[], Tensor]]:
-    both_FH = weight_2FH.flatten(0, 1)
+def ways(hidden_NH: Tensor, weight_2IH: Tensor) -> dict[str, Callable[[], Tensor]]:
+    both_IH = weight_2IH.flatten(0, 1)
     return {
-        "one product without the gate": lambda: F.linear(hidden_NH, both_FH),
-        "two products and a compiled gate": lambda: gate(*(F.linear(hidden_NH, weight) for weight in weight_2FH)),
-        "gate inside the product": lambda: gated_product(hidden_NH, weight_2FH),
+        "one product without the gate": lambda: F.linear(hidden_NH, both_IH),
+        "two products and a compiled gate": lambda: gate(*(F.linear(hidden_NH, weight) for weight in weight_2IH)),
+        "gate inside the product": lambda: gated_product(hidden_NH, weight_2IH),
     }
 
 
@@ -49,16 +49,16 @@ def main() -> None:
     torch.manual_seed(0)
     hidden_NH = torch.randn(options.rows, options.hidden, device=device, dtype=torch.bfloat16)
     # The spread of transformers' random weights.
-    weight_2FH = 0.02 * torch.randn(2, options.width, options.hidden, device=device, dtype=torch.bfloat16)
+    weight_2IH = 0.02 * torch.randn(2, options.width, options.hidden, device=device, dtype=torch.bfloat16)
     flops = 4 * options.rows * options.hidden * options.width
-    gates, ups = (F.linear(hidden_NH, weight) for weight in weight_2FH)
-    differ = gated_product(hidden_NH, weight_2FH) != F.silu(gates) * ups
+    gates, ups = (F.linear(hidden_NH, weight) for weight in weight_2IH)
+    differ = gated_product(hidden_NH, weight_2IH) != F.silu(gates) * ups
     results.add(
         shape=f"{options.rows}x{options.hidden}x{options.width}", share_of_elements_that_differ=float(differ.float().mean())
     )
     del gates, ups, differ
     for number in range(_ROUNDS):
-        for way, run in ways(hidden_NH, weight_2FH).items():
+        for way, run in ways(hidden_NH, weight_2IH).items():
             seconds = median_seconds(run, repeats=options.repeats, warmups=options.repeats // 4, device=device)
             run()
             figures = clock_and_power(device)

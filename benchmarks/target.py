@@ -188,6 +188,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=30, help="that are delivered")
     parser.add_argument("--prefetch", type=int, default=4, help="requests under way")
     options = parser.parse_args()
+    if options.deliver and options.quantization:
+        parser.error("--deliver takes weights as they are, without --quantization")
     options.longest = max(length for _, length in sizes_of(options.sizes))
     return options
 

@@ -16,7 +16,7 @@ from peers.ours import compose
 
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.permissions import static_permissions
-from eagle_rpc.jobs.setting import only_device, start_worker
+from eagle_rpc.jobs.setting import only_device, planned_devices, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target
 from eagle_rpc.jobs.trainer_worker import connect_target, make_draft
 from eagle_rpc.rpc import StaticMembership, join_static
@@ -25,7 +25,7 @@ from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import assign_roles, plan_devices, read_world
+from eagle_rpc.topology import assign_roles, read_world
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -98,9 +98,7 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = plan_devices(
-        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
-    )
+    devices = planned_devices(config, cast, world)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         yield membership, torch.device(devices.device)
 

@@ -22,7 +22,7 @@ from peers.processes import Command, free_port, running, static_environment
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
-from eagle_rpc.jobs.setting import start_worker
+from eagle_rpc.jobs.setting import planned_devices, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY
 from eagle_rpc.jobs.trainer_worker import connect_target
 from eagle_rpc.rpc import host, join_static, withdraw
@@ -30,7 +30,7 @@ from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import assign_roles, plan_devices, read_world
+from eagle_rpc.topology import assign_roles, read_world
 from target_lab.serving import served_rate
 from target_lab.work import SHAPES, full_batch, fused_kernels, make_mapping, make_model
 
@@ -155,9 +155,7 @@ def main() -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = plan_devices(
-        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
-    )
+    devices = planned_devices(config, cast, world)
     device = torch.device(devices.device)
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.

@@ -6,7 +6,7 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any
 
-from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Membership
+from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Membership, Quantization
 from eagle_rpc.config.schema import Config
 from eagle_rpc.config.texts import NAME_RULE, is_name, parse_address
 from eagle_rpc.errors import ConfigError
@@ -105,6 +105,8 @@ def _check_across(config: Config) -> None:
         )
     if config.data.packing and config.target.compile_shapes and not config.target.compile_packed:
         raise ConfigError("target.compile_packed must be true for data.packing with target.compile_shapes, got false")
+    if config.target.quantization is Quantization.fp8 and config.target.dtype is not DType.bfloat16:
+        raise ConfigError(f"target.dtype must be bfloat16 for target.quantization=fp8, got {config.target.dtype.name}")
     if config.job.name is JobName.verify and config.supervision.share_forward:
         raise ConfigError("supervision.share_forward must be false for job=verify, which compares bits, got true")
     if config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda) and config.supervision.encoding is Encoding.probs:

@@ -10,7 +10,7 @@ from eagle_rpc.config.choices import Membership
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
-from eagle_rpc.jobs.setting import ended_by, run_directory, start_worker
+from eagle_rpc.jobs.setting import ended_by, planned_devices, run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target, serve_until_done
 from eagle_rpc.jobs.trainer_worker import train_until_done
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
@@ -20,7 +20,6 @@ from eagle_rpc.topology import (
     World,
     assign_elastic_roles,
     assign_roles,
-    plan_devices,
     read_world,
     resolve_device,
     stop_signals,
@@ -52,9 +51,7 @@ def run(config: Config) -> int:
 
 
 def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
-    devices = plan_devices(
-        cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count()
-    )
+    devices = planned_devices(config, cast, world)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if not cast.me.has(Role.trainer):

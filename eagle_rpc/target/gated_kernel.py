@@ -1,7 +1,7 @@
 """Triton kernel of `gated_mlp`: a row block against gate and up weights at once, and the gate applied before anything is stored.
 
 Each streaming multiprocessor works through tiles of the result. A tile's gate and up columns are one operand of the matrix units,
-twice as wide as the tile; loads of the next tile begin while this one is gated. Legend: N rows, H hidden, F feed-forward width.
+twice as wide as the tile; loads of the next tile begin while this one is gated. Legend: N rows, H hidden, I intermediate width.
 """
 
 from functools import cache
@@ -42,14 +42,19 @@ def _gated_product_kernel(
         gated.store([row, column], (activated * up).to(gated.dtype))
 
 
-def gated_product(hidden_NH: Tensor, weight_2FH: Tensor) -> Tensor:
-    """`silu(hidden @ weight[0].T) * (hidden @ weight[1].T)`, [N, F] in the dtype of both, which is bf16 or fp16; H a multiple of 8."""
-    (rows, depth), width = hidden_NH.shape, weight_2FH.shape[1]
-    gated_NF = hidden_NH.new_empty(rows, width)
+def gated_product(hidden_NH: Tensor, weight_2IH: Tensor) -> Tensor:
+    """`silu(hidden @ weight[0].T) * (hidden @ weight[1].T)`, [N, I] in the dtype of both, which is bf16 or fp16.
+
+    H and I are multiples of 8, and both tensors contiguous.
+    """
+    (rows, depth), width = hidden_NH.shape, weight_2IH.shape[1]
+    gated_NI = hidden_NH.new_empty(rows, width)
+    if not rows:
+        return gated_NI
     descriptors = (
         TensorDescriptor.from_tensor(hidden_NH, [_TILE_ROWS, _STEP]),
-        TensorDescriptor.from_tensor(weight_2FH, [2, _TILE_COLUMNS, _STEP]),
-        TensorDescriptor.from_tensor(gated_NF, [_TILE_ROWS, _TILE_COLUMNS]),
+        TensorDescriptor.from_tensor(weight_2IH, [2, _TILE_COLUMNS, _STEP]),
+        TensorDescriptor.from_tensor(gated_NI, [_TILE_ROWS, _TILE_COLUMNS]),
     )
     programs = _multiprocessors(hidden_NH.device)
     # Triton launches on the current device, wherever its tensors are.
@@ -58,7 +63,7 @@ def gated_product(hidden_NH: Tensor, weight_2FH: Tensor) -> Tensor:
             *descriptors, rows, width, depth, _TILE_ROWS, _TILE_COLUMNS, _STEP, _GROUP, programs,
             num_stages=_NUM_STAGES, num_warps=_NUM_WARPS,
         )  # fmt: skip
-    return gated_NF
+    return gated_NI
 
 
 @cache

@@ -107,7 +107,7 @@ class HFEagle3TargetModel:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model, for generation and evaluation while no batch runs."""
+        """The transformers model, for generation and evaluation while no batch runs; its weights stay where and what they are."""
         return self._model
 
     @property
@@ -212,7 +212,7 @@ class HFEagle3TargetModel:
                     f"{attention} attention",
                     "eager" if self._compiled is None else self._compiled.form,
                     *(["fused rows"] if self._fused_rows else []),
-                    *(["fused MLPs"] if self._mlps else []),
+                    *([f"{len(self._mlps)} fused MLPs"] if self._mlps else []),
                 ]
             ),
         )

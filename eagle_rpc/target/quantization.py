@@ -69,7 +69,8 @@ def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.de
         raise ConfigError(f"target.quantization={config.quantization.name} must find its package: {error}") from error
     if config.quantization is Quantization.fp8 and not _multiplies_fp8(device):
         raise ConfigError(
-            f"target.quantization must be one that this machine runs on {device}, got fp8, which takes a GPU of compute capability 8.9"
+            f"target.quantization must be one that this machine runs on {device}, got fp8, which takes a GPU of compute capability "
+            f"{'.'.join(map(str, _FP8_CAPABILITY))} or later"
         )
     return quantised
 

@@ -15,10 +15,11 @@ class DevicePlan:
 
 
 def plan_devices(cast: Cast, world: World, *, target: str, trainer: str, num_gpus: int) -> DevicePlan:
-    """This worker's device, and its GPU mapped to those of its peers on the same host.
+    """This worker's device, and its GPU mapped to those of its peers.
 
-    `target` and `trainer` are `target.device` and `train.device`; a worker that is both follows the latter. Worker i of `cast.names`
-    is taken to have local rank i, so where settings are `auto` several workers share a GPU if there are fewer.
+    `target` and `trainer` are `target.device` and `train.device`; a worker that is both follows the latter. The workers of one agent are
+    on one host, where worker i of `cast.names` has local rank i; with settings of `auto` several share a GPU if there are fewer. Of
+    peers with other agents neither host nor GPU is known, so nothing is mapped and CUDA tensors go through host memory.
     """
 
     def device_of(name: str, local_rank: int) -> str:
@@ -26,6 +27,8 @@ def plan_devices(cast: Cast, world: World, *, target: str, trainer: str, num_gpu
         return resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
 
     device = device_of(cast.me.name, world.local_rank)
+    if world.num_agents > 1:
+        return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
     devices = {name: device_of(name, cast.names.index(name)) for name in peers}
     maps = {name: {device: there} for name, there in devices.items() if _are_gpus(device, there)}

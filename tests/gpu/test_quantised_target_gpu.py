@@ -19,6 +19,12 @@ PACKAGES = {"fp8": "torchao", "int8": "bitsandbytes", "int8_weights": "torchao",
 COMPILED = {"compile_shapes": ["4x256"]}
 
 
+@pytest.fixture(autouse=True)
+def own_compiled_code():
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stored")
@@ -54,4 +60,3 @@ def test_a_quantised_target_is_near_the_whole_one_and_always_the_same(stored, qu
     assert 0 < relative_error(quantised.values, exact.values) < 0.7
     for name in ("aux", "values", "log_normalizer", "argmax"):
         assert torch.equal(getattr(quantised, name), getattr(again, name))
-    torch.compiler.reset()

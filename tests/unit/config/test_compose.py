@@ -5,6 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import Quantization
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config, write_config
 from eagle_rpc.errors import ConfigError
 
@@ -65,6 +66,13 @@ def test_a_compiled_target_takes_packed_chats_only_if_it_was_compiled_for_them()
     with pytest.raises(ConfigError, match=r"target\.compile_packed must be true .* got false"):
         load(*packed)
     assert load(*packed, "target.compile_packed=true").target.compile_packed
+
+
+def test_fp8_weights_come_from_bfloat16():
+    fp8 = ["target.quantization=fp8", "target.model=somewhere"]
+    with pytest.raises(ConfigError, match=r"target\.dtype must be bfloat16 for target\.quantization=fp8, got float16"):
+        load(*fp8, "target.dtype=float16")
+    assert load(*fp8, "target.dtype=bfloat16").target.quantization is Quantization.fp8
 
 
 def test_what_compares_bits_shares_no_forward_pass():

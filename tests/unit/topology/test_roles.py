@@ -127,3 +127,10 @@ def test_without_gpus_everything_is_on_the_cpu():
     here = world(rank=1, size=2)
     plan = plan_devices(assign_roles(TopologyConfig(), here), here, **AUTO, num_gpus=0)
     assert (plan.device, plan.device_maps) == ("cpu", {})
+
+
+def test_nothing_is_mapped_to_peers_of_other_agents():
+    here = world(rank=1, size=2, local_rank=0, num_agents=2, role_name="trainer", role_rank=0, role_size=1)
+    cast = assign_roles(TopologyConfig(), here)
+    plan = plan_devices(cast, here, **AUTO, num_gpus=1)
+    assert (plan.device, plan.device_maps) == ("cuda:0", {})
