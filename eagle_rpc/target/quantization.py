@@ -11,6 +11,10 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 
 
+# torchao's settings would make inductor try kernels for minutes, and change how the whole process multiplies fp32.
+_OWN_INDUCTOR = {"set_inductor_config": False}
+
+
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
@@ -22,14 +26,13 @@ def _int8(dtype: torch.dtype) -> BitsAndBytesConfig:
 def _int8_weights(dtype: torch.dtype) -> TorchAoConfig:
     from torchao.quantization import Int8WeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    return TorchAoConfig(Int8WeightOnlyConfig(**_OWN_INDUCTOR))
 
 
 def _fp8(dtype: torch.dtype) -> TorchAoConfig:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
 
-    # Without torchao's settings for inductor, which would also change how the process multiplies fp32.
-    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
+    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **_OWN_INDUCTOR))
 
 
 # Of the first GPUs that multiply fp8.

@@ -92,7 +92,11 @@ def test_an_mlp_of_transformers_gives_what_it_gave(rows):
 @torch.no_grad()
 def test_freed_weights_do_not_stay_in_torchs_cache():
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336)
-    with torch.device("cuda"):
+    with torch.device("meta"):
         mlps = [LlamaMLP(config).to(torch.bfloat16) for _ in range(3)]
+    for mlp in mlps:
+        for weight in mlp.to_empty(device="cuda").parameters():
+            weight.normal_(std=0.02)
     assert len(FusedMLPs(mlps)) == 3
-    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < 2**27
+    # A gate or up weight takes 112 MiB.
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < 2**26
