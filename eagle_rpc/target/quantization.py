@@ -10,7 +10,8 @@ from eagle_rpc.config.choices import Quantization
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 
-
+# Of the first GPUs that multiply fp8.
+_FP8_CAPABILITY = (8, 9)
 # torchao's settings would make inductor try kernels for minutes, and change how the whole process multiplies fp32.
 _OWN_INDUCTOR = {"set_inductor_config": False}
 
@@ -35,8 +36,6 @@ def _fp8(dtype: torch.dtype) -> TorchAoConfig:
     return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **_OWN_INDUCTOR))
 
 
-# Of the first GPUs that multiply fp8.
-_FP8_CAPABILITY = (8, 9)
 _CONFIGS: dict[Quantization, Callable[[torch.dtype], Any]] = {
     Quantization.fp8: _fp8,
     Quantization.int8: _int8,
