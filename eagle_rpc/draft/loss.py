@@ -61,6 +61,10 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_NSH: Tensor, head_KH: Tensor, rows: _Rows, matmul_dtype: torch.dtype, with_gradients: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted sum of losses, scalar, with the losses [N, S] and the most likely draft ids [N, S], which carry no gradients.
+
+        `hidden_NSH` and `head_KH` are multiplied in `matmul_dtype`; their gradients are formed here, `with_gradients`, chunk by chunk.
+        """
         inputs_NSH, weight_KH = hidden_NSH.to(matmul_dtype), head_KH.to(matmul_dtype)
         losses_NS = torch.empty_like(rows.coefficients)
         predicted_NS = torch.empty_like(rows.coefficients, dtype=torch.int64)

@@ -49,7 +49,7 @@ def fused_rows_run(logits_NV: Tensor) -> bool:
         for columns_K in (None, torch.arange(1, device=logits_NV.device)):
             read_rows_fused(logits_NV, columns_K)
     except Exception:
-        # Triton's errors have no class in common.
+        # No Triton, no C compiler, a refused kernel, a driver: each raises errors of its own, and torch reads rows everywhere.
         logger.warning("logits are read by torch, since Triton does not run here (target.fused_rows)", exc_info=True)
         return False
     return True

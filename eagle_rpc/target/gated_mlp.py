@@ -42,7 +42,7 @@ class FusedMLPs:
                     _merge(mlp, weight_2IH)
                     self._mlps.append(mlp)
             except Exception:
-                # Triton's errors have no class in common.
+                # No Triton, no C compiler, a refused kernel, an odd module: each raises errors of its own, and modules run everywhere.
                 if not told:
                     logger.warning("MLPs run as their modules do where a probe fails (target.fused_mlp)", exc_info=True)
                 told = True

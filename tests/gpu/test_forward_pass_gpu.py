@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu_targets import FORMS, MAPPING, batch_of, config_of
+from gpu_waits import waiting_forbidden
 
 from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, decode_supervision
 from eagle_rpc.target.forward_pass import ForwardPass, PassRequest
@@ -38,11 +39,8 @@ def test_starting_a_pass_never_waits_for_the_gpu(forward, encoding, packed):
     # The first packed batch is preceded by a probe, which waits.
     forward.start([request]).finish()
     torch.cuda.synchronize()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with waiting_forbidden():
         started = forward.start([request])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     [encoded] = started.finish()
     assert encoded.supervised_rows.numel() > 300
 

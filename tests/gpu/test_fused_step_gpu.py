@@ -1,10 +1,10 @@
 """The fused step in bf16 on a GPU, against float64: it may be as far off as autograd over the reference in bf16 is."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
+from gpu_waits import waiting_forbidden
 from support.ttt_cases import Case, case_batch, case_draft, gradients, on_device
 
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
@@ -59,19 +59,11 @@ def test_no_rows_give_zero_gradients():
     assert all(not grad.any() for grad in gradients(draft).values())
 
 
-@contextlib.contextmanager
-def waiting_forbidden():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_an_optimiser_step_never_waits_for_the_gpu():
     case = Case(head_dim=64, hidden_size=256)
     learner = Learner(case_draft(case).cuda(), TrainConfig(), DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10)
     batches = [on_device(case_batch(case), "cuda")] * 2
     learner.learn(batches)  # compiles kernels and allocates the optimiser's state
     with waiting_forbidden():
-        learner.learn(batches)
+        outcome = learner.learn(batches)
+    assert outcome.grad_norm > 0 and learner.steps_done == 2
