@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 from support.tiny_model import save_tiny_model, write_prompts
+from support.waiting import until
 from support.workers import free_port
 
 pytestmark = pytest.mark.rpc
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+WAIT = 120.0
 PYTHON = [sys.executable, "-m", "eagle_rpc"]
 SMALL = [
     "target=hf",
@@ -141,16 +143,11 @@ def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int
     """Starts a run and kills its launcher without warning when it has logged `step`; its workers must end by themselves."""
     with (directory / f"killed_{step}.log").open("w") as log:
         launcher = subprocess.Popen([*torchrun(2), *overrides], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while not (f'"step": {step},' in read_if_there(metrics) and len(children_of(launcher.pid)) == 2):
-            assert time.monotonic() < deadline and launcher.poll() is None, (directory / f"killed_{step}.log").read_text()
-            time.sleep(0.01)
-        workers = children_of(launcher.pid)
+        until_logged(launcher, metrics, step, Path(log.name))
+        workers = until(lambda: both if len(both := children_of(launcher.pid)) == 2 else None, "both workers run", seconds=WAIT)
         launcher.send_signal(signal.SIGKILL)
         launcher.wait(10)
-    while any(Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text() for pid in workers):
-        assert time.monotonic() < deadline, f"workers {workers} outlive their launcher"
-        time.sleep(0.01)
+    until(lambda: not any(map(is_alive, workers)), f"workers {workers} end like their launcher", seconds=WAIT)
 
 
 def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_the_same(workplace: tuple[Path, list[str]]):
@@ -162,10 +159,7 @@ def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_th
         launcher = subprocess.Popen(
             [*restarting, "run.name=restarted", *settings], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log
         )
-        deadline = time.monotonic() + 150
-        while '"step": 4,' not in read_if_there(metrics):
-            assert time.monotonic() < deadline and launcher.poll() is None, (directory / "restarted.log").read_text()
-            time.sleep(0.01)
+        until_logged(launcher, metrics, 4, Path(log.name))
         trainer = next(pid for pid in children_of(launcher.pid) if b"ROLE_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(trainer, signal.SIGKILL)
         assert launcher.wait(150) == 0, (directory / "restarted.log").read_text()
@@ -176,8 +170,20 @@ def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_th
         assert kept[0] == kept[1], name
 
 
-def read_if_there(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+def until_logged(launcher: subprocess.Popen, metrics: Path, step: int, log: Path) -> None:
+    """Until the run that `launcher` started has logged `step`."""
+
+    def logged() -> bool:
+        assert launcher.poll() is None, log.read_text()
+        return metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+    until(logged, f"step {step} is logged", seconds=WAIT, seen=log.read_text)
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    return False
 
 
 def children_of(pid: int) -> list[int]:

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from support.elastic import WAIT, Link, Registry, Worker, joined, remote_target, serve_target, serve_tiny_target
 from support.tiny_target import TINY_LLAMA, tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+from support.waiting import until
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.errors import StaleIncarnation
@@ -218,10 +218,7 @@ def be_scanned(link: Link, name: str, address: str, token: bytes) -> None:
     with joined(name, "target", address, token) as membership:
         link.send((membership.me.url, membership.reachable))
         link.receive()
-        for _ in range(1000):
-            if not membership.reachable:
-                break
-            threading.Event().wait(0.01)
+        until(lambda: not membership.reachable, "a scan makes the worker unreachable", seconds=WAIT)
         link.send(membership.reachable)
 
 
@@ -279,9 +276,11 @@ def open_files(pid: int) -> Iterator[str]:
 
 def until_serving(registry: Registry) -> Record:
     """The record of a target once it says that it serves."""
-    while not (serving := [one for one in registry.client.living() if one.status.get("draining") is False]):
-        threading.Event().wait(0.02)
-    return serving[0]
+
+    def serving() -> list[Record]:
+        return [one for one in registry.client.living() if one.status.get("draining") is False]
+
+    return until(serving, "a target serves", seconds=WAIT)[0]
 
 
 def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: Service, registry: Registry):
@@ -292,6 +291,5 @@ def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: 
         check_batches(guest, range(2))
         counts.append(num_sockets(target.process.pid))
         guest.process.kill()
-        while len(registry.client.living()) > 1:
-            threading.Event().wait(0.02)
+        until(lambda: len(registry.client.living()) == 1, "the registry forgets who was killed", seconds=WAIT)
     assert counts[-1] <= counts[1]

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.waiting import until
 from support.workers import TEST_RPC, run_workers
 from torch import Tensor, nn
 
@@ -102,10 +102,7 @@ class Hosted:
 
     def until(self, what: str, holds: Callable[[], bool]) -> dict[str, Any]:
         """The status once `holds` does."""
-        deadline = time.monotonic() + WAIT
-        while not holds():
-            assert time.monotonic() < deadline, f"waited {WAIT} s until {what}: {self.status()}"
-            time.sleep(0.01)
+        until(holds, what, seconds=WAIT, seen=lambda: str(self.status()))
         return self.status()
 
     def idle(self) -> bool:

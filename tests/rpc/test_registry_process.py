@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.waiting import until
 from support.workers import free_port
 
 from eagle_rpc.errors import ConnectionLost, NameTaken, WaitTimeout
@@ -70,11 +71,11 @@ class Place:
             process.stderr.close()
 
     def _wait_until(self, process: subprocess.Popen[str], holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not holds():
+        def holds_or_has_ended() -> bool:
             assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline, f"no registry within {PATIENCE} s"
-            time.sleep(0.02)
+            return holds()
+
+        until(holds_or_has_ended, "the registry answers", seconds=PATIENCE)
 
 
 def answers(client: RegistryClient) -> bool:

@@ -1,13 +1,13 @@
 """Several trainers whose small requests run together in one target, over real RPC."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.elastic import Link, Registry, Worker, remote_target, serve_tiny_target
+from support.elastic import WAIT, Link, Registry, Worker, remote_target, serve_tiny_target
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+from support.waiting import until
 
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -33,6 +33,10 @@ def status_of_target(registry: Registry) -> dict[str, Any]:
     return next(one.record.status for one in registry.client.records() if one.record.role == "target")
 
 
+def num_answered(registry: Registry) -> int:
+    return status_of_target(registry)["requests"].get("ok", 0)
+
+
 def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Path):
     registry = Registry(tmp_path)
     workers = [Worker(serve_tiny_target, "target0", registry.address, registry.token)]
@@ -45,8 +49,8 @@ def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Pat
         for trainer in workers[1:]:
             trainer.send("go")
         answers = [trainer.receive() for trainer in workers[1:]]
-        while (status := status_of_target(registry))["requests"].get("ok", 0) < NUM_TRAINERS * NUM_BATCHES:
-            threading.Event().wait(0.02)
+        until(lambda: num_answered(registry) == NUM_TRAINERS * NUM_BATCHES, "a beat tells of all answers", seconds=WAIT)
+        status = status_of_target(registry)
     finally:
         for worker in workers:
             worker.end()

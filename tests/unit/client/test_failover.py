@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 from fake_membership import FakeMembership, FakeTarget, remote_model
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+from support.waiting import until
 
 from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
 from eagle_rpc.supervision import Failure, Ok, Pulse
@@ -25,16 +27,11 @@ def expected() -> list[dict[str, Any]]:
     return [tensors_of(batch) for batch in backend.stream(tiny_batch(seed) for seed in range(BATCHES))]
 
 
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("did not come true within 20 s")
+soon = partial(until, seconds=20.0)
 
 
 def until_both_serve(backend: Any) -> None:
-    until(lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"])
+    soon(lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"], "both targets serve")
 
 
 def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, Callable[[], None]]) -> None:
@@ -55,8 +52,8 @@ def test_requests_of_a_target_that_dies_are_answered_by_another(
     until_both_serve(backend)
     dying.dies_at = 1
     check_stream(backend, expected, {})
-    until(lambda: [one["name"] for one in backend.status()["targets"]] == ["target1"])
-    until(lambda: membership.num_lost == 1)
+    soon(lambda: [one["name"] for one in backend.status()["targets"]] == ["target1"], "one target is left")
+    soon(lambda: membership.num_lost == 1, "the membership knows of the loss")
     assert backend.status()["failovers"] > 0
 
 
@@ -100,9 +97,9 @@ def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
     backend = opened(FakeMembership(silent, other), heartbeat_misses=4)
     until_both_serve(backend)
     check_stream(backend, expected, {0: silent.hold})
-    until(lambda: "target0 has been silent" in caplog.text)
+    soon(lambda: "target0 has been silent" in caplog.text, "the log tells of it")
     silent.release()
-    until(lambda: "target0 answers again" in caplog.text)
+    soon(lambda: "target0 answers again" in caplog.text, "the log tells of it")
     until_both_serve(backend)
     check_stream(backend, expected, {})
 
@@ -179,7 +176,7 @@ def test_a_target_that_another_process_replaces_is_dropped(
     stopped.hold()
     membership.known = [FakeTarget("target0", server)]
     check_stream(backend, expected, {})
-    until(lambda: "target0 is another process now" in caplog.text)
+    soon(lambda: "target0 is another process now" in caplog.text, "the log tells of it")
     assert [one["state"] for one in backend.status()["targets"]] == ["serving"]
 
 
@@ -204,7 +201,7 @@ def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
     backend = opened(membership)
     foreign = FakeTarget("target1", foreign_server)
     membership.known.append(foreign)
-    until(lambda: "target1 is not used: target1 must serve the same model" in caplog.text)
+    soon(lambda: "target1 is not used: target1 must serve the same model" in caplog.text, "the log tells of it")
     check_stream(backend, expected, {})
     assert foreign.num_requests == 0
 
@@ -226,7 +223,7 @@ def test_a_client_that_finds_no_target_of_its_draft_leaves_no_thread(server: Tar
     before = set(threading.enumerate())
     with pytest.raises(TargetMismatch):
         remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
-    until(lambda: set(threading.enumerate()) <= before)
+    soon(lambda: set(threading.enumerate()) <= before, "all threads have ended")
 
 
 def test_embeddings_come_from_a_target_that_can_give_them(opened: Any, server: TargetModelServer):

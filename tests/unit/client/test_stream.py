@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from fake_membership import FakeMembership, FakeTarget
 from support.tiny_target import tensors_of, tiny_batch
+from support.waiting import until
 
 from eagle_rpc.errors import InvalidRequest, RequestExpired, TargetUnavailable
 from eagle_rpc.supervision import Failure
@@ -45,8 +46,7 @@ def test_batches_come_in_the_order_asked_for_though_answers_do_not(opened: Any, 
     first: list[Any] = []
     reader = threading.Thread(target=lambda: first.append(next(stream)))
     reader.start()
-    while early.num_requests < 2:
-        threading.Event().wait(0.01)
+    until(lambda: early.num_requests >= 2, "the free target has two requests", seconds=20)
     late.release()
     reader.join(20)
     alone = opened(FakeMembership(FakeTarget("target0", server)))

@@ -1,7 +1,6 @@
 """The registry over sockets: who is believed, what is bounded, and that nothing that arrives ends it."""
 
 import contextlib
-import os
 import socket
 import struct
 import threading
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_cases import BOUND, TOKEN, client_of, running_registry, target
+from support.waiting import until
 
 from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, InvalidRequest, NameTaken, WaitTimeout
@@ -88,17 +88,16 @@ def test_clients_at_the_same_time_get_different_ids(server):
     assert len(set(ids)) == 80
 
 
-def test_more_workers_than_connections_may_start_at_once(tmp_path, monkeypatch):
-    def take(_: int) -> int:
-        together.wait(BOUND)
-        return take_id(client, BOUND, threading.Event())
-
-    monkeypatch.setattr(os, "fsync", lambda _: time.sleep(0.01))
-    num_workers = 2 * MAX_CONNECTIONS
-    together = threading.Barrier(num_workers)
-    with running_registry(tmp_path) as server, ThreadPoolExecutor(num_workers) as threads:
+def test_more_workers_than_connections_may_start_at_once(tmp_path, caplog):
+    num_workers, ids = 2 * MAX_CONNECTIONS, StuckIds(tmp_path / "ids")
+    with running_registry(tmp_path, ids=ids) as server, ThreadPoolExecutor(num_workers) as threads:
         client = client_of(server)
-        assert len(set(threads.map(take, range(num_workers)))) == num_workers
+        starting = [threads.submit(take_id, client, BOUND, threading.Event()) for _ in range(num_workers)]
+        # Every connection is taken until one worker at least has been refused and must ask again.
+        ids.wait_for(MAX_CONNECTIONS)
+        until(lambda: f"all {MAX_CONNECTIONS} connections are busy" in caplog.text, "a worker is refused", seconds=BOUND)
+        ids.disk_answers.set()
+        assert len({one.result(BOUND) for one in starting}) == num_workers
 
 
 def test_workers_that_wait_for_the_disk_keep_their_connections(tmp_path):
