@@ -78,11 +78,16 @@ def measure(
 def clock_and_power(device: torch.device) -> dict[str, float]:
     """What the GPU runs at this moment at, where its management library can be asked: under load it lowers its clock."""
     with contextlib.suppress(ModuleNotFoundError):
-        return {"megahertz": float(torch.cuda.clock_rate(device)), "watts": torch.cuda.power_draw(device) / 1e3}
+        return {
+            "megahertz": float(torch.cuda.clock_rate(device)),
+            "watts": torch.cuda.power_draw(device) / 1e3,
+        }
     return {}
 
 
-def kernel_times(run: Callable[[], Any], kinds: Sequence[tuple[str, tuple[str, ...]]]) -> tuple[dict[str, float], list[str]]:
+def kernel_times(
+    run: Callable[[], Any], kinds: Sequence[tuple[str, tuple[str, ...]]]
+) -> tuple[dict[str, float], list[str]]:
     """Milliseconds on the GPU of one run by kind of kernel, and the kernels that take longest, one a line.
 
     `kinds`: a kind, and what the names of its kernels hold; the first that fits counts.
@@ -98,12 +103,17 @@ def kernel_times(run: Callable[[], Any], kinds: Sequence[tuple[str, tuple[str, .
         kind = next((kind for kind, signs in kinds if any(sign in event.key for sign in signs)), "other")
         times[kind] = times.get(kind, 0.0) + event.self_device_time_total / 1e3
     longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
-    return times, [f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:110]}" for event in longest]
+    return times, [
+        f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:4d} x {event.key[:110]}"
+        for event in longest
+    ]
 
 
 def environment(device: torch.device) -> dict[str, str]:
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "command": " ".join(sys.argv),
@@ -121,4 +131,7 @@ class Results:
     def add(self, **entry: Any) -> None:
         self._content["runs"].append(entry)
         self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)
+        print(
+            " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()),
+            flush=True,
+        )

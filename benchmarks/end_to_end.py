@@ -109,9 +109,14 @@ class Contestant:
     def measure(self, *, warmups: int, steps: int, tokens_per_step: int) -> dict[str, float]:
         window = self._trainer.ask(warmups=warmups, steps=steps)
         seconds = window["ended"] - window["started"]
-        figures = {"tokens_per_second": steps * tokens_per_step / seconds, "trainer_wait_share": window["waited"] / seconds}
+        figures = {
+            "tokens_per_second": steps * tokens_per_step / seconds,
+            "trainer_wait_share": window["waited"] / seconds,
+        }
         for target in self._targets:
-            figures["target_idle_share"] = target.ask(started=window["started"], ended=window["ended"])["idle_share"]
+            figures["target_idle_share"] = target.ask(started=window["started"], ended=window["ended"])[
+                "idle_share"
+            ]
         return figures | {"trainer_peak_gib": window["peak_bytes"] / 2**30}
 
 
@@ -130,18 +135,31 @@ def both_ways(arguments: argparse.Namespace, directory: Path) -> Iterator[dict[s
     target, trainer = (command(role, half, static_environment(rank, 2, port), device) for rank, role in roles)
     colocated = command("colocated", 2 * half, {}, arguments.device)
     # All at once: a large target takes minutes to load.
-    with running([target, colocated], trainer, directory, start_timeout=arguments.start_timeout) as ((server, alone), client):
+    with running([target, colocated], trainer, directory, start_timeout=arguments.start_timeout) as (
+        (server, alone),
+        client,
+    ):
         alone.answer(arguments.start_timeout)
         yield {"co-located": Contestant([], alone), "remote": Contestant([server], client)}
 
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
-    lines = ["| way | trained tokens/s (range) | against co-located | trainer waits | target idle |", "|---|---|---|---|---|"]
-    medians = {name: {figure: statistics.median(run[figure] for run in of) for figure in of[0]} for name, of in runs.items()}
+    lines = [
+        "| way | trained tokens/s (range) | against co-located | trainer waits | target idle |",
+        "|---|---|---|---|---|",
+    ]
+    medians = {
+        name: {figure: statistics.median(run[figure] for run in of) for figure in of[0]}
+        for name, of in runs.items()
+    }
     for name, figures in medians.items():
         rates = [run["tokens_per_second"] for run in runs[name]]
         ratio = figures["tokens_per_second"] / medians["co-located"]["tokens_per_second"]
-        idle = f"{figures['target_idle_share']:.0%}" if "target_idle_share" in figures else "as long as the trainer trains"
+        idle = (
+            f"{figures['target_idle_share']:.0%}"
+            if "target_idle_share" in figures
+            else "as long as the trainer trains"
+        )
         lines.append(
             f"| {name} | {figures['tokens_per_second']:,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | {ratio:.2f} "
             f"| {figures['trainer_wait_share']:.0%} | {idle} |"
@@ -150,7 +168,9 @@ def table(runs: dict[str, list[dict[str, float]]]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--target", choices=list(SETTINGS), default="small")
     parser.add_argument("--device", default="cpu", help="of both ways, as train.device takes it")
     parser.add_argument("--trainer-device", help="of the remote trainer, if it is another")
@@ -159,7 +179,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits", "probs"])
     parser.add_argument("--prefetch", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 2, help="of each way")
+    parser.add_argument(
+        "--threads", type=int, default=psutil.cpu_count(logical=False) or 2, help="of each way"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--warmups", type=int, default=2, help="optimiser steps before each measurement")
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a measurement")
@@ -173,17 +195,27 @@ def main() -> None:
     arguments = parse_arguments()
     rows, length = map(int, (arguments.size or SETTINGS[arguments.target].size).split("x"))
     runs: dict[str, list[dict[str, float]]] = {}
-    with tempfile.TemporaryDirectory(prefix="end-to-end-") as directory, both_ways(arguments, Path(directory)) as contestants:
+    with (
+        tempfile.TemporaryDirectory(prefix="end-to-end-") as directory,
+        both_ways(arguments, Path(directory)) as contestants,
+    ):
         for repetition in range(arguments.repetitions):
             for name, contestant in contestants.items():
                 figures = contestant.measure(
-                    warmups=arguments.warmups, steps=arguments.steps, tokens_per_step=rows * length * arguments.accumulation
+                    warmups=arguments.warmups,
+                    steps=arguments.steps,
+                    tokens_per_step=rows * length * arguments.accumulation,
                 )
                 runs.setdefault(name, []).append(figures)
-                print(f"{repetition + 1}/{arguments.repetitions} {name}: {figures['tokens_per_second']:,.0f} tokens/s", flush=True)
+                print(
+                    f"{repetition + 1}/{arguments.repetitions} {name}: {figures['tokens_per_second']:,.0f} tokens/s",
+                    flush=True,
+                )
     print(f"\n{table(runs)}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({**environment(arguments), "runs": runs}, indent=1) + "\n", encoding="utf-8")
+        arguments.output.write_text(
+            json.dumps({**environment(arguments), "runs": runs}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:

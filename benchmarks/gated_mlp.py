@@ -30,19 +30,25 @@ def ways(hidden_NH: Tensor, weight_2IH: Tensor) -> dict[str, Callable[[], Tensor
     both_IH = weight_2IH.flatten(0, 1)
     return {
         "one product without the gate": lambda: F.linear(hidden_NH, both_IH),
-        "two products and a compiled gate": lambda: gate(*(F.linear(hidden_NH, weight) for weight in weight_2IH)),
+        "two products and a compiled gate": lambda: gate(
+            *(F.linear(hidden_NH, weight) for weight in weight_2IH)
+        ),
         "gate inside the product": lambda: gated_product(hidden_NH, weight_2IH),
     }
 
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--width", type=int, default=14336)
-    parser.add_argument("--repeats", type=int, default=500, help="of each way in a round: long enough to heat the GPU")
+    parser.add_argument(
+        "--repeats", type=int, default=500, help="of each way in a round: long enough to heat the GPU"
+    )
     options = parser.parse_args()
     device = torch.device("cuda")
     results = Results(options.out / "gated_mlp.json", device)
@@ -54,15 +60,24 @@ def main() -> None:
     gates, ups = (F.linear(hidden_NH, weight) for weight in weight_2IH)
     differ = gated_product(hidden_NH, weight_2IH) != F.silu(gates) * ups
     results.add(
-        shape=f"{options.rows}x{options.hidden}x{options.width}", share_of_elements_that_differ=float(differ.float().mean())
+        shape=f"{options.rows}x{options.hidden}x{options.width}",
+        share_of_elements_that_differ=float(differ.float().mean()),
     )
     del gates, ups, differ
     for number in range(_ROUNDS):
         for way, run in ways(hidden_NH, weight_2IH).items():
-            seconds = median_seconds(run, repeats=options.repeats, warmups=options.repeats // 4, device=device)
+            seconds = median_seconds(
+                run, repeats=options.repeats, warmups=options.repeats // 4, device=device
+            )
             run()
             figures = clock_and_power(device)
-            results.add(round=number + 1, way=way, milliseconds=1e3 * seconds, teraflops=flops / seconds / 1e12, **figures)
+            results.add(
+                round=number + 1,
+                way=way,
+                milliseconds=1e3 * seconds,
+                teraflops=flops / seconds / 1e12,
+                **figures,
+            )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ class BigramTarget:
     def batch(self) -> Eagle3TargetBatch:
         """The next batch, of random tokens."""
         ids = torch.randint(VOCAB, (BATCH, LENGTH), device="cuda", generator=self._generator)
-        tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=torch.ones_like(ids))
+        tokens = TokenBatch(
+            input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=torch.ones_like(ids)
+        )
         rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
         logits_BTK = self._last[ids] + self._before[ids.roll(1, dims=1)]
         logits_NK = logits_BTK.flatten(0, 1)[rows + 1].bfloat16()
@@ -92,11 +94,20 @@ def main() -> None:
         "reference_fp32": losses_of(draft, fused=False, autocast=None),
     }
     exact = torch.tensor(curves["reference_fp32"])
-    distances = {name: float(((torch.tensor(curves[name]) - exact) / exact).abs().max()) for name in ("fused", "reference_bf16")}
-    content = {**environment(torch.device("cuda")), "largest_relative_distance_to_reference_fp32": distances, "losses": curves}
+    distances = {
+        name: float(((torch.tensor(curves[name]) - exact) / exact).abs().max())
+        for name in ("fused", "reference_bf16")
+    }
+    content = {
+        **environment(torch.device("cuda")),
+        "largest_relative_distance_to_reference_fp32": distances,
+        "losses": curves,
+    }
     (options.out / "loss_curve.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     for step in (0, 9, 49, 99, 199, 299):
-        print(f"step {step + 1:3d} " + " ".join(f"{name} {curve[step]:.4f}" for name, curve in curves.items()))
+        print(
+            f"step {step + 1:3d} " + " ".join(f"{name} {curve[step]:.4f}" for name, curve in curves.items())
+        )
     print("largest distance to fp32:", distances)
 
 

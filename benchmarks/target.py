@@ -43,7 +43,15 @@ from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, TokenBatch, Voc
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.supervise import supervise
 
-SYSTEMS = ("plain", "eager", "eager_fused_rows", "eager_fused", "compiled", "compiled_fused_rows", "compiled_fused")
+SYSTEMS = (
+    "plain",
+    "eager",
+    "eager_fused_rows",
+    "eager_fused",
+    "compiled",
+    "compiled_fused_rows",
+    "compiled_fused",
+)
 
 
 def sizes_of(names: list[str]) -> list[tuple[int, int]]:
@@ -58,7 +66,9 @@ def bucket_shapes(longest: int) -> list[tuple[int, int]]:
 class Bench:
     """One model with all the targets made of it, which share its weights."""
 
-    def __init__(self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
+    def __init__(
+        self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float
+    ) -> None:
         self.name = {"shape": shape, "attention": attention, "quantization": options.quantization}
         self.options, self.results, self.ceiling = options, results, ceiling
         self.device = torch.device(options.device)
@@ -72,10 +82,14 @@ class Bench:
         if system not in self._targets:
             target = HFEagle3TargetModel(self.model, **fused_kernels([system]))
             if system.startswith("compiled"):
-                shapes = sizes_of(self.options.sizes) + (bucket_shapes(self.options.longest) if self.options.chats else [])
+                shapes = sizes_of(self.options.sizes) + (
+                    bucket_shapes(self.options.longest) if self.options.chats else []
+                )
                 names = [f"{batch}x{length}" for batch, length in shapes]
                 seconds = median_seconds(
-                    lambda: target.compile(names, packed=bool(self.options.chats), mode=CompileMode[self.options.compile_mode]),
+                    lambda: target.compile(
+                        names, packed=bool(self.options.chats), mode=CompileMode[self.options.compile_mode]
+                    ),
                     repeats=1,
                     warmups=0,
                     device=self.device,
@@ -88,14 +102,26 @@ class Bench:
         target = self.target(system)
         if system == "plain":
             member = self.mapping.t2d.to(self.device)
-            arguments = (self.vocab.selected_token_ids, member, tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
+            arguments = (
+                self.vocab.selected_token_ids,
+                member,
+                tokens.input_ids,
+                tokens.attention_mask,
+                tokens.loss_mask,
+            )
             return torch.no_grad()(lambda: compute_supervision(target, *arguments))
-        return lambda: supervise(target, tokens, self.vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)
+        return lambda: supervise(
+            target, tokens, self.vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows
+        )
 
-    def measure_size(self, size: tuple[int, int], share: float, encoding: str, chunk_rows: int, system: str) -> None:
+    def measure_size(
+        self, size: tuple[int, int], share: float, encoding: str, chunk_rows: int, system: str
+    ) -> None:
         tokens = full_batch(*size, self.model.config.vocab_size, share, self.device)
         name = {**self.name, "size": f"{size[0]}x{size[1]}", "system": system, "supervised_share": share}
-        name |= {"encoding": "probs"} if system == "plain" else {"encoding": encoding, "chunk_rows": chunk_rows}
+        name |= (
+            {"encoding": "probs"} if system == "plain" else {"encoding": encoding, "chunk_rows": chunk_rows}
+        )
         num_tokens = size[0] * size[1]
         run = self.run_of(system, tokens, encoding, chunk_rows)
         run()
@@ -108,8 +134,13 @@ class Bench:
             spent = stage_milliseconds(self.target(system), tokens, self.vocab, **settings)
             figures |= {f"{stage}_ms": milliseconds for stage, milliseconds in spent.items()}
             requests = max(4, 2**17 // num_tokens) if self.device.type == "cuda" else 4
-            served = served_rate(self.target(system), tokens, self.mapping, **settings, requests=requests, device=self.device)
-            figures |= {"served_tokens_per_second": served, "served_share_of_shape_ceiling": served / of_shapes}
+            served = served_rate(
+                self.target(system), tokens, self.mapping, **settings, requests=requests, device=self.device
+            )
+            figures |= {
+                "served_tokens_per_second": served,
+                "served_share_of_shape_ceiling": served / of_shapes,
+            }
         self.results.add(**name, **figures)
 
     def measure_mix(self, system: str) -> None:
@@ -121,8 +152,12 @@ class Bench:
             "packed": packed_mix(lengths, 4, longest, vocab_size, self.device),
         }
         for kind, mix in mixes.items():
-            runs = [self.run_of(system, tokens, "hidden", self.options.chunk_rows[0]) for tokens in mix.batches]
-            seconds = median_seconds(lambda runs=runs: [run() for run in runs], repeats=3, warmups=1, device=self.device)
+            runs = [
+                self.run_of(system, tokens, "hidden", self.options.chunk_rows[0]) for tokens in mix.batches
+            ]
+            seconds = median_seconds(
+                lambda runs=runs: [run() for run in runs], repeats=3, warmups=1, device=self.device
+            )
             slots = sum(tokens.input_ids.numel() for tokens in mix.batches)
             self.results.add(
                 **self.name,
@@ -146,11 +181,15 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for shape, encoding in itertools.product(options.shapes if options.deliver else [], options.deliver or []):
+    for shape, encoding in itertools.product(
+        options.shapes if options.deliver else [], options.deliver or []
+    ):
         results.add(**deliver(shape, encoding, options))
 
 
-def measure_model(shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float) -> None:
+def measure_model(
+    shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float
+) -> None:
     bench = Bench(shape, attention, options, results, ceiling)
     variants = list(itertools.product(options.supervised, options.encodings, options.chunk_rows))
     for size, variant, system in itertools.product(sizes_of(options.sizes), variants, options.systems):
@@ -161,14 +200,18 @@ def measure_model(shape: str, attention: str, options: argparse.Namespace, resul
             bench.measure_size(size, *variant, system)
         except (torch.cuda.OutOfMemoryError, EagleRpcError) as error:
             failure = f"{type(error).__name__}: {error}"[:300]
-            results.add(**bench.name, size=f"{size[0]}x{size[1]}", system=system, variant=variant, failed=failure)
+            results.add(
+                **bench.name, size=f"{size[0]}x{size[1]}", system=system, variant=variant, failed=failure
+            )
     for system in options.systems if options.chats else []:
         if system != "plain":
             bench.measure_mix(system)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shapes", nargs="+", default=["llama"], choices=list(SHAPES))
@@ -176,14 +219,20 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--encodings", nargs="+", default=["hidden"], choices=ENCODINGS)
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0], help="shares of the rows")
-    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers")
     parser.add_argument(
-        "--quantization", choices=[Quantization.fp8.name, Quantization.int8_weights.name], help="not with --deliver"
+        "--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers"
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=[Quantization.fp8.name, Quantization.int8_weights.name],
+        help="not with --deliver",
     )
     parser.add_argument("--chunk-rows", type=int, nargs="+", default=[2048])
     parser.add_argument("--compile-mode", default="default", choices=[mode.name for mode in CompileMode])
     parser.add_argument("--chats", type=int, default=0, help="of the mix of lengths; 0: none")
-    parser.add_argument("--deliver", nargs="+", choices=ENCODINGS, help="encodings that go to a trainer process over RPC")
+    parser.add_argument(
+        "--deliver", nargs="+", choices=ENCODINGS, help="encodings that go to a trainer process over RPC"
+    )
     parser.add_argument("--deliver-size", default="4x2048")
     parser.add_argument("--requests", type=int, default=30, help="that are delivered")
     parser.add_argument("--prefetch", type=int, default=4, help="requests under way")

@@ -21,18 +21,42 @@ from device_measuring import Results, kernel_times, matrix_ceiling, measure
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
-from eagle_rpc.supervision import DraftHead, Eagle3TargetBatch, ProjectedTargets, StoredLogits, TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision import (
+    DraftHead,
+    Eagle3TargetBatch,
+    ProjectedTargets,
+    StoredLogits,
+    TokenBatch,
+    shifted_loss_mask,
+)
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
 SHAPES = {
     # The draft of meta-llama/Llama-3.1-8B-Instruct and of Qwen/Qwen3-8B, by their configs.
-    "llama": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "vocab_size": 128256},
-    "qwen3": {"hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32, "vocab_size": 151936},
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "vocab_size": 128256,
+    },
+    "qwen3": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "vocab_size": 151936,
+    },
 }
 # Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A learner's whole
 # optimiser step: on one micro-batch, on one recomputed, on four.
-SYSTEMS = ("fused", "fused_recompute", "reference", "optimiser", "optimiser_recompute", "optimiser_accumulated")
+SYSTEMS = (
+    "fused",
+    "fused_recompute",
+    "reference",
+    "optimiser",
+    "optimiser_recompute",
+    "optimiser_accumulated",
+)
 ACCUMULATED = 4
 STEPS, SUPERVISED_SHARE = 7, 0.9
 GPU = torch.device("cuda")
@@ -128,7 +152,9 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def measure_system(name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float) -> None:
+def measure_system(
+    name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float
+) -> None:
     rows, length = map(int, name["size"].split("x"))
     draft = make_draft(name["shape"])
     for parameter in draft.parameters():

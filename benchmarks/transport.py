@@ -54,9 +54,15 @@ def static(encoding: str, work: Path) -> Contestant:
 def elastic(encoding: str, path: Path) -> Contestant:
     """A registry, a target and a trainer, each a job of its own."""
     work = Work.load(str(path))
-    meeting = ["rpc=elastic", f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={work.directory}/token"]
+    meeting = [
+        "rpc=elastic",
+        f"rpc.registry=127.0.0.1:{free_port()}",
+        f"rpc.token_file={work.directory}/token",
+    ]
     program = [sys.executable, "-m", "eagle_rpc"]
-    registry = Command("registry", [*program, "job=registry", *meeting, f"run.dir={work.directory}/run"], {}, answers=False)
+    registry = Command(
+        "registry", [*program, "job=registry", *meeting, f"run.dir={work.directory}/run"], {}, answers=False
+    )
     target = Command("target", [*program, "job=serve", *meeting, *overrides(work)], {}, answers=False)
     argv = [sys.executable, "-m", "peers.ours", "trainer", str(path), *meeting, f"supervision={encoding}"]
     return Contestant(f"elastic, {encoding}", [registry, target], Command("trainer", argv, {}, answers=True))
@@ -67,14 +73,20 @@ MEMBERSHIPS = {"static": static, "elastic": elastic}
 
 def prepare(work: Work) -> Path:
     """Saves the target, the batches, and as draft vocabulary the K ids that the target itself predicts most often there."""
-    config = TargetConfig(model="", random=work.architecture, dtype=DType[work.dtype], aux_layer_ids=list(work.aux_layer_ids))
+    config = TargetConfig(
+        model="", random=work.architecture, dtype=DType[work.dtype], aux_layer_ids=list(work.aux_layer_ids)
+    )
     model, _ = load_model(config, "cpu", cache_dir=work.directory, seed=work.seed)
     model.save_pretrained(work.model_dir)
     batches = random_batches(work)
     counts = torch.zeros(work.vocab_size, dtype=torch.int64)
     with torch.no_grad():
         for batch in batches:
-            predicted_BT = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float().argmax(-1)
+            predicted_BT = (
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                .logits.float()
+                .argmax(-1)
+            )
             counts += predicted_BT[batch["loss_mask"].bool()].bincount(minlength=work.vocab_size)
     selected_token_ids = counts.topk(work.draft_vocab_size).indices.sort().values
     work.save_tokens(batches, selected_token_ids)
@@ -82,9 +94,12 @@ def prepare(work: Work) -> Path:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--nemo-python", help="python of an environment with nemo-automodel; without it this package is measured alone"
+        "--nemo-python",
+        help="python of an environment with nemo-automodel; without it this package is measured alone",
     )
     parser.add_argument("--memberships", nargs="+", choices=tuple(MEMBERSHIPS), default=list(MEMBERSHIPS))
     parser.add_argument("--repetitions", type=int, default=5)
@@ -97,7 +112,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--real-share", type=float, default=0.9, help="of the tokens, the others are padding")
-    parser.add_argument("--answer-share", type=float, default=0.75, help="of the real tokens, those that the loss mask selects")
+    parser.add_argument(
+        "--answer-share",
+        type=float,
+        default=0.75,
+        help="of the real tokens, those that the loss mask selects",
+    )
     parser.add_argument("--dtype", choices=[one.name for one in DType], default="float32")
     parser.add_argument("--prefetch", type=int, default=4, help="requests under way")
     parser.add_argument("--seed", type=int, default=0)
@@ -129,9 +149,19 @@ def main() -> None:
         for membership in arguments.memberships:
             contestants += [MEMBERSHIPS[membership](encoding, path) for encoding in ENCODINGS]
         measurement = Measurement(contestants, work)
-        measurement.run(repetitions=arguments.repetitions, num_requests=arguments.requests, idle_seconds=arguments.idle_seconds)
+        measurement.run(
+            repetitions=arguments.repetitions,
+            num_requests=arguments.requests,
+            idle_seconds=arguments.idle_seconds,
+        )
         command = shlex.join(["python", "benchmarks/transport.py", *sys.argv[1:]])
-        text = report(measurement, work, num_requests=arguments.requests, peer_python=arguments.nemo_python, command=command)
+        text = report(
+            measurement,
+            work,
+            num_requests=arguments.requests,
+            peer_python=arguments.nemo_python,
+            command=command,
+        )
     print(f"\n{text}")
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")

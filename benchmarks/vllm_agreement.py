@@ -58,14 +58,20 @@ def decode_here(work: Work) -> Outcome:
     from eagle_rpc.evaluate.speculative import DecodingCounts, decode_speculatively
     from eagle_rpc.serving.export import load_export
 
-    model = AutoModelForCausalLM.from_pretrained(work.target, dtype=torch.float32).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(work.target, dtype=torch.float32).eval().requires_grad_(False)
+    )
     export = load_export(Path(work.draft))
     target = GreedyTarget(model, export.aux_layer_ids)
     proposer = draft_proposer(model, export, num_draft_tokens=work.num_draft_tokens)
     counts, texts = DecodingCounts([0] * work.num_draft_tokens), []
     for prompt_ids in work.prompts:
         token_ids, drafts = decode_speculatively(
-            target, proposer, prompt_ids, max_new_tokens=work.max_new_tokens, stop_token_ids=work.stop_token_ids
+            target,
+            proposer,
+            prompt_ids,
+            max_new_tokens=work.max_new_tokens,
+            stop_token_ids=work.stop_token_ids,
         )
         counts.add(drafts)
         texts.append(token_ids)
@@ -84,9 +90,15 @@ def decode_in_vllm(work: Work) -> Outcome:
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        speculative_config={"method": "eagle3", "model": work.draft, "num_speculative_tokens": work.num_draft_tokens},
+        speculative_config={
+            "method": "eagle3",
+            "model": work.draft,
+            "num_speculative_tokens": work.num_draft_tokens,
+        },
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=work.max_new_tokens, stop_token_ids=work.stop_token_ids)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=work.max_new_tokens, stop_token_ids=work.stop_token_ids
+    )
     answers = llm.generate([{"prompt_token_ids": prompt_ids} for prompt_ids in work.prompts], sampling)
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     return Outcome(
@@ -101,7 +113,11 @@ def call_vllm(python: str, work: Work) -> Outcome:
         asked, answered = Path(scratch, "work.json"), Path(scratch, "outcome.json")
         asked.write_text(json.dumps(asdict(work)))
         # A slice of the host's memory for keys and values; no look-ups outside the host.
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         command = [python, __file__, VLLM_SIDE, str(asked), str(answered)]
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr, timeout=3600)
         return Outcome(**json.loads(answered.read_text()))
@@ -122,7 +138,9 @@ def read_prompts(path: Path, target: str, num_prompts: int) -> list[list[int]]:
         messages = json.loads(line)["messages"]
         while messages[-1]["role"] != "user":
             messages.pop()
-        prompts.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+        prompts.append(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
     return prompts
 
 
@@ -155,11 +173,15 @@ def compare(title: str, work: Work, python: str) -> tuple[Outcome, bool]:
     ours, theirs = decode_here(work), call_vllm(python, work)
     same_texts = sum(mine == other for mine, other in zip(ours.texts, theirs.texts, strict=True))
     agree = ours.counts() == theirs.counts()
-    print(f"{title}: {len(work.prompts)} prompts, {sum(map(len, ours.texts))} tokens, {same_texts} texts equal")
+    print(
+        f"{title}: {len(work.prompts)} prompts, {sum(map(len, ours.texts))} tokens, {same_texts} texts equal"
+    )
     for name, outcome in (("eagle_rpc", ours), ("vLLM", theirs)):
         accepted = outcome.accepted_per_position
         accept_length = 1 + sum(accepted) / outcome.num_drafts
-        print(f"  {name:9} drafts {outcome.num_drafts:5}  accepted per position {accepted}  accept length {accept_length:.4f}")
+        print(
+            f"  {name:9} drafts {outcome.num_drafts:5}  accepted per position {accepted}  accept length {accept_length:.4f}"
+        )
     print(f"  counts {'agree' if agree else 'DIFFER'}", flush=True)
     return ours, agree
 
@@ -173,7 +195,9 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-draft-tokens", type=int, default=3)
-    parser.add_argument("--shift-aux", action="store_true", help="repeat with the captured layers shifted by one on purpose")
+    parser.add_argument(
+        "--shift-aux", action="store_true", help="repeat with the captured layers shifted by one on purpose"
+    )
     arguments = parser.parse_args()
     work = make_work(arguments)
     ours, succeeded = compare("as trained", work, arguments.python)
@@ -181,7 +205,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch, "shifted")
             shift_aux(arguments.draft, arguments.target, copy)
-            shifted, agree = compare("layers shifted by one", Work(**asdict(work) | {"draft": str(copy)}), arguments.python)
+            shifted, agree = compare(
+                "layers shifted by one", Work(**asdict(work) | {"draft": str(copy)}), arguments.python
+            )
         differ = shifted.counts() != ours.counts()
         print(f"the shift {'shows' if differ else 'DOES NOT SHOW'} in the counts")
         succeeded = succeeded and agree and differ

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
 from eagle_rpc.errors import EagleRpcError
-from eagle_rpc.topology import die_with_parent, prepare_environment, read_world
+from eagle_rpc.process import die_with_parent, prepare_environment, read_world
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

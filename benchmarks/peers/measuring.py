@@ -63,7 +63,9 @@ def idle_shares(processes: list[Process], seconds: float) -> dict[str, float]:
     """Each process's share of a core while nothing is asked."""
     before = [process.cpu_seconds() for process in processes]
     time.sleep(seconds)
-    return {one.name: (one.cpu_seconds() - then) / seconds for one, then in zip(processes, before, strict=True)}
+    return {
+        one.name: (one.cpu_seconds() - then) / seconds for one, then in zip(processes, before, strict=True)
+    }
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,27 @@ class Measurement:
         for repetition in range(repetitions):
             # Forwards, then backwards: a machine that gets slower meanwhile favours nobody.
             for contestant in self._contestants if repetition % 2 == 0 else reversed(self._contestants):
-                with running(contestant.servers, contestant.client, Path(self._work.directory)) as (servers, client):
+                with running(contestant.servers, contestant.client, Path(self._work.directory)) as (
+                    servers,
+                    client,
+                ):
                     client.ask(requests=WARM_UP)
                     outcome = measure(servers, client, num_requests)
                     self.outcomes[contestant.name].append(outcome)
-                    print(f"{repetition + 1}/{repetitions} {contestant.name}: {outcome.tokens_per_second:.0f} tokens/s", flush=True)
+                    print(
+                        f"{repetition + 1}/{repetitions} {contestant.name}: {outcome.tokens_per_second:.0f} tokens/s",
+                        flush=True,
+                    )
                     if repetition == 0:
                         self._look_closely(contestant, servers, client, idle_seconds)
 
-    def _look_closely(self, contestant: Contestant, servers: list[Process], client: Process, idle_seconds: float) -> None:
+    def _look_closely(
+        self, contestant: Contestant, servers: list[Process], client: Process, idle_seconds: float
+    ) -> None:
         """What need not be repeated: the answer itself, and processes that have nothing to do."""
-        reference, answer = (Path(self._work.directory) / f"{name}.safetensors" for name in ("reference", "answer"))
+        reference, answer = (
+            Path(self._work.directory) / f"{name}.safetensors" for name in ("reference", "answer")
+        )
         if contestant is self._contestants[0]:
             client.ask(save=str(reference))
         else:

@@ -20,7 +20,11 @@ def serve_target(work: Work, port: int) -> None:
     from nemo_automodel.components.speculative.eagle.target import HFEagle3TargetModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work.model_dir, dtype=getattr(torch, work.dtype)).eval().requires_grad_(False)
+    model = (
+        AutoModelForCausalLM.from_pretrained(work.model_dir, dtype=getattr(torch, work.dtype))
+        .eval()
+        .requires_grad_(False)
+    )
     target = HFEagle3TargetModel(model, aux_layer_ids=work.aux_layer_ids)
     serve(TargetModelServer(target, nccl_port=port + 100, host="127.0.0.1"), "127.0.0.1", port)
 

@@ -23,10 +23,11 @@ from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done
 from eagle_rpc.jobs.trainer_worker import connect_target
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping
 from eagle_rpc.target.loading import load_target_config
-from eagle_rpc.topology import DevicePlan, Role, assign_elastic_roles, assign_roles, read_world
+from eagle_rpc.topology import DevicePlan, Role, assign_elastic_roles, assign_roles
 
 # Rows whose probabilities are read at a time: as the loss does, so that they need not exist all at once.
 _CHUNK_ROWS = 512
@@ -59,7 +60,9 @@ def serve_target(_work: Work, config: Config) -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    with join_static(cast, world, config.rpc, DevicePlan("cpu", {}), static_permissions(config.rpc)) as membership:
+    with join_static(
+        cast, world, config.rpc, DevicePlan("cpu", {}), static_permissions(config.rpc)
+    ) as membership:
         serve_until_done(config, CPU, membership, threading.Event())
 
 
@@ -67,14 +70,22 @@ def use_target(work: Work, config: Config) -> None:
     """A trainer that only reads what it is sent."""
     world, stop = read_world(), threading.Event()
     elastic = config.rpc.membership is Membership.elastic
-    cast = assign_elastic_roles(Role.trainer, config.topology, world) if elastic else assign_roles(config.topology, world)
+    cast = (
+        assign_elastic_roles(Role.trainer, config.topology, world)
+        if elastic
+        else assign_roles(config.topology, world)
+    )
     start_worker(config, cast.me.name)
     with contextlib.ExitStack() as stack:
         if elastic:
             permissions = trainer_permissions(config.rpc)
-            joined = announced(config, cast.me.name, Role.trainer, CPU, permissions, stop, when_superseded=stop.set)
+            joined = announced(
+                config, cast.me.name, Role.trainer, CPU, permissions, stop, when_superseded=stop.set
+            )
         else:
-            joined = join_static(cast, world, config.rpc, DevicePlan("cpu", {}), static_permissions(config.rpc))
+            joined = join_static(
+                cast, world, config.rpc, DevicePlan("cpu", {}), static_permissions(config.rpc)
+            )
         membership = stack.enter_context(joined)
         if not elastic:
             stack.callback(membership.mark, DONE)

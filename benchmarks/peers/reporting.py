@@ -20,14 +20,19 @@ def tables(measurement: Measurement) -> str:
     ]
     for name in measurement.outcomes:
         seconds, size, rate, server_cpu, client_cpu = (
-            measurement.median(name, figure) for figure in ("seconds", "bytes", "tokens_per_second", "server_cpu", "client_cpu")
+            measurement.median(name, figure)
+            for figure in ("seconds", "bytes", "tokens_per_second", "server_cpu", "client_cpu")
         )
         ratio, lowest, highest = measurement.ratio(name)
         lines.append(
             f"| {name} | {seconds:.3f} | {size / 1e6:.2f} | {rate:,.0f} | {ratio:.2f} ({lowest:.2f} to {highest:.2f}) | "
             f"{server_cpu:.3f} + {client_cpu:.3f} |"
         )
-    lines += ["", f"| side | idle, % of a core | probabilities, hidden states, mask against {first} |", "|---|---|---|"]
+    lines += [
+        "",
+        f"| side | idle, % of a core | probabilities, hidden states, mask against {first} |",
+        "|---|---|---|",
+    ]
     for name, idle in measurement.idle.items():
         shares = ", ".join(f"{process} {100 * share:.1f}" for process, share in idle.items())
         lines.append(f"| {name} | {shares} | {describe(measurement.differences.get(name))} |")
@@ -40,11 +45,15 @@ def describe(difference: Difference | None) -> str:
     return f"{difference.probs:.1e}, {difference.aux:.1e}, {difference.mask_entries} entries differ"
 
 
-def report(measurement: Measurement, work: Work, *, num_requests: int, peer_python: str | None, command: str) -> str:
+def report(
+    measurement: Measurement, work: Work, *, num_requests: int, peer_python: str | None, command: str
+) -> str:
     """Markdown: hardware, versions, the work, the figures, and the command that gives them."""
     batches, _ = work.load_tokens()
     total = sum(batch["input_ids"].numel() for batch in batches)
-    real, selected = (sum(int(batch[name].sum()) for batch in batches) for name in ("attention_mask", "loss_mask"))
+    real, selected = (
+        sum(int(batch[name].sum()) for batch in batches) for name in ("attention_mask", "loss_mask")
+    )
     repetitions = min(len(outcomes) for outcomes in measurement.outcomes.values())
     return f"""# Transport of supervision, {date.today()}
 
@@ -66,7 +75,11 @@ Supervised tokens are the rows that `position_mask` selects. The clients read al
 
 
 def processor() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return names[0] if names else platform.machine()
 
 
@@ -74,4 +87,6 @@ def peer_versions(python: str) -> str:
     """Those of the packages in the environment of `python`."""
     packages = ("nemo-automodel", "torch", "transformers")
     script = f"from importlib.metadata import version; print(*(f'{{name}} {{version(name)}}' for name in {packages}), sep=', ')"
-    return subprocess.run([python, "-c", script], check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+    return subprocess.run(
+        [python, "-c", script], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.strip()

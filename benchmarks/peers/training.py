@@ -19,13 +19,14 @@ from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import only_device, planned_devices, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target
 from eagle_rpc.jobs.trainer_worker import connect_target, make_draft
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Eagle3TargetBackend, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import assign_roles, read_world
+from eagle_rpc.topology import assign_roles
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -56,7 +57,9 @@ def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) ->
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
     vocab_size = target_config.vocab_size
     selected_token_ids = (
-        torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))[: config.draft.vocab_size].sort().values
+        torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))[: config.draft.vocab_size]
+        .sort()
+        .values
     )
     backend.open_session(VocabMapping.from_token_ids(selected_token_ids, vocab_size))
     draft = make_draft(config, target_config, backend, device)
@@ -78,17 +81,28 @@ def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) ->
             steps(command["steps"])
             ended = time.monotonic()
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            say({"started": started, "ended": ended, "waited": backend.seconds_waited - waited, "peak_bytes": peak})
+            say(
+                {
+                    "started": started,
+                    "ended": ended,
+                    "waited": backend.seconds_waited - waited,
+                    "peak_bytes": peak,
+                }
+            )
 
 
 def train_colocated(config: Config) -> None:
     start_worker(config, "colocated")
     device = only_device(config.train.device)
-    target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
+    target = HFEagle3TargetModel.load(
+        config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
+    )
     supervision = config.supervision
     train(
         config,
-        ColocatedEagle3TargetModel(target, config.target, encoding=supervision.encoding.value, rows=supervision.rows.value),
+        ColocatedEagle3TargetModel(
+            target, config.target, encoding=supervision.encoding.value, rows=supervision.rows.value
+        ),
         device,
     )
 
@@ -107,7 +121,9 @@ def train_remote(config: Config) -> None:
     with joined(config) as (membership, device):
         membership.wait_for(membership.cast.target_names, READY, timeout=config.rpc.model_timeout)
         target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        backend = connect_target(config, target_config, None, device, membership.cast, membership, threading.Event())
+        backend = connect_target(
+            config, target_config, None, device, membership.cast, membership, threading.Event()
+        )
         with contextlib.closing(backend):
             train(config, backend, device)
         membership.mark(DONE)

@@ -69,13 +69,17 @@ class Work:
 
     def save_tokens(self, batches: list[dict[str, Tensor]], selected_token_ids: Tensor) -> None:
         stacked = {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
-        save_file({**stacked, "selected_token_ids": selected_token_ids}, Path(self.directory) / "tokens.safetensors")
+        save_file(
+            {**stacked, "selected_token_ids": selected_token_ids}, Path(self.directory) / "tokens.safetensors"
+        )
 
     def load_tokens(self) -> tuple[list[dict[str, Tensor]], Tensor]:
         """Batches of `input_ids`, `attention_mask`, `loss_mask` [B, T] int64, and the ids [K] of the draft vocabulary."""
         stacked = load_file(Path(self.directory) / "tokens.safetensors")
         selected_token_ids = stacked.pop("selected_token_ids")
-        batches = [{name: value[index] for name, value in stacked.items()} for index in range(self.num_batches)]
+        batches = [
+            {name: value[index] for name, value in stacked.items()} for index in range(self.num_batches)
+        ]
         return batches, selected_token_ids
 
 
@@ -86,7 +90,9 @@ def random_batches(work: Work) -> list[dict[str, Tensor]]:
     position = torch.arange(work.length).expand(shape)
     batches = []
     for _ in range(work.num_batches):
-        spread = min(1 - work.real_share, work.real_share) * (2 * torch.rand(work.batch_size, 1, generator=generator) - 1)
+        spread = min(1 - work.real_share, work.real_share) * (
+            2 * torch.rand(work.batch_size, 1, generator=generator) - 1
+        )
         real_length = ((work.real_share + spread) * work.length).round().long()
         turn_length = real_length.div(2, rounding_mode="floor").clamp_min(1)
         answer = position % turn_length >= ((1 - work.answer_share) * turn_length).long()
@@ -107,7 +113,9 @@ class Side:
 
     stream: Callable[[Iterable[dict[str, Tensor]]], Iterator[Any]]  # answers in order, with prefetch
     use: Callable[[Any], int]  # reads every supervised row's probabilities; the number of those rows
-    dense: Callable[[Any], dict[str, Tensor]]  # `target_probs` [B, T, K], `position_mask` [B, T, 1], `aux_hidden_states`
+    dense: Callable[
+        [Any], dict[str, Tensor]
+    ]  # `target_probs` [B, T, K], `position_mask` [B, T, 1], `aux_hidden_states`
 
 
 def answer_commands(work: Work, side: Side) -> None:
@@ -120,7 +128,9 @@ def answer_commands(work: Work, side: Side) -> None:
             _say(_run(side, [batches[index % len(batches)] for index in range(command["requests"])]))
         else:
             (answer,) = side.stream(batches[:1])
-            save_file({name: value.contiguous() for name, value in side.dense(answer).items()}, command["save"])
+            save_file(
+                {name: value.contiguous() for name, value in side.dense(answer).items()}, command["save"]
+            )
             _say({"saved": command["save"]})
 
 

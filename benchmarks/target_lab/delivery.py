@@ -25,12 +25,13 @@ from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
 from eagle_rpc.jobs.setting import planned_devices, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY
 from eagle_rpc.jobs.trainer_worker import connect_target
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import host, join_static, withdraw
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import assign_roles, read_world
+from eagle_rpc.topology import assign_roles
 from target_lab.serving import served_rate
 from target_lab.work import SHAPES, full_batch, fused_kernels, make_mapping, make_model
 
@@ -78,7 +79,13 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
         with running(commands[:1], commands[1], Path(directory)) as (_, trainer):
             found = trainer.ask(go=True)
         found |= json.loads((Path(directory) / "server.json").read_text())
-    figures = {"delivered": encoding, "shape": shape, "size": options.deliver_size, "compiled": compiled, **fused}
+    figures = {
+        "delivered": encoding,
+        "shape": shape,
+        "size": options.deliver_size,
+        "compiled": compiled,
+        **fused,
+    }
     share = found["trainer_tokens_per_second"] / found["server_tokens_per_second"]
     gigabytes = found["trainer_tokens_per_second"] * found["wire_bytes_per_token"] / 1e9
     return {**figures, **found, "share_of_server": share, "gigabytes_per_second": gigabytes}
@@ -96,7 +103,9 @@ def architecture_overrides(path: str, fields: dict[str, Any]) -> Iterator[str]:
 def serve_target(spec: dict[str, Any], config: Config, device: torch.device, membership: Any) -> None:
     """Measures the target by itself, then serves until the trainer is done."""
     model = make_model(spec["shape"], spec["attention"], device)
-    target = HFEagle3TargetModel(model, fused_rows=config.target.fused_rows, fused_mlp=config.target.fused_mlp)
+    target = HFEagle3TargetModel(
+        model, fused_rows=config.target.fused_rows, fused_mlp=config.target.fused_mlp
+    )
     if config.target.compile_shapes:
         target.compile(config.target.compile_shapes, packed=False, mode=config.target.compile_mode)
     tokens = full_batch(*map(int, spec["size"].split("x")), target.model.config.vocab_size, 1.0, device)
@@ -119,14 +128,18 @@ def serve_target(spec: dict[str, Any], config: Config, device: torch.device, mem
     server.close()
 
 
-def use_target(spec: dict[str, Any], config: Config, device: torch.device, membership: Any, cast: Any) -> None:
+def use_target(
+    spec: dict[str, Any], config: Config, device: torch.device, membership: Any, cast: Any
+) -> None:
     """Takes supervision as fast as it comes, once it is told to, and answers how fast that was."""
     membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
     batch, length = map(int, spec["size"].split("x"))
     tokens = full_batch(batch, length, target_config.vocab_size, 1.0, torch.device("cpu"))
     mapping = make_mapping(target_config)
-    with contextlib.closing(connect_target(config, target_config, None, device, cast, membership, threading.Event())) as target:
+    with contextlib.closing(
+        connect_target(config, target_config, None, device, cast, membership, threading.Event())
+    ) as target:
         target.open_session(mapping)
         print(json.dumps({"ready": True}), flush=True)
         sys.stdin.readline()
@@ -144,7 +157,10 @@ def use_target(spec: dict[str, Any], config: Config, device: torch.device, membe
             dtype_bytes=2,
             supervised_share=rows / (batch * length),
         )
-        found = {"trainer_tokens_per_second": spec["requests"] * batch * length / seconds, "wire_bytes_per_token": wire}
+        found = {
+            "trainer_tokens_per_second": spec["requests"] * batch * length / seconds,
+            "wire_bytes_per_token": wire,
+        }
         print(json.dumps(found), flush=True)
     membership.mark(DONE)
 

@@ -9,15 +9,22 @@ import torch
 from device_measuring import synchronise
 
 from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, unwrap
-from eagle_rpc.target.server import TargetModelServer
 
 _WARM_UP, _UNDER_WAY = 3, 3  # requests
 _MOST_BYTES = 2**35
 
 
 def served_rate(
-    target: Any, tokens: TokenBatch, mapping: VocabMapping, *, encoding: str, chunk_rows: int, requests: int, device: torch.device
+    target: Any,
+    tokens: TokenBatch,
+    mapping: VocabMapping,
+    *,
+    encoding: str,
+    chunk_rows: int,
+    requests: int,
+    device: torch.device,
 ) -> float:
     """Tokens per second of a `TargetModelServer` in this process, which is asked for `tokens` again and again."""
     num_tokens = tokens.input_ids.numel()
@@ -36,7 +43,11 @@ def served_rate(
 
     def send() -> torch.futures.Future:
         request = GenerateRequest(
-            session=session, incarnation=incarnation, request_id=uuid.uuid4().hex, tokens=on_host, seconds_left=600.0
+            session=session,
+            incarnation=incarnation,
+            request_id=uuid.uuid4().hex,
+            tokens=on_host,
+            seconds_left=600.0,
         )
         return server.generate(request)
 

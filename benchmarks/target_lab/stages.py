@@ -56,14 +56,18 @@ def stage_milliseconds(
     try:
         packing = {} if tokens.segment_ids is None else {"segment_ids": tokens.segment_ids}
         with watch.span("layers"):
-            output = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, **packing)
+            output = target.generate_batch(
+                tokens.input_ids, tokens.attention_mask, tokens.loss_mask, **packing
+            )
     finally:
         AuxStates.write = write
     output.project = watch.timed("projection", output.project)
     output.read_rows = watch.timed("reading", output.read_rows)
     with watch.span("encode"):
         encode_supervision(output, tokens, vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)
-    spent = {stage: watch.milliseconds(stage) for stage in ("layers", "capture", "projection", "reading", "encode")}
+    spent = {
+        stage: watch.milliseconds(stage) for stage in ("layers", "capture", "projection", "reading", "encode")
+    }
     return {
         **spent,
         "layers": spent["layers"] - spent["capture"],

@@ -61,7 +61,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 
 
-def make_model(shape: str, attention: str, device: torch.device, quantization: str | None = None) -> PreTrainedModel:
+def make_model(
+    shape: str, attention: str, device: torch.device, quantization: str | None = None
+) -> PreTrainedModel:
     """In bf16, drawn on the device; the same weights in every process of one device. `quantization`: one of torchao's."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -87,7 +89,9 @@ def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
 def make_mapping(config: PretrainedConfig) -> VocabMapping:
     """A quarter of the vocabulary, spread evenly; at most 32,000 tokens."""
     size = min(32000, config.vocab_size // 4)
-    return VocabMapping.from_token_ids(torch.linspace(0, config.vocab_size - 1, size).long(), config.vocab_size)
+    return VocabMapping.from_token_ids(
+        torch.linspace(0, config.vocab_size - 1, size).long(), config.vocab_size
+    )
 
 
 def full_batch(batch: int, length: int, vocab_size: int, share: float, device: torch.device) -> TokenBatch:
@@ -95,13 +99,18 @@ def full_batch(batch: int, length: int, vocab_size: int, share: float, device: t
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (batch, length), generator=generator)
     loss_mask = torch.rand(batch, length, generator=generator) < share
-    return TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), loss_mask=loss_mask).to(device)
+    return TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), loss_mask=loss_mask).to(
+        device
+    )
 
 
 def chat_lengths(count: int, longest: int) -> list[int]:
     draw = random.Random(0)
     median = min(_MEDIAN_CHAT, longest // 3)
-    return [min(longest, max(_SHORTEST_CHAT, round(median * draw.lognormvariate(0.0, _SIGMA)))) for _ in range(count)]
+    return [
+        min(longest, max(_SHORTEST_CHAT, round(median * draw.lognormvariate(0.0, _SIGMA))))
+        for _ in range(count)
+    ]
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,9 @@ class Mix:
     real_tokens: int
 
 
-def padded_mix(lengths: list[int], shapes: list[tuple[int, int]], vocab_size: int, device: torch.device) -> Mix:
+def padded_mix(
+    lengths: list[int], shapes: list[tuple[int, int]], vocab_size: int, device: torch.device
+) -> Mix:
     """Chats sorted by length, in batches of the shortest of `shapes` (B, T) that holds them."""
     batches, rest = [], sorted(lengths)
     while rest:
@@ -132,11 +143,15 @@ def packed_mix(lengths: list[int], batch: int, length: int, vocab_size: int, dev
             rows.append(row := [])
         row.append(one)
     starts = range(0, len(rows), batch)
-    batches = [_with_real(rows[start : start + batch], length, vocab_size, device, packed=True) for start in starts]
+    batches = [
+        _with_real(rows[start : start + batch], length, vocab_size, device, packed=True) for start in starts
+    ]
     return Mix(batches, sum(lengths))
 
 
-def _with_real(rows: list[list[int]], length: int, vocab_size: int, device: torch.device, *, packed: bool = False) -> TokenBatch:
+def _with_real(
+    rows: list[list[int]], length: int, vocab_size: int, device: torch.device, *, packed: bool = False
+) -> TokenBatch:
     """Rows of chats of these lengths; the second half of every chat is supervised."""
     shape = (len(rows), length)
     real, supervised = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
@@ -151,13 +166,17 @@ def _with_real(rows: list[list[int]], length: int, vocab_size: int, device: torc
         segment_ids[row, start:] = len(chats)
     ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(length)) * real
     segments = segment_ids if packed else None
-    return TokenBatch(input_ids=ids, attention_mask=real, loss_mask=supervised, segment_ids=segments).to(device)
+    return TokenBatch(input_ids=ids, attention_mask=real, loss_mask=supervised, segment_ids=segments).to(
+        device
+    )
 
 
 def _products(model: PreTrainedModel) -> tuple[list[nn.Linear], nn.Linear]:
     """Every matrix product of the decoder, and the head's."""
     head = model.get_output_embeddings()
-    return [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head], head
+    return [
+        module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
+    ], head
 
 
 def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
@@ -169,7 +188,9 @@ def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
     return 2.0 * (sum(one.weight.numel() for one in products) + share * head.weight.numel()) + attention
 
 
-def shape_ceiling(model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device) -> float:
+def shape_ceiling(
+    model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device
+) -> float:
     """Tokens per second if nothing but the matrix products of these shapes had to be done, for as long as a system is measured.
 
     A GPU lowers its clock within a second of matrix products; a burst would be another ceiling.
@@ -177,7 +198,8 @@ def shape_ceiling(model: PreTrainedModel, tokens: int, share: float, chunk_rows:
     products, head = _products(model)
     rows = round(share * tokens)
     inputs = {
-        width: torch.randn(tokens, width, device=device, dtype=model.dtype) for width in {one.in_features for one in products}
+        width: torch.randn(tokens, width, device=device, dtype=model.dtype)
+        for width in {one.in_features for one in products}
     }
 
     def run() -> None:

@@ -86,7 +86,9 @@ class Dispatcher:
             if self._stop.is_set():
                 patience -= _LOOK_SECONDS
                 if patience <= 0 or self._unavailable_since is not None:
-                    raise TargetUnavailable(f"told to stop while request {ticket.id} was waiting for a target")
+                    raise TargetUnavailable(
+                        f"told to stop while request {ticket.id} was waiting for a target"
+                    )
         return ticket.result()
 
     def abandon(self, tickets: list[Ticket]) -> None:
@@ -148,7 +150,9 @@ class Dispatcher:
             attempt = replica.send(ticket.id, ticket.tokens)
             ticket.attempts[replica] = attempt
             self._under_way.add(ticket)
-            attempt.call.when_done(functools.partial(self._inbox.put, functools.partial(self._settle, ticket, replica, attempt)))
+            attempt.call.when_done(
+                functools.partial(self._inbox.put, functools.partial(self._settle, ticket, replica, attempt))
+            )
 
     def _settle(self, ticket: Ticket, replica: Replica, attempt: Attempt) -> None:
         """An attempt has ended."""
@@ -199,7 +203,11 @@ class Dispatcher:
         logger.warning("%s", error)
         replica.seconds_per_request = max(replica.seconds_per_request or 0.0, self._settings.request_timeout)
         others = any(one.usable for one in self._fleet.replicas() if one is not replica)
-        if self._fleet.may_return and not others and replica.seconds_without_answer >= self._settings.request_timeout:
+        if (
+            self._fleet.may_return
+            and not others
+            and replica.seconds_without_answer >= self._settings.request_timeout
+        ):
             self._lose(replica, error)
 
     def _ask_again(self, ticket: Ticket, error: EagleRpcError) -> None:
@@ -210,7 +218,11 @@ class Dispatcher:
             return
         if time.monotonic() >= ticket.deadline:
             seconds = _PATIENCE * self._settings.request_timeout
-            ticket.fail(RequestExpired(f"request {ticket.id} was given up after {seconds:.1f} s, at last because: {error}"))
+            ticket.fail(
+                RequestExpired(
+                    f"request {ticket.id} was given up after {seconds:.1f} s, at last because: {error}"
+                )
+            )
         else:
             if not isinstance(error, TargetBusy):
                 self.num_failovers += 1
@@ -229,7 +241,11 @@ class Dispatcher:
             for replica, attempt in list(ticket.attempts.items()):
                 if attempt.call.done:
                     self._settle(ticket, replica, attempt)
-            if ticket.attempts and all(replica.silent for replica in ticket.attempts) and ticket not in self._waiting:
+            if (
+                ticket.attempts
+                and all(replica.silent for replica in ticket.attempts)
+                and ticket not in self._waiting
+            ):
                 self.num_failovers += 1
                 self._waiting.add(ticket)
 
@@ -260,8 +276,14 @@ class Dispatcher:
         absence = now - self._unavailable_since
         limit = self._settings.reconnect_deadline
         if absence >= limit or not self._fleet.hopeful:
-            bound = f"rpc.reconnect_deadline {limit:.0f} s" if self._fleet.hopeful else "a static job gets no other"
-            error = TargetUnavailable(f"no target could be reached for {absence:.1f} s ({bound}): {self._fleet.last_loss}")
+            bound = (
+                f"rpc.reconnect_deadline {limit:.0f} s"
+                if self._fleet.hopeful
+                else "a static job gets no other"
+            )
+            error = TargetUnavailable(
+                f"no target could be reached for {absence:.1f} s ({bound}): {self._fleet.last_loss}"
+            )
             for ticket in [*self._waiting, *self._under_way]:
                 ticket.fail(error)
             self._waiting.clear()

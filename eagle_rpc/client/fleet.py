@@ -49,7 +49,11 @@ class Fleet:
     """Connects to every target that serves, and opens this trainer's session there once there is one to open."""
 
     def __init__(
-        self, membership: Membership, expected: TargetExpectation, settings: ClientSettings, stop: threading.Event
+        self,
+        membership: Membership,
+        expected: TargetExpectation,
+        settings: ClientSettings,
+        stop: threading.Event,
     ) -> None:
         self.info: ModelInfo | None = None
         self.last_loss = "none has served yet"
@@ -109,7 +113,10 @@ class Fleet:
         with self._changed:
             self._spec = spec
         self._wake.set()
-        self._wait_until(lambda: self._enough([one for one in self._replicas.values() if one.session]), "a session at a target")
+        self._wait_until(
+            lambda: self._enough([one for one in self._replicas.values() if one.session]),
+            "a session at a target",
+        )
 
     def ask(self, question: Callable[[Replica], Answer], what: str) -> Answer:
         """The first answer that any replica gives to `question`; those that cannot answer now are passed over.
@@ -171,7 +178,9 @@ class Fleet:
 
     def _enough(self, there: Sequence[Replica]) -> bool:
         """Whether one (static: every one) of the targets is among `there`; raises what they were refused for."""
-        refused = [self._refused[one.incarnation] for one in self._addresses if one.incarnation in self._refused]
+        refused = [
+            self._refused[one.incarnation] for one in self._addresses if one.incarnation in self._refused
+        ]
         if refused and (not self.may_return or len(refused) == len(self._addresses)):
             raise refused[0]
         return len(there) > 0 if self.may_return else len(there) == len(self._addresses) > 0
@@ -188,7 +197,9 @@ class Fleet:
                     )
                 if now - last_report >= _REPORT_SECONDS:
                     last_report = now
-                    logger.info("waiting for %s, %.0f of %.0f s: %s", what, now - started, limit, self.last_loss)
+                    logger.info(
+                        "waiting for %s, %.0f of %.0f s: %s", what, now - started, limit, self.last_loss
+                    )
                 self._changed.wait(_HURRY)
 
     # --- the thread
@@ -224,17 +235,26 @@ class Fleet:
                 if complete or address.incarnation in self._busy | self._refused.keys() or now < not_before:
                     continue
                 self._busy.add(address.incarnation)
-                threading.Thread(target=self._bring_in, args=(address,), name=f"bring in {address.name}", daemon=True).start()
+                threading.Thread(
+                    target=self._bring_in, args=(address,), name=f"bring in {address.name}", daemon=True
+                ).start()
 
     def _drop_superseded(self, addresses: Sequence[TargetAddress]) -> None:
         """Another process serves under the name of a replica: RPC finds peers by name, so calls to the old one would reach it."""
         serving = {address.name: address.incarnation for address in addresses}
         with self._changed:
             superseded = [
-                replica for incarnation, replica in self._replicas.items() if serving.get(replica.name, incarnation) != incarnation
+                replica
+                for incarnation, replica in self._replicas.items()
+                if serving.get(replica.name, incarnation) != incarnation
             ]
         for replica in superseded:
-            self.drop(replica, StaleIncarnation(f"{replica.name} is another process now, incarnation {serving[replica.name][:8]}"))
+            self.drop(
+                replica,
+                StaleIncarnation(
+                    f"{replica.name} is another process now, incarnation {serving[replica.name][:8]}"
+                ),
+            )
 
     def _bring_in(self, address: TargetAddress) -> None:
         """Connects a target, or opens the session at one that is connected."""
@@ -242,7 +262,9 @@ class Fleet:
             replica = self._replicas.get(address.incarnation) or self._connect(address)
             if self._spec is not None and replica.session is None and not self._closing.is_set():
                 replica.open_session(self._spec)
-                logger.info("session open at %s, %d requests at a time", replica.name, replica.session.credits)
+                logger.info(
+                    "session open at %s, %d requests at a time", replica.name, replica.session.credits
+                )
                 if replica.session.lease <= self._settings.silence:
                     logger.warning(
                         "%s ends a session after %g s without a heartbeat, which is not more than rpc.heartbeat_interval x "
@@ -267,7 +289,9 @@ class Fleet:
         """Raises `TargetMismatch` unless it holds the model that the draft expects and that the other replicas have."""
         link = self._membership.connect(address, SERVICE_NAME)
         try:
-            replica = Replica(address.name, link, request_timeout=self._settings.request_timeout, stop=self._stop)
+            replica = Replica(
+                address.name, link, request_timeout=self._settings.request_timeout, stop=self._stop
+            )
             self._expected.check(replica.info)
             with self._changed:
                 self.info = self.info or replica.info

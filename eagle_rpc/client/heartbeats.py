@@ -66,7 +66,9 @@ class Heartbeats:
             logger.warning("the heartbeat at %s failed: %s", replica.name, error)
         else:
             if pulse.incarnation != replica.info.incarnation:
-                self._when_lost(replica, StaleIncarnation(f"{replica.name} is incarnation {pulse.incarnation[:8]} now"))
+                self._when_lost(
+                    replica, StaleIncarnation(f"{replica.name} is incarnation {pulse.incarnation[:8]} now")
+                )
                 return
             self._last_answer[replica] = now
             replica.draining = pulse.draining

@@ -91,7 +91,9 @@ class RemoteEagle3TargetModel:
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> Eagle3TargetBatch:
-        tokens = TokenBatch(input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids)
+        tokens = TokenBatch(
+            input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids
+        )
         return self._receive(self._dispatcher.submit(tokens))
 
     def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
@@ -113,7 +115,9 @@ class RemoteEagle3TargetModel:
         encoded = self._dispatcher.wait(ticket)
         self._seconds_waited += time.monotonic() - started
         encoded = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
-        return decode_supervision(encoded, ticket.tokens, self._head if self._settings.encoding == "hidden" else None)
+        return decode_supervision(
+            encoded, ticket.tokens, self._head if self._settings.encoding == "hidden" else None
+        )
 
     @property
     def seconds_waited(self) -> float:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from eagle_rpc.errors import TargetFailed, UnknownSession
 from eagle_rpc.rpc import Link, PendingCall
-from eagle_rpc.supervision import DraftHead, GenerateRequest, ModelInfo, OpenedSession, SessionSpec, TokenBatch, unwrap
+from eagle_rpc.supervision import (
+    DraftHead,
+    GenerateRequest,
+    ModelInfo,
+    OpenedSession,
+    SessionSpec,
+    TokenBatch,
+    unwrap,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +45,16 @@ class Replica:
         """`stop`: once set, nothing is waited for any longer."""
         self.name = name
         self.link = link
-        self.info: ModelInfo = unwrap(link.control("model_info", timeout=CONTROL_TIMEOUT).result(), sender=name)
+        self.info: ModelInfo = unwrap(
+            link.control("model_info", timeout=CONTROL_TIMEOUT).result(), sender=name
+        )
         self.session: OpenedSession | None = None
         self.draining = False
         self.silent = False
         self.not_before = 0.0  # time.monotonic until which it has asked not to be asked
-        self.seconds_per_request: float | None = None  # at the target, without waiting for the requests before
+        self.seconds_per_request: float | None = (
+            None  # at the target, without waiting for the requests before
+        )
         self._last_answer = time.monotonic()
         self._under_way: dict[str, float] = {}  # request id -> when it was sent
         self._request_timeout = request_timeout
@@ -56,7 +68,15 @@ class Replica:
     @property
     def state(self) -> str:
         """In one word, for people."""
-        return "silent" if self.silent else "draining" if self.draining else "serving" if self.session else "connecting"
+        return (
+            "silent"
+            if self.silent
+            else "draining"
+            if self.draining
+            else "serving"
+            if self.session
+            else "connecting"
+        )
 
     @property
     def seconds_without_answer(self) -> float:
@@ -69,7 +89,11 @@ class Replica:
 
     def has_credit(self, now: float) -> bool:
         """Whether it takes one more request at this moment."""
-        return self.session is not None and self.num_outstanding < self.session.credits and now >= self.not_before
+        return (
+            self.session is not None
+            and self.num_outstanding < self.session.credits
+            and now >= self.not_before
+        )
 
     def expected_wait(self, now: float, *, usual_pace: float) -> float:
         """Seconds that one more request would take there, going by the latest ones and by the one that waits longest.
@@ -107,18 +131,27 @@ class Replica:
             fault = str(error)
         else:
             whole = torch.equal(probe.cpu(), torch.arange(len(probe), dtype=probe.dtype))
-            fault = "" if probe.is_cuda and whole else f"the probe arrived on {probe.device}" + ("" if whole else " and damaged")
+            fault = (
+                ""
+                if probe.is_cuda and whole
+                else f"the probe arrived on {probe.device}" + ("" if whole else " and damaged")
+            )
         if fault:
             logger.warning("supervision of %s goes through host memory: %s", self.name, fault)
         else:
-            logger.info("supervision of %s comes from its GPU to %s, as a probe has shown", self.name, probe.device)
+            logger.info(
+                "supervision of %s comes from its GPU to %s, as a probe has shown", self.name, probe.device
+            )
         return not fault
 
     def disconnect(self) -> None:
         """Ends this trainer's session; the server lives on."""
         session, self.session = self.session, None
         if session is not None:
-            unwrap(self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result(), sender=self.name)
+            unwrap(
+                self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result(),
+                sender=self.name,
+            )
 
     def send(self, request_id: str, tokens: TokenBatch) -> Attempt:
         """Starts one request; the deadline travels with it as seconds remaining."""
@@ -131,7 +164,9 @@ class Replica:
             seconds_left=self._request_timeout,
         )
         self._under_way[request_id] = time.monotonic()
-        call = self.link.call("generate", request, what=f"request {request_id}", timeout=self._request_timeout)
+        call = self.link.call(
+            "generate", request, what=f"request {request_id}", timeout=self._request_timeout
+        )
         return Attempt(call, self.session.id)
 
     def beat(self, *, timeout: float) -> Attempt:

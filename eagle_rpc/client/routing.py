@@ -21,7 +21,9 @@ class Router:
             return None
         start = self._turn % len(willing)
         self._turn += 1
-        usual = min((one.seconds_per_request for one in willing if one.seconds_per_request is not None), default=0.0)
+        usual = min(
+            (one.seconds_per_request for one in willing if one.seconds_per_request is not None), default=0.0
+        )
         return min(
             willing[start:] + willing[:start],
             key=lambda one: (one.expected_wait(now, usual_pace=usual), one.num_outstanding),

@@ -45,7 +45,12 @@ def check(config: Config) -> None:
         for path in paths:
             _require(config, path, holds, rule)
     _require(config, "rpc.worker_threads", lambda value: value > 1, "must be at least 2")
-    _require(config, "rpc.transports", lambda value: value[-1:] == ["uv"], "must end with uv, which has an address to check")
+    _require(
+        config,
+        "rpc.transports",
+        lambda value: value[-1:] == ["uv"],
+        "must end with uv, which has an address to check",
+    )
     _require(config, "run.name", is_name, f"must be {NAME_RULE}")
     parse_address(config.rpc.registry)
     _require(config, "draft.step_decay", lambda value: 0 < value <= 1, "must lie in (0, 1]")
@@ -65,7 +70,12 @@ def check(config: Config) -> None:
         "must be three distinct layers in ascending order, or null",
     )
     # The gradients of fp16 would need scaling.
-    _require(config, "train.autocast", lambda value: value is not DType.float16, "must be bfloat16, float32 or null")
+    _require(
+        config,
+        "train.autocast",
+        lambda value: value is not DType.float16,
+        "must be bfloat16, float32 or null",
+    )
     _require(
         config,
         "job.verify_topologies",
@@ -73,7 +83,12 @@ def check(config: Config) -> None:
         "must name at least one topology, targets x trainers as in 1x2",
     )
     # Those read a cache of a server of transformers' own.
-    _require(config, "target.attention", lambda value: not value.startswith("paged"), "must be an implementation without pages")
+    _require(
+        config,
+        "target.attention",
+        lambda value: not value.startswith("paged"),
+        "must be an implementation without pages",
+    )
     _require(
         config,
         "target.compile_shapes",
@@ -98,18 +113,29 @@ def _check_across(config: Config) -> None:
     if config.topology.single and config.rpc.membership is Membership.elastic:
         raise ConfigError("topology.single must go with rpc.membership=static, got elastic")
     if config.job.name is JobName.serve and config.rpc.membership is not Membership.elastic:
-        raise ConfigError(f"job=serve must go with rpc.membership=elastic (rpc=elastic), got {config.rpc.membership.name}")
+        raise ConfigError(
+            f"job=serve must go with rpc.membership=elastic (rpc=elastic), got {config.rpc.membership.name}"
+        )
     if config.topology.single and (config.topology.targets, config.topology.trainers) != (1, 1):
         raise ConfigError(
             f"topology.single must go with one target and one trainer, got {config.topology.targets} and {config.topology.trainers}"
         )
     if config.data.packing and config.target.compile_shapes and not config.target.compile_packed:
-        raise ConfigError("target.compile_packed must be true for data.packing with target.compile_shapes, got false")
+        raise ConfigError(
+            "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
+        )
     if config.target.quantization is Quantization.fp8 and config.target.dtype is not DType.bfloat16:
-        raise ConfigError(f"target.dtype must be bfloat16 for target.quantization=fp8, got {config.target.dtype.name}")
+        raise ConfigError(
+            f"target.dtype must be bfloat16 for target.quantization=fp8, got {config.target.dtype.name}"
+        )
     if config.job.name is JobName.verify and config.supervision.share_forward:
-        raise ConfigError("supervision.share_forward must be false for job=verify, which compares bits, got true")
-    if config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda) and config.supervision.encoding is Encoding.probs:
+        raise ConfigError(
+            "supervision.share_forward must be false for job=verify, which compares bits, got true"
+        )
+    if (
+        config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda)
+        and config.supervision.encoding is Encoding.probs
+    ):
         raise ConfigError(
             f"draft.loss={config.draft.loss.name} must not go with supervision.encoding=probs, whose probabilities are those "
             "among the draft vocabulary alone: use hidden or logits"

@@ -12,7 +12,12 @@ from eagle_rpc.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
 # As in conf/config.yaml: Hydra neither changes the directory nor writes or logs anything.
-_DEFAULTS = ["schema", {"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}, "_self_"]
+_DEFAULTS = [
+    "schema",
+    {"override hydra/job_logging": "none"},
+    {"override hydra/hydra_logging": "none"},
+    "_self_",
+]
 _QUIET_HYDRA = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
 
 
@@ -32,7 +37,9 @@ def to_config(composed: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'} is not usable: {error.msg or error}".split("\n")[0]) from None
+        raise ConfigError(
+            f"{error.full_key or 'configuration'} is not usable: {error.msg or error}".split("\n")[0]
+        ) from None
     assert isinstance(config, Config)
     check(config)
     return config

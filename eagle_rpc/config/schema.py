@@ -34,7 +34,9 @@ class JobConfig:
     verify_side: VerifySide = VerifySide.both
     verify_topologies: list[str] = field(default_factory=lambda: ["1x1", "1x2", "2x2"])
     """Topologies (`targets x trainers`) that `job=verify` runs, each with the same number of trainer ranks on both sides."""
-    verify_encodings: list[Encoding] = field(default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden])
+    verify_encodings: list[Encoding] = field(
+        default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden]
+    )
     """Encodings that `job=verify` compares."""
     verify_timeout: float = 600.0
     """Seconds one side of one comparison may take."""

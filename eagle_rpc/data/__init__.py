@@ -2,7 +2,6 @@
 
 from eagle_rpc.data.batches import BatchPlan
 from eagle_rpc.data.chats import Chat, ChatFile, ChatWriter, Message, content_hash, read_chats
-from eagle_rpc.data.chitchat import prepare_chitchat_prompts
 from eagle_rpc.data.dataset import ChatDataset, Example, load_datasets
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.data.vocab import build_vocab_mapping, count_predicted_tokens
@@ -20,6 +19,5 @@ __all__ = [
     "content_hash",
     "count_predicted_tokens",
     "load_datasets",
-    "prepare_chitchat_prompts",
     "read_chats",
 ]

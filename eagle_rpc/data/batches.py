@@ -48,7 +48,9 @@ class BatchPlan:
             raise ConfigError(f"rank must lie in [0, {num_ranks}), got {rank}")
         longest = max(self._lengths)
         if packed_length is not None and packed_length < longest:
-            raise ConfigError(f"data.row_length must reach the longest chat of {longest} tokens, got {packed_length}")
+            raise ConfigError(
+                f"data.row_length must reach the longest chat of {longest} tokens, got {packed_length}"
+            )
         if bucket_lengths and max(bucket_lengths) < (packed_length or longest):
             raise ConfigError(
                 f"data.bucket_lengths must reach the longest row of {packed_length or longest} tokens, got {max(bucket_lengths)}"

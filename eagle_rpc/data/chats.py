@@ -103,7 +103,10 @@ class ChatWriter:
 
     def write(self, messages: Sequence[Message], **extra: Any) -> None:
         """Appends `{"messages": [...], **extra}`; `extra` must be JSON."""
-        record = {"messages": [{"role": message.role, "content": message.content} for message in messages], **extra}
+        record = {
+            "messages": [{"role": message.role, "content": message.content} for message in messages],
+            **extra,
+        }
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
@@ -153,7 +156,8 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     turns = record.get("messages", record.get("conversations"))
     if turns is None:
         raise RecordProblem(
-            f"a record must have messages or conversations, got the keys {_show(list(record))}", kind="without messages"
+            f"a record must have messages or conversations, got the keys {_show(list(record))}",
+            kind="without messages",
         )
     if not isinstance(turns, list):
         raise RecordProblem(f"the messages must be a list, got {_show(turns)}", kind="of a wrong type")
@@ -174,12 +178,19 @@ def _parse_turn(turn: Any, number: int) -> Message:
     name, content = turn.get(role_key), turn.get(content_key)
     if not isinstance(name, str) or name not in _ROLES:
         raise RecordProblem(
-            f"message {number} must have a {role_key} out of {', '.join(_ROLES)}, got {_show(name)}", kind="with an unknown role"
+            f"message {number} must have a {role_key} out of {', '.join(_ROLES)}, got {_show(name)}",
+            kind="with an unknown role",
         )
     if turn.get("tool_calls"):
-        raise RecordProblem(f"message {number} must not have tool_calls, which chats here cannot carry", kind="with tool calls")
+        raise RecordProblem(
+            f"message {number} must not have tool_calls, which chats here cannot carry",
+            kind="with tool calls",
+        )
     if not isinstance(content, str):
-        raise RecordProblem(f"message {number} must have a string as {content_key}, got {_show(content)}", kind="of a wrong type")
+        raise RecordProblem(
+            f"message {number} must have a string as {content_key}, got {_show(content)}",
+            kind="of a wrong type",
+        )
     if not content.strip():
         raise RecordProblem(f"message {number} ({name}) is empty", kind="with an empty message")
     try:

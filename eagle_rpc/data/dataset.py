@@ -46,7 +46,9 @@ class ChatDataset(Sequence[Example]):
         self._examples = list(examples)
 
     @classmethod
-    def load(cls, path: str | Path, template: ChatTemplate, config: DataConfig, *, show_progress: bool = True) -> "ChatDataset":
+    def load(
+        cls, path: str | Path, template: ChatTemplate, config: DataConfig, *, show_progress: bool = True
+    ) -> "ChatDataset":
         """Reads and tokenises a chat file.
 
         Chats over `config.max_length` are cut or dropped, and those that a cut leaves without a supervised token are dropped.
@@ -85,17 +87,26 @@ class ChatDataset(Sequence[Example]):
         train = [example for example, place in zip(self, places, strict=True) if place >= threshold]
         validation = [example for example, place in zip(self, places, strict=True) if place < threshold]
         if not train:
-            raise DataError(f"data.validation_share must leave chats to train on, got {validation_share} of {len(self)} chats")
-        return ChatDataset(train, max_length=self.max_length), ChatDataset(validation, max_length=self.max_length)
+            raise DataError(
+                f"data.validation_share must leave chats to train on, got {validation_share} of {len(self)} chats"
+            )
+        return ChatDataset(train, max_length=self.max_length), ChatDataset(
+            validation, max_length=self.max_length
+        )
 
 
-def load_datasets(config: DataConfig, template: ChatTemplate, *, show_progress: bool = True) -> tuple[ChatDataset, ChatDataset]:
+def load_datasets(
+    config: DataConfig, template: ChatTemplate, *, show_progress: bool = True
+) -> tuple[ChatDataset, ChatDataset]:
     """Training and validation examples; the second may be empty. Raises `DataError`."""
     dataset = ChatDataset.load(config.train_path, template, config, show_progress=show_progress)
     if config.validation_path is None:
         train, validation = dataset.split(config.validation_share)
     else:
-        train, validation = dataset, ChatDataset.load(config.validation_path, template, config, show_progress=show_progress)
+        train, validation = (
+            dataset,
+            ChatDataset.load(config.validation_path, template, config, show_progress=show_progress),
+        )
     logger.info("%d chats to train on, %d to validate on", len(train), len(validation))
     return train, validation
 
@@ -114,7 +125,9 @@ class _Tokenising:
     def examples(self, show_progress: bool) -> Iterator[Example]:
         # `None` leaves it to tqdm to see whether somebody is watching.
         hidden = None if show_progress else True
-        for chat in tqdm(self._file.chats, desc=f"tokenising {self._file.path.name}", unit="chat", disable=hidden):
+        for chat in tqdm(
+            self._file.chats, desc=f"tokenising {self._file.path.name}", unit="chat", disable=hidden
+        ):
             with self._problems.record(chat.line):
                 ids, mask = self._template.supervised_ids(chat.messages, truncated=chat.truncated)
                 if len(ids) > self._config.max_length:

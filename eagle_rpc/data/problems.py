@@ -35,7 +35,9 @@ class RecordProblems:
             yield
         except RecordProblem as problem:
             if self._on_error is OnError.fail:
-                raise DataError(f"{self._path}, line {line}: {problem} (data.on_error=skip leaves such records out)") from problem
+                raise DataError(
+                    f"{self._path}, line {line}: {problem} (data.on_error=skip leaves such records out)"
+                ) from problem
             self.skipped[problem.kind] += 1
 
 

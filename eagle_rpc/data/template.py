@@ -47,7 +47,9 @@ class ChatTemplate:
         """Token ids after which the assistant's answer to `messages` begins. Raises `RecordProblem`."""
         return self._tokenise([self._render(messages, add_generation_prompt=True)])[0]
 
-    def supervised_ids(self, messages: Sequence[Message], *, truncated: bool = False) -> tuple[list[int], list[bool]]:
+    def supervised_ids(
+        self, messages: Sequence[Message], *, truncated: bool = False
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a chat and their loss mask, equally long and ending with the last supervised token.
 
         The mask is true on each assistant turn's content and on the token that ends the turn. White space that the
@@ -58,7 +60,9 @@ class ChatTemplate:
         ids, mask = self._marked_ids(messages) if self._marks_answers else self._ids_by_prefix(messages)
         # The first token is nothing's successor, so supervising it alone teaches nothing.
         if not any(mask[1:]):
-            raise RecordProblem("the template leaves no supervised token in the chat", kind="without supervised token")
+            raise RecordProblem(
+                "the template leaves no supervised token in the chat", kind="without supervised token"
+            )
         length = len(mask) - mask[::-1].index(True)
         if truncated and ids[length - 1] in self._special_ids:
             length -= 1
@@ -71,7 +75,9 @@ class ChatTemplate:
     def _ids_by_prefix(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """What follows the last answer is left out."""
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        prompts = self._tokenise([self._render(messages[:index], add_generation_prompt=True) for index in answers])
+        prompts = self._tokenise(
+            [self._render(messages[:index], add_generation_prompt=True) for index in answers]
+        )
         turns = self._tokenise([self._render(messages[: index + 1]) for index in answers])
         ids = turns[-1]
         mask = [False] * len(ids)
@@ -90,7 +96,11 @@ class ChatTemplate:
     def _end_of_turn(self, turn: list[int], start: int) -> int:
         """Where supervision of a turn that begins at `start` ends: after its last special token if only white space follows."""
         end = len(turn)
-        while end > start and turn[end - 1] not in self._special_ids and self.tokenizer.decode([turn[end - 1]]).isspace():
+        while (
+            end > start
+            and turn[end - 1] not in self._special_ids
+            and self.tokenizer.decode([turn[end - 1]]).isspace()
+        ):
             end -= 1
         return end if end > start and turn[end - 1] in self._special_ids else len(turn)
 
@@ -102,7 +112,9 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(dicts, chat_template=self._template, **options)
         except TemplateError as error:
-            raise RecordProblem(f"the chat template refuses the chat: {error}", kind="refused by the template") from error
+            raise RecordProblem(
+                f"the chat template refuses the chat: {error}", kind="refused by the template"
+            ) from error
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -127,4 +139,6 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.chat_template must be a readable Jinja file, got {path!r}: {error}") from error
+        raise ConfigError(
+            f"data.chat_template must be a readable Jinja file, got {path!r}: {error}"
+        ) from error

@@ -113,8 +113,14 @@ def _read(path: Path, target_vocab_size: int, draft_vocab_size: int) -> tuple[Vo
 
 def _write(path: Path, mapping: VocabMapping, coverage: float) -> None:
     """Atomic: trainers of one job may do this at the same time."""
-    kept = {"selected_token_ids": mapping.selected_token_ids.tolist(), "coverage": coverage, "digest": mapping.digest}
+    kept = {
+        "selected_token_ids": mapping.selected_token_ids.tolist(),
+        "coverage": coverage,
+        "digest": mapping.digest,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
+    ) as file:
         json.dump(kept, file)
     Path(file.name).replace(path)

@@ -35,7 +35,12 @@ class UnrollMemory:
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self._step_keys.append(self._split(keys))
         self._step_values.append(self._split(values))
-        chats = zip(self._split(queries), zip(*self._step_keys, strict=True), zip(*self._step_values, strict=True), strict=True)
+        chats = zip(
+            self._split(queries),
+            zip(*self._step_keys, strict=True),
+            zip(*self._step_values, strict=True),
+            strict=True,
+        )
         return self._join([ttt_attention(*chat) for chat in chats])
 
     def _split(self, heads: Tensor) -> list[Tensor]:
@@ -48,7 +53,9 @@ class UnrollMemory:
         if self._chat_lengths is None:
             return chats[0]
         left = iter(chats)
-        return torch.cat([torch.cat(list(islice(left, len(lengths))), dim=2) for lengths in self._chat_lengths])
+        return torch.cat(
+            [torch.cat(list(islice(left, len(lengths))), dim=2) for lengths in self._chat_lengths]
+        )
 
 
 def _chat_lengths(segment_ids: Tensor) -> list[list[int]]:

@@ -43,7 +43,9 @@ class Eagle3DraftConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.draft_vocab_size > self.vocab_size:
-            raise ConfigError(f"draft_vocab_size must be at most the target's {self.vocab_size}, got {self.draft_vocab_size}")
+            raise ConfigError(
+                f"draft_vocab_size must be at most the target's {self.vocab_size}, got {self.draft_vocab_size}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads must be a multiple of num_key_value_heads {self.num_key_value_heads}, "
@@ -52,7 +54,9 @@ class Eagle3DraftConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even (rotary halves), got {self.head_dim}")
         if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act must be silu (serving engines build no other draft), got {self.hidden_act!r}")
+            raise ConfigError(
+                f"hidden_act must be silu (serving engines build no other draft), got {self.hidden_act!r}"
+            )
         check_rope_scaling(self.rope_scaling)
 
     @classmethod
@@ -77,7 +81,9 @@ class Eagle3DraftConfig:
         rope_theta, rope_scaling = _rope_of(target_config)
         return cls(
             hidden_size=target_config.hidden_size,
-            intermediate_size=target_config.intermediate_size if intermediate_size is None else intermediate_size,
+            intermediate_size=target_config.intermediate_size
+            if intermediate_size is None
+            else intermediate_size,
             num_attention_heads=target_heads if num_attention_heads is None else num_attention_heads,
             num_key_value_heads=target_kv_heads if num_key_value_heads is None else num_key_value_heads,
             head_dim=head_dim,

@@ -29,7 +29,12 @@ def soft_cross_entropy(
 
 
 def head_loss(
-    hidden_NSH: Tensor, head_KH: Tensor, targets: DraftTargets, coefficients_NS: Tensor, loss: str, log_normalizer_N: Tensor
+    hidden_NSH: Tensor,
+    head_KH: Tensor,
+    targets: DraftTargets,
+    coefficients_NS: Tensor,
+    loss: str,
+    log_normalizer_N: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sum of a loss (one of `losses.LOSSES`) over N rows, each judged at S steps.
 
@@ -59,7 +64,12 @@ class _Rows:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NSH: Tensor, head_KH: Tensor, rows: _Rows, matmul_dtype: torch.dtype, with_gradients: bool
+        ctx: Any,
+        hidden_NSH: Tensor,
+        head_KH: Tensor,
+        rows: _Rows,
+        matmul_dtype: torch.dtype,
+        with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of losses, scalar, with the losses [N, S] and the most likely draft ids [N, S], which carry no gradients.
 
@@ -104,7 +114,9 @@ def _judge_by_cross_entropy(logits_nSK: Tensor, probs_nK: Tensor) -> tuple[Tenso
     draft_probs_nSK = logits_nSK.softmax(dim=-1)
     predicted_nS1 = logits_nSK.argmax(dim=-1, keepdim=True)
     # One exact log a row instead of K: the largest probability never underflows.
-    log_normalizer_nS1 = logits_nSK.gather(-1, predicted_nS1) - draft_probs_nSK.gather(-1, predicted_nS1).log()
+    log_normalizer_nS1 = (
+        logits_nSK.gather(-1, predicted_nS1) - draft_probs_nSK.gather(-1, predicted_nS1).log()
+    )
     expected_logit_nS1 = logits_nSK @ probs_nK.unsqueeze(-1)
     losses_nS1 = log_normalizer_nS1 * probs_nK.sum(-1)[:, None, None] - expected_logit_nS1
     return losses_nS1.squeeze(-1), predicted_nS1.squeeze(-1), draft_probs_nSK.sub_(probs_nK.unsqueeze(1))

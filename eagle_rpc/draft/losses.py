@@ -21,7 +21,9 @@ ACCEPTANCE_LOSSES = ("lk_alpha", "lk_lambda")
 LAMBDA_DECAY = 3.0
 
 
-def row_losses(loss: str, logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor) -> tuple[Tensor, Tensor]:
+def row_losses(
+    loss: str, logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor
+) -> tuple[Tensor, Tensor]:
     """Losses [n, S] and their gradients by the logits [n, S, K], in the logits' dtype (fp32 or wider).
 
     `log_normalizer` is the target's over the full vocabulary; acceptance losses alone read it.

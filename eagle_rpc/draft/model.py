@@ -63,7 +63,9 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DraftMLP(config)
 
-    def forward(self, embeds_BTH: Tensor, hidden_BTH: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
+    def forward(
+        self, embeds_BTH: Tensor, hidden_BTH: Tensor, tables: RopeTables, memory: AttentionMemory
+    ) -> Tensor:
         normed_BTH = self.hidden_norm(hidden_BTH)
         residual_BTH = normed_BTH if self.norm_before_residual else hidden_BTH
         inputs_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
@@ -82,7 +84,9 @@ class Eagle3Draft(nn.Module):
         super().__init__()
         expected = (config.vocab_size, config.hidden_size)
         if tuple(input_embeddings.shape) != expected:
-            raise ConfigError(f"input_embeddings must have shape {list(expected)}, got {list(input_embeddings.shape)}")
+            raise ConfigError(
+                f"input_embeddings must have shape {list(expected)}, got {list(input_embeddings.shape)}"
+            )
         self.config = config
         self.embed_tokens = nn.Embedding.from_pretrained(input_embeddings.detach().clone(), freeze=True)
         self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
@@ -101,14 +105,18 @@ class Eagle3Draft(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=INITIAL_STD, generator=generator)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+                    std=INITIAL_STD, generator=generator
+                )
                 parameter.copy_(drawn)
 
     @torch.no_grad()
     def seed_lm_head(self, weight_KH: Tensor) -> None:
         """Starts the head from the target's draft rows [K, H], which saves it from learning the vocabulary anew."""
         if weight_KH.shape != self.lm_head.weight.shape:
-            raise ConfigError(f"weight_KH must have shape {list(self.lm_head.weight.shape)}, got {list(weight_KH.shape)}")
+            raise ConfigError(
+                f"weight_KH must have shape {list(self.lm_head.weight.shape)}, got {list(weight_KH.shape)}"
+            )
         self.lm_head.weight.copy_(weight_KH)
 
     def fuse(self, aux_BT3H: Tensor) -> Tensor:
@@ -117,7 +125,9 @@ class Eagle3Draft(nn.Module):
             aux_BT3H = aux_BT3H.to(self.fc.weight.dtype)
         return self.fc(aux_BT3H)
 
-    def advance(self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory) -> Tensor:
+    def advance(
+        self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory
+    ) -> Tensor:
         """One pass: the pre-norm output [B, T, H] that the next step carries.
 
         Token ids follow the hidden states by one: slot t pairs the hidden state of token t with the id of token t + 1.

@@ -26,7 +26,9 @@ def check_rope_scaling(scaling: dict[str, Any] | None) -> None:
     for name in fields:
         value = scaling.get(name)
         if not isinstance(value, (int, float)) or value <= 0:
-            raise ConfigError(f"rope_scaling.{name} must be a positive number for rope_type {rope_type}, got {value!r}")
+            raise ConfigError(
+                f"rope_scaling.{name} must be a positive number for rope_type {rope_type}, got {value!r}"
+            )
     if rope_type == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise ConfigError(
             f"rope_scaling.high_freq_factor must be above low_freq_factor {scaling['low_freq_factor']}, "
@@ -38,7 +40,9 @@ class RotaryEmbedding:
     """Tables of cosines and sines. Not a module: casting the draft to bf16 must not round its frequencies."""
 
     def __init__(self, head_dim: int, theta: float, scaling: dict[str, Any] | None) -> None:
-        frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim)
+        frequencies = 1.0 / theta ** (
+            torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
+        )
         if scaling is not None:
             scale, _ = _SCALINGS[scaling["rope_type"]]
             frequencies = scale(frequencies, scaling)
@@ -73,5 +77,8 @@ def _scale_llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 _SCALINGS: dict[str, tuple[Callable[[Tensor, dict[str, Any]], Tensor], tuple[str, ...]]] = {
     "linear": (_scale_linear, ("factor",)),
-    "llama3": (_scale_llama3, ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "llama3": (
+        _scale_llama3,
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
 }

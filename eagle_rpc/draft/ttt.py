@@ -75,11 +75,20 @@ def ttt_loss(
     outputs_SBTH = _unroll(draft, batch, steps)
     slots_NS, valid_NS = judged_slots(batch, steps)
     judged_NSH = torch.stack(
-        [output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in zip(outputs_SBTH, slots_NS.unbind(1), strict=True)], dim=1
+        [
+            output_BTH.flatten(0, 1)[slots_N]
+            for output_BTH, slots_N in zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
+        ],
+        dim=1,
     )
     scales_S = Objective(steps=steps, step_decay=step_decay).scales(denominators)
     total, losses_NS, predicted_NS = head_loss(
-        draft.norm(judged_NSH), draft.lm_head.weight, batch.targets, valid_NS * scales_S, loss, batch.log_normalizer
+        draft.norm(judged_NSH),
+        draft.lm_head.weight,
+        batch.targets,
+        valid_NS * scales_S,
+        loss,
+        batch.log_normalizer,
     )
     return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
 
@@ -121,12 +130,19 @@ class ReferenceStep:
         """Nothing to do: the draft's own weights are read."""
 
     def _loss(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
-        with torch.autocast(batch.input_ids.device.type, dtype=self._autocast, enabled=self._autocast is not None):
+        with torch.autocast(
+            batch.input_ids.device.type, dtype=self._autocast, enabled=self._autocast is not None
+        ):
             return ttt_loss(self._draft, batch, denominators=denominators, **asdict(self._objective))
 
 
 def result_of(
-    batch: Eagle3TargetBatch, loss: Tensor, losses_NS: Tensor, predicted_NS: Tensor, slots_NS: Tensor, valid_NS: Tensor
+    batch: Eagle3TargetBatch,
+    loss: Tensor,
+    losses_NS: Tensor,
+    predicted_NS: Tensor,
+    slots_NS: Tensor,
+    valid_NS: Tensor,
 ) -> TTTResult:
     """Figures of rows judged at `slots` where `valid`, from their losses and the draft's most likely ids."""
     correct_NS = valid_NS & (predicted_NS == batch.argmax.unsqueeze(1))

@@ -16,7 +16,13 @@ from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer, Proposer
-from eagle_rpc.evaluate.speculative import DecodingCounts, GreedyText, check_fits, decode_greedily, decode_speculatively
+from eagle_rpc.evaluate.speculative import (
+    DecodingCounts,
+    GreedyText,
+    check_fits,
+    decode_greedily,
+    decode_speculatively,
+)
 from eagle_rpc.serving.export import EMBEDDING, ExportedDraft
 
 # Tokens decoded before the clock runs: first calls allocate and choose kernels.
@@ -71,7 +77,11 @@ class Evaluation:
 
 def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """Tokens that end a text of this model."""
-    ids = model.generation_config.eos_token_id if model.generation_config is not None else model.config.eos_token_id
+    ids = (
+        model.generation_config.eos_token_id
+        if model.generation_config is not None
+        else model.config.eos_token_id
+    )
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)
@@ -82,7 +92,9 @@ def draft_proposer(model: PreTrainedModel, export: ExportedDraft, *, num_draft_t
     target_shape = tuple(model.get_input_embeddings().weight.shape)
     draft_shape = (export.config.vocab_size, export.config.hidden_size)
     if draft_shape != target_shape:
-        raise TargetMismatch(f"the draft must be of a target with embedding [V, H] {list(target_shape)}, got {list(draft_shape)}")
+        raise TargetMismatch(
+            f"the draft must be of a target with embedding [V, H] {list(target_shape)}, got {list(draft_shape)}"
+        )
     draft = Eagle3Draft(export.config, export.weights[EMBEDDING])
     draft.load_state_dict(export.weights)
     return DraftProposer(draft.to(model.device, model.dtype).eval(), export.mapping, num_draft_tokens)
@@ -110,7 +122,9 @@ def evaluate_draft(
     proposer = draft_proposer(model, export, num_draft_tokens=num_draft_tokens)
     for prompt_ids in prompts:
         check_fits(target, prompt_ids, max_new_tokens + num_draft_tokens)
-    _decode_both(target, proposer, prompts[0], max_new_tokens=min(_WARM_UP_TOKENS, max_new_tokens), stop_ids=stop_ids)
+    _decode_both(
+        target, proposer, prompts[0], max_new_tokens=min(_WARM_UP_TOKENS, max_new_tokens), stop_ids=stop_ids
+    )
     counts = DecodingCounts([0] * num_draft_tokens)
     results = []
     with tqdm(prompts, desc="evaluate", unit="prompt") as progress:
@@ -134,13 +148,20 @@ def evaluate_draft(
 
 
 def _decode_both(
-    target: GreedyTarget, proposer: Proposer, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_ids: Collection[int]
+    target: GreedyTarget,
+    proposer: Proposer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
 ) -> tuple[GreedyText, list[int], DecodingCounts, tuple[float, float]]:
     """The target's own text, the text and counts with the draft, and the seconds of each."""
     started = time.perf_counter()
     own = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_ids)
     between = time.perf_counter()
-    token_ids, counts = decode_speculatively(target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_ids)
+    token_ids, counts = decode_speculatively(
+        target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_ids
+    )
     return own, token_ids, counts, (between - started, time.perf_counter() - between)
 
 
@@ -153,7 +174,10 @@ def _prompt_result(
     tokenizer: Any | None,
 ) -> PromptResult:
     # Neither text is a proper beginning of the other: both end at the same limit or at a stop token.
-    difference = next((i for i, (mine, theirs) in enumerate(zip(own.token_ids, token_ids, strict=False)) if mine != theirs), None)
+    difference = next(
+        (i for i, (mine, theirs) in enumerate(zip(own.token_ids, token_ids, strict=False)) if mine != theirs),
+        None,
+    )
     return PromptResult(
         prompt="" if tokenizer is None else tokenizer.decode(prompt_ids),
         text="" if tokenizer is None else tokenizer.decode(token_ids),
@@ -171,7 +195,9 @@ def _prompt_result(
     )
 
 
-def _summary(counts: DecodingCounts, results: list[PromptResult], near_tie: float, settings: dict[str, Any]) -> Evaluation:
+def _summary(
+    counts: DecodingCounts, results: list[PromptResult], near_tie: float, settings: dict[str, Any]
+) -> Evaluation:
     near_ties = sum(result.margin is not None and result.margin < near_tie for result in results)
     differing = sum(not result.identical for result in results) - near_ties
     own_tokens = sum(result.own_tokens for result in results)

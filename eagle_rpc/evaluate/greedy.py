@@ -60,7 +60,9 @@ class GreedyTarget:
         ids_1N = torch.tensor([token_ids], device=self._model.device)
         aux = AuxStates(*ids_1N.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write):
-            output = self._model(input_ids=ids_1N, past_key_values=self._cache, use_cache=True, logits_to_keep=predictions)
+            output = self._model(
+                input_ids=ids_1N, past_key_values=self._cache, use_cache=True, logits_to_keep=predictions
+            )
         return TargetStep(output.logits[0], aux.states[0])
 
     def keep(self, length: int) -> None:

@@ -51,7 +51,10 @@ class DecodingCounts:
     def conditional_acceptance_per_position(self) -> list[float]:
         """The same among the drafts whose earlier guesses were all accepted."""
         reached = [self.num_drafts, *self.accepted_per_position]
-        return [accepted / max(1, before) for before, accepted in zip(reached, self.accepted_per_position, strict=False)]
+        return [
+            accepted / max(1, before)
+            for before, accepted in zip(reached, self.accepted_per_position, strict=False)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,9 @@ def decode_speculatively(
     return token_ids[:length], counts
 
 
-def _text_length(token_ids: Sequence[int], max_new_tokens: int, stop_token_ids: Collection[int]) -> int | None:
+def _text_length(
+    token_ids: Sequence[int], max_new_tokens: int, stop_token_ids: Collection[int]
+) -> int | None:
     """Tokens of the text, stop token included; null while it goes on."""
     for index, token_id in enumerate(token_ids[:max_new_tokens]):
         if token_id in stop_token_ids:

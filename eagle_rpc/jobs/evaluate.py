@@ -6,9 +6,9 @@ from pathlib import Path
 
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, read_chats
+from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate import Evaluation, evaluate_draft, stop_token_ids
-from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.jobs.setting import only_device, run_directory, start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
@@ -21,9 +21,13 @@ def run(config: Config) -> int:
     ensure_prompts(config)
     export = load_export(Path(config.evaluate.draft))
     target = replace(config.target, dtype=config.evaluate.dtype)
-    model, tokenizer = load_model(target, only_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed)
+    model, tokenizer = load_model(
+        target, only_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed
+    )
     if tokenizer is None:
-        raise ConfigError("target.random has no tokenizer to read evaluate.prompts with: name a stored target.model")
+        raise ConfigError(
+            "target.random has no tokenizer to read evaluate.prompts with: name a stored target.model"
+        )
     result = evaluate_draft(
         model,
         export,
@@ -65,7 +69,11 @@ def _write(config: Config, result: Evaluation) -> list[Path]:
 
 def _summary(result: Evaluation) -> str:
     positions = "  ".join(f"{share:.3f}" for share in result.acceptance_per_position)
-    same = "identical to the target's own" if result.identical_texts else f"DIFFERENT in {result.differing_texts} texts"
+    same = (
+        "identical to the target's own"
+        if result.identical_texts
+        else f"DIFFERENT in {result.differing_texts} texts"
+    )
     return (
         f"accept length        {result.accept_length:.3f} tokens a target call ({result.num_drafts} drafts, "
         f"{result.num_prompts} prompts)\n"

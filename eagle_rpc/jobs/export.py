@@ -18,9 +18,15 @@ def run(config: Config) -> int:
     """Writes `serving.dir`; always 0. Raises `CheckpointError` if there is nothing to export."""
     start_worker(config, "export")
     directory = run_directory(config)
-    path = Path(config.serving.checkpoint) if config.serving.checkpoint else latest_checkpoint(directory.checkpoints)
+    path = (
+        Path(config.serving.checkpoint)
+        if config.serving.checkpoint
+        else latest_checkpoint(directory.checkpoints)
+    )
     if path is None:
-        raise CheckpointError(f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first")
+        raise CheckpointError(
+            f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"
+        )
     checkpoint = read_checkpoint(path)
     record = checkpoint.record
     files = export_draft(

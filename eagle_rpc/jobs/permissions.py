@@ -4,6 +4,7 @@ from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.rpc import Permissions
 from eagle_rpc.rpc.elastic import introduce
 from eagle_rpc.rpc.service import call_hosted, hosted_rref
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     DraftHead,
     EncodedSupervision,
@@ -17,7 +18,6 @@ from eagle_rpc.supervision import (
     TargetExpectation,
     TokenBatch,
 )
-from eagle_rpc.target.server import TargetModelServer
 
 # By name as well as by RRef: a trainer that has lost a connection comes back by name.
 # `drain`, `wait_sent` and `close` are missing on purpose: a server's life belongs to whoever launched it, not to its clients.

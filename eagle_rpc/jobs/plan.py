@@ -34,10 +34,19 @@ def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]
     yield "run directory", config.run.dir
     for name, role, device in _workers(config):
         yield name, f"{role} on {device}"
-    yield "target", f"{config.target.model}, {target.model_type}, {target.num_hidden_layers} layers, hidden {target.hidden_size}"
+    yield (
+        "target",
+        f"{config.target.model}, {target.model_type}, {target.num_hidden_layers} layers, hidden {target.hidden_size}",
+    )
     yield "captured layers", str(aux_layers(target.num_hidden_layers, config.target.aux_layer_ids))
-    yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
-    yield "encoding", f"{config.supervision.encoding.value}, {config.supervision.prefetch} requests in flight a trainer"
+    yield (
+        "draft",
+        f"{_count(draft) / 1e6:.1f} M trained parameters, vocabulary {draft.draft_vocab_size} of {draft.vocab_size}",
+    )
+    yield (
+        "encoding",
+        f"{config.supervision.encoding.value}, {config.supervision.prefetch} requests in flight a trainer",
+    )
     yield from _traffic(config, draft)
     yield from _memory(config, target, draft)
 
@@ -46,7 +55,11 @@ def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
     """Name, role and device of each worker, as on one host with this one's GPUs."""
     topology, num_gpus = config.topology, torch.cuda.device_count()
     if topology.single:
-        yield "single0", "target and trainer", resolve_device(config.train.device, local_rank=0, num_gpus=num_gpus)
+        yield (
+            "single0",
+            "target and trainer",
+            resolve_device(config.train.device, local_rank=0, num_gpus=num_gpus),
+        )
         return
     targets = [(f"target{index}", "target", config.target.device) for index in range(topology.targets)]
     trainers = [(f"trainer{index}", "trainer", config.train.device) for index in range(topology.trainers)]
@@ -58,16 +71,25 @@ def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, st
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     for encoding in ("probs", "logits", "hidden"):
         size = bytes_per_token(
-            encoding, hidden_size=draft.hidden_size, draft_vocab_size=draft.draft_vocab_size, dtype_bytes=dtype_bytes
+            encoding,
+            hidden_size=draft.hidden_size,
+            draft_vocab_size=draft.draft_vocab_size,
+            dtype_bytes=dtype_bytes,
         )
-        yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
+        yield (
+            f"wire, {encoding}",
+            f"{size:,.0f} bytes a supervised token, {size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s",
+        )
 
 
 def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(target).num_parameters()
-    yield "target, weights", f"{num_parameters * dtype_bytes / _GIB:.2f} GiB ({num_parameters / 1e6:.1f} M parameters)"
+    yield (
+        "target, weights",
+        f"{num_parameters * dtype_bytes / _GIB:.2f} GiB ({num_parameters / 1e6:.1f} M parameters)",
+    )
     # A GPU without the fused kernel reads logits through an fp32 copy; a CPU copies few rows at a time.
     copied = torch.cuda.is_available() and not config.target.fused_rows
     chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4 * copied)

@@ -18,14 +18,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from eagle_rpc.answers.engine import Answer, AnswerEngine
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, ChatWriter, Message, content_hash, read_chats
 from eagle_rpc.data.problems import RecordProblems
+from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.jobs.setting import only_device, start_worker
 from eagle_rpc.supervision.fingerprint import weights_fingerprint
-from eagle_rpc.target.generate import Answer, AnswerEngine
 from eagle_rpc.target.loading import load_model
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,9 @@ class _Dialogue:
 class Regeneration:
     """One run of the job. `writer` stands at the end of `regenerate.output`."""
 
-    def __init__(self, config: Config, model: PreTrainedModel, template: ChatTemplate, writer: ChatWriter) -> None:
+    def __init__(
+        self, config: Config, model: PreTrainedModel, template: ChatTemplate, writer: ChatWriter
+    ) -> None:
         self._config = config.regenerate
         self._on_error = config.data.on_error
         self._template = template
@@ -101,7 +103,9 @@ class Regeneration:
             self._progress.add_answer(answer)
             self._hear(self._asked.pop(answer.key), answer)
         self._progress.close()
-        counts = ", ".join(f"{what} {count}" for what, count in (self._counts + self._problems.skipped).items())
+        counts = ", ".join(
+            f"{what} {count}" for what, count in (self._counts + self._problems.skipped).items()
+        )
         logger.info("%s: %s", self._config.output, counts or "nothing new")
 
     def _dialogues(self, done: set[str]) -> Iterator[_Dialogue]:
@@ -158,7 +162,9 @@ class Regeneration:
         while dialogue.said and dialogue.said[-1].role != "assistant":
             dialogue.said.pop()
         if dialogue.said:
-            self._writer.write(dialogue.said, prompt=dialogue.prompt, settings=self._produced_by, truncated=truncated)
+            self._writer.write(
+                dialogue.said, prompt=dialogue.prompt, settings=self._produced_by, truncated=truncated
+            )
             self._counts["chats written"] += 1
             self._counts["chats truncated"] += truncated
 
@@ -179,7 +185,9 @@ def finished_prompts(output: str | Path, produced_by: dict[str, Any]) -> set[str
                     f"regenerate.output must be absent or written by this job, got {output} with a foreign line {number}"
                 ) from error
             different = [
-                f"{name} {settings.get(name)}, now {value}" for name, value in produced_by.items() if settings.get(name) != value
+                f"{name} {settings.get(name)}, now {value}"
+                for name, value in produced_by.items()
+                if settings.get(name) != value
             ]
             if different:
                 raise ConfigError(
@@ -205,7 +213,9 @@ def _produced_by(config: Config, model: PreTrainedModel) -> dict[str, Any]:
 def _longest_prompt(config: Config, model: PreTrainedModel) -> int:
     """Tokens of the longest prompt that may be asked, with room for its answer in the target's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = config.regenerate.max_prompt_tokens if context is None else context - config.regenerate.max_new_tokens
+    room = (
+        config.regenerate.max_prompt_tokens if context is None else context - config.regenerate.max_new_tokens
+    )
     if room < 1:
         raise ConfigError(
             f"regenerate.max_new_tokens must be less than the target's context {context}, got {config.regenerate.max_new_tokens}"
@@ -220,7 +230,9 @@ def _eos_token_ids(model: PreTrainedModel, template: ChatTemplate) -> set[int]:
         named = owner.eos_token_id
         ids.update([named] if isinstance(named, int) else named or [])
     if not ids:
-        raise ConfigError("target.model must name an eos_token_id in its config, generation config or tokenizer, got none")
+        raise ConfigError(
+            "target.model must name an eos_token_id in its config, generation config or tokenizer, got none"
+        )
     return ids
 
 
@@ -233,7 +245,11 @@ class _Progress:
         self._chats = 0
         self._finished_tokens = 0
         self._started = self._shown = time.monotonic()
-        self._bar = tqdm(total=total, unit="chat", dynamic_ncols=True, file=sys.stderr) if sys.stderr.isatty() else None
+        self._bar = (
+            tqdm(total=total, unit="chat", dynamic_ncols=True, file=sys.stderr)
+            if sys.stderr.isatty()
+            else None
+        )
 
     def add_answer(self, answer: Answer) -> None:
         self._finished_tokens += len(answer.token_ids) + (not answer.truncated)
@@ -251,7 +267,9 @@ class _Progress:
             # Chats end in waves, so what is half said counts too.
             tokens_left = self._total * self._finished_tokens / self._chats - self._engine.num_generated
             seconds = max(0.0, tokens_left) / max(rate, 1e-9)
-            logger.info("%d/%d chats, %.0f answer tokens/s, %.0f s left", self._chats, self._total, rate, seconds)
+            logger.info(
+                "%d/%d chats, %.0f answer tokens/s, %.0f s left", self._chats, self._total, rate, seconds
+            )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from eagle_rpc.config import Config
 from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.process import interface_address, stop_signals
 from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token
 from eagle_rpc.report import setup_logging
-from eagle_rpc.topology import interface_address, stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,11 @@ def _address_on_interface(registry: str, interface: str) -> tuple[str, int]:
     try:
         address = socket.gethostbyname(host)
     except OSError as error:
-        raise ConfigError(f"rpc.registry must name a host with an IPv4 address, got {registry} ({error.strerror})") from None
+        raise ConfigError(
+            f"rpc.registry must name a host with an IPv4 address, got {registry} ({error.strerror})"
+        ) from None
     if address != expected:
-        raise ConfigError(f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}, got {registry}")
+        raise ConfigError(
+            f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}, got {registry}"
+        )
     return address, port

@@ -13,7 +13,8 @@ from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.jobs.registry import hosted_registry
 from eagle_rpc.jobs.setting import ended_by, start_worker
 from eagle_rpc.jobs.target_worker import Abandonment, hosted_target
-from eagle_rpc.topology import Role, assign_elastic_roles, read_world, resolve_device, stop_signals
+from eagle_rpc.process import read_world, stop_signals
+from eagle_rpc.topology import Role, assign_elastic_roles, resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ def run(config: Config) -> int:
     world = read_world()
     cast = assign_elastic_roles(Role.target, config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
-    device = torch.device(resolve_device(config.target.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
+    device = torch.device(
+        resolve_device(config.target.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    )
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
@@ -34,7 +37,9 @@ def run(config: Config) -> int:
         stack.enter_context(ended_by(stop))
         permissions = target_permissions(config.rpc)
         membership = stack.enter_context(
-            announced(config, cast.me.name, Role.target, device, permissions, stop, when_superseded=superseded.set)
+            announced(
+                config, cast.me.name, Role.target, device, permissions, stop, when_superseded=superseded.set
+            )
         )
         server = stack.enter_context(hosted_target(config, device, incarnation=membership.me.incarnation))
         membership.report(lambda: server.status().value)

@@ -12,8 +12,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from eagle_rpc.config import Config
 from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
+from eagle_rpc.process import World, keep_compiled_code
 from eagle_rpc.report import setup_logging
-from eagle_rpc.topology import Cast, DevicePlan, World, keep_compiled_code, plan_devices, resolve_device
+from eagle_rpc.topology import Cast, DevicePlan, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,13 @@ def available_cores() -> int:
 
 def planned_devices(config: Config, cast: Cast, world: World) -> DevicePlan:
     """Where this worker of a static job computes, and how its GPU reaches its peers'."""
-    return plan_devices(cast, world, target=config.target.device, trainer=config.train.device, num_gpus=torch.cuda.device_count())
+    return plan_devices(
+        cast,
+        world,
+        target=config.target.device,
+        trainer=config.train.device,
+        num_gpus=torch.cuda.device_count(),
+    )
 
 
 def only_device(setting: str) -> torch.device:

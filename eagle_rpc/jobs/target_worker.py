@@ -13,8 +13,8 @@ from eagle_rpc.config import Config
 from eagle_rpc.errors import ConnectionLost
 from eagle_rpc.jobs.permissions import CONTROL_METHODS
 from eagle_rpc.rpc import StaticMembership, host, withdraw
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,13 @@ DONE = "done"
 
 
 @contextlib.contextmanager
-def hosted_target(config: Config, device: torch.device, *, incarnation: str | None = None) -> Iterator[TargetModelServer]:
+def hosted_target(
+    config: Config, device: torch.device, *, incarnation: str | None = None
+) -> Iterator[TargetModelServer]:
     """Loads the target and hosts its server; when the body ends the queue is drained, the replies sent and the server closed."""
-    target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
+    target = HFEagle3TargetModel.load(
+        config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
+    )
     server = TargetModelServer(target, config.target, incarnation=incarnation)
     host(SERVICE_NAME, server, CONTROL_METHODS)
     logger.info("serving %s", server.model_info().value.architecture)
@@ -35,12 +39,16 @@ def hosted_target(config: Config, device: torch.device, *, incarnation: str | No
         server.drain(config.rpc.drain_timeout)
         server.wait_sent(config.rpc.drain_timeout)
         answered = server.status().value["requests"]
-        logger.info("served: %s", ", ".join(f"{outcome} {count}" for outcome, count in answered.items()) or "nothing")
+        logger.info(
+            "served: %s", ", ".join(f"{outcome} {count}" for outcome, count in answered.items()) or "nothing"
+        )
         withdraw(SERVICE_NAME)
         server.close()
 
 
-def serve_until_done(config: Config, device: torch.device, membership: StaticMembership, stop: threading.Event) -> None:
+def serve_until_done(
+    config: Config, device: torch.device, membership: StaticMembership, stop: threading.Event
+) -> None:
     """The whole life of a target in a static job: it ends with the last trainer, or drained when it is told to stop.
 
     Raises `ConnectionLost` if all trainers have been silent for a lease's time: their agent may be on another host, so that
@@ -56,7 +64,9 @@ def serve_until_done(config: Config, device: torch.device, membership: StaticMem
         if stop.is_set():
             drain_for_trainers(config, server, membership)
         else:
-            raise ConnectionLost(f"no trainer has been heard of for {config.target.session_lease:.0f} s (target.session_lease)")
+            raise ConnectionLost(
+                f"no trainer has been heard of for {config.target.session_lease:.0f} s (target.session_lease)"
+            )
 
 
 def drain_for_trainers(config: Config, server: TargetModelServer, membership: StaticMembership) -> None:

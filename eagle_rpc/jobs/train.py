@@ -13,17 +13,9 @@ from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import ended_by, planned_devices, run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target, serve_until_done
 from eagle_rpc.jobs.trainer_worker import train_until_done
+from eagle_rpc.process import World, read_world, stop_signals
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
-from eagle_rpc.topology import (
-    Cast,
-    Role,
-    World,
-    assign_elastic_roles,
-    assign_roles,
-    read_world,
-    resolve_device,
-    stop_signals,
-)
+from eagle_rpc.topology import Cast, Role, assign_elastic_roles, assign_roles, resolve_device
 
 
 def run(config: Config) -> int:
@@ -33,7 +25,11 @@ def run(config: Config) -> int:
     """
     world = read_world()
     elastic = config.rpc.membership is Membership.elastic
-    cast = assign_elastic_roles(Role.trainer, config.topology, world) if elastic else assign_roles(config.topology, world)
+    cast = (
+        assign_elastic_roles(Role.trainer, config.topology, world)
+        if elastic
+        else assign_roles(config.topology, world)
+    )
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -76,13 +72,19 @@ def train_in_static_job(
     membership.mark(DONE)
 
 
-def _train_elastic(config: Config, cast: Cast, world: World, stop: threading.Event, superseded: threading.Event) -> None:
+def _train_elastic(
+    config: Config, cast: Cast, world: World, stop: threading.Event, superseded: threading.Event
+) -> None:
     def give_way() -> None:
         superseded.set()
         stop.set()
 
-    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
+    device = torch.device(
+        resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    )
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     permissions = trainer_permissions(config.rpc)
-    with announced(config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=give_way) as membership:
+    with announced(
+        config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=give_way
+    ) as membership:
         train_until_done(config, device, cast, membership, store, stop)

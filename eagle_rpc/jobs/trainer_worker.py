@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def train_until_done(
-    config: Config, device: torch.device, cast: Cast, membership: Membership, store: dist.Store, stop: threading.Event
+    config: Config,
+    device: torch.device,
+    cast: Cast,
+    membership: Membership,
+    store: dist.Store,
+    stop: threading.Event,
 ) -> None:
     """The whole life of a trainer: data, target, draft, training. `store` is where the trainers of this job find each other."""
     index = cast.me.index
@@ -35,7 +40,9 @@ def train_until_done(
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    training, validation = load_datasets(config.data, ChatTemplate(tokenizer, config.data.chat_template), show_progress=index == 0)
+    training, validation = load_datasets(
+        config.data, ChatTemplate(tokenizer, config.data.chat_template), show_progress=index == 0
+    )
     if index == 0:
         log_padding(config, training, len(cast.trainer_names))
     mapping, _ = build_vocab_mapping(
@@ -45,7 +52,9 @@ def train_until_done(
         draft_vocab_size=config.draft.vocab_size,
         cache_dir=config.run.cache_dir,
     )
-    with contextlib.closing(connect_target(config, target_config, tokenizer, device, cast, membership, stop)) as backend:
+    with contextlib.closing(
+        connect_target(config, target_config, tokenizer, device, cast, membership, stop)
+    ) as backend:
         require_room(config, backend.model_info().max_length)
         backend.open_session(mapping)
         with join_group(config, cast, store, device) as group:
@@ -139,7 +148,9 @@ def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ran
 def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
     """What packing saves, or would save."""
     packed, padded = (
-        plan_batches(replace(config, data=replace(config.data, packing=packing)), dataset, num_ranks=num_ranks)
+        plan_batches(
+            replace(config, data=replace(config.data, packing=packing)), dataset, num_ranks=num_ranks
+        )
         for packing in (True, False)
     )
     logger.info(
@@ -152,7 +163,9 @@ def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
     )
 
 
-def make_draft(config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, device: torch.device) -> Eagle3Draft:
+def make_draft(
+    config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, device: torch.device
+) -> Eagle3Draft:
     """The draft at its start, equal on all trainers."""
     draft = Eagle3Draft(draft_config(config, target_config), backend.input_embeddings())
     draft.initialise(config.run.seed)
@@ -160,7 +173,9 @@ def make_draft(config: Config, target_config: PretrainedConfig, backend: Eagle3T
         try:
             draft.seed_lm_head(backend.output_embeddings().weight.cpu())
         except UnsupportedTarget as error:
-            raise UnsupportedTarget(f"draft.seed_head must be false for a head that is no plain matrix: {error}") from error
+            raise UnsupportedTarget(
+                f"draft.seed_head must be false for a head that is no plain matrix: {error}"
+            ) from error
     return draft.to(device)
 
 

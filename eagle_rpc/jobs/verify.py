@@ -53,7 +53,9 @@ def run(config: Config) -> int:
         for side in _SIDES:
             _run_side(config, topology, side)
         comparisons += _compare(config, topology)
-    run_directory(config).verification.write_text(json.dumps([asdict(row) for row in comparisons], indent=2) + "\n")
+    run_directory(config).verification.write_text(
+        json.dumps([asdict(row) for row in comparisons], indent=2) + "\n"
+    )
     sys.stdout.write("\n".join(_table(comparisons)) + "\n")
     sys.stdout.write(f"wrote {run_directory(config).verification}\n")
     return 0 if all(row.passed for row in comparisons) else 1
@@ -66,7 +68,10 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     # An earlier verification left its checkpoints here, and a run never writes over those.
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    write_config(_side_config(config, side, directory, TopologyConfig(targets=targets, trainers=trainers)), directory / "side.yaml")
+    write_config(
+        _side_config(config, side, directory, TopologyConfig(targets=targets, trainers=trainers)),
+        directory / "side.yaml",
+    )
     workers = trainers + (targets if side is VerifySide.remote else 0)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     job = ["-m", "eagle_rpc", "--config-path", str(directory.resolve()), "--config-name", "side"]
@@ -74,9 +79,13 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     logger.info("%s, %s target: %d workers, log in %s", topology, side.name, workers, log)
     with log.open("w") as output:
         try:
-            code = subprocess.run([*launcher, *job], stdout=output, stderr=output, timeout=config.job.verify_timeout).returncode
+            code = subprocess.run(
+                [*launcher, *job], stdout=output, stderr=output, timeout=config.job.verify_timeout
+            ).returncode
         except subprocess.TimeoutExpired:
-            raise WaitTimeout(f"{topology} {side.name} did not end within {config.job.verify_timeout:.0f} s, see {log}") from None
+            raise WaitTimeout(
+                f"{topology} {side.name} did not end within {config.job.verify_timeout:.0f} s, see {log}"
+            ) from None
     if code:
         raise TargetFailed(f"{topology} {side.name} ended with code {code}, see {log}:\n{_last_lines(log)}")
 
@@ -92,7 +101,9 @@ def _side_config(config: Config, side: VerifySide, directory: Path, topology: To
         job=replace(config.job, verify_side=side),
         run=replace(config.run, dir=str(directory), threads=config.run.threads or 1),
         topology=topology,
-        train=replace(config.train, max_steps=config.job.verify_steps, max_epochs=None, log_every=1, resume=Resume.never),
+        train=replace(
+            config.train, max_steps=config.job.verify_steps, max_epochs=None, log_every=1, resume=Resume.never
+        ),
     )
 
 
@@ -104,7 +115,11 @@ def _compare(config: Config, topology: str) -> Iterator[Comparison]:
     trainers = int(PAIR.fullmatch(topology).group(2))
     for encoding in config.job.verify_encodings:
         colocated, remote = (
-            [_read(_side_directory(config, topology, side), encoding.name, index) for index in range(trainers)] for side in _SIDES
+            [
+                _read(_side_directory(config, topology, side), encoding.name, index)
+                for index in range(trainers)
+            ]
+            for side in _SIDES
         )
         yield compare_records(topology, encoding.name, colocated, remote)
 
@@ -113,16 +128,23 @@ def _read(directory: Path, encoding: str, trainer: int) -> dict[str, Any]:
     return json.loads(record_path(directory, encoding, trainer).read_text())
 
 
-def compare_records(topology: str, encoding: str, colocated: list[dict[str, Any]], remote: list[dict[str, Any]]) -> Comparison:
+def compare_records(
+    topology: str, encoding: str, colocated: list[dict[str, Any]], remote: list[dict[str, Any]]
+) -> Comparison:
     """Compares what the trainers of both sides recorded, one dict a trainer with digests and numbers by quantity."""
-    equal = {name: [record[name] for record in colocated] == [record[name] for record in remote] for name in _QUANTITIES}
+    equal = {
+        name: [record[name] for record in colocated] == [record[name] for record in remote]
+        for name in _QUANTITIES
+    }
     tensors = sum(len(batch) for record in remote for batch in record["supervision"])
     rows = sum(record["rows"] for record in remote)
     return Comparison(topology, encoding, tensors, rows, equal)
 
 
 def _table(comparisons: list[Comparison]) -> Iterator[str]:
-    yield f"{'topology':<10}{'encoding':<10}{'tensors':>8}{'rows':>8}  " + "".join(f"{name:<13}" for name in _QUANTITIES)
+    yield f"{'topology':<10}{'encoding':<10}{'tensors':>8}{'rows':>8}  " + "".join(
+        f"{name:<13}" for name in _QUANTITIES
+    )
     for row in comparisons:
         verdicts = "".join(f"{'bitwise' if row.equal[name] else 'DIFFERENT':<13}" for name in _QUANTITIES)
         yield f"{row.topology:<10}{row.encoding:<10}{row.tensors:>8}{row.rows:>8}  {verdicts}"

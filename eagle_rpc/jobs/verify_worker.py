@@ -20,22 +20,13 @@ from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done
 from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record, plan_batches
+from eagle_rpc.process import bind_to_interface, read_world, stop_signals
 from eagle_rpc.rpc import attempt_store, join_static
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import (
-    Cast,
-    Role,
-    Worker,
-    assign_roles,
-    bind_to_interface,
-    plan_devices,
-    read_world,
-    resolve_device,
-    stop_signals,
-)
+from eagle_rpc.topology import Cast, Role, Worker, assign_roles, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
 
 _SHORTEST = 8  # tokens of a synthetic chat
@@ -64,13 +55,19 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     bind_to_interface(config.rpc.interface)
-    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count()))
+    device = torch.device(
+        resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
+    )
     store = attempt_store(world, timeout=config.rpc.start_timeout)
-    target = HFEagle3TargetModel.load(config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed)
+    target = HFEagle3TargetModel.load(
+        config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
+    )
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
     with join_group(config, cast, store, _GROUP_DEVICE) as group:
         for encoding in config.job.verify_encodings:
-            backend = ColocatedEagle3TargetModel(target, config.target, encoding=encoding.name, rows=config.supervision.rows.value)
+            backend = ColocatedEagle3TargetModel(
+                target, config.target, encoding=encoding.name, rows=config.supervision.rows.value
+            )
             _train_and_record(config, encoding, target_config, backend, group, device, stop)
         # Whoever hosts the store leaves last.
         group.barrier("the other trainers to finish")
@@ -143,7 +140,12 @@ def synthetic_chats(config: Config, vocab_size: int) -> ChatDataset:
     """Chats of random tokens and lengths, a function of the seed, for about as many rows as are compared, packed or not."""
     draw = torch.Generator().manual_seed(config.run.seed)
     longest = config.data.max_length
-    rows = config.job.verify_steps * config.train.accumulation * config.train.batch_size * config.topology.trainers
+    rows = (
+        config.job.verify_steps
+        * config.train.accumulation
+        * config.train.batch_size
+        * config.topology.trainers
+    )
     examples = []
     # Chats have half of the longest length on average.
     for _ in range(2 * rows * config.data.longest_row // longest):
@@ -192,4 +194,6 @@ def _tensors(batch: Eagle3TargetBatch) -> dict[str, Tensor]:
 def _digest(tensor: Tensor) -> str:
     """Over every bit."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
+    ).hexdigest()

@@ -38,7 +38,11 @@ def register(client: RegistryClient, record: Record, patience: float, stop: thre
 
 
 def _patiently(
-    call: Callable[[], Answer], passing: tuple[type[EagleRpcError], ...], patience: float, stop: threading.Event, what: str
+    call: Callable[[], Answer],
+    passing: tuple[type[EagleRpcError], ...],
+    patience: float,
+    stop: threading.Event,
+    what: str,
 ) -> Answer:
     """Calls until it succeeds; the last passing error is raised after `patience` seconds, or once `stop` is set."""
     started = time.monotonic()
@@ -131,7 +135,9 @@ class Beat:
             encoded_record(described)
         except Exception as error:  # noqa: BLE001 - a status asks torch too, and a worker that fails to describe itself still lives
             if not self._undescribed:
-                logger.warning("%s announces an old status: %s: %s", self._record.name, type(error).__name__, error)
+                logger.warning(
+                    "%s announces an old status: %s: %s", self._record.name, type(error).__name__, error
+                )
             self._undescribed = True
         else:
             self._record = described

@@ -14,7 +14,15 @@ from eagle_rpc.errors import (
     NameTaken,
     WaitTimeout,
 )
-from eagle_rpc.registry.record import Record, Sighting, from_json, record_from_json, record_to_json, sighting_from_json, to_json
+from eagle_rpc.registry.record import (
+    Record,
+    Sighting,
+    from_json,
+    record_from_json,
+    record_to_json,
+    sighting_from_json,
+    to_json,
+)
 from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
 
 # Shorter than the silence after which a worker is dead, with the default intervals.
@@ -73,7 +81,9 @@ class RegistryClient:
     def _ask(self, operation: str, arguments: Mapping[str, Any]) -> Any:
         request = to_json({"operation": operation, **arguments})
         if len(request) > MAX_REQUEST_BYTES:
-            raise InvalidRequest(f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON, got {len(request)}")
+            raise InvalidRequest(
+                f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON, got {len(request)}"
+            )
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
             connection.settimeout(self.timeout)
             conversation = Conversation(connection, peer=str(self), token=self._token, seconds=self.timeout)

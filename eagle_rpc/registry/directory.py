@@ -56,7 +56,9 @@ class Directory:
             now = self._clock()
             self._forget(now)
             held = self._entries.get(record.place)
-            total = sum(len(entry.complete) for entry in self._entries.values() if entry is not held) + len(complete)
+            total = sum(len(entry.complete) for entry in self._entries.values() if entry is not held) + len(
+                complete
+            )
             if total > MAX_LISTING_BYTES:
                 raise InvalidRequest(
                     f"all records together must have at most {MAX_LISTING_BYTES} bytes, {record.name} makes it {total}"
@@ -87,7 +89,9 @@ class Directory:
             now = self._clock()
             self._forget(now)
             return encoded_list(
-                encoded_sighting(entry.complete, seconds_silent=now - entry.last_beat, living=self._lives(entry, now))
+                encoded_sighting(
+                    entry.complete, seconds_silent=now - entry.last_beat, living=self._lives(entry, now)
+                )
                 for _, entry in sorted(self._entries.items())
             )
 
@@ -95,7 +99,9 @@ class Directory:
         """A JSON list of the living as their peers need them, in the same order."""
         with self._lock:
             now = self._clock()
-            return encoded_list(entry.outline for _, entry in sorted(self._entries.items()) if self._lives(entry, now))
+            return encoded_list(
+                entry.outline for _, entry in sorted(self._entries.items()) if self._lives(entry, now)
+            )
 
     def _lives(self, entry: _Entry, now: float) -> bool:
         return now - entry.last_beat < self._ttl
@@ -114,7 +120,9 @@ class Directory:
         if held is None:
             logger.info("%s has joined", record)
         else:
-            logger.info("%s has taken the place of %s, silent for %.1f s", record, held.record, now - held.last_beat)
+            logger.info(
+                "%s has taken the place of %s, silent for %.1f s", record, held.record, now - held.last_beat
+            )
 
     def _forget(self, now: float) -> None:
         for place, entry in list(self._entries.items()):

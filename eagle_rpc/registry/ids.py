@@ -65,7 +65,9 @@ class IdFile:
             first = self.last() + 1
             last = min(first + number - 1, LAST_WORKER_ID)
             if last < first:
-                raise ConfigError(f"all worker ids up to {LAST_WORKER_ID} are used: stop every worker and remove {self._path}")
+                raise ConfigError(
+                    f"all worker ids up to {LAST_WORKER_ID} are used: stop every worker and remove {self._path}"
+                )
             try:
                 self._write(last)
                 os.fsync(directory)
@@ -82,7 +84,9 @@ class IdFile:
         draft.replace(self._path)
 
     def _unusable(self, error: OSError) -> ConfigError:
-        return ConfigError(f"{self._path} must be a file that the registry may read and replace: {error.strerror}")
+        return ConfigError(
+            f"{self._path} must be a file that the registry may read and replace: {error.strerror}"
+        )
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

@@ -101,13 +101,19 @@ def record_from_json(value: Any) -> Record:
     """Raises `InvalidRequest` for anything but a record."""
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         found = sorted(map(str, value)) if isinstance(value, dict) else value
-        raise InvalidRequest(f"a record must have exactly the fields {', '.join(sorted(_FIELDS))}, got {found!r:.200}")
+        raise InvalidRequest(
+            f"a record must have exactly the fields {', '.join(sorted(_FIELDS))}, got {found!r:.200}"
+        )
     return Record(**value)
 
 
 def encoded_sighting(record: bytes, *, seconds_silent: float, living: bool) -> bytes:
     """As JSON, made of a record that is JSON already; seconds to the millisecond."""
-    return b'{"record":%b,"seconds_silent":%.3f,"living":%b}' % (record, seconds_silent, b"true" if living else b"false")
+    return b'{"record":%b,"seconds_silent":%.3f,"living":%b}' % (
+        record,
+        seconds_silent,
+        b"true" if living else b"false",
+    )
 
 
 def encoded_list(values: Iterable[bytes]) -> bytes:
@@ -118,10 +124,14 @@ def encoded_list(values: Iterable[bytes]) -> bytes:
 def sighting_from_json(value: Any) -> Sighting:
     """Raises `InvalidRequest` for anything but a sighting."""
     if not isinstance(value, dict) or value.keys() != {"record", "seconds_silent", "living"}:
-        raise InvalidRequest(f"an entry of a listing must have record, seconds_silent and living, got {value!r:.80}")
+        raise InvalidRequest(
+            f"an entry of a listing must have record, seconds_silent and living, got {value!r:.80}"
+        )
     silent, living = value["seconds_silent"], value["living"]
     if not isinstance(silent, int | float) or not isinstance(living, bool):
-        raise InvalidRequest(f"seconds_silent must be a number and living a bool, got {silent!r:.40} and {living!r:.40}")
+        raise InvalidRequest(
+            f"seconds_silent must be a number and living a bool, got {silent!r:.40} and {living!r:.40}"
+        )
     return Sighting(record=record_from_json(value["record"]), seconds_silent=float(silent), living=living)
 
 

@@ -9,7 +9,14 @@ import threading
 import time
 from typing import Any
 
-from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, EagleRpcError, InvalidRequest, WaitTimeout
+from eagle_rpc.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    EagleRpcError,
+    InvalidRequest,
+    WaitTimeout,
+)
 from eagle_rpc.registry.directory import Directory
 from eagle_rpc.registry.record import from_json, record_from_json, to_json
 from eagle_rpc.registry.wire import Conversation
@@ -35,7 +42,12 @@ class RegistryServer:
     """
 
     def __init__(
-        self, address: tuple[str, int], token: bytes, directory: Directory, *, request_seconds: float = REQUEST_SECONDS
+        self,
+        address: tuple[str, int],
+        token: bytes,
+        directory: Directory,
+        *,
+        request_seconds: float = REQUEST_SECONDS,
     ) -> None:
         try:
             self._listener = _Listener(address, token, directory, request_seconds)
@@ -43,7 +55,9 @@ class RegistryServer:
             raise ConfigError(
                 f"rpc.registry must be a free address of this host, got {address[0]}:{address[1]} ({error.strerror or error})"
             ) from None
-        self._thread = threading.Thread(target=self._listener.serve_forever, args=(_POLL_SECONDS,), name="registry", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listener.serve_forever, args=(_POLL_SECONDS,), name="registry", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -72,7 +86,9 @@ class _Listener(socketserver.ThreadingTCPServer):
     # Of a service's size: its workers may all start at once.
     request_queue_size = 1024
 
-    def __init__(self, address: tuple[str, int], token: bytes, directory: Directory, request_seconds: float) -> None:
+    def __init__(
+        self, address: tuple[str, int], token: bytes, directory: Directory, request_seconds: float
+    ) -> None:
         self._token = token
         self._directory = directory
         self._request_seconds = request_seconds
@@ -171,7 +187,9 @@ class _Places:
         """Waits for a place; whether it got one."""
         deadline = time.monotonic() + _PLACE_SECONDS
         with self._changed:
-            while not self._changed.wait_for(self._has_room, min(deadline, self._next_eviction()) - time.monotonic()):
+            while not self._changed.wait_for(
+                self._has_room, min(deadline, self._next_eviction()) - time.monotonic()
+            ):
                 now = time.monotonic()
                 if now >= deadline:
                     return False
@@ -235,4 +253,6 @@ class _Refusals:
                 return
             count, self._count = self._count, 0
             self._next_line = now + _REFUSAL_LINE_SECONDS
-        logger.warning("connections refused since the last such line: %d, the latest because %s", count, error)
+        logger.warning(
+            "connections refused since the last such line: %d, the latest because %s", count, error
+        )

@@ -28,14 +28,20 @@ def load_token(path: Path) -> bytes:
     with file:
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_IMODE(mode) & 0o077:
-            raise AccessRefused(f"rpc.token_file must be for its owner only (0600), {path} has mode {stat.S_IMODE(mode):04o}")
+            raise AccessRefused(
+                f"rpc.token_file must be for its owner only (0600), {path} has mode {stat.S_IMODE(mode):04o}"
+            )
         text = file.read(_MAX_FILE_BYTES)
     try:
         token = bytes.fromhex(text.decode("ascii"))
     except ValueError:
-        raise ConfigError(f"rpc.token_file must hold hexadecimal digits, {path} holds something else") from None
+        raise ConfigError(
+            f"rpc.token_file must hold hexadecimal digits, {path} holds something else"
+        ) from None
     if len(token) < MIN_TOKEN_BYTES:
-        raise ConfigError(f"rpc.token_file must hold at least {MIN_TOKEN_BYTES} bytes, {path} holds {len(token)}")
+        raise ConfigError(
+            f"rpc.token_file must hold at least {MIN_TOKEN_BYTES} bytes, {path} holds {len(token)}"
+        )
     return token
 
 
@@ -47,12 +53,16 @@ def load_or_create_token(path: Path) -> bytes:
         # Readers never see half a token, and of two makers one wins.
         draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            with open(
+                os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
+            ) as file:
                 file.write(secrets.token_hex(MIN_TOKEN_BYTES) + "\n")
             with contextlib.suppress(FileExistsError):
                 os.link(draft, path)
         except OSError as error:
-            raise ConfigError(f"rpc.token_file must be where this process may write, got {path} ({error.strerror})") from None
+            raise ConfigError(
+                f"rpc.token_file must be where this process may write, got {path} ({error.strerror})"
+            ) from None
         finally:
             draft.unlink(missing_ok=True)
     return load_token(path)

@@ -61,7 +61,9 @@ class Conversation:
         """The worker's side, all of it. Raises `AccessRefused` if the peer is no registry or has another token."""
         greeting = self._read(len(_GREETING) + _NONCE_BYTES)
         if not greeting.startswith(_GREETING):
-            raise AccessRefused(f"{self._peer} must be a registry of this version, it greets with {greeting!r:.40}")
+            raise AccessRefused(
+                f"{self._peer} must be a registry of this version, it greets with {greeting!r:.40}"
+            )
         own = secrets.token_bytes(_NONCE_BYTES)
         self._key = self._derive(greeting[len(_GREETING) :], own)
         self._write(own + self._frame(b"request", request))
@@ -76,7 +78,9 @@ class Conversation:
     def _receive(self, kind: bytes, limit: int) -> bytes:
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         if length > limit:
-            raise InvalidRequest(f"a {kind.decode()} must have at most {limit} bytes, {self._peer} announces {length}")
+            raise InvalidRequest(
+                f"a {kind.decode()} must have at most {limit} bytes, {self._peer} announces {length}"
+            )
         mac = self._read(_MAC_BYTES)
         body = self._read(length)
         if not hmac.compare_digest(mac, hmac.digest(self._key, kind + body, hashlib.sha256)):

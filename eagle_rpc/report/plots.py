@@ -26,7 +26,9 @@ def plot_loss(metrics_path: Path, output: Path) -> None:
         raise DataError(f"{metrics_path} must be the metrics.jsonl of a run, which is absent")
     lines = list(read_metrics(metrics_path))
     if not any("loss" in line for line in lines):
-        raise DataError(f"{metrics_path} must hold the loss of at least one step, got {len(lines)} lines without one")
+        raise DataError(
+            f"{metrics_path} must hold the loss of at least one step, got {len(lines)} lines without one"
+        )
     figure = _figure(7.0, 6.0)
     loss_axes, accept_axes = figure.subplots(2, 1, sharex=True)
     _draw_curves(loss_axes, lines, "loss")
@@ -57,10 +59,25 @@ def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: flo
 
 def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
     training = [(line["step"], line[name]) for line in lines if name in line]
-    validation = [(line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line]
-    axes.plot(*zip(*training, strict=True), color=_TRAINING, linewidth=1.4, label="training", marker=_marker(training))
+    validation = [
+        (line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line
+    ]
+    axes.plot(
+        *zip(*training, strict=True),
+        color=_TRAINING,
+        linewidth=1.4,
+        label="training",
+        marker=_marker(training),
+    )
     if validation:
-        axes.plot(*zip(*validation, strict=True), color=_VALIDATION, linewidth=1.4, marker="o", markersize=4, label="validation")
+        axes.plot(
+            *zip(*validation, strict=True),
+            color=_VALIDATION,
+            linewidth=1.4,
+            marker="o",
+            markersize=4,
+            label="validation",
+        )
 
 
 def _marker(points: list[tuple[int, float]]) -> str | None:

@@ -35,13 +35,18 @@ class TrainingProgress:
         self._last_shown = clock()
         self._bar: tqdm[Any] | None = None
         if stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps, initial=first_step, unit="step", file=stream, dynamic_ncols=True
+            )
 
     def advance(self, figures: Callable[[], Mapping[str, Any]]) -> None:
         """One more step is done; `figures` may have to wait for the accelerator, so it is called seldom."""
         self._step += 1
         now = self._clock()
-        due = now - self._last_shown >= (_LINE_SECONDS if self._bar is None else _BAR_SECONDS) or self._step == self._total
+        due = (
+            now - self._last_shown >= (_LINE_SECONDS if self._bar is None else _BAR_SECONDS)
+            or self._step == self._total
+        )
         text = summary(figures()) if due else None
         if due:
             self._last_shown = now

@@ -21,7 +21,9 @@ def service_view(look: Mapping[str, Any]) -> RenderableType:
     """Draws one look of `job=status` at a registry that answered."""
     targets, trainers = look["targets"], look["trainers"]
     living = [sum(worker["living"] for worker in workers) for workers in (targets, trainers)]
-    parts: list[RenderableType] = [_heading(look, f"{_counted(living[0], 'target')}, {_counted(living[1], 'trainer')} living")]
+    parts: list[RenderableType] = [
+        _heading(look, f"{_counted(living[0], 'target')}, {_counted(living[1], 'trainer')} living")
+    ]
     if targets:
         parts += _section("Targets", _targets(targets))
         parts += _section("Load", _loads(targets))
@@ -29,7 +31,9 @@ def service_view(look: Mapping[str, Any]) -> RenderableType:
             parts += _section("Sessions", _sessions(sessions))
     if trainers:
         parts += _section("Trainers", _trainers(trainers))
-        if opinions := [(trainer, one) for trainer in trainers for one in _dicts(trainer["status"], "targets")]:
+        if opinions := [
+            (trainer, one) for trainer in trainers for one in _dicts(trainer["status"], "targets")
+        ]:
             parts += _section("Targets as trainers see them", _opinions(opinions))
     return Group(*parts)
 
@@ -66,7 +70,18 @@ def _targets(targets: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _loads(targets: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table("target", ">running", ">queued", ">sessions", ">tok/s", ">MB/s", ">held", ">limit", ">answered", "failed~")
+    table = _table(
+        "target",
+        ">running",
+        ">queued",
+        ">sessions",
+        ">tok/s",
+        ">MB/s",
+        ">held",
+        ">limit",
+        ">answered",
+        "failed~",
+    )
     for target in targets:
         status = target["status"]
         outcomes = _counts(status, "requests")
@@ -81,14 +96,27 @@ def _loads(targets: Iterable[Mapping[str, Any]]) -> Table:
             _size(status.get("reply_bytes_held")),
             _size(status.get("max_reply_bytes")),
             _count(outcomes.get("ok", 0)),
-            ", ".join(f"{_clean(kind)} {_count(count)}" for kind, count in sorted(outcomes.items()) if kind != "ok"),
+            ", ".join(
+                f"{_clean(kind)} {_count(count)}" for kind, count in sorted(outcomes.items()) if kind != "ok"
+            ),
             dim=not target["living"],
         )
     return table
 
 
 def _sessions(sessions: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
-    table = _table("target", "session", "job", "trainer", "encoding", ">queued", ">lease", ">requests", ">tokens", ">held")
+    table = _table(
+        "target",
+        "session",
+        "job",
+        "trainer",
+        "encoding",
+        ">queued",
+        ">lease",
+        ">requests",
+        ">tokens",
+        ">held",
+    )
     for target, session in sessions:
         _add_row(
             table,
@@ -104,7 +132,9 @@ def _sessions(sessions: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -
 
 
 def _trainers(trainers: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table("name", "incarnation", "state", "job", "device", ">step", ">tok/s", ">waiting", ">failovers")
+    table = _table(
+        "name", "incarnation", "state", "job", "device", ">step", ">tok/s", ">waiting", ">failovers"
+    )
     for trainer in trainers:
         status = trainer["status"]
         share = status.get("wait_share")
@@ -142,13 +172,17 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         justify, folded = "right" if column.startswith(">") else "left", column.endswith("~")
-        table.add_column(column.strip(">~"), justify=justify, no_wrap=not folded, overflow="fold" if folded else "ellipsis")
+        table.add_column(
+            column.strip(">~"), justify=justify, no_wrap=not folded, overflow="fold" if folded else "ellipsis"
+        )
     return table
 
 
 def _add_row(table: Table, *cells: str | Text, dim: bool = False) -> None:
     # A plain string would be read as rich's markup.
-    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), style="dim" if dim else None)
+    table.add_row(
+        *(Text(cell) if isinstance(cell, str) else cell for cell in cells), style="dim" if dim else None
+    )
 
 
 def _identity(worker: Mapping[str, Any], busy_state: str) -> tuple[str, str, Text]:
@@ -190,7 +224,9 @@ def _dicts(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def _counts(values: Mapping[str, Any], key: str) -> dict[str, int]:
     found = values.get(key)
-    return {name: count for name, count in found.items() if _is_number(count)} if isinstance(found, dict) else {}
+    return (
+        {name: count for name, count in found.items() if _is_number(count)} if isinstance(found, dict) else {}
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -26,7 +26,9 @@ class TrainingReport(Protocol):
 class WrittenReport:
     """Metrics on disk beside a progress bar; goes on after `first_step` steps, later figures are dropped."""
 
-    def __init__(self, metrics_path: Path, tensorboard_dir: Path, *, total_steps: int, first_step: int) -> None:
+    def __init__(
+        self, metrics_path: Path, tensorboard_dir: Path, *, total_steps: int, first_step: int
+    ) -> None:
         self._metrics = MetricsLog(metrics_path, tensorboard_dir, last_step=first_step)
         self._progress = TrainingProgress(total_steps, first_step)
 

@@ -13,10 +13,10 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.process import bind_to_interface, interface_address
+from eagle_rpc.process.watchdog import watchdog
 from eagle_rpc.rpc.fence import Permissions, probe_fence, raise_fence
 from eagle_rpc.rpc.internals import agent_options, bound_url
-from eagle_rpc.rpc.watchdog import watchdog
-from eagle_rpc.topology import bind_to_interface, interface_address
 
 _SCHEME = "eagle-rpc"
 
@@ -54,7 +54,10 @@ def running_agent(
     for peer, device_map in device_maps.items():
         options.set_device_map(peer, dict(device_map))
     _next_rendezvous.append((store, worker_id, world_size if world_size is not None else -1))
-    with watchdog(config.start_timeout, f"joining {world_size or 1} workers over RPC"), warnings.catch_warnings():
+    with (
+        watchdog(config.start_timeout, f"joining {world_size or 1} workers over RPC"),
+        warnings.catch_warnings(),
+    ):
         # torch warns of its own use of a gloo backend; nothing here can change it.
         warnings.filterwarnings("ignore", message="You are using a Backend")
         rpc.init_rpc(name, rank=worker_id, world_size=world_size, rpc_backend_options=options)

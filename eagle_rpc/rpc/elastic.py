@@ -70,7 +70,12 @@ class ElasticMembership:
         """The targets that have announced lately that they serve."""
         return [
             TargetAddress(
-                name=one.name, incarnation=one.incarnation, worker_id=one.id, url=one.url, device=one.device, host=one.host
+                name=one.name,
+                incarnation=one.incarnation,
+                worker_id=one.id,
+                url=one.url,
+                device=one.device,
+                host=one.host,
             )
             for one in self._registry.living()
             if one.role == "target" and one.status.get("draining") is False
@@ -107,7 +112,9 @@ class ElasticMembership:
     def _introduce_myself(self, address: TargetAddress, control: str) -> None:
         """Raises `StaleIncarnation` if somebody else than the one that is meant answers."""
         call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
-        incarnation = PendingCall(call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT).result()
+        incarnation = PendingCall(
+            call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT
+        ).result()
         if incarnation != address.incarnation:
             raise StaleIncarnation(
                 f"{address.name} must be incarnation {address.incarnation}, {incarnation} answers at {address.url}"
@@ -142,12 +149,18 @@ class ElasticMembership:
         """Has torch close what it still holds of peers that have gone since the last one came."""
         with self._lock:
             self._nudged.difference_update(living)
-            gone = [name for name, worker_id in self._table.items() if worker_id not in living and worker_id not in self._nudged]
+            gone = [
+                name
+                for name, worker_id in self._table.items()
+                if worker_id not in living and worker_id not in self._nudged
+            ]
             self._nudged.update(self._table[name] for name in gone)
         for name in gone:
             nudge(name)
 
-    def _put(self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None) -> None:
+    def _put(
+        self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None
+    ) -> None:
         if self._table.get(name) == worker_id:
             return
         if name in self._table:
@@ -157,7 +170,9 @@ class ElasticMembership:
 
     def _fresh_id(self) -> int:
         if self._next_connection < _LOWEST_CONNECTION:
-            raise ConnectionLost(f"this process has opened {_LAST_CONNECTION - LAST_WORKER_ID} connections, torch numbers no more")
+            raise ConnectionLost(
+                f"this process has opened {_LAST_CONNECTION - LAST_WORKER_ID} connections, torch numbers no more"
+            )
         self._next_connection -= 1
         return self._next_connection + 1
 
@@ -237,5 +252,7 @@ def join_elastic(
             stop=stop,
             when_superseded=when_superseded,
         ):
-            logger.info("%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry)
+            logger.info(
+                "%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry
+            )
             yield membership

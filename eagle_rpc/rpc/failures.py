@@ -6,7 +6,12 @@ Seen on torch 2.11 to 2.13; `tests/rpc` provokes each kind.
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, PayloadRefused, TargetFailed, WaitTimeout
 
 _TIMEOUT_PREFIX = "RPCErr:1:"
-_CONNECTION_MARKS = ("this error originated at tensorpipe/", "pipe closed", "ECONNREFUSED", "could not find destination")
+_CONNECTION_MARKS = (
+    "this error originated at tensorpipe/",
+    "pipe closed",
+    "ECONNREFUSED",
+    "could not find destination",
+)
 _REFUSAL_PREFIX = f"{PayloadRefused.__name__}: "
 _RAISED_PREFIX, _PYTHON_FRAMES = "RuntimeError: ", "\n\nAt:\n"  # around what was raised in a callback
 _FRAME_MARKS = ("frame #", "Exception raised from")
@@ -15,7 +20,12 @@ _FRAME_MARKS = ("frame #", "Exception raised from")
 def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:
     """The exception of this package for an error of an RPC call named `what` to `peer`."""
     # Some classes (KeyError) quote their text when printed.
-    text = str(error.args[0] if error.args else error).strip().partition(_PYTHON_FRAMES)[0].removeprefix(_RAISED_PREFIX)
+    text = (
+        str(error.args[0] if error.args else error)
+        .strip()
+        .partition(_PYTHON_FRAMES)[0]
+        .removeprefix(_RAISED_PREFIX)
+    )
     if text.startswith(_TIMEOUT_PREFIX):
         return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT_PREFIX)}")
     if text.startswith(_REFUSAL_PREFIX):

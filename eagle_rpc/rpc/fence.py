@@ -31,7 +31,9 @@ class Permissions:
     """What peers may have this process do. Raises `ConfigError` for what could not be kept apart from the rest of Python."""
 
     functions: frozenset[Callable[..., Any]]  # of modules, by identity
-    methods: Mapping[type, frozenset[str]]  # of objects whose RRef one of `functions` has returned; exact classes
+    methods: Mapping[
+        type, frozenset[str]
+    ]  # of objects whose RRef one of `functions` has returned; exact classes
     types: frozenset[type]  # dataclasses that messages may hold
     proxied: frozenset[type]  # classes of peers' objects whose RRefs this process may hold
     max_pickle_bytes: int  # of a message without its tensors
@@ -69,7 +71,9 @@ def probe_fence() -> None:
         raise
     finally:
         _probing.clear()
-    raise ConfigError(f"torch {torch.__version__} goes past the fence around RPC: it must refuse functions that are not listed")
+    raise ConfigError(
+        f"torch {torch.__version__} goes past the fence around RPC: it must refuse functions that are not listed"
+    )
 
 
 def _forbidden() -> None:
@@ -95,7 +99,13 @@ class _Fence:
         listed = (internals.Call, internals.RemoteFailure, internals.PICKLER, RuntimeError)
         self._names: dict[tuple[str, str], Any] = {
             (named.__module__, named.__qualname__): named
-            for named in (*listed, *self._torch_functions, *permissions.functions, *permissions.types, *permissions.proxied)
+            for named in (
+                *listed,
+                *self._torch_functions,
+                *permissions.functions,
+                *permissions.types,
+                *permissions.proxied,
+            )
         }
         # An agent that starts alone sends itself its name and devices.
         worker, device = rpc.WorkerInfo, torch.device
@@ -112,7 +122,9 @@ class _Fence:
                     f"an RPC message must pickle to at most {self._permissions.max_pickle_bytes} bytes (rpc.max_pickle_bytes), "
                     f"got {len(binary_data)}"
                 )
-            message = read_pickle(binary_data, {**self._names, ("builtins", "getattr"): self._receivers(tensor_table)})
+            message = read_pickle(
+                binary_data, {**self._names, ("builtins", "getattr"): self._receivers(tensor_table)}
+            )
             if isinstance(message, internals.Call):
                 self._check_size(tensor_table)
             return message
@@ -163,12 +175,18 @@ class _Fence:
         storages = {storage.data_ptr(): storage.nbytes() for storage in map(_storage, tensors)}
         size = sum(storages.values())
         if limit is not None and size > limit:
-            raise PayloadRefused(f"the tensors of a call must have at most {limit} bytes (rpc.max_request_bytes), got {size}")
+            raise PayloadRefused(
+                f"the tensors of a call must have at most {limit} bytes (rpc.max_request_bytes), got {size}"
+            )
 
     # --- what messages may call
 
     def _call(self, message: Any) -> Any:
-        if not isinstance(message, internals.Call) or type(message.args) is not tuple or type(message.kwargs) is not dict:
+        if (
+            not isinstance(message, internals.Call)
+            or type(message.args) is not tuple
+            or type(message.kwargs) is not dict
+        ):
             raise PayloadRefused(f"a request must be a call with arguments, got {type(message).__name__}")
         own = self._torch_functions.get(message.func) if callable(message.func) else None
         if own is None and message.func not in self._permissions.functions:
@@ -190,20 +208,32 @@ class _Fence:
     def _invoke(self, rref: Any, method: Any, args: Any, kwargs: Any) -> Any:
         hosted = self._hosted(rref)
         if type(method) is not str or method not in self._permissions.methods[type(hosted)]:
-            raise PayloadRefused(f"{type(hosted).__name__} must be asked for a method that is listed, got {method!s:.80}")
+            raise PayloadRefused(
+                f"{type(hosted).__name__} must be asked for a method that is listed, got {method!s:.80}"
+            )
         if type(args) is not tuple or type(kwargs) is not dict:
             raise PayloadRefused("a method call must have a tuple and a dictionary of arguments")
         return getattr(hosted, method)(*args, **kwargs)
 
     def _join_alone(self, me: Any, devices: Any, reverse_maps: Any, is_join: Any) -> None:
-        if not self._starting or internals.static_workers() or me != internals.my_name() or is_join is not True:
+        if (
+            not self._starting
+            or internals.static_workers()
+            or me != internals.my_name()
+            or is_join is not True
+        ):
             raise PayloadRefused("only an agent that starts alone may have itself added to its table")
         self._starting = False
         internals.join_alone(me, devices, reverse_maps)
 
     def _gather(self, sequence: Any, worker: Any, value: Any, workers: Any = None) -> None:
         everybody = internals.static_workers()
-        if type(sequence) is not str or type(worker) is not str or worker not in everybody or value is not None:
+        if (
+            type(sequence) is not str
+            or type(worker) is not str
+            or worker not in everybody
+            or value is not None
+        ):
             raise PayloadRefused("only workers of a static world may gather at its start and end")
         if workers is not None and workers != everybody:
             raise PayloadRefused("all workers of a static world must gather together")
@@ -211,14 +241,21 @@ class _Fence:
 
     def _broadcast(self, sequence: Any, gathered: Any) -> None:
         everybody = internals.static_workers()
-        if type(sequence) is not str or type(gathered) is not dict or not everybody or gathered != dict.fromkeys(everybody):
+        if (
+            type(sequence) is not str
+            or type(gathered) is not dict
+            or not everybody
+            or gathered != dict.fromkeys(everybody)
+        ):
             raise PayloadRefused("only a static world at its start and end may broadcast")
         internals.BROADCAST(sequence, gathered)
 
 
 def _tensor(tensors: list[torch.Tensor], index: Any) -> torch.Tensor:
     if type(index) is not int or not 0 <= index < len(tensors):
-        raise PayloadRefused(f"an RPC message must refer to one of its {len(tensors)} tensors, got {index!r:.80}")
+        raise PayloadRefused(
+            f"an RPC message must refer to one of its {len(tensors)} tensors, got {index!r:.80}"
+        )
     tensor = tensors[index]
     _storage(tensor)
     return tensor
@@ -248,4 +285,6 @@ class _RefusalLog:
                 return
             unsaid, self._unsaid = self._unsaid, 0
             self._silent_until = now + _LOG_INTERVAL
-        logger.warning("refused or failed a request of a peer (%d more since the last line): %.200s", unsaid, text)
+        logger.warning(
+            "refused or failed a request of a peer (%d more since the last line): %.200s", unsaid, text
+        )

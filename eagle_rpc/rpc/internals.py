@@ -18,7 +18,9 @@ from eagle_rpc.errors import ConfigError, PayloadRefused
 
 def _part(module: Any, name: str) -> Any:
     if not hasattr(module, name):
-        raise ConfigError(f"{module.__name__} must have {name} for the fence around RPC, torch {torch.__version__} has it not")
+        raise ConfigError(
+            f"{module.__name__} must have {name} for the fence around RPC, torch {torch.__version__} has it not"
+        )
     return getattr(module, name)
 
 
@@ -69,7 +71,10 @@ def add_peer(name: str, worker_id: int, url: str, device_maps: Mapping[str, Mapp
     """
     agent = api._get_current_rpc_agent()
     agent.store.set(f"addrs/{name}", url)
-    maps = {caller: {torch.device(here): torch.device(there) for here, there in one.items()} for caller, one in device_maps.items()}
+    maps = {
+        caller: {torch.device(here): torch.device(there) for here, there in one.items()}
+        for caller, one in device_maps.items()
+    }
     devices = sorted({here for one in maps.values() for here in one}, key=str)
     agent._update_group_membership(rpc.WorkerInfo(name, worker_id), devices, maps, True)
 
@@ -84,7 +89,9 @@ def remove_peer(name: str, worker_id: int) -> None:
 
 def join_alone(me: WorkerName, devices: list[torch.device], reverse_maps: dict[str, Any]) -> None:
     """What an agent that starts alone calls at itself."""
-    api._get_current_rpc_agent()._update_group_membership(rpc.WorkerInfo(me.name, me.id), devices, reverse_maps, True)
+    api._get_current_rpc_agent()._update_group_membership(
+        rpc.WorkerInfo(me.name, me.id), devices, reverse_maps, True
+    )
 
 
 def my_name() -> WorkerName:
@@ -126,7 +133,10 @@ class RRefFork:
     def of(cls, parts: Any) -> "RRefFork":
         """Raises `PayloadRefused` unless `parts` are well formed: torch's C++ would parse any type in them, however deep."""
         if not (
-            type(parts) is tuple and len(parts) == 7 and all(type(part) is int for part in parts[:6]) and parts[6] == "PyObject"
+            type(parts) is tuple
+            and len(parts) == 7
+            and all(type(part) is int for part in parts[:6])
+            and parts[6] == "PyObject"
         ):
             raise PayloadRefused("an RRef must be six numbers and the type PyObject")
         return cls(*parts)
@@ -151,7 +161,11 @@ def replace_handlers(*, deserialize: Callable[[bytes, list[Any]], Any], run: Cal
 _PARAMETERS = {
     "internal.deserialize": (internal, "deserialize", ["binary_data", "tensor_table"]),
     "internal._run_function": (internal, "_run_function", ["python_udf"]),
-    "api._gather_to_leader": (api, "_gather_to_leader", ["sequence_id", "worker_name", "obj", "worker_names"]),
+    "api._gather_to_leader": (
+        api,
+        "_gather_to_leader",
+        ["sequence_id", "worker_name", "obj", "worker_names"],
+    ),
     "api._broadcast_to_followers": (api, "_broadcast_to_followers", ["sequence_id", "objects_map"]),
     "api._rref_typeof_on_owner": (api, "_rref_typeof_on_owner", ["rref", "blocking"]),
     "rref_proxy._local_invoke": (rref_proxy, "_local_invoke", ["rref", "func_name", "args", "kwargs"]),
@@ -163,7 +177,10 @@ _PARAMETERS = {
 }
 _FIELDS = {"PythonUDF": ("func", "args", "kwargs"), "RemoteException": ("msg", "exception_type")}
 _METHODS = {
-    "TensorPipeAgent": (rpc.TensorPipeAgent, ["store", "is_static_group", "get_worker_infos", "_update_group_membership"]),
+    "TensorPipeAgent": (
+        rpc.TensorPipeAgent,
+        ["store", "is_static_group", "get_worker_infos", "_update_group_membership"],
+    ),
     "PyRRef": (rpc.PyRRef, ["_serialize", "_deserialize", "local_value", "is_owner"]),
     "_InternalRPCPickler": (PICKLER, [TENSOR_RECEIVER, RREF_RECEIVER]),
 }
@@ -188,4 +205,6 @@ def check_internals() -> None:
 
 
 def _unexpected(name: str, rule: str, found: Any) -> ConfigError:
-    return ConfigError(f"torch.distributed.rpc {name} must {rule} for the fence around RPC, torch {torch.__version__} has {found}")
+    return ConfigError(
+        f"torch.distributed.rpc {name} must {rule} for the fence around RPC, torch {torch.__version__} has {found}"
+    )

@@ -105,7 +105,9 @@ class _Reader:
 
     def _top(self, wanted: type) -> Any:
         if type(self._stack[-1]) is not wanted:
-            raise PayloadRefused(f"an RPC message must add to a {wanted.__name__}, got {type(self._stack[-1]).__name__}")
+            raise PayloadRefused(
+                f"an RPC message must add to a {wanted.__name__}, got {type(self._stack[-1]).__name__}"
+            )
         return self._stack[-1]
 
     # --- operations
@@ -184,9 +186,15 @@ class _Reader:
         if type(state) is tuple and len(state) == 2 and state[0] is None and type(state[1]) is dict:
             values = state[1]
         else:
-            values = dict(zip(names, state, strict=False)) if type(state) in (list, tuple) and len(state) == len(names) else {}
+            values = (
+                dict(zip(names, state, strict=False))
+                if type(state) in (list, tuple) and len(state) == len(names)
+                else {}
+            )
         if values.keys() != set(names):
-            raise PayloadRefused(f"an RPC message must give a {type(made).__name__} its fields {', '.join(names)}")
+            raise PayloadRefused(
+                f"an RPC message must give a {type(made).__name__} its fields {', '.join(names)}"
+            )
         for name in names:
             object.__setattr__(made, name, values[name])
 
@@ -236,7 +244,9 @@ _OPERATIONS: dict[int, Callable[[_Reader], None]] = {
         b"K": lambda reader: reader._push(reader._number("<B")),
         b"M": lambda reader: reader._push(reader._number("<H")),
         b"J": lambda reader: reader._push(reader._number("<i")),
-        b"\x8a": lambda reader: reader._push(int.from_bytes(reader._take(reader._number("<B")), "little", signed=True)),
+        b"\x8a": lambda reader: reader._push(
+            int.from_bytes(reader._take(reader._number("<B")), "little", signed=True)
+        ),
         b"G": lambda reader: reader._push(reader._number(">d")),
         b"\x8c": lambda reader: _text(reader, "<B"),
         b"X": lambda reader: _text(reader, "<I"),

@@ -74,7 +74,9 @@ class Link:
         # Another thread may release it meanwhile.
         rref = self._rref
         if rref is None:
-            return self._call_by_name(self._data, what, timeout, call_hosted, self._service, method, *arguments)
+            return self._call_by_name(
+                self._data, what, timeout, call_hosted, self._service, method, *arguments
+            )
         try:
             future = getattr(rref.rpc_async(timeout=timeout), method)(*arguments)
         except RuntimeError as error:
@@ -83,7 +85,9 @@ class Link:
 
     def control(self, method: str, *arguments: Any, timeout: float) -> PendingCall:
         """A small call, which does not wait behind tensors."""
-        return self._call_by_name(self._control, method, timeout, call_hosted, self._service, method, *arguments)
+        return self._call_by_name(
+            self._control, method, timeout, call_hosted, self._service, method, *arguments
+        )
 
     def release(self) -> None:
         """Lets go of the RRef, which tells its owner; call it before the peer leaves this worker's table."""
@@ -94,7 +98,9 @@ class Link:
         for worker in (self._data, self._control):
             nudge(worker)
 
-    def _call_by_name(self, worker: str, what: str, timeout: float, function: Any, *arguments: Any) -> PendingCall:
+    def _call_by_name(
+        self, worker: str, what: str, timeout: float, function: Any, *arguments: Any
+    ) -> PendingCall:
         try:
             future = rpc.rpc_async(worker, function, args=arguments, timeout=timeout)
         except RuntimeError as error:

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import WaitTimeout
+from eagle_rpc.process import World
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.membership import TargetAddress
 from eagle_rpc.rpc.service import Link
-from eagle_rpc.topology import Cast, DevicePlan, World
+from eagle_rpc.topology import Cast, DevicePlan
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,9 @@ class StaticMembership:
     def targets(self) -> Sequence[TargetAddress]:
         """All of the job but those that were lost: torch never reconnects to a worker of the same id."""
         return [
-            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="", host="")
+            TargetAddress(
+                name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="", host=""
+            )
             for name in self.cast.target_names
             if name not in self._lost
         ]
@@ -87,7 +90,12 @@ class StaticMembership:
         return self.store.check([f"{name}/{event}" for name in names])
 
     def wait_for(
-        self, names: tuple[str, ...], event: str, *, timeout: float | None, until: Callable[[], bool] = lambda: False
+        self,
+        names: tuple[str, ...],
+        event: str,
+        *,
+        timeout: float | None,
+        until: Callable[[], bool] = lambda: False,
     ) -> None:
         """Blocks until all `names` have marked `event` or `until` holds; says every ten seconds whom it waits for.
 

@@ -67,15 +67,21 @@ def export_draft(
         raise ConfigError(
             f"target.aux_layer_ids must ascend: serving engines join hidden states in layer order, got {list(aux_layer_ids)}"
         )
-    tensors = {name: weight for name, weight in weights.items() if name != EMBEDDING} | {EMBEDDING: target_embedding}
+    tensors = {name: weight for name, weight in weights.items() if name != EMBEDDING} | {
+        EMBEDDING: target_embedding
+    }
     _check_shapes(tensors, draft_config)
     if (len(mapping), mapping.target_vocab_size) != (draft_config.draft_vocab_size, draft_config.vocab_size):
         raise ConfigError(
             f"the vocab mapping must hold {draft_config.draft_vocab_size} of {draft_config.vocab_size} tokens "
             f"as the draft's config says, got {len(mapping)} of {mapping.target_vocab_size}"
         )
-    stored = {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
-    if len(mapping) < mapping.target_vocab_size:  # engines take a missing map as the identity, and vLLM refuses an identity map
+    stored = {
+        name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()
+    }
+    if (
+        len(mapping) < mapping.target_vocab_size
+    ):  # engines take a missing map as the identity, and vLLM refuses an identity map
         stored |= {"d2t": mapping.d2t, "t2d": mapping.t2d}
     config = _serving_config(draft_config, dtype, aux_layer_ids, num_target_layers) | {
         "bos_token_id": bos_token_id,
@@ -111,9 +117,13 @@ def load_export(directory: Path) -> ExportedDraft:
     raw = _read_config(directory / _CONFIG_FILE)
     known = {field.name for field in fields(Eagle3DraftConfig)}
     try:
-        config = Eagle3DraftConfig(**{"rope_scaling": None, **{name: value for name, value in raw.items() if name in known}})
+        config = Eagle3DraftConfig(
+            **{"rope_scaling": None, **{name: value for name, value in raw.items() if name in known}}
+        )
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{directory / _CONFIG_FILE} must describe an EAGLE-3 draft: {error}") from error
+        raise CheckpointError(
+            f"{directory / _CONFIG_FILE} must describe an EAGLE-3 draft: {error}"
+        ) from error
     try:
         tensors = load_file(directory / _WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
@@ -124,10 +134,18 @@ def load_export(directory: Path) -> ExportedDraft:
     try:
         mapping = VocabMapping.from_token_ids(offsets + torch.arange(len(offsets)), config.vocab_size)
     except InvalidRequest as error:
-        raise CheckpointError(f"{directory / _WEIGHTS_FILE}: d2t must hold offsets to distinct target ids: {error}") from error
-    if len(mapping) != config.draft_vocab_size or (membership is not None and not torch.equal(membership, mapping.t2d)):
-        raise CheckpointError(f"{directory / _WEIGHTS_FILE}: d2t and t2d must name the same {config.draft_vocab_size} tokens")
-    return ExportedDraft(config=config, weights=tensors, mapping=mapping, aux_layer_ids=_read_aux_layers(raw, directory))
+        raise CheckpointError(
+            f"{directory / _WEIGHTS_FILE}: d2t must hold offsets to distinct target ids: {error}"
+        ) from error
+    if len(mapping) != config.draft_vocab_size or (
+        membership is not None and not torch.equal(membership, mapping.t2d)
+    ):
+        raise CheckpointError(
+            f"{directory / _WEIGHTS_FILE}: d2t and t2d must name the same {config.draft_vocab_size} tokens"
+        )
+    return ExportedDraft(
+        config=config, weights=tensors, mapping=mapping, aux_layer_ids=_read_aux_layers(raw, directory)
+    )
 
 
 def _serving_config(
@@ -158,16 +176,22 @@ def _check_shapes(tensors: Mapping[str, Tensor], config: Eagle3DraftConfig) -> N
         if name not in tensors:
             raise CheckpointError(f"the draft's weights must hold {name}, which is missing")
         if name not in expected:
-            raise CheckpointError(f"the draft's weights must be those of one EAGLE-3 layer, got {name} as well")
+            raise CheckpointError(
+                f"the draft's weights must be those of one EAGLE-3 layer, got {name} as well"
+            )
         if tuple(tensors[name].shape) != expected[name]:
-            raise CheckpointError(f"{name} must have shape {list(expected[name])}, got {list(tensors[name].shape)}")
+            raise CheckpointError(
+                f"{name} must have shape {list(expected[name])}, got {list(tensors[name].shape)}"
+            )
 
 
 def _replace_directory(output_dir: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Path]:
     """Writes beside `output_dir`, then renames: whoever looks sees a whole export or none."""
     files = [_CONFIG_FILE, _WEIGHTS_FILE]
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / _CONFIG_FILE).is_file():
-        raise ConfigError(f"serving.dir must be free or hold an earlier export, got {output_dir}, which holds other files")
+        raise ConfigError(
+            f"serving.dir must be free or hold an earlier export, got {output_dir}, which holds other files"
+        )
     fresh, stale = (output_dir.with_name(f".{output_dir.name}.{kind}") for kind in ("fresh", "stale"))
     for leftover in (fresh, stale):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,7 +1,14 @@
 """The contract between target and trainer: requests, supervision, encodings, sessions."""
 
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
-from eagle_rpc.supervision.batch import DraftTargets, Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
+from eagle_rpc.supervision.batch import (
+    DraftTargets,
+    Eagle3TargetBatch,
+    ProjectedTargets,
+    StoredLogits,
+    StoredProbs,
+)
+from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.encoding import (
     ENCODINGS,
     DraftVocabOnDevice,
@@ -13,12 +20,18 @@ from eagle_rpc.supervision.encoding import (
     read_supervision,
 )
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from eagle_rpc.supervision.head import DraftHead
 from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
 from eagle_rpc.supervision.rows import RowsRead, fused_rows_run, read_rows, read_rows_fused
-from eagle_rpc.supervision.session import GenerateRequest, ModelInfo, OpenedSession, Pulse, SessionSpec, TargetExpectation
+from eagle_rpc.supervision.session import (
+    GenerateRequest,
+    ModelInfo,
+    OpenedSession,
+    Pulse,
+    SessionSpec,
+    TargetExpectation,
+)
 from eagle_rpc.supervision.shift import shift_left
 from eagle_rpc.supervision.storage import own_storage, to_device, to_host
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mask

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eagle_rpc.supervision.head import DraftHead
+from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.shift import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
 
@@ -115,7 +115,9 @@ class Eagle3TargetBatch:
 
     def map_large(self, move: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
         """The same batch with what `move` makes of its large tensors: the hidden states and the targets' values."""
-        return replace(self, aux_hidden_states=move(self.aux_hidden_states), targets=self.targets.map_values(move))
+        return replace(
+            self, aux_hidden_states=move(self.aux_hidden_states), targets=self.targets.map_values(move)
+        )
 
     @property
     def position_mask(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch, ProjectedTargets, StoredLogits, StoredProbs
-from eagle_rpc.supervision.head import DraftHead
+from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.storage import to_device
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, true_places
@@ -43,7 +43,11 @@ class EncodedSupervision:
 
     def map_tensors(self, move: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
         """The same reply with what `move` makes of its tensors."""
-        moved = {field.name: move(value) for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+        moved = {
+            field.name: move(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -98,7 +102,9 @@ def encode_supervision(
     return read_supervision(output, where, vocab, encoding=encoding, chunk_rows=chunk_rows).encode(rows)
 
 
-def read_supervision(output: Any, rows: BatchRows, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int) -> ReadSupervision:
+def read_supervision(
+    output: Any, rows: BatchRows, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int
+) -> ReadSupervision:
     """Runs the head on the rows that may be supervised and reads its logits, without waiting for a GPU.
 
     `output` is what `Eagle3Target.generate_batch` returned. The head runs on at most `chunk_rows` at a time, so no more than
@@ -106,8 +112,12 @@ def read_supervision(output: Any, rows: BatchRows, vocab: DraftVocabOnDevice, *,
     """
     last_hidden_BTH = getattr(output, "last_hidden_state", None)
     if encoding == "hidden" and last_hidden_BTH is None:
-        raise InvalidRequest("encoding hidden needs a target that returns last_hidden_state; use encoding logits")
-    reader = _RowReader(output, rows.supervisable, None if encoding == "hidden" else vocab.selected_token_ids, encoding)
+        raise InvalidRequest(
+            "encoding hidden needs a target that returns last_hidden_state; use encoding logits"
+        )
+    reader = _RowReader(
+        output, rows.supervisable, None if encoding == "hidden" else vocab.selected_token_ids, encoding
+    )
     # Without rows there is one empty chunk, whose dtype counts.
     for chunk in rows.supervisable.split(chunk_rows):
         reader.read(chunk)
@@ -159,7 +169,9 @@ class _RowReader:
             self.selected[place] = values_NK
 
 
-def decode_supervision(encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None) -> Eagle3TargetBatch:
+def decode_supervision(
+    encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None
+) -> Eagle3TargetBatch:
     """The batch that `encoded` stands for, on its device; `tokens` are the ones that were sent. From the CPU they make no GPU wait.
 
     `head` holds the target's draft rows and is needed for `hidden` only.
@@ -192,6 +204,10 @@ def bytes_per_token(
     encoding: str, *, hidden_size: int, draft_vocab_size: int, dtype_bytes: int, supervised_share: float = 1.0
 ) -> float:
     """Wire bytes of one real token whose row is supervised with probability `supervised_share`."""
-    row = {"probs": 4 * draft_vocab_size, "logits": dtype_bytes * draft_vocab_size, "hidden": dtype_bytes * hidden_size}[encoding]
+    row = {
+        "probs": 4 * draft_vocab_size,
+        "logits": dtype_bytes * draft_vocab_size,
+        "hidden": dtype_bytes * hidden_size,
+    }[encoding]
     # Row index, log-normaliser and argmax take four bytes each.
     return 3 * hidden_size * dtype_bytes + supervised_share * (row + 12)

@@ -14,7 +14,10 @@ _SAMPLES = 1024
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Hash of a transformers tokenizer's vocabulary and special tokens."""
-    content = {"vocab": sorted(tokenizer.get_vocab().items()), "special": sorted(map(str, tokenizer.all_special_tokens))}
+    content = {
+        "vocab": sorted(tokenizer.get_vocab().items()),
+        "special": sorted(map(str, tokenizer.all_special_tokens)),
+    }
     return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 

@@ -29,7 +29,9 @@ class Eagle3Target(Protocol):
     `aux_hidden_states` [B, T, 3H] and `logits` [B, T, V] that are already shifted left by one.
     """
 
-    def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **packing: Tensor) -> Any:
+    def generate_batch(
+        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **packing: Tensor
+    ) -> Any:
         """Runs the target once on [B, T] ids. `segment_ids` [B, T] is passed only for packed batches."""
 
     def get_input_embeddings(self) -> nn.Embedding:

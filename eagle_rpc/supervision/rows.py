@@ -30,7 +30,11 @@ def read_rows(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
 
 def _argmax(wide_NV: Tensor) -> Tensor:
     """[N] int64, the first of the largest. NumPy finds it in a sixth of torch's time on a CPU."""
-    return torch.from_numpy(wide_NV.numpy().argmax(axis=1)) if wide_NV.device.type == "cpu" else wide_NV.argmax(dim=-1)
+    return (
+        torch.from_numpy(wide_NV.numpy().argmax(axis=1))
+        if wide_NV.device.type == "cpu"
+        else wide_NV.argmax(dim=-1)
+    )
 
 
 def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
@@ -50,6 +54,8 @@ def fused_rows_run(logits_NV: Tensor) -> bool:
             read_rows_fused(logits_NV, columns_K)
     except Exception:
         # No Triton, no C compiler, a refused kernel, a driver: each raises errors of its own, and torch reads rows everywhere.
-        logger.warning("logits are read by torch, since Triton does not run here (target.fused_rows)", exc_info=True)
+        logger.warning(
+            "logits are read by torch, since Triton does not run here (target.fused_rows)", exc_info=True
+        )
         return False
     return True

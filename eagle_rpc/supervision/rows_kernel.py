@@ -25,7 +25,9 @@ def _read_rows_kernel(
     largest, best = _LOWEST, 0
     sums_V = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
-        logits_V = tl.load(logits + start + places, start + places < vocab, other=float("-inf")).to(tl.float32)
+        logits_V = tl.load(logits + start + places, start + places < vocab, other=float("-inf")).to(
+            tl.float32
+        )
         block_largest = tl.max(logits_V, axis=0)
         # The first of equals wins, within a block and between blocks.
         if block_largest > largest:

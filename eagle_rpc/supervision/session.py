@@ -24,7 +24,9 @@ class ModelInfo:
     tokenizer_fingerprint: str | None  # null for targets without a tokenizer
     weights_fingerprint: str
     incarnation: str  # random id of this server process
-    form: str = ""  # what decides a forward pass's bits beside weights and dtype; empty where the target does not say
+    form: str = (
+        ""  # what decides a forward pass's bits beside weights and dtype; empty where the target does not say
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,13 +63,17 @@ class SessionSpec:
     job: str = ""  # trainers of one job share it
     trainer: str = ""  # worker name, for logs
     share_forward: bool = False  # requests may run in one pass with others', which rounds differently
-    through_host: bool = False  # supervision leaves the target's GPU first: RPC has no way between the two devices
+    through_host: bool = (
+        False  # supervision leaves the target's GPU first: RPC has no way between the two devices
+    )
 
     def check(self) -> None:
         """Raises `InvalidRequest`; the mapping itself is checked by `VocabMapping`."""
         for name, allowed in (("encoding", ENCODINGS), ("rows", ROW_RULES)):
             if getattr(self, name) not in allowed:
-                raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise InvalidRequest(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,8 @@ class GenerateRequest:
 
     session: str
     incarnation: str  # of the server that is meant
-    request_id: str  # unique in the session; a second request with it takes the place of a first that still waits
+    request_id: (
+        str  # unique in the session; a second request with it takes the place of a first that still waits
+    )
     tokens: TokenBatch
     seconds_left: float  # until the sender gives up; clocks of hosts differ, so never a point in time

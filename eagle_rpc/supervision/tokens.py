@@ -31,26 +31,41 @@ class TokenBatch:
     def to(self, device: torch.device) -> "TokenBatch":
         """The same tokens there, on their way as `to_device` says."""
         columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TokenBatch(**{name: None if column is None else to_device(column, device) for name, column in columns.items()})
+        return TokenBatch(
+            **{
+                name: None if column is None else to_device(column, device)
+                for name, column in columns.items()
+            }
+        )
 
     def check(self, *, vocab_size: int, max_length: int, max_tokens: int) -> None:
         """Raises `InvalidRequest` naming field, rule and value. Reads nothing but this batch."""
         _check_shapes(self, max_length=max_length, max_tokens=max_tokens)
         lowest, highest = int(self.input_ids.min()), int(self.input_ids.max())
         if lowest < 0 or highest >= vocab_size:
-            raise InvalidRequest(f"input_ids must lie in [0, {vocab_size}), got values from {lowest} to {highest}")
+            raise InvalidRequest(
+                f"input_ids must lie in [0, {vocab_size}), got values from {lowest} to {highest}"
+            )
         for name in ("attention_mask", "loss_mask"):
             mask = getattr(self, name)
             if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-                raise InvalidRequest(f"{name} must hold 0 and 1 only, got values from {int(mask.min())} to {int(mask.max())}")
+                raise InvalidRequest(
+                    f"{name} must hold 0 and 1 only, got values from {int(mask.min())} to {int(mask.max())}"
+                )
         real = self.attention_mask.bool()
         if bool((~real[:, :-1] & real[:, 1:]).any()):
             raise InvalidRequest("attention_mask must be padded on the right, got a real token after padding")
         if not bool(real[:, 0].all()):
-            raise InvalidRequest("attention_mask must keep at least one token of each sequence, got an empty sequence")
+            raise InvalidRequest(
+                "attention_mask must keep at least one token of each sequence, got an empty sequence"
+            )
         if bool((self.loss_mask.bool() & ~real).any()):
-            raise InvalidRequest("loss_mask must be 0 where attention_mask is 0, got a supervised padding token")
-        if self.segment_ids is not None and bool((self.segment_ids[:, 1:] < self.segment_ids[:, :-1])[real[:, 1:]].any()):
+            raise InvalidRequest(
+                "loss_mask must be 0 where attention_mask is 0, got a supervised padding token"
+            )
+        if self.segment_ids is not None and bool(
+            (self.segment_ids[:, 1:] < self.segment_ids[:, :-1])[real[:, 1:]].any()
+        ):
             raise InvalidRequest("segment_ids must not decrease along a row, got a decreasing pair")
 
 
@@ -62,7 +77,9 @@ def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> No
         if not isinstance(value, Tensor):
             raise InvalidRequest(f"{field.name} must be a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_meta:
-            raise InvalidRequest(f"{field.name} must be a dense tensor with data, got {value.layout} on {value.device}")
+            raise InvalidRequest(
+                f"{field.name} must be a dense tensor with data, got {value.layout} on {value.device}"
+            )
         if value.dim() != 2:
             raise InvalidRequest(f"{field.name} must have shape [B, T], got {list(value.shape)}")
         if value.shape != tokens.input_ids.shape:
@@ -71,14 +88,20 @@ def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> No
             )
         allowed = _MASK_DTYPES if field.name.endswith("mask") else (torch.int64,)
         if value.dtype not in allowed:
-            raise InvalidRequest(f"{field.name} must have dtype {' or '.join(map(str, allowed))}, got {value.dtype}")
+            raise InvalidRequest(
+                f"{field.name} must have dtype {' or '.join(map(str, allowed))}, got {value.dtype}"
+            )
     batch, length = tokens.shape
     if batch == 0 or length == 0:
         raise InvalidRequest(f"input_ids must hold at least one token, got shape {[batch, length]}")
     if length > max_length:
-        raise InvalidRequest(f"input_ids must be at most {max_length} tokens long (the target's limit), got {length}")
+        raise InvalidRequest(
+            f"input_ids must be at most {max_length} tokens long (the target's limit), got {length}"
+        )
     if batch * length > max_tokens:
-        raise InvalidRequest(f"input_ids must hold at most {max_tokens} tokens in all, got {batch} x {length} = {batch * length}")
+        raise InvalidRequest(
+            f"input_ids must hold at most {max_tokens} tokens in all, got {batch} x {length} = {batch * length}"
+        )
 
 
 def shifted_loss_mask(tokens: TokenBatch) -> Tensor:

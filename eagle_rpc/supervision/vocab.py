@@ -26,7 +26,9 @@ class VocabMapping:
     def from_token_ids(cls, selected_token_ids: Tensor, target_vocab_size: int) -> "VocabMapping":
         """Checks and sorts. Raises `InvalidRequest` on a wrong dtype or shape, duplicates, or ids outside [0, V)."""
         if not isinstance(selected_token_ids, Tensor):
-            raise InvalidRequest(f"selected_token_ids must be a tensor, got {type(selected_token_ids).__name__}")
+            raise InvalidRequest(
+                f"selected_token_ids must be a tensor, got {type(selected_token_ids).__name__}"
+            )
         if selected_token_ids.dtype != torch.int64 or selected_token_ids.dim() != 1:
             raise InvalidRequest(
                 f"selected_token_ids must be int64 [K], got {selected_token_ids.dtype} {list(selected_token_ids.shape)}"
@@ -41,7 +43,9 @@ class VocabMapping:
             )
         repeated = ids[1:][ids[1:] == ids[:-1]]
         if repeated.numel():
-            raise InvalidRequest(f"selected_token_ids must be distinct, got {int(repeated[0])} more than once")
+            raise InvalidRequest(
+                f"selected_token_ids must be distinct, got {int(repeated[0])} more than once"
+            )
         return cls(ids, target_vocab_size)
 
     def __len__(self) -> int:

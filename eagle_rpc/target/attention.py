@@ -25,7 +25,15 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Ends of the names of config fields that bound what a layer sees, as `sliding_window`; some models have them in their masks only.
 _NARROW = ("window", "window_size", "chunk_size")
 # What a model's own code may raise when it meets a name or a kernel that it does not know.
-_FAILURES = (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+_FAILURES = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,9 @@ class ChatAttention:
             return
         sees_all, on_gpu, rows = _sees_all(base), probe_ids.is_cuda, probe_ids.view(2, -1)
         self._spares_mask = sees_all and self._gives_the_same(probe_ids)
-        self._flash = sees_all and on_gpu and base.dtype in _FLASH_DTYPES and self._keeps_apart(rows, self._run_varlen)
+        self._flash = (
+            sees_all and on_gpu and base.dtype in _FLASH_DTYPES and self._keeps_apart(rows, self._run_varlen)
+        )
         self._loops = not on_gpu and self._keeps_apart(rows, self._run_in_loop)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, *, compiled: bool) -> Tensor:
@@ -111,7 +121,9 @@ class ChatAttention:
         def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
             if segment_ids_BT is None:
                 return run_base(self._base, ids_BT)
-            return run_packed(ids_BT, positions_within_chats(torch.ones_like(ids_BT).bool(), segment_ids_BT).cpu())
+            return run_packed(
+                ids_BT, positions_within_chats(torch.ones_like(ids_BT).bool(), segment_ids_BT).cpu()
+            )
 
         with contextlib.suppress(*_FAILURES):
             return packing_fault(run, ids_BT) is None
@@ -169,7 +181,9 @@ def _attend_in_loop(
     out_BTQD = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for chat in attention_mask:
         heads = (tensor[chat.row, None, :, chat.place] for tensor in (query, key, value))
-        out_BTQD[chat.row, chat.place] = sdpa_attention_forward(module, *heads, chat.visible, **settings)[0][0]
+        out_BTQD[chat.row, chat.place] = sdpa_attention_forward(module, *heads, chat.visible, **settings)[0][
+            0
+        ]
     return out_BTQD, None
 
 
@@ -209,7 +223,10 @@ def _attend_varlen(
     if not (softcap is position_bias is s_aux is None):
         raise NotImplementedError(f"{type(module).__name__} needs more than flash attention for packed chats")
     batch, heads, length, width = query.shape
-    rows = (tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], width) for tensor in (query, key, value))
+    rows = (
+        tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], width)
+        for tensor in (query, key, value)
+    )
     out_NQD = _attend_within_chats(*rows, width**-0.5 if scaling is None else scaling)
     return out_NQD.view(batch, length, heads, width), None
 

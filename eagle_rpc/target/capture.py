@@ -19,7 +19,9 @@ def find_base(model: PreTrainedModel) -> nn.Module:
     """The model without its head. Raises `UnsupportedTarget` if it has no such part."""
     base = getattr(model, model.base_model_prefix, None)
     if not isinstance(base, nn.Module):
-        raise UnsupportedTarget(f"{type(model).__name__} has no submodule {model.base_model_prefix!r} beside its head")
+        raise UnsupportedTarget(
+            f"{type(model).__name__} has no submodule {model.base_model_prefix!r} beside its head"
+        )
     return base
 
 
@@ -64,12 +66,16 @@ def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int,
     ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
     if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
         origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
-        raise ConfigError(f"target.aux_layer_ids must be three distinct ids in [0, {num_layers}), {origin} {list(ids)}")
+        raise ConfigError(
+            f"target.aux_layer_ids must be three distinct ids in [0, {num_layers}), {origin} {list(ids)}"
+        )
     return ids
 
 
 @contextmanager
-def captured_layers(layers: nn.ModuleList, ids: Sequence[int], keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+def captured_layers(
+    layers: nn.ModuleList, ids: Sequence[int], keep: Callable[[int, Tensor], None]
+) -> Iterator[None]:
     """As the model runs inside the block, `keep` gets the place in `ids` and the output [B, T, H] of each of those layers.
 
     The hooks go with the block, however it ends.
@@ -80,7 +86,9 @@ def captured_layers(layers: nn.ModuleList, ids: Sequence[int], keep: Callable[[i
         yield
 
 
-def _keep_output(keep: Callable[[int, Tensor], None], place: int, module: nn.Module, args: Any, output: Any) -> None:
+def _keep_output(
+    keep: Callable[[int, Tensor], None], place: int, module: nn.Module, args: Any, output: Any
+) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise UnsupportedTarget(f"decoder layer {type(module).__name__} must return hidden states [B, T, H]")

@@ -55,14 +55,20 @@ class ColocatedEagle3TargetModel:
 
         Raises `InvalidRequest` for settings, `UnsupportedTarget` where the encoding would not be exact.
         """
-        SessionSpec(selected_token_ids=mapping.selected_token_ids, encoding=self._encoding, rows=self._rows).check()
+        SessionSpec(
+            selected_token_ids=mapping.selected_token_ids, encoding=self._encoding, rows=self._rows
+        ).check()
         if mapping.target_vocab_size != self._info.vocab_size:
             raise InvalidRequest(
                 f"the mapping must be made for {self._info.vocab_size} target tokens, got one for {mapping.target_vocab_size}"
             )
         check_encoding(self._target, mapping.selected_token_ids, self._encoding)
         self._vocab = DraftVocabOnDevice.of(mapping, device_of(self._target))
-        self._head = exact_draft_head(self._target, self._vocab.selected_token_ids) if self._encoding == "hidden" else None
+        self._head = (
+            exact_draft_head(self._target, self._vocab.selected_token_ids)
+            if self._encoding == "hidden"
+            else None
+        )
 
     def output_embeddings(self) -> DraftHead:
         """The head's rows of the session's draft vocabulary."""
@@ -77,11 +83,18 @@ class ColocatedEagle3TargetModel:
         if self._vocab is None:
             raise InvalidRequest("open_session must come before generate_batch, got no draft vocabulary")
         started = time.monotonic()
-        tokens = TokenBatch(input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids)
+        tokens = TokenBatch(
+            input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids
+        )
         info = self._info
         tokens.check(vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens)
         encoded = supervise(
-            self._target, tokens, self._vocab, encoding=self._encoding, rows=self._rows, chunk_rows=self._chunk_rows
+            self._target,
+            tokens,
+            self._vocab,
+            encoding=self._encoding,
+            rows=self._rows,
+            chunk_rows=self._chunk_rows,
         )
         batch = decode_supervision(encoded, tokens, self._head)
         self._seconds_waited += time.monotonic() - started
@@ -90,7 +103,9 @@ class ColocatedEagle3TargetModel:
     def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
         """Supervision of every batch in order, each made when it is asked for."""
         for tokens in batches:
-            yield self.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+            yield self.generate_batch(
+                tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+            )
 
     @property
     def seconds_waited(self) -> float:

@@ -45,7 +45,9 @@ class Buckets:
         """`shapes`: at least one, `BxT` each, as `target.compile_shapes`."""
         sizes = (map(int, PAIR.fullmatch(shape).groups()) for shape in shapes)
         # By length, then by batch: the first that holds a batch is the smallest.
-        self.shapes = sorted({Shape(batch, length) for batch, length in sizes}, key=lambda shape: (shape.length, shape.batch))
+        self.shapes = sorted(
+            {Shape(batch, length) for batch, length in sizes}, key=lambda shape: (shape.length, shape.batch)
+        )
 
     @property
     def longest(self) -> int:
@@ -59,7 +61,9 @@ class Buckets:
         """
         fitting = min((shape.length for shape in self.shapes if shape.length >= length), default=None)
         if fitting is None:
-            raise InvalidRequest(f"input_ids must be at most {self.longest} tokens long (target.compile_shapes), got {length}")
+            raise InvalidRequest(
+                f"input_ids must be at most {self.longest} tokens long (target.compile_shapes), got {length}"
+            )
         candidates = [shape for shape in self.shapes if shape.length == fitting]
         start = 0
         while start < batch:
@@ -71,12 +75,15 @@ class Buckets:
 class CompiledForward:
     """The base model with a compiled `forward` in every decoder layer."""
 
-    def __init__(self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str) -> None:
+    def __init__(
+        self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str
+    ) -> None:
         """`attention`: of the base model; `packed`: whether rows may hold several chats; `mode`: as of `torch.compile`."""
         self._attention, self._layers, self._buckets, self._packed = attention, layers, buckets, packed
         self._mode = mode
         self._forwards = [
-            torch.compile(layer.forward, dynamic=False, fullgraph=True, backend=_BACKEND, mode=mode) for layer in layers
+            torch.compile(layer.forward, dynamic=False, fullgraph=True, backend=_BACKEND, mode=mode)
+            for layer in layers
         ]
 
     @property
@@ -97,16 +104,33 @@ class CompiledForward:
         """
         started = time.monotonic()
         kind = type(self._layers[0]).__name__
-        forms = [(shape, packed) for shape in self._buckets.shapes for packed in ((False, True) if self._packed else (False,))]
+        forms = [
+            (shape, packed)
+            for shape in self._buckets.shapes
+            for packed in ((False, True) if self._packed else (False,))
+        ]
         limit = len(forms) * _KINDS_OF_LAYERS
-        limits = {"recompile_limit": limit, "accumulated_recompile_limit": limit, "fail_on_recompile_limit_hit": True}
+        limits = {
+            "recompile_limit": limit,
+            "accumulated_recompile_limit": limit,
+            "fail_on_recompile_limit_hit": True,
+        }
         for number, (shape, packed) in enumerate(forms, start=1):
-            logger.info("compiling %s for shape %d of %d, %s%s", kind, number, len(forms), shape, " packed" if packed else "")
+            logger.info(
+                "compiling %s for shape %d of %d, %s%s",
+                kind,
+                number,
+                len(forms),
+                shape,
+                " packed" if packed else "",
+            )
             ids_BT = torch.zeros(shape, dtype=torch.int64, device=device)
             try:
                 with torch._dynamo.config.patch(limits), self._in_place():
                     # Zeros as positions: every token is a chat of its own.
-                    self._attention.run(ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True)
+                    self._attention.run(
+                        ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True
+                    )
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 raise UnsupportedTarget(
                     f"{kind} must compile whole and alike in all layers, or target.compile_shapes be empty: {error}"
@@ -124,7 +148,9 @@ class CompiledForward:
             for rows, shape in self._buckets.pieces(batch, length):
                 aux.rows = rows
                 positions = self._positions(positions_BT, rows, shape)
-                last_hidden_BTH = self._attention.run(_padded(input_ids[rows], shape), positions, compiled=True)
+                last_hidden_BTH = self._attention.run(
+                    _padded(input_ids[rows], shape), positions, compiled=True
+                )
                 pieces.append(last_hidden_BTH[: rows.stop - rows.start, :length])
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -133,7 +159,9 @@ class CompiledForward:
             return None
         positions_BT = positions_BT[rows]
         if not (self._packed or are_plain(positions_BT)):
-            raise InvalidRequest("segment_ids must be absent where target.compile_packed is false, got packed chats")
+            raise InvalidRequest(
+                "segment_ids must be absent where target.compile_packed is false, got packed chats"
+            )
         batch, length = positions_BT.shape
         # Padding on the right is one more chat, a plain row remains one.
         index_L = torch.arange(shape.length - length) + (length if are_plain(positions_BT) else 0)
@@ -146,7 +174,9 @@ class CompiledForward:
             with torch._dynamo.config.patch(error_on_recompile=True), self._in_place():
                 yield
         except RecompileError as error:
-            raise TargetFailed(f"the compiled target met a form that was not compiled at its start: {error}") from error
+            raise TargetFailed(
+                f"the compiled target met a form that was not compiled at its start: {error}"
+            ) from error
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

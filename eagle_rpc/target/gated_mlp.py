@@ -44,7 +44,9 @@ class FusedMLPs:
             except Exception:
                 # No Triton, no C compiler, a refused kernel, an odd module: each raises errors of its own, and modules run everywhere.
                 if not told:
-                    logger.warning("MLPs run as their modules do where a probe fails (target.fused_mlp)", exc_info=True)
+                    logger.warning(
+                        "MLPs run as their modules do where a probe fails (target.fused_mlp)", exc_info=True
+                    )
                 told = True
         if self._mlps:
             # Two freed weights lie apart in torch's cache, where the next pair does not fit.
@@ -69,7 +71,9 @@ def _is_candidate(mlp: nn.Module) -> bool:
     """Whether it holds the products of a gated MLP, in a form that the kernel takes."""
     parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     # Quantised weights are of a class of their own in modules of the plain one.
-    if not all(type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.bias is None for part in parts):
+    if not all(
+        type(part) is nn.Linear and type(part.weight) is nn.Parameter and part.bias is None for part in parts
+    ):
         return False
     if any("forward" in vars(module) for module in (mlp, *parts)):
         # Somebody else has replaced it.
@@ -92,7 +96,9 @@ def _gate_and_up(mlp: nn.Module) -> Tensor:
 @torch.no_grad()
 def _gives_the_same(mlp: nn.Module, weight_2IH: Tensor) -> bool:
     """Whether the MLP is one to rounding with its gate inside the product."""
-    probe_NH = torch.randn(_PROBE_ROWS, weight_2IH.shape[2], generator=torch.Generator().manual_seed(0)).to(weight_2IH)
+    probe_NH = torch.randn(_PROBE_ROWS, weight_2IH.shape[2], generator=torch.Generator().manual_seed(0)).to(
+        weight_2IH
+    )
     largest = F.linear(probe_NH, weight_2IH.flatten(0, 1)).abs().max().float().clamp_min(1e-6)
     for wanted in _PROBE_LARGEST:
         rows_NH = probe_NH * (wanted / largest).to(probe_NH.dtype)

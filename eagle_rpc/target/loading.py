@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.demo.gguf import convert_gguf, locate_gguf
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.target.gguf import convert_gguf, locate_gguf
 from eagle_rpc.target.quantization import is_quantised, loading_arguments
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,16 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
         try:
             return AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"target.model must be a model that transformers knows, got {config.model}: {error}") from error
+            raise ConfigError(
+                f"target.model must be a model that transformers knows, got {config.model}: {error}"
+            ) from error
     fields = dict(config.random)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"target.random must name a model_type that transformers knows, got {config.random}") from error
+        raise ConfigError(
+            f"target.random must name a model_type that transformers knows, got {config.random}"
+        ) from error
 
 
 def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> Any | None:
@@ -86,7 +90,9 @@ def load_model(
     if config.random:
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
-        model = _stored_model(config, resolve_model_dir(config, cache_dir), attention, device, quantised=quantised)
+        model = _stored_model(
+            config, resolve_model_dir(config, cache_dir), attention, device, quantised=quantised
+        )
     if not quantised:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
@@ -113,7 +119,12 @@ def _stored_model(
     placed = loading_arguments(config, dtype, device) if quantised else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, attn_implementation=attention, use_safetensors=True, trust_remote_code=False, **placed
+            directory,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **placed,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -123,7 +134,9 @@ def _stored_model(
         if not quantised:
             raise
         wanted = "as stored" if config.quantization is None else config.quantization.name
-        raise ConfigError(f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}") from error
+        raise ConfigError(
+            f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
+        ) from error
 
 
 def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.dtype) -> None:
@@ -145,7 +158,10 @@ def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.d
 def exact_attention(hf_config: PretrainedConfig, wanted: str) -> str:
     """`wanted`, or `eager` where the model soft-caps its attention scores, which sdpa leaves out without a word."""
     if wanted == "sdpa" and caps_attention(hf_config):
-        logger.info("target.attention is eager: sdpa ignores the soft cap on attention scores of %s", hf_config.model_type)
+        logger.info(
+            "target.attention is eager: sdpa ignores the soft cap on attention scores of %s",
+            hf_config.model_type,
+        )
         return "eager"
     return wanted
 

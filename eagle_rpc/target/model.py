@@ -29,10 +29,17 @@ from eagle_rpc.supervision import (
     weights_fingerprint,
 )
 from eagle_rpc.target.attention import ChatAttention, positions_within_chats
-from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_base, find_decoder_layers, run_base
+from eagle_rpc.target.capture import (
+    AuxStates,
+    aux_layers,
+    captured_layers,
+    find_base,
+    find_decoder_layers,
+    run_base,
+)
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.gated_mlp import FusedMLPs
-from eagle_rpc.target.head import OwnHead, check_own_head, draft_head, probe_draft_head
+from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
 from eagle_rpc.target.probes import check_causal, packing_fault
 
@@ -100,7 +107,9 @@ class HFEagle3TargetModel:
         Comes before `model_info`, which tells of it. Without `packed`, chats that share a row are refused. Raises
         `UnsupportedTarget` for layers that do not compile.
         """
-        compiled = CompiledForward(self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value)
+        compiled = CompiledForward(
+            self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value
+        )
         with self._forward_lock, self._mlps.in_place():
             compiled.compile(device=self.get_input_embeddings().weight.device)
             self._compiled = compiled
@@ -133,7 +142,9 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        positions_BT = None if segment_ids is None else positions_within_chats(attention_mask.bool(), segment_ids).cpu()
+        positions_BT = (
+            None if segment_ids is None else positions_within_chats(attention_mask.bool(), segment_ids).cpu()
+        )
         input_ids = to_device(input_ids, self._probe_ids.device)
         aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
         captured = captured_layers(self._layers, self.aux_layer_ids, aux.write)

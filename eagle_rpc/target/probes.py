@@ -32,7 +32,9 @@ def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> 
     expected = run(ids_BT)[:, :middle]
     error = relative_error(run(_with_other(ids_BT, slice(middle, None)))[:, :middle], expected)
     if not error <= _WHOLE_MODEL * ROUNDING[expected.dtype]:
-        raise UnsupportedTarget(f"{name} must be causal, but what follows a token changes it (relative error {error:.1e})")
+        raise UnsupportedTarget(
+            f"{name} must be causal, but what follows a token changes it (relative error {error:.1e})"
+        )
 
 
 def packing_fault(run: Callable[[Tensor, Tensor | None], Tensor], ids_BT: Tensor) -> str | None:

@@ -68,7 +68,9 @@ def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.de
     try:
         quantised = {**placed, "quantization_config": _CONFIGS[config.quantization](dtype)}
     except ImportError as error:
-        raise ConfigError(f"target.quantization={config.quantization.name} must find its package: {error}") from error
+        raise ConfigError(
+            f"target.quantization={config.quantization.name} must find its package: {error}"
+        ) from error
     if config.quantization is Quantization.fp8 and not _multiplies_fp8(device):
         raise ConfigError(
             f"target.quantization must be one that this machine runs on {device}, got fp8, which takes a GPU of compute capability "

@@ -25,7 +25,9 @@ def supervise(
     target: Any, tokens: TokenBatch, vocab: DraftVocabOnDevice, *, encoding: str, rows: str, chunk_rows: int
 ) -> EncodedSupervision:
     """Runs `target` (an `Eagle3Target`) on checked `tokens` of any device and encodes what it gives, on the target's device."""
-    return encode_supervision(run_target(target, tokens), tokens, vocab, encoding=encoding, rows=rows, chunk_rows=chunk_rows)
+    return encode_supervision(
+        run_target(target, tokens), tokens, vocab, encoding=encoding, rows=rows, chunk_rows=chunk_rows
+    )
 
 
 def run_target(target: Any, tokens: TokenBatch) -> Any:
@@ -50,7 +52,9 @@ def describe_target(target: Any, config: TargetConfig, incarnation: str | None =
     if hasattr(target, "model_info"):
         info = target.model_info()
         if config.max_length is not None and config.max_length > info.max_length:
-            raise ConfigError(f"target.max_length must be at most the model's context {info.max_length}, got {config.max_length}")
+            raise ConfigError(
+                f"target.max_length must be at most the model's context {info.max_length}, got {config.max_length}"
+            )
     else:
         info = _describe_embedding(target, config)
     return dataclasses.replace(
@@ -83,7 +87,9 @@ def _describe_embedding(target: Any, config: TargetConfig) -> ModelInfo:
 def exact_draft_head(target: Any, selected_token_ids: Tensor) -> DraftHead:
     """The head's rows for K target ids; raises `UnsupportedTarget` for a target that offers none."""
     if not hasattr(target, "draft_head"):
-        raise UnsupportedTarget(f"target {type(target).__name__} gives no rows of its head; use supervision.encoding=logits")
+        raise UnsupportedTarget(
+            f"target {type(target).__name__} gives no rows of its head; use supervision.encoding=logits"
+        )
     return target.draft_head(selected_token_ids)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eagle_rpc.topology.environment import World
+from eagle_rpc.process.environment import World
 from eagle_rpc.topology.roles import Cast, Role
 
 

@@ -5,7 +5,7 @@ from enum import Enum
 
 from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.topology.environment import World
+from eagle_rpc.process.environment import World
 
 
 class Role(Enum):
@@ -94,5 +94,7 @@ def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
         raise ConfigError(f"torchrun --role must be target or trainer, got {world.role_name!r}") from None
     expected = topology.targets if role is Role.target else topology.trainers
     if world.role_size != expected:
-        raise ConfigError(f"topology needs {expected} workers with --role {role.value}, got {world.role_size}")
+        raise ConfigError(
+            f"topology needs {expected} workers with --role {role.value}, got {world.role_size}"
+        )
     return role, world.role_rank

@@ -92,9 +92,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     facts = _read_facts(path / _FACTS)
     selected = _load_tensors(path / _MAPPING)
     try:
-        mapping = VocabMapping.from_token_ids(selected["selected_token_ids"], facts["draft_config"]["vocab_size"])
+        mapping = VocabMapping.from_token_ids(
+            selected["selected_token_ids"], facts["draft_config"]["vocab_size"]
+        )
         if mapping.digest != facts["mapping_digest"]:
-            raise CheckpointError(f"{path / _MAPPING} must have digest {facts['mapping_digest']}, got {mapping.digest}")
+            raise CheckpointError(
+                f"{path / _MAPPING} must have digest {facts['mapping_digest']}, got {mapping.digest}"
+            )
         return Checkpoint(
             step=facts["step"],
             micro_batches=facts["micro_batches"],

@@ -37,7 +37,9 @@ class TrainerGroup:
     for such a sum, and NCCL's watchdog ends the process if it takes longer than the time-out.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, timeout: float = 0.0, gpu_group: dist.ProcessGroup | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
         self.broken = False
@@ -54,19 +56,27 @@ class TrainerGroup:
         """Replaces the tensor by its sum over all trainers, with the same bits on each; `what` is for error messages."""
         if self.size > 1:
             with self.bounded(f"the sum of {what}"):
-                dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._gpu_group if tensor.is_cuda else None)
+                dist.all_reduce(
+                    tensor, op=dist.ReduceOp.SUM, group=self._gpu_group if tensor.is_cuda else None
+                )
         return tensor
 
     def sum_parts(self, part: Tensor, whole: Tensor, what: str) -> None:
         """Stores in `part` this trainer's part of the sum of `whole` over all trainers; `whole` has `size` parts along dim 0."""
         with self.bounded(f"the sum of {what}"):
-            _reduce_scatter(part, whole, op=dist.ReduceOp.SUM, group=self._gpu_group if whole.is_cuda else None)
+            _reduce_scatter(
+                part, whole, op=dist.ReduceOp.SUM, group=self._gpu_group if whole.is_cuda else None
+            )
 
     def mesh(self, device: torch.device) -> DeviceMesh:
         """All trainers in one dimension, for tensors on their `device`. Raises `ConfigError` for a GPU that several share."""
         if device.type == "cuda" and self._gpu_group is None:
-            raise ConfigError("train.sharding must be none where trainers share a GPU, got state: NCCL wants one each")
-        return DeviceMesh.from_group(self._gpu_group if device.type == "cuda" else dist.group.WORLD, device.type)
+            raise ConfigError(
+                "train.sharding must be none where trainers share a GPU, got state: NCCL wants one each"
+            )
+        return DeviceMesh.from_group(
+            self._gpu_group if device.type == "cuda" else dist.group.WORLD, device.type
+        )
 
     def any_(self, mine: bool, what: str) -> bool:
         """Whether it holds for any trainer; all learn the same."""
@@ -88,7 +98,9 @@ class TrainerGroup:
                 self.any_(True, what)
             raise
         if self.any_(False, what):
-            raise TargetUnavailable(f"trainer {self.rank} of {self.size}: another trainer did not get {what}; its log says why")
+            raise TargetUnavailable(
+                f"trainer {self.rank} of {self.size}: another trainer did not get {what}; its log says why"
+            )
 
     def barrier(self, what: str) -> None:
         """Returns when all trainers have come here."""
@@ -132,7 +144,9 @@ class TrainerGroup:
             yield
         except RuntimeError as error:
             self.broken = True
-            raise _wait_error(error, f"trainer {self.rank} of {self.size}, waiting for {what}", self._timeout) from error
+            raise _wait_error(
+                error, f"trainer {self.rank} of {self.size}, waiting for {what}", self._timeout
+            ) from error
 
 
 @contextlib.contextmanager
@@ -157,7 +171,9 @@ def join_trainers(
     try:
         one_gpu_each = TrainerGroup(rank, size, timeout).has_one_gpu_each(device)
         gpu_group = dist.new_group(backend="nccl", timeout=limit) if one_gpu_each else None
-        logger.info("trainer %d of %d joined over %s", rank, size, "gloo and NCCL" if one_gpu_each else "gloo")
+        logger.info(
+            "trainer %d of %d joined over %s", rank, size, "gloo and NCCL" if one_gpu_each else "gloo"
+        )
         yield TrainerGroup(rank, size, timeout, gpu_group)
     finally:
         dist.destroy_process_group()

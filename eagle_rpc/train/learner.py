@@ -52,7 +52,12 @@ class Learner:
     """
 
     def __init__(
-        self, draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, group: TrainerGroup, total_steps: int
+        self,
+        draft: Eagle3Draft,
+        config: TrainConfig,
+        objective: DraftConfig,
+        group: TrainerGroup,
+        total_steps: int,
     ) -> None:
         for name, parameter in trainable_parameters(draft).items():
             if parameter.dtype != torch.float32:
@@ -75,7 +80,9 @@ class Learner:
     def learn(self, batches: Iterable[Eagle3TargetBatch]) -> StepOutcome:
         """One optimiser step on this trainer's share of the micro-batches, which are waited for before anything else."""
         with self._group.together("the supervision of a step"):
-            supervision = StepSupervision(batches, self._objective.ttt_steps, offload=self._config.offload_supervision)
+            supervision = StepSupervision(
+                batches, self._objective.ttt_steps, offload=self._config.offload_supervision
+            )
         denominators_S = self._group.sum_(supervision.row_counts, "supervised rows")
         sums = self.empty_sums()
         self._masters.zero_gradients()
@@ -138,11 +145,15 @@ class Learner:
         """Puts a checkpoint's state in place. Raises `CheckpointError` if its weights are not this draft's."""
         if weights.keys() != self.parameters.keys():
             differing = sorted(weights.keys() ^ self.parameters.keys())
-            raise CheckpointError(f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}")
+            raise CheckpointError(
+                f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}"
+            )
         self._masters.require_alike({**weights, **optimiser}, "the checkpoint to resume from")
         for name, parameter in self.parameters.items():
             if weights[name].shape != parameter.shape:
-                raise CheckpointError(f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}")
+                raise CheckpointError(
+                    f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}"
+                )
             parameter.copy_(self._masters.part_of(weights[name], parameter))
         load_optimiser_tensors(self._optimiser, self.parameters, optimiser, self._masters.part_of)
         self._ttt.refresh_weights()
@@ -156,7 +167,9 @@ def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -
     return ReplicatedWeights(draft, group)
 
 
-def make_ttt_step(draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]) -> TTTStep:
+def make_ttt_step(
+    draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]
+) -> TTTStep:
     """The fused step where a GPU and the configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)

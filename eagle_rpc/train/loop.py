@@ -91,7 +91,11 @@ class Trainer:
         """
         self._start()
         if self.learner.steps_done >= self.total_steps:
-            logger.info("nothing left to train: the run has done %d of %d steps", self.learner.steps_done, self.total_steps)
+            logger.info(
+                "nothing left to train: the run has done %d of %d steps",
+                self.learner.steps_done,
+                self.total_steps,
+            )
         report = self._open_report()
         ahead = self._backend.stream(self._batches.batches(self._micro_batches))
         with contextlib.closing(report), contextlib.closing(ahead) as stream:
@@ -122,7 +126,10 @@ class Trainer:
             if self.learner.can_snapshot:
                 self._save()
             else:
-                logger.warning("no checkpoint of step %d: another trainer is gone, with its part of it", self.learner.steps_done)
+                logger.warning(
+                    "no checkpoint of step %d: another trainer is gone, with its part of it",
+                    self.learner.steps_done,
+                )
         if self._group.is_primary:
             logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
@@ -186,7 +193,10 @@ class Trainer:
         report.write(step, {f"validation/{name}": value for name, value in figures.items()})
         if self._group.is_primary:
             logger.info(
-                "step %d: validation loss %.3f, accept length %.2f", step, figures["loss"], figures["simulated_accept_length"]
+                "step %d: validation loss %.3f, accept length %.2f",
+                step,
+                figures["loss"],
+                figures["simulated_accept_length"],
             )
 
     def _require_finite(self, sums: RunningSums, what: str) -> None:
@@ -199,7 +209,9 @@ class Trainer:
     def _save(self) -> None:
         self._require_finite(self._sums, "loss or gradient norm")
         if not self.learner.weights_are_finite():
-            raise TrainingDiverged(f"the draft's weights must be finite, they are not after step {self.learner.steps_done}")
+            raise TrainingDiverged(
+                f"the draft's weights must be finite, they are not after step {self.learner.steps_done}"
+            )
         weights, optimiser = self.learner.snapshot()
         self._last_saved = self.learner.steps_done
         if not self._group.is_primary:
@@ -229,13 +241,18 @@ class Trainer:
             logger.info("resuming from %s", newest)
         elif self._group.is_primary:
             save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)
-        self._group.require_equal({"the configuration": self._record.digest, "the draft at the start": self.learner.digest()})
+        self._group.require_equal(
+            {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}
+        )
 
     def _open_report(self) -> TrainingReport:
         if not self._group.is_primary:
             return SilentReport()
         return WrittenReport(
-            self._run.metrics, self._run.tensorboard, total_steps=self.total_steps, first_step=self.learner.steps_done
+            self._run.metrics,
+            self._run.tensorboard,
+            total_steps=self.total_steps,
+            first_step=self.learner.steps_done,
         )
 
 

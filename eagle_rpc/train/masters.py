@@ -100,7 +100,10 @@ def flat_buffer(parameters: Mapping[str, nn.Parameter], parts: int) -> tuple[Ten
 
     Each view has as many rows as the parameter, rounded up to a multiple of `parts`.
     """
-    shapes = {name: (rounded_up(len(parameter), parts), *parameter.shape[1:]) for name, parameter in parameters.items()}
+    shapes = {
+        name: (rounded_up(len(parameter), parts), *parameter.shape[1:])
+        for name, parameter in parameters.items()
+    }
     sizes = [math.prod(shape) for shape in shapes.values()]
     flat = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(parameters.values())).device)
     views = (piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes.values(), strict=True))

@@ -27,7 +27,9 @@ class RunningSums:
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self._steps = steps
-        self.flat = torch.zeros(len(self._OF_STEPS) * steps + len(self._SCALARS), dtype=torch.float64, device=device)
+        self.flat = torch.zeros(
+            len(self._OF_STEPS) * steps + len(self._SCALARS), dtype=torch.float64, device=device
+        )
         columns, scalars = self.flat[: -len(self._SCALARS)].view(-1, steps), self.flat[-len(self._SCALARS) :]
         self._named = dict(zip(self._OF_STEPS + self._SCALARS, (*columns, *scalars), strict=True))
 

@@ -20,7 +20,10 @@ def make_optimiser(draft: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Matrices decay by `config.weight_decay`, norm weights do not."""
     parameters = list(trainable_parameters(draft).values())
     groups = [
-        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": config.weight_decay},
+        {
+            "params": [parameter for parameter in parameters if parameter.dim() > 1],
+            "weight_decay": config.weight_decay,
+        },
         {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
     ]
     first_beta, second_beta = config.betas
@@ -46,7 +49,9 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def optimiser_tensors(optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def optimiser_tensors(
+    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
     """Moments and step counts as `exp_avg/NAME` and so on; all that AdamW keeps. Empty before the first step."""
     return {
         f"{slot}/{name}": value

@@ -33,7 +33,14 @@ _FIXED_SETTINGS = (
     "data.chat_template",
 )
 _WATCHED_SECTIONS = ("train", "draft", "supervision", "data")
-_TARGET_FIELDS = ("weights_fingerprint", "tokenizer_fingerprint", "aux_layer_ids", "dtype", "hidden_size", "vocab_size")
+_TARGET_FIELDS = (
+    "weights_fingerprint",
+    "tokenizer_fingerprint",
+    "aux_layer_ids",
+    "dtype",
+    "hidden_size",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +107,11 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     Settings that may change between runs (rates, steps, intervals) are logged where they did.
     """
     for field in fields(Eagle3DraftConfig):
-        _require_equal(f"draft.{field.name}", getattr(saved.draft_config, field.name), getattr(current.draft_config, field.name))
+        _require_equal(
+            f"draft.{field.name}",
+            getattr(saved.draft_config, field.name),
+            getattr(current.draft_config, field.name),
+        )
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
@@ -110,8 +121,14 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     for path in _FIXED_SETTINGS:
         _require_equal(path, before.get(path), now.get(path))
     for path in sorted(before.keys() | now.keys()):
-        if path.partition(".")[0] in _WATCHED_SECTIONS and path != "train.resume" and before.get(path) != now.get(path):
-            logger.warning("resuming with %s=%s; the checkpoint was made with %s", path, now.get(path), before.get(path))
+        if (
+            path.partition(".")[0] in _WATCHED_SECTIONS
+            and path != "train.resume"
+            and before.get(path) != now.get(path)
+        ):
+            logger.warning(
+                "resuming with %s=%s; the checkpoint was made with %s", path, now.get(path), before.get(path)
+            )
 
 
 def _require_equal(name: str, saved: Any, current: Any) -> None:

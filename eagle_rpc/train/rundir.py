@@ -78,10 +78,14 @@ class RunDirectory:
         try:
             lock.acquire(blocking=False)
         except filelock.Timeout:
-            raise ConfigError(f"run.dir must not be in use, {self.path} is held by {self._holder()}") from None
+            raise ConfigError(
+                f"run.dir must not be in use, {self.path} is held by {self._holder()}"
+            ) from None
         try:
             self._require_usable(resume)
-            (self.path / _HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            (self.path / _HOLDER).write_text(
+                f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8"
+            )
             yield
         finally:
             lock.release()

@@ -42,10 +42,14 @@ class ShardedWeights:
         # FSDP2 works on the current device, wherever the parameters are.
         with torch.cuda.device_of(next(iter(trainable.values()))):
             self._mesh = group.mesh(next(iter(trainable.values())).device)
-            self._draft: FSDPModule = fully_shard(draft, mesh=self._mesh, reshard_after_forward=False, ignored_params=frozen)
+            self._draft: FSDPModule = fully_shard(
+                draft, mesh=self._mesh, reshard_after_forward=False, ignored_params=frozen
+            )
         self.parameters = trainable_parameters(draft)
         self._flat, self._padded = flat_buffer(self.parameters, group.size)
-        self.gradients = {name: self._padded[name][: len(parameter)] for name, parameter in self.parameters.items()}
+        self.gradients = {
+            name: self._padded[name][: len(parameter)] for name, parameter in self.parameters.items()
+        }
         # The n-th part of every padded gradient.
         self._reduced = torch.zeros(len(self._flat) // group.size, device=self._flat.device)
         sizes = [padded.numel() // group.size for padded in self._padded.values()]

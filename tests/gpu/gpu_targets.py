@@ -30,12 +30,23 @@ FORMS = {
 
 
 def config_of(form, **changes):
-    return TargetConfig(**{"model": "", "random": RANDOM, "dtype": DType.bfloat16, "chunk_rows": 300, **FORMS[form], **changes})
+    return TargetConfig(
+        **{
+            "model": "",
+            "random": RANDOM,
+            "dtype": DType.bfloat16,
+            "chunk_rows": 300,
+            **FORMS[form],
+            **changes,
+        }
+    )
 
 
 def batch_of(batch, length, packed=False, device="cpu"):
     generator = torch.Generator().manual_seed(length)
-    mask = torch.arange(length)[None] < torch.randint(length // 2, length + 1, (batch, 1), generator=generator)
+    mask = torch.arange(length)[None] < torch.randint(
+        length // 2, length + 1, (batch, 1), generator=generator
+    )
     return TokenBatch(
         input_ids=torch.randint(VOCAB, (batch, length), generator=generator),
         attention_mask=mask.long(),

@@ -7,11 +7,14 @@ import torch
 from gpu_targets import FORMS, MAPPING, batch_of, config_of
 from gpu_waits import waiting_forbidden
 
+from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, decode_supervision
-from eagle_rpc.target.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -24,7 +27,9 @@ def forward(request, tmp_path_factory):
 
 def request_of(tokens, encoding="hidden"):
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
-    session = SimpleNamespace(vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False, share_forward=True)
+    session = SimpleNamespace(
+        vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False, share_forward=True
+    )
     return PassRequest(session=session, tokens=tokens)
 
 

@@ -13,15 +13,39 @@ from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 STEPS = 7
 CASES = [
     Case(heads=4, key_heads=1, head_dim=64, hidden_size=256, batch=3, length=200, seed=1),
     Case(heads=4, key_heads=2, head_dim=128, hidden_size=256, batch=2, length=333, packed=True, seed=2),
-    Case(heads=2, key_heads=2, head_dim=256, hidden_size=256, batch=1, length=257, norm_before_residual=True, seed=3),
-    Case(heads=6, key_heads=2, head_dim=80, hidden_size=320, batch=4, length=65, packed=True, projected=True, seed=4),
-    Case(heads=7, key_heads=1, head_dim=96, hidden_size=384, batch=2, length=128, supervised_share=0.1, seed=5),
+    Case(
+        heads=2,
+        key_heads=2,
+        head_dim=256,
+        hidden_size=256,
+        batch=1,
+        length=257,
+        norm_before_residual=True,
+        seed=3,
+    ),
+    Case(
+        heads=6,
+        key_heads=2,
+        head_dim=80,
+        hidden_size=320,
+        batch=4,
+        length=65,
+        packed=True,
+        projected=True,
+        seed=4,
+    ),
+    Case(
+        heads=7, key_heads=1, head_dim=96, hidden_size=384, batch=2, length=128, supervised_share=0.1, seed=5
+    ),
     Case(heads=8, key_heads=2, head_dim=128, hidden_size=512, batch=2, length=1030, seed=6),
 ]
 
@@ -46,7 +70,10 @@ def test_as_close_to_float64_as_the_reference_in_bf16(case, recompute_mlp):
 
     assert distance(fused.loss_sums, exact.loss_sums) < 1e-2
     assert torch.equal(fused.rows, exact.rows) and torch.equal(fused.drafts, exact.drafts)
-    errors = {name: (distance(fused_grads[name], grad), distance(rough_grads[name], grad)) for name, grad in exact_grads.items()}
+    errors = {
+        name: (distance(fused_grads[name], grad), distance(rough_grads[name], grad))
+        for name, grad in exact_grads.items()
+    }
     for name, (fused_error, rough_error) in errors.items():
         assert fused_error < 1.25 * rough_error + 1e-3, name
 
@@ -61,7 +88,9 @@ def test_no_rows_give_zero_gradients():
 
 def test_an_optimiser_step_never_waits_for_the_gpu():
     case = Case(head_dim=64, hidden_size=256)
-    learner = Learner(case_draft(case).cuda(), TrainConfig(), DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10)
+    learner = Learner(
+        case_draft(case).cuda(), TrainConfig(), DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10
+    )
     batches = [on_device(case_batch(case), "cuda")] * 2
     learner.learn(batches)  # compiles kernels and allocates the optimiser's state
     with waiting_forbidden():

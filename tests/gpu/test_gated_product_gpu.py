@@ -50,14 +50,23 @@ def in_two_products(hidden_NH, weight_2IH):
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=needs_hopper)])
 @pytest.mark.parametrize(
     ("rows", "width", "hidden"),
-    [(0, 24, 8), (1, 128, 64), (128, 128, 128), (5, 24, 8), (300, 200, 72), pytest.param(4000, 1376, 512, marks=needs_hopper)],
+    [
+        (0, 24, 8),
+        (1, 128, 64),
+        (128, 128, 128),
+        (5, 24, 8),
+        (300, 200, 72),
+        pytest.param(4000, 1376, 512, marks=needs_hopper),
+    ],
 )
 def test_products_of_any_size(dtype, rows, width, hidden):
     from eagle_rpc.target.gated_kernel import gated_product
 
     hidden_NH = drawn(rows, hidden, dtype=dtype)
     weight_2IH = drawn(2, width, hidden, dtype=dtype, scale=2 * hidden**-0.5)
-    torch.testing.assert_close(gated_product(hidden_NH, weight_2IH), in_two_products(hidden_NH, weight_2IH), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        gated_product(hidden_NH, weight_2IH), in_two_products(hidden_NH, weight_2IH), rtol=2e-2, atol=2e-2
+    )
 
 
 def test_gates_of_any_size():

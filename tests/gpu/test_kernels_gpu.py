@@ -6,7 +6,10 @@ import torch
 from eagle_rpc.draft import LOSSES
 from eagle_rpc.draft.fused import formulas, own_slots
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -17,7 +20,9 @@ def assert_kernel_equals_formula(name: str, *arguments: object) -> None:
     """Results and every tensor that is given, after formula and kernel have had copies of the same arguments."""
     outcomes = []
     for function in (getattr(formulas, name).__wrapped__, getattr(formulas, name)):
-        copies = [argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+        copies = [
+            argument.clone() if isinstance(argument, torch.Tensor) else argument for argument in arguments
+        ]
         results = function(*copies)
         outcomes.append((results, [copy for copy in copies if isinstance(copy, torch.Tensor)]))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=2e-2, atol=2e-3)
@@ -35,12 +40,23 @@ def test_rms_norm(width):
     weight_grad = torch.ones(width, device="cuda")
     for residual in (None, passed):
         assert_kernel_equals_formula(
-            "rms_norm_backward", grad.contiguous(), x, (weight, 1e-5), weight_grad, residual, torch.empty_like(x).zero_()
+            "rms_norm_backward",
+            grad.contiguous(),
+            x,
+            (weight, 1e-5),
+            weight_grad,
+            residual,
+            torch.empty_like(x).zero_(),
         )
 
 
 def test_gradients_of_a_norm_may_be_overwritten():
-    x, weight, grad, passed = normal(9, 96), normal(96, dtype=torch.float32), normal(9, 97)[:, 1:].contiguous(), normal(9, 96)
+    x, weight, grad, passed = (
+        normal(9, 96),
+        normal(96, dtype=torch.float32),
+        normal(9, 97)[:, 1:].contiguous(),
+        normal(9, 96),
+    )
     expected, into_grad, into_passed = torch.empty_like(x), grad.clone(), passed.clone()
     norm, unread = (weight, 1e-5), torch.zeros_like(weight)
     formulas.rms_norm_backward(grad, x.clone(), norm, unread, passed, expected)
@@ -52,7 +68,9 @@ def test_gradients_of_a_norm_may_be_overwritten():
 @pytest.mark.parametrize("width", [100, 3072])
 def test_swiglu(width):
     assert_kernel_equals_formula("swiglu", normal(33, 2 * width))
-    assert_kernel_equals_formula("swiglu_backward", normal(33, width), normal(33, 2 * width), torch.zeros_like(normal(33, width)))
+    assert_kernel_equals_formula(
+        "swiglu_backward", normal(33, width), normal(33, 2 * width), torch.zeros_like(normal(33, width))
+    )
 
 
 @pytest.mark.parametrize("table_rows", [1, 3])
@@ -67,7 +85,9 @@ def test_rotation(table_rows, head_dim):
     formulas.add_and_rotate.__wrapped__(hidden_part, embed_part, tables, keys, out)
     formulas.add_and_rotate(hidden_part, embed_part, tables, keys, by_kernel)
     torch.testing.assert_close(by_kernel, out, rtol=2e-2, atol=2e-3)
-    assert_kernel_equals_formula("rotate_back", normal(batch, length, queries), normal(batch, length, 2 * keys), tables, out)
+    assert_kernel_equals_formula(
+        "rotate_back", normal(batch, length, queries), normal(batch, length, 2 * keys), tables, out
+    )
 
 
 def test_sum_shifted():
@@ -84,7 +104,9 @@ def test_losses(loss, vocab):
     assert_kernel_equals_formula("judge_rows_", 3 * logits, targets, log_normalizer, coefficients, loss)
 
 
-@pytest.mark.parametrize(("heads", "key_heads", "head_dim"), [(4, 1, 64), (7, 1, 128), (6, 2, 80), (3, 3, 256)])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "head_dim"), [(4, 1, 64), (7, 1, 128), (6, 2, 80), (3, 3, 256)]
+)
 def test_own_slots(heads, key_heads, head_dim):
     batch, length, steps = 2, 37, 4
     slots, query_width, key_width = batch * length, heads * head_dim, key_heads * head_dim
@@ -105,8 +127,12 @@ def test_own_slots(heads, key_heads, head_dim):
         own_slots.merge(step_heads)
         out_grads = normal(slots, heads, head_dim + 1, dtype=torch.float32)[..., 1:].contiguous().to(device)
         query_grads, key_value_grads = torch.ones_like(out_grads), torch.ones_like(local[..., query_width:])
-        own_slots.merge_backward(step_heads, out_grads, query_grads, key_value_grads.unflatten(-1, (-1, head_dim)).chunk(2, dim=2))
-        return [tensor.cpu() for tensor in (step_heads.out, step_heads.log_sums, query_grads, key_value_grads)]
+        own_slots.merge_backward(
+            step_heads, out_grads, query_grads, key_value_grads.unflatten(-1, (-1, head_dim)).chunk(2, dim=2)
+        )
+        return [
+            tensor.cpu() for tensor in (step_heads.out, step_heads.log_sums, query_grads, key_value_grads)
+        ]
 
     torch.testing.assert_close(run("cuda"), run("cpu"), rtol=1e-4, atol=1e-4)
 

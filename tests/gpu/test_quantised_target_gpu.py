@@ -13,7 +13,10 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import relative_error
 from eagle_rpc.target.supervise import supervise
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 PACKAGES = {"fp8": "torchao", "int8": "bitsandbytes", "int8_weights": "torchao", "nf4": "bitsandbytes"}
 COMPILED = {"compile_shapes": ["4x256"]}
@@ -47,7 +50,9 @@ def supervision_of(target):
 
 @pytest.mark.parametrize("form", [{}, COMPILED], ids=["eager", "compiled"])
 @pytest.mark.parametrize("quantization", PACKAGES)
-def test_a_quantised_target_is_near_the_whole_one_and_always_the_same(stored, quantization, form, monkeypatch):
+def test_a_quantised_target_is_near_the_whole_one_and_always_the_same(
+    stored, quantization, form, monkeypatch
+):
     if importlib.util.find_spec(PACKAGES[quantization]) is None:
         pytest.skip(f"needs {PACKAGES[quantization]}")
     if quantization == "int8" and form:

@@ -17,7 +17,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device or Triton's interpreter"),
+    pytest.mark.skipif(
+        DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device or Triton's interpreter"
+    ),
 ]
 
 
@@ -41,7 +43,11 @@ def assert_reads_as_torch(logits: torch.Tensor, columns: torch.Tensor | None = N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("vocab", [1, 97, 4096, 10000, 128256])
 def test_rows_of_any_width_and_format(dtype, vocab):
-    columns = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[: vocab // 3 + 1].sort().values.to(DEVICE)
+    columns = (
+        torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[: vocab // 3 + 1]
+        .sort()
+        .values.to(DEVICE)
+    )
     assert_reads_as_torch(logits_of(5, vocab, dtype), columns)
     assert_reads_as_torch(logits_of(5, vocab, dtype))
 

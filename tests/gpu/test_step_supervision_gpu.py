@@ -9,7 +9,10 @@ from support.ttt_cases import Case, case_batch, on_device
 from eagle_rpc.supervision import Eagle3TargetBatch
 from eagle_rpc.train.step_supervision import StepSupervision
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 STEPS = 7
 
@@ -42,5 +45,7 @@ def test_what_waited_comes_back_with_the_same_bits():
     supervision = StepSupervision(arriving(5), STEPS, offload=True)
     for seed in range(5):
         back, expected = supervision.take(), on_device(case_batch(case(seed)), "cuda")
-        assert back.aux_hidden_states.is_cuda and torch.equal(back.aux_hidden_states, expected.aux_hidden_states)
+        assert back.aux_hidden_states.is_cuda and torch.equal(
+            back.aux_hidden_states, expected.aux_hidden_states
+        )
         assert torch.equal(back.targets.logits(slice(None)), expected.targets.logits(slice(None)))

@@ -11,6 +11,7 @@ from gpu_targets import FORMS, MAPPING, RANDOM, batch_of, config_of
 from torch._dynamo.utils import counters
 from transformers import AttentionMaskInterface
 
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     DraftVocabOnDevice,
     GenerateRequest,
@@ -22,10 +23,12 @@ from eagle_rpc.supervision import (
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import ROUNDING, relative_error
-from eagle_rpc.target.server import TargetModelServer
 from eagle_rpc.target.supervise import supervise
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -36,7 +39,9 @@ def loaded(request, tmp_path_factory):
 
 
 def open_session(server, encoding, rows="loss_mask", through_host=False):
-    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows=rows, through_host=through_host)
+    spec = SessionSpec(
+        selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows=rows, through_host=through_host
+    )
     return unwrap(server.open_session(spec).wait(), sender="target0").id
 
 
@@ -44,18 +49,33 @@ def send(server, session, tokens, number=0):
     """The future of the reply to one request."""
     incarnation = server.model_info().value.incarnation
     return server.generate(
-        GenerateRequest(session=session, incarnation=incarnation, request_id=f"r{number}", tokens=tokens, seconds_left=60.0)
+        GenerateRequest(
+            session=session,
+            incarnation=incarnation,
+            request_id=f"r{number}",
+            tokens=tokens,
+            seconds_left=60.0,
+        )
     )
 
 
 def colocated_with(target, config, encoding, rows="loss_mask"):
     backend = ColocatedEagle3TargetModel(target, config, encoding=encoding, rows=rows)
     backend.open_session(MAPPING)
-    return lambda tokens: backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    return lambda tokens: backend.generate_batch(
+        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+    )
 
 
 def assert_same_bits(here, served):
-    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+    for name in (
+        "aux_hidden_states",
+        "supervised_rows",
+        "log_normalizer",
+        "argmax",
+        "position_mask",
+        "target_probs",
+    ):
         assert torch.equal(getattr(here, name), getattr(served, name)), name
 
 
@@ -97,14 +117,18 @@ def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, t
 def test_packed_chats_are_what_they_are_alone(window, head_dim, tmp_path, monkeypatch):
     """Without a mask, but for chats longer than the sliding window and for heads wider than flash attention takes."""
     shape = {"model_type": "mistral", "sliding_window": window, "head_dim": head_dim}
-    target = HFEagle3TargetModel.load(config_of("eager", random={**RANDOM, **shape}), "cuda", cache_dir=tmp_path)
+    target = HFEagle3TargetModel.load(
+        config_of("eager", random={**RANDOM, **shape}), "cuda", cache_dir=tmp_path
+    )
     tokens, masks = batch_of(3, 300, packed=True), []
     # The first packed batch is preceded by a probe, which also runs chats alone.
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
     mapping = AttentionMaskInterface._global_mapping
     make_mask = mapping["sdpa"]
     monkeypatch.setitem(mapping, "sdpa", lambda **settings: masks.append(settings) or make_mask(**settings))
-    packed = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    packed = target.generate_batch(
+        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+    )
     assert bool(masks) is (window is not None or head_dim > 256)
     for row in range(3):
         length = int(tokens.attention_mask[row].sum())
@@ -121,7 +145,8 @@ def test_every_form_gives_the_same_distribution_to_rounding(loaded, tmp_path):
     eager = HFEagle3TargetModel.load(config_of("eager"), "cuda", cache_dir=tmp_path)
     tokens, vocab = batch_of(4, 256, device="cuda"), DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
     plain, other = (
-        supervise(target, tokens, vocab, encoding="probs", rows="loss_mask", chunk_rows=300) for target in (eager, loaded[1])
+        supervise(target, tokens, vocab, encoding="probs", rows="loss_mask", chunk_rows=300)
+        for target in (eager, loaded[1])
     )
     assert float((plain.argmax == other.argmax).float().mean()) > 0.95
     torch.testing.assert_close(other.log_normalizer, plain.log_normalizer, rtol=0, atol=0.1)
@@ -146,7 +171,10 @@ def test_logits_of_one_chunk_are_the_most_that_the_projection_holds(encoding, tm
     config = config_of("fused", random=random, aux_layer_ids=[0, 3, 6])
     target = HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path)
     mapping = VocabMapping.from_token_ids(torch.arange(0, vocab_size, 100), vocab_size)
-    vocab, tokens = DraftVocabOnDevice.of(mapping, torch.device("cuda")), batch_of(16, rows // 16, device="cuda")
+    vocab, tokens = (
+        DraftVocabOnDevice.of(mapping, torch.device("cuda")),
+        batch_of(16, rows // 16, device="cuda"),
+    )
 
     def run():
         return supervise(target, tokens, vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows)

@@ -13,7 +13,7 @@ from support.ttt_cases import Case, case_batch, case_draft, on_device
 
 from eagle_rpc.config.choices import Sharding
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
-from eagle_rpc.topology import bind_to_interface
+from eagle_rpc.process import bind_to_interface
 from eagle_rpc.train import TrainerGroup, join_trainers
 from eagle_rpc.train.learner import Learner
 
@@ -26,11 +26,16 @@ CASE = Case(head_dim=64, hidden_size=256, length=64)
 
 
 def learner_on(device: str, group: TrainerGroup, **train) -> Learner:
-    return Learner(case_draft(CASE).to(device), TrainConfig(**train), DraftConfig(ttt_steps=3), group, total_steps=10)
+    return Learner(
+        case_draft(CASE).to(device), TrainConfig(**train), DraftConfig(ttt_steps=3), group, total_steps=10
+    )
 
 
 def batches_on(device: str, step: int) -> list:
-    return [on_device(case_batch(Case(head_dim=64, hidden_size=256, length=64, seed=2 * step + part)), device) for part in range(2)]
+    return [
+        on_device(case_batch(Case(head_dim=64, hidden_size=256, length=64, seed=2 * step + part)), device)
+        for part in range(2)
+    ]
 
 
 def train_one(rank: int, path: Path, train: dict) -> None:
@@ -40,7 +45,10 @@ def train_one(rank: int, path: Path, train: dict) -> None:
     with join_trainers(store, rank, 2, timeout=60.0, device=torch.device(device)) as group:
         learner = learner_on(device, group, **train)
         norms = [learner.learn([batches_on(device, step)[rank]]).grad_norm.item() for step in range(3)]
-        torch.save({"digest": learner.digest(), "norms": norms, "backend": dist.get_backend(group._gpu_group)}, path / f"{rank}.pt")
+        torch.save(
+            {"digest": learner.digest(), "norms": norms, "backend": dist.get_backend(group._gpu_group)},
+            path / f"{rank}.pt",
+        )
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "reference"])

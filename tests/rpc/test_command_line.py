@@ -40,12 +40,28 @@ SMALL = [
 
 
 def torchrun(workers: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", "eagle_rpc"]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={workers}",
+        "-m",
+        "eagle_rpc",
+    ]
 
 
-def run(command: list[str], directory: Path, *overrides: str, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+def run(
+    command: list[str], directory: Path, *overrides: str, timeout: float = 150
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, *overrides], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
+        [*command, *overrides],
+        cwd=directory,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -95,12 +111,16 @@ def test_the_whole_path_from_answers_to_accept_length(workplace: tuple[Path, lis
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert evaluation["identical_texts"] is True
     assert evaluation["accept_length"] >= 1 and len(evaluation["acceptance_per_position"]) == 3
-    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()][:4] == [1, 2, 3, 4]
+    assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()][
+        :4
+    ] == [1, 2, 3, 4]
 
 
 def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, list[str]]):
     directory, overrides = workplace
-    done = run(PYTHON, directory, "job=train", "topology=single", "train.max_steps=2", "run.name=single", *overrides)
+    done = run(
+        PYTHON, directory, "job=train", "topology=single", "train.max_steps=2", "run.name=single", *overrides
+    )
     assert done.returncode == 0, done.stderr
     assert (directory / "runs/single/checkpoints/step_2").is_dir()
 
@@ -111,14 +131,22 @@ def test_two_trainers_that_share_out_their_state_write_the_checkpoint_of_two_tha
 ):
     directory, overrides = workplace
     # Unclipped, since the norm of gradients in parts is summed up in another order.
-    settings = ["topology=1x2", "train.max_steps=3", "train.accumulation=2", "train.max_grad_norm=1e9", *overrides]
+    settings = [
+        "topology=1x2",
+        "train.max_steps=3",
+        "train.accumulation=2",
+        "train.max_grad_norm=1e9",
+        *overrides,
+    ]
     written = []
     for sharding in ("none", "state"):
         named = [f"run.name=sharding_{sharding}", f"train.sharding={sharding}", *settings]
         trained = run(torchrun(3), directory, "job=train", *named)
         assert trained.returncode == 0, trained.stderr
         checkpoint = directory / f"runs/sharding_{sharding}/checkpoints/step_3"
-        written.append([(checkpoint / name).read_bytes() for name in ("draft.safetensors", "optimiser.safetensors")])
+        written.append(
+            [(checkpoint / name).read_bytes() for name in ("draft.safetensors", "optimiser.safetensors")]
+        )
     assert written[0] == written[1]
     exported = run(PYTHON, directory, "job=export", *named)
     assert exported.returncode == 0, exported.stderr
@@ -135,38 +163,60 @@ def test_training_killed_and_resumed_ends_with_the_same_weights(workplace: tuple
     finished = run(torchrun(2), directory, *killed)
     assert finished.returncode == 0, finished.stderr
     for name in ("draft.safetensors", "optimiser.safetensors"):
-        straight, resumed = (directory / "runs" / name_of_run / "checkpoints/step_60" / name for name_of_run in ("alone", "killed"))
+        straight, resumed = (
+            directory / "runs" / name_of_run / "checkpoints/step_60" / name
+            for name_of_run in ("alone", "killed")
+        )
         assert straight.read_bytes() == resumed.read_bytes(), name
 
 
 def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int) -> None:
     """Starts a run and kills its launcher without warning when it has logged `step`; its workers must end by themselves."""
     with (directory / f"killed_{step}.log").open("w") as log:
-        launcher = subprocess.Popen([*torchrun(2), *overrides], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log)
+        launcher = subprocess.Popen(
+            [*torchrun(2), *overrides], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log
+        )
         until_logged(launcher, metrics, step, Path(log.name))
-        workers = until(lambda: both if len(both := children_of(launcher.pid)) == 2 else None, "both workers run", seconds=WAIT)
+        workers = until(
+            lambda: both if len(both := children_of(launcher.pid)) == 2 else None,
+            "both workers run",
+            seconds=WAIT,
+        )
         launcher.send_signal(signal.SIGKILL)
         launcher.wait(10)
     until(lambda: not any(map(is_alive, workers)), f"workers {workers} end like their launcher", seconds=WAIT)
 
 
-def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_the_same(workplace: tuple[Path, list[str]]):
+def test_torchrun_restarts_a_static_job_after_a_kill_and_the_weights_come_out_the_same(
+    workplace: tuple[Path, list[str]],
+):
     directory, overrides = workplace
     settings = ["job=train", "topology=1x1", "train.max_steps=60", "train.resume=auto", *overrides]
     restarting = [*torchrun(2)[:3], "--max-restarts=1", *torchrun(2)[3:]]
     metrics = directory / "runs/restarted/metrics.jsonl"
     with (directory / "restarted.log").open("w") as log:
         launcher = subprocess.Popen(
-            [*restarting, "run.name=restarted", *settings], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log
+            [*restarting, "run.name=restarted", *settings],
+            cwd=directory,
+            env=ENVIRONMENT,
+            stdout=log,
+            stderr=log,
         )
         until_logged(launcher, metrics, 4, Path(log.name))
-        trainer = next(pid for pid in children_of(launcher.pid) if b"ROLE_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        trainer = next(
+            pid
+            for pid in children_of(launcher.pid)
+            if b"ROLE_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        )
         os.kill(trainer, signal.SIGKILL)
         assert launcher.wait(150) == 0, (directory / "restarted.log").read_text()
     undisturbed = run(torchrun(2), directory, "run.name=undisturbed", *settings)
     assert undisturbed.returncode == 0, undisturbed.stderr
     for name in ("draft.safetensors", "optimiser.safetensors"):
-        kept = [(directory / "runs" / one / "checkpoints/step_60" / name).read_bytes() for one in ("restarted", "undisturbed")]
+        kept = [
+            (directory / "runs" / one / "checkpoints/step_60" / name).read_bytes()
+            for one in ("restarted", "undisturbed")
+        ]
         assert kept[0] == kept[1], name
 
 
@@ -241,7 +291,14 @@ def test_agents_with_role_names_find_each_other_in_either_order(workplace: tuple
     for role in ("trainer", "target"):
         command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--role", role, *job]
         agents.append(
-            subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            subprocess.Popen(
+                command,
+                cwd=directory,
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
     outputs = [agent.communicate(timeout=150)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
@@ -286,7 +343,9 @@ def test_verification_finds_every_bit_equal(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "runs/verify/verify.json").read_text())
     assert [(row["topology"], row["encoding"]) for row in rows] == [
-        (topology, encoding) for topology in ("1x1", "1x2", "2x2") for encoding in ("probs", "logits", "hidden")
+        (topology, encoding)
+        for topology in ("1x1", "1x2", "2x2")
+        for encoding in ("probs", "logits", "hidden")
     ]
     assert all(row["rows"] > 0 and all(row["equal"].values()) for row in rows)
 
@@ -296,7 +355,9 @@ def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]
     """A job in the background, ended with the body if it has not ended by then."""
     log = directory / f"{overrides[0]}.log"
     with log.open("w") as output:
-        process = subprocess.Popen([*PYTHON, *overrides], cwd=directory, env=ENVIRONMENT, stdout=output, stderr=output, text=True)
+        process = subprocess.Popen(
+            [*PYTHON, *overrides], cwd=directory, env=ENVIRONMENT, stdout=output, stderr=output, text=True
+        )
         try:
             yield process
         finally:
@@ -304,7 +365,9 @@ def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]
             process.wait(10)
 
 
-def status_until(directory: Path, registry: list[str], holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def status_until(
+    directory: Path, registry: list[str], holds: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
     """Looks at the service as machines do until it is as expected."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
@@ -327,15 +390,26 @@ def test_a_service_outlives_the_trainers_of_other_directories_and_everything_end
             first = run(PYTHON, tmp_path, *training, "run.name=first", "train.max_steps=3", "topology=1x1")
             assert first.returncode == 0, first.stderr
             assert "connected with target0" in first.stderr
-            endless = [*training, "run.name=endless", "train.max_steps=1000000", "train.checkpoint_every=1000000"]
+            endless = [
+                *training,
+                "run.name=endless",
+                "train.max_steps=1000000",
+                "train.checkpoint_every=1000000",
+            ]
             with started(tmp_path, *endless) as trainer:
                 status_until(
-                    tmp_path, registry, lambda seen: any((one["status"] or {}).get("step", 0) > 2 for one in seen["trainers"])
+                    tmp_path,
+                    registry,
+                    lambda seen: any((one["status"] or {}).get("step", 0) > 2 for one in seen["trainers"]),
                 )
                 trainer.send_signal(signal.SIGTERM)
                 assert trainer.wait(60) == 0
-            assert list((tmp_path / "runs/endless/checkpoints").glob("step_*")), "a trainer that is told to stop keeps its steps"
-            status_until(tmp_path, registry, lambda seen: seen["trainers"] == [] and len(seen["targets"]) == 1)
+            assert list((tmp_path / "runs/endless/checkpoints").glob("step_*")), (
+                "a trainer that is told to stop keeps its steps"
+            )
+            status_until(
+                tmp_path, registry, lambda seen: seen["trainers"] == [] and len(seen["targets"]) == 1
+            )
             target.send_signal(signal.SIGINT)
             assert target.wait(60) == 0
         directory_of_workers.send_signal(signal.SIGTERM)
@@ -343,7 +417,11 @@ def test_a_service_outlives_the_trainers_of_other_directories_and_everything_end
 
 
 def test_a_service_without_a_registry_names_it_and_gives_up(tmp_path: Path):
-    nowhere = [f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={tmp_path}/token", "rpc.start_timeout=1"]
+    nowhere = [
+        f"rpc.registry=127.0.0.1:{free_port()}",
+        f"rpc.token_file={tmp_path}/token",
+        "rpc.start_timeout=1",
+    ]
     (tmp_path / "token").touch(mode=0o600)
     (tmp_path / "token").write_text("ab" * 32)
     done = run(PYTHON, tmp_path, "job=serve", "target=tiny", *nowhere)

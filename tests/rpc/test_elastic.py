@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.elastic import WAIT, Link, Registry, Worker, joined, remote_target, serve_target, serve_tiny_target
+from support.elastic import (
+    WAIT,
+    Link,
+    Registry,
+    Worker,
+    joined,
+    remote_target,
+    serve_target,
+    serve_tiny_target,
+)
 from support.tiny_target import TINY_LLAMA, tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.waiting import until
 
@@ -66,7 +75,9 @@ def digests(batch: Any) -> dict[str, list[Any]]:
 
 def expected_batch(seed: int) -> dict[str, list[Any]]:
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
-    backend = ColocatedEagle3TargetModel(target, tiny_target_config(), encoding="hidden", rows="position_mask")
+    backend = ColocatedEagle3TargetModel(
+        target, tiny_target_config(), encoding="hidden", rows="position_mask"
+    )
     backend.open_session(tiny_mapping())
     tokens = tiny_batch(seed)
     return digests(backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask))
@@ -140,7 +151,9 @@ def test_a_target_that_is_stopped_is_passed_over_and_used_again(service: Service
     os.kill(stopped.process.pid, signal.SIGSTOP)
     check_batches(trainer, range(3, 10))
     os.kill(stopped.process.pid, signal.SIGCONT)
-    check_until(trainer, 10, lambda status: [one["state"] for one in status["targets"]] == ["serving", "serving"])
+    check_until(
+        trainer, 10, lambda status: [one["state"] for one in status["targets"]] == ["serving", "serving"]
+    )
 
 
 def test_the_registry_may_die_and_return_while_supervision_flows(service: Service, registry: Registry):
@@ -202,7 +215,9 @@ def meet_an_impostor(link: Link, name: str, address: str, token: bytes) -> None:
             link.send(str(error))
 
 
-def test_another_process_at_a_known_address_is_found_out_on_the_first_call(service: Service, registry: Registry):
+def test_another_process_at_a_known_address_is_found_out_on_the_first_call(
+    service: Service, registry: Registry
+):
     _, incarnation = service.target("target0")
     trainer = service.start(meet_an_impostor, "trainer0")
     assert trainer.receive() == "joined"
@@ -240,11 +255,16 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
     with joined(name, "trainer", address, token) as membership:
         (target,) = membership.targets()
         connection = membership.connect(target, SERVICE_NAME)
-        size = unwrap(connection.call("input_embeddings", what="much", timeout=WAIT).result(), sender=name).nbytes
+        size = unwrap(
+            connection.call("input_embeddings", what="much", timeout=WAIT).result(), sender=name
+        ).nbytes
         in_flight: list[Any] = []
         num_arrived = 0
         for _ in range(NUM_CONTROL_CALLS):
-            in_flight += [connection.call("input_embeddings", what="much", timeout=WAIT) for _ in range(4 - len(in_flight))]
+            in_flight += [
+                connection.call("input_embeddings", what="much", timeout=WAIT)
+                for _ in range(4 - len(in_flight))
+            ]
             unwrap(connection.control("model_info", timeout=WAIT).result(), sender=name)
             num_arrived += sum(call.done for call in in_flight)
             in_flight = [call for call in in_flight if not call.done]
@@ -254,7 +274,9 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
 
 
 def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Registry):
-    wide = tiny_target_config(random={**TINY_LLAMA, "vocab_size": 200_000, "hidden_size": 256, "tie_word_embeddings": True})
+    wide = tiny_target_config(
+        random={**TINY_LLAMA, "vocab_size": 200_000, "hidden_size": 256, "tie_word_embeddings": True}
+    )
     service.start(serve_target, "target0", wide).receive()
     until_serving(registry)
     num_arrived, num_bytes = service.start(beat_beside_bulk, "trainer0").receive()

@@ -60,7 +60,13 @@ def _report(sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) ->
 
 def alone(permissions: Permissions) -> Any:
     return running_agent(
-        ME, worker_id=1, world_size=None, store=dist.HashStore(), config=CONFIG, device_maps={}, permissions=permissions
+        ME,
+        worker_id=1,
+        world_size=None,
+        store=dist.HashStore(),
+        config=CONFIG,
+        device_maps={},
+        permissions=permissions,
     )
 
 
@@ -95,7 +101,16 @@ def greeting_and_refusals() -> list[str]:
         with alone(greeter_permissions()):
             probe_fence()
             host("greeter", Greeter(), frozenset(["greet"]))
-            link = Link(ME, "greeter", incarnation="", data=ME, control=ME, by_rref=True, between_gpus=False, timeout=20)
+            link = Link(
+                ME,
+                "greeter",
+                incarnation="",
+                data=ME,
+                control=ME,
+                by_rref=True,
+                between_gpus=False,
+                timeout=20,
+            )
             answers.append(link.call("greet", "you", what="a greeting", timeout=20).result())
             answers.append(link.control("greet", "them", timeout=20).result())
             for call in (
@@ -127,7 +142,11 @@ def trainer_answers() -> list[str]:
     with alone(trainer_permissions(CONFIG)):
         host("greeter", Greeter(), frozenset(["greet"]))
         refusals = []
-        for function, *arguments in ((hosted_rref, "greeter"), (call_hosted, "greeter", "greet", "you"), (os.getpid,)):
+        for function, *arguments in (
+            (hosted_rref, "greeter"),
+            (call_hosted, "greeter", "greet", "you"),
+            (os.getpid,),
+        ):
             with pytest.raises(RuntimeError) as refused:
                 rpc.rpc_sync(ME, function, args=tuple(arguments), timeout=20)
             refusals.append(type(classify(refused.value, peer=ME, what="it")).__name__)
@@ -160,7 +179,9 @@ def agent_of_a_changed_torch() -> str:
 
 
 def test_nothing_listens_when_torch_is_not_as_the_fence_requires():
-    assert "internal.deserialize must take binary_data, tensor_table" in in_a_process(agent_of_a_changed_torch)
+    assert "internal.deserialize must take binary_data, tensor_table" in in_a_process(
+        agent_of_a_changed_torch
+    )
 
 
 def probe_without_a_fence() -> str:
@@ -175,7 +196,9 @@ def test_an_agent_that_goes_past_the_fence_is_noticed():
 
 def run_exploit(path: str) -> bool:
     with stock_agent():
-        rpc.api._invoke_rpc_python_udf(rpc.get_worker_info(), pickled(Gadget(os.mkdir, path)), [], 20.0, False)
+        rpc.api._invoke_rpc_python_udf(
+            rpc.get_worker_info(), pickled(Gadget(os.mkdir, path)), [], 20.0, False
+        )
         rpc.rpc_sync(rpc.get_worker_info(), len, args=([],), timeout=20)
     return os.path.exists(path)
 
@@ -195,7 +218,9 @@ def test_the_way_that_a_caller_chooses_to_wait_for_an_answer_harms_nothing(serve
     assert rpc.rpc_sync(SERVER, call_hosted, args=(SERVICE_NAME, "model_info"), timeout=20).value.architecture
 
 
-@pytest.mark.parametrize("value", [None, 7, "text", [1], {"a": 1}, rpc.internal.RemoteException("told", RuntimeError)])
+@pytest.mark.parametrize(
+    "value", [None, 7, "text", [1], {"a": 1}, rpc.internal.RemoteException("told", RuntimeError)]
+)
 def test_a_message_that_is_no_call_is_a_failure(server: Any, value: Any):
     answers = Answers()
     answers.send(rpc.internal.serialize(value)[0])
@@ -214,7 +239,9 @@ def test_tensors_beyond_the_limit_are_refused_even_if_the_call_does_not_use_them
     answers.send(data, [whole, torch.zeros(1)])
     answers.send(data, [view, whole])
     answers.wait()
-    assert answers.values == [None] and all("rpc.max_request_bytes" in failure for failure in answers.failures)
+    assert answers.values == [None] and all(
+        "rpc.max_request_bytes" in failure for failure in answers.failures
+    )
     assert len(answers.failures) == 2
 
 
@@ -227,7 +254,9 @@ def test_what_an_rref_holds_does_not_come_when_it_is_fetched(server: Any):
 def test_an_rref_that_was_not_handed_out_is_refused_at_once(server: Any):
     rref = rpc.rpc_sync(SERVER, hosted_rref, args=(SERVICE_NAME,), timeout=20)
     owner, created_on, local_id, *rest = rref._serialize()
-    forged = Gadget(rpc.internal._InternalRPCPickler._py_rref_receiver, (owner, created_on, local_id + 1000, *rest))
+    forged = Gadget(
+        rpc.internal._InternalRPCPickler._py_rref_receiver, (owner, created_on, local_id + 1000, *rest)
+    )
     answers = Answers()
     answers.call(rpc.rref_proxy._local_invoke, forged, "model_info", (), {})
     answers.wait()
@@ -243,7 +272,13 @@ def test_a_method_reached_by_rref_validates_as_one_reached_by_name(server: Any):
 def test_limit_operators_below_python_go_past_the_fence(server: Any, tmp_path: Path):
     """Documents what `docs/security.md` says stays open. If this fails, torch has closed it: say so there."""
     path = tmp_path / "made by the server"
-    rpc.rpc_sync(SERVER, torch.from_file, args=(str(path),), kwargs={"shared": True, "size": 4, "dtype": torch.uint8}, timeout=20)
+    rpc.rpc_sync(
+        SERVER,
+        torch.from_file,
+        args=(str(path),),
+        kwargs={"shared": True, "size": 4, "dtype": torch.uint8},
+        timeout=20,
+    )
     assert path.stat().st_size == 4
 
 

@@ -24,8 +24,16 @@ from torch.distributed.rpc import rref_proxy
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.rpc.service import call_hosted, hosted_rref
-from eagle_rpc.supervision import EncodedSupervision, Failure, GenerateRequest, Ok, SessionSpec, TargetExpectation, TokenBatch
-from eagle_rpc.target.server import TargetModelServer
+from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import (
+    EncodedSupervision,
+    Failure,
+    GenerateRequest,
+    Ok,
+    SessionSpec,
+    TargetExpectation,
+    TokenBatch,
+)
 
 pytestmark = [pytest.mark.rpc, pytest.mark.slow]
 
@@ -44,15 +52,22 @@ def good_answer() -> dict[str, Any]:
     reply = ask("generate", request(session.id, incarnation(), tiny_batch(7)))
     ask("disconnect", session.id)
     assert isinstance(reply, Ok) and isinstance(reply.value, EncodedSupervision)
-    return {name: getattr(reply.value, name).tolist() for name in ("aux", "supervised_rows", "values", "log_normalizer", "argmax")}
+    return {
+        name: getattr(reply.value, name).tolist()
+        for name in ("aux", "supervised_rows", "values", "log_normalizer", "argmax")
+    }
 
 
 def incarnation() -> str:
     return ask("model_info").value.incarnation
 
 
-def request(session: Any, of: Any, tokens: Any, *, request_id: Any = "r", seconds_left: Any = 20.0) -> GenerateRequest:
-    return GenerateRequest(session=session, incarnation=of, request_id=request_id, tokens=tokens, seconds_left=seconds_left)
+def request(
+    session: Any, of: Any, tokens: Any, *, request_id: Any = "r", seconds_left: Any = 20.0
+) -> GenerateRequest:
+    return GenerateRequest(
+        session=session, incarnation=of, request_id=request_id, tokens=tokens, seconds_left=seconds_left
+    )
 
 
 # --- exploits by hand
@@ -104,17 +119,28 @@ def code_runners(directory: Path) -> list[Any]:
 
 def forbidden_calls(rref: Any, directory: Path) -> list[tuple[Any, ...]]:
     shell = f"touch {directory}/canary"
-    calls = [(function, shell) for function in (os.system, subprocess.getoutput, eval, exec, print, os.listdir)]
+    calls = [
+        (function, shell) for function in (os.system, subprocess.getoutput, eval, exec, print, os.listdir)
+    ]
     for invoke in (rref_proxy._local_invoke, rref_proxy._local_invoke_async_execution):
-        for (
-            method
-        ) in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain let_go wait_sent _target nothing".split():
+        for method in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain let_go wait_sent _target nothing".split():
             calls.append((invoke, rref, method, (), {}))
         calls.append((invoke, rref, ["generate"], (), {}))
         calls.append((invoke, "rref", "generate", (), {}))
         calls.append((invoke, rref, "model_info", "args", {}))
         calls.append((invoke, rref, "model_info", (), 7))
-    for method in ("close", "drain", "wait_sent", "__init__", "__class__", "", 7, None, ["close"], ("close",)):
+    for method in (
+        "close",
+        "drain",
+        "wait_sent",
+        "__init__",
+        "__class__",
+        "",
+        7,
+        None,
+        ["close"],
+        ("close",),
+    ):
         calls.append((call_hosted, SERVICE_NAME, method))
         calls.append((call_hosted, method, "model_info"))
     calls += [
@@ -137,7 +163,13 @@ def name(module: str, attribute: str) -> bytes:
 
 
 def call_of(function: bytes, arguments: bytes) -> bytes:
-    return b"\x80\x04" + name("torch.distributed.rpc.internal", "PythonUDF") + function + arguments + b"}\x87\x81."
+    return (
+        b"\x80\x04"
+        + name("torch.distributed.rpc.internal", "PythonUDF")
+        + function
+        + arguments
+        + b"}\x87\x81."
+    )
 
 
 def bombs() -> list[bytes]:
@@ -166,7 +198,7 @@ def bombs() -> list[bytes]:
         call_of(hosted, tokens + b")\x81\x85"),
         call_of(hosted, tokens + b")\x81N}" + text("check") + b"Ns\x86b\x85"),
         call_of(hosted, name("torch._C._distributed_rpc", "WorkerInfo") + b")\x81\x85"),
-        call_of(hosted, name("eagle_rpc.target.server", "TargetModelServer") + b")\x81\x85"),
+        call_of(hosted, name("eagle_rpc.service.server", "TargetModelServer") + b")\x81\x85"),
         # Lengths beyond the data.
         b"\x80\x04X\xff\xff\xff\xff.",
         b"\x80\x04B\xff\xff\xff\xff.",
@@ -212,21 +244,40 @@ def odd_tensors() -> list[torch.Tensor]:
 # --- requests that look valid, by hypothesis
 
 PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=20) | st.binary(max_size=20),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3) | st.tuples(inner, inner),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.binary(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        | st.tuples(inner, inner)
+    ),
     max_leaves=5,
 )
 TENSORS = st.sampled_from(odd_tensors())
 ANYTHING = PLAIN | TENSORS
 MASKS = ANYTHING | st.none()
-TOKENS = st.builds(TokenBatch, input_ids=ANYTHING, attention_mask=MASKS, loss_mask=MASKS, segment_ids=MASKS) | st.integers(
-    0, 2**30
-).map(tiny_batch)
-EXPECTED = st.builds(TargetExpectation, vocab_size=ANYTHING, aux_layer_ids=ANYTHING, dtype=ANYTHING) | ANYTHING
-SPECS = st.builds(
-    SessionSpec, selected_token_ids=ANYTHING, encoding=ANYTHING, rows=ANYTHING, expected=EXPECTED, job=ANYTHING, trainer=ANYTHING
+TOKENS = st.builds(
+    TokenBatch, input_ids=ANYTHING, attention_mask=MASKS, loss_mask=MASKS, segment_ids=MASKS
+) | st.integers(0, 2**30).map(tiny_batch)
+EXPECTED = (
+    st.builds(TargetExpectation, vocab_size=ANYTHING, aux_layer_ids=ANYTHING, dtype=ANYTHING) | ANYTHING
 )
-REQUESTS = st.builds(request, ANYTHING, ANYTHING, TOKENS | ANYTHING, request_id=ANYTHING, seconds_left=ANYTHING)
+SPECS = st.builds(
+    SessionSpec,
+    selected_token_ids=ANYTHING,
+    encoding=ANYTHING,
+    rows=ANYTHING,
+    expected=EXPECTED,
+    job=ANYTHING,
+    trainer=ANYTHING,
+)
+REQUESTS = st.builds(
+    request, ANYTHING, ANYTHING, TOKENS | ANYTHING, request_id=ANYTHING, seconds_left=ANYTHING
+)
 CALLS = st.one_of(
     st.tuples(st.just("generate"), REQUESTS | ANYTHING),
     st.tuples(st.just("open_session"), SPECS | ANYTHING),
@@ -285,7 +336,13 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
 
         typed = Answers()
 
-        @settings(max_examples=5_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=5_000,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
         @given(CALLS)
         def ask_anything(call: tuple[Any, ...]) -> None:
             typed.call(call_hosted, SERVICE_NAME, *call)
@@ -298,7 +355,9 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
 
         mutated = Answers()
         rpc_bytes, tensors = rpc.internal.serialize(
-            rpc.internal.PythonUDF(call_hosted, (SERVICE_NAME, "generate", request("s", "i", tiny_batch(1))), {})
+            rpc.internal.PythonUDF(
+                call_hosted, (SERVICE_NAME, "generate", request("s", "i", tiny_batch(1))), {}
+            )
         )
         missing = NUM_REQUESTS - refused.sent - sized.sent - typed.sent
         for data in mutations(rpc_bytes, missing):

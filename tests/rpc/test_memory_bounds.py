@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import TargetConfig, TopologyConfig
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import PendingCall, StaticMembership, host, join_static
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import DraftHead, GenerateRequest, Ok, Reply, SessionSpec, TokenBatch, unwrap
-from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import DevicePlan, Role, assign_roles, read_world
+from eagle_rpc.topology import DevicePlan, Role, assign_roles
 
 pytestmark = pytest.mark.rpc
 
@@ -56,7 +57,9 @@ class WideTarget:
     def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Any:
         assert self.gate.wait(WAIT)
         aux = torch.ones(*input_ids.shape, 3 * HIDDEN)
-        return SimpleNamespace(aux_hidden_states=aux, last_hidden_state=aux[..., :HIDDEN], project=self._project)
+        return SimpleNamespace(
+            aux_hidden_states=aux, last_hidden_state=aux[..., :HIDDEN], project=self._project
+        )
 
     def _project(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape[0], VOCAB)
@@ -66,7 +69,9 @@ class WideTarget:
 def joined() -> Iterator[StaticMembership]:
     torch.set_num_threads(1)
     cast, world = assign_roles(TopologyConfig(), read_world()), read_world()
-    with join_static(cast, world, TEST_RPC, DevicePlan("cpu", {}), static_permissions(TEST_RPC)) as membership:
+    with join_static(
+        cast, world, TEST_RPC, DevicePlan("cpu", {}), static_permissions(TEST_RPC)
+    ) as membership:
         yield membership
 
 
@@ -194,7 +199,14 @@ def stand_still(how_it_goes_on: int, told: str) -> Any:
         all_sent = hosted.server.wait_sent(WAIT) == Ok(True)
         after = hosted.status()
         hosted.end()
-        seen = {"before": before, "stopped": stopped, "abandoned": abandoned, "after": after, "peak": hosted.peak, "sent": all_sent}
+        seen = {
+            "before": before,
+            "stopped": stopped,
+            "abandoned": abandoned,
+            "after": after,
+            "peak": hosted.peak,
+            "sent": all_sent,
+        }
         Path(told).write_text(json.dumps(seen))
         if how_it_goes_on == signal.SIGKILL:
             membership.part()
@@ -203,7 +215,9 @@ def stand_still(how_it_goes_on: int, told: str) -> Any:
 
 
 @pytest.mark.parametrize("how_it_goes_on", [signal.SIGCONT, signal.SIGKILL])
-def test_replies_to_a_stopped_trainer_stay_within_the_bound_until_it_goes_on_or_dies(how_it_goes_on: int, tmp_path: Path):
+def test_replies_to_a_stopped_trainer_stay_within_the_bound_until_it_goes_on_or_dies(
+    how_it_goes_on: int, tmp_path: Path
+):
     told = tmp_path / "told.json"
     if how_it_goes_on == signal.SIGKILL:
         with pytest.raises(AssertionError, match="worker 1 died with exit code -9"):
@@ -216,7 +230,9 @@ def test_replies_to_a_stopped_trainer_stay_within_the_bound_until_it_goes_on_or_
     # A reply is let go of when the last of it is in the socket: the trainer stopped at one at most.
     assert 4 * REPLY_BYTES <= stopped["reply_bytes_held"] <= BOUND
     assert stopped["resident_bytes"] - before["resident_bytes"] >= 4 * REPLY_BYTES
-    assert abandoned["reply_bytes_held"] == stopped["reply_bytes_held"], "RPC has them still, whatever became of the session"
+    assert abandoned["reply_bytes_held"] == stopped["reply_bytes_held"], (
+        "RPC has them still, whatever became of the session"
+    )
     assert seen["sent"] and after["reply_bytes_held"] == 0
     assert seen["peak"]["resident_bytes"] - before["resident_bytes"] <= BOUND + ALLOWANCE
     assert after["resident_bytes"] - before["resident_bytes"] <= 64 * MIB
@@ -296,6 +312,8 @@ def test_200_abandoned_sessions_stay_within_the_bound_and_leave_nothing():
     assert seen["unknown_session"] > 0, "what waited is dropped"
     assert seen["busy"] > 0
     assert peak["reply_bytes_held"] <= BOUND
-    assert peak["resident_bytes"] - before["resident_bytes"] <= BOUND + NUM_ABANDONED * MAPPING_BYTES + ALLOWANCE
+    assert (
+        peak["resident_bytes"] - before["resident_bytes"] <= BOUND + NUM_ABANDONED * MAPPING_BYTES + ALLOWANCE
+    )
     assert all_sent and after["reply_bytes_held"] == 0 and after["sessions"] == []
     assert after["resident_bytes"] - before["resident_bytes"] <= 64 * MIB

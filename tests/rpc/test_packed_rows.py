@@ -28,14 +28,19 @@ def packed_plan() -> BatchPlan:
         ids = torch.randint(0, VOCAB_SIZE, (length,), generator=generator)
         return Example(ids, torch.rand(length, generator=generator) < 0.7)
 
-    return BatchPlan(ChatDataset([chat(3 + n % 14) for n in range(40)], max_length=16), batch_size=2, packed_length=32)
+    return BatchPlan(
+        ChatDataset([chat(3 + n % 14) for n in range(40)], max_length=16), batch_size=2, packed_length=32
+    )
 
 
 def supervision(backend: Eagle3TargetBackend) -> list[dict[str, Any]]:
     """Of one epoch."""
     backend.open_session(tiny_mapping())
     plan = packed_plan()
-    return [as_lists(tensors_of(batch)) for batch in backend.stream(plan.batch(number) for number in range(plan.batches_per_epoch))]
+    return [
+        as_lists(tensors_of(batch))
+        for batch in backend.stream(plan.batch(number) for number in range(plan.batches_per_epoch))
+    ]
 
 
 def stream_packed() -> Any:
@@ -55,7 +60,9 @@ def test_remote_supervision_of_packed_rows_equals_co_located_bit_for_bit():
     _, received = run_workers(stream_packed, 2)
     torch.set_num_threads(1)
     for encoding in ENCODINGS:
-        colocated = ColocatedEagle3TargetModel(make_target(), tiny_target_config(), encoding=encoding, rows="position_mask")
+        colocated = ColocatedEagle3TargetModel(
+            make_target(), tiny_target_config(), encoding=encoding, rows="position_mask"
+        )
         expected = supervision(colocated)
         assert received[encoding] == expected
         assert len(expected) > 3 and sum(len(batch["supervised_rows"]) for batch in expected) > 50
@@ -66,7 +73,11 @@ def test_remote_supervision_of_packed_rows_equals_co_located_bit_for_bit():
 def test_verification_of_packed_training_finds_every_bit_equal(tmp_path: Path):
     overrides = ["data.packing=true", "data.row_length=96", "job.verify_topologies=[1x2]"]
     done = subprocess.run(
-        [sys.executable, "-m", "eagle_rpc", "job=verify", *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=280
+        [sys.executable, "-m", "eagle_rpc", "job=verify", *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "runs/verify/verify.json").read_text())

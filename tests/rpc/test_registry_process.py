@@ -58,7 +58,11 @@ class Place:
     @contextlib.contextmanager
     def registry(self, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], RegistryClient]]:
         process = subprocess.Popen(
-            self.command("registry", *overrides), cwd=self.directory, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            self.command("registry", *overrides),
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         try:
             self._wait_until(process, self.token_file.exists)
@@ -161,10 +165,17 @@ def test_a_registry_that_was_stopped_does_not_take_its_own_silence_for_the_worke
 def test_an_address_off_the_interface_is_refused_with_both_named(place: Place):
     for address in ("0.0.0.0:29711", "127.0.0.2:29711"):
         done = subprocess.run(
-            [*place.command("registry"), f"rpc.registry={address}"], capture_output=True, text=True, timeout=60, check=False
+            [*place.command("registry"), f"rpc.registry={address}"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
         assert done.returncode == 1
-        assert f"rpc.registry must be on rpc.interface lo, whose address is 127.0.0.1, got {address}" in done.stderr
+        assert (
+            f"rpc.registry must be on rpc.interface lo, whose address is 127.0.0.1, got {address}"
+            in done.stderr
+        )
     assert not place.token_file.exists()
 
 
@@ -174,7 +185,9 @@ def test_a_token_that_others_may_read_is_refused(place: Place):
     place.token_file.chmod(0o644)
     for job in ("registry", "status"):
         done = subprocess.run(place.command(job), capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 1 and "AccessRefused: rpc.token_file must be for its owner only" in done.stderr
+        assert (
+            done.returncode == 1 and "AccessRefused: rpc.token_file must be for its owner only" in done.stderr
+        )
 
 
 def test_status_looks_again_until_it_is_told_to_stop_outages_included(place: Place):
@@ -240,7 +253,10 @@ def test_a_flood_of_garbage_neither_ends_nor_fattens_it(place: Place):
         host, port = place.address.split(":")
 
         def attack(number: int) -> None:
-            with contextlib.suppress(ConnectionError), socket.create_connection((host, int(port)), timeout=30) as connection:
+            with (
+                contextlib.suppress(ConnectionError),
+                socket.create_connection((host, int(port)), timeout=30) as connection,
+            ):
                 connection.sendall(random.Random(number).randbytes(2000))
 
         with ThreadPoolExecutor(8) as attackers:

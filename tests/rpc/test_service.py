@@ -17,12 +17,13 @@ from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetMod
 from eagle_rpc.config.schema import RpcConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import Link, StaticMembership, host, join_static
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS, TargetExpectation
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
-from eagle_rpc.topology import DevicePlan, Role, assign_roles, read_world
+from eagle_rpc.topology import DevicePlan, Role, assign_roles
 
 pytestmark = pytest.mark.rpc
 
@@ -31,7 +32,9 @@ pytestmark = pytest.mark.rpc
 def joined(topology: TopologyConfig, rpc: RpcConfig = TEST_RPC) -> Iterator[StaticMembership]:
     torch.set_num_threads(1)
     world = read_world()
-    with join_static(assign_roles(topology, world), world, rpc, DevicePlan("cpu", {}), static_permissions(rpc)) as membership:
+    with join_static(
+        assign_roles(topology, world), world, rpc, DevicePlan("cpu", {}), static_permissions(rpc)
+    ) as membership:
         yield membership
 
 
@@ -50,7 +53,11 @@ def serve(membership: StaticMembership, target: Any, **limits: Any) -> dict[str,
 
 
 def remote_target(
-    membership: StaticMembership, *, encoding: str = "hidden", expected: TargetExpectation | None = None, **changes: Any
+    membership: StaticMembership,
+    *,
+    encoding: str = "hidden",
+    expected: TargetExpectation | None = None,
+    **changes: Any,
 ) -> RemoteEagle3TargetModel:
     membership.wait_for(membership.cast.target_names, "ready", timeout=60)
     settings: dict[str, Any] = {
@@ -82,9 +89,13 @@ def as_lists(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def colocated_batches(encoding: str, count: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    backend = ColocatedEagle3TargetModel(make_target(), tiny_target_config(), encoding=encoding, rows="position_mask")
+    backend = ColocatedEagle3TargetModel(
+        make_target(), tiny_target_config(), encoding=encoding, rows="position_mask"
+    )
     backend.open_session(tiny_mapping())
-    return [as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(count))]
+    return [
+        as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(count))
+    ]
 
 
 def stream_everything(topology: TopologyConfig) -> Any:
@@ -100,7 +111,9 @@ def stream_everything(topology: TopologyConfig) -> Any:
         for encoding in ENCODINGS:
             backend = remote_target(membership, encoding=encoding)
             backend.open_session(tiny_mapping())
-            received[encoding] = [as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(7))]
+            received[encoding] = [
+                as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(7))
+            ]
             backend.close()
         membership.mark("done")
         if server is not None:
@@ -110,7 +123,12 @@ def stream_everything(topology: TopologyConfig) -> Any:
 
 @pytest.mark.parametrize(
     "topology",
-    [TopologyConfig(single=True), TopologyConfig(), TopologyConfig(targets=1, trainers=2), TopologyConfig(targets=2, trainers=1)],
+    [
+        TopologyConfig(single=True),
+        TopologyConfig(),
+        TopologyConfig(targets=1, trainers=2),
+        TopologyConfig(targets=2, trainers=1),
+    ],
     ids=["single", "1x1", "1x2", "2x1"],
 )
 def test_remote_supervision_equals_co_located_bit_for_bit_and_in_order(topology: TopologyConfig):
@@ -181,7 +199,9 @@ def crowded() -> Any:
             return serve(membership, make_target(), max_queued_requests=1)
         backend = remote_target(membership, prefetch=8)
         backend.open_session(tiny_mapping())
-        received = [as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(20))]
+        received = [
+            as_lists(tensors_of(batch)) for batch in backend.stream(tiny_batch(seed) for seed in range(20))
+        ]
         membership.mark("done")
         return received
 
@@ -210,7 +230,9 @@ def time_outs() -> Any:
         if membership.cast.me.has(Role.target):
             gate = threading.Event()
             membership.mark("loaded")
-            opener = threading.Thread(target=lambda: (membership.wait_for(("trainer0",), "gave_up", timeout=60), gate.set()))
+            opener = threading.Thread(
+                target=lambda: (membership.wait_for(("trainer0",), "gave_up", timeout=60), gate.set())
+            )
             opener.start()
             return serve(membership, StuckTarget(gate))
         backend = remote_target(membership, encoding="logits", request_timeout=2)
@@ -251,7 +273,9 @@ def deaths(seen: str) -> None:
             raise
 
 
-def test_a_target_that_dies_in_a_forward_is_a_lost_connection_that_a_static_world_does_not_wait_for(tmp_path: Path):
+def test_a_target_that_dies_in_a_forward_is_a_lost_connection_that_a_static_world_does_not_wait_for(
+    tmp_path: Path,
+):
     seen = tmp_path / "seen"
     with pytest.raises(AssertionError, match=r"died with exit code 1|TargetUnavailable"):
         run_workers(deaths, 2, str(seen))
@@ -262,7 +286,16 @@ def absent_service() -> Any:
     with joined(TopologyConfig(single=True)) as membership:
         me = membership.cast.me.name
         try:
-            Link(me, "nothing", incarnation="", data=me, control=me, by_rref=True, between_gpus=False, timeout=5)
+            Link(
+                me,
+                "nothing",
+                incarnation="",
+                data=me,
+                control=me,
+                by_rref=True,
+                between_gpus=False,
+                timeout=5,
+            )
         except TargetFailed as error:
             return str(error)
 

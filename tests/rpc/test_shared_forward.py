@@ -43,13 +43,19 @@ def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Pat
     try:
         workers[0].receive()
         for index in range(NUM_TRAINERS):
-            workers.append(Worker(stream_all, f"trainer{index}", 100 * index, registry.address, registry.token))
+            workers.append(
+                Worker(stream_all, f"trainer{index}", 100 * index, registry.address, registry.token)
+            )
         for trainer in workers[1:]:
             assert trainer.receive() == "ready"
         for trainer in workers[1:]:
             trainer.send("go")
         answers = [trainer.receive() for trainer in workers[1:]]
-        until(lambda: num_answered(registry) == NUM_TRAINERS * NUM_BATCHES, "a beat tells of all answers", seconds=WAIT)
+        until(
+            lambda: num_answered(registry) == NUM_TRAINERS * NUM_BATCHES,
+            "a beat tells of all answers",
+            seconds=WAIT,
+        )
         status = status_of_target(registry)
     finally:
         for worker in workers:
@@ -63,6 +69,8 @@ def test_trainers_that_share_passes_get_their_own_batches_in_order(tmp_path: Pat
         assert len(batches) == NUM_BATCHES
         for seed, got in enumerate(batches, start=100 * index):
             tokens = tiny_batch(seed)
-            expected = tensors_of(alone.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask))
+            expected = tensors_of(
+                alone.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
+            )
             for name, tensor in expected.items():
                 torch.testing.assert_close(torch.from_numpy(got[name]), tensor, rtol=1e-4, atol=1e-5)

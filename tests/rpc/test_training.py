@@ -10,7 +10,9 @@ pytestmark = pytest.mark.rpc
 
 
 @pytest.mark.parametrize(
-    "sharding", [pytest.param(Sharding.none, marks=pytest.mark.slow), Sharding.state], ids=lambda one: one.name
+    "sharding",
+    [pytest.param(Sharding.none, marks=pytest.mark.slow), Sharding.state],
+    ids=lambda one: one.name,
 )
 def test_supervision_arrives_while_another_trainer_is_waited_for_in_a_collective(sharding: Sharding):
     _, first, second = run_workers(take_part, 3, service_config("cpu", trainers=2, sharding=sharding), 4)

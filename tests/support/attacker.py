@@ -17,10 +17,10 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions
+from eagle_rpc.process import bind_to_interface
 from eagle_rpc.rpc import host, internals
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
-from eagle_rpc.topology import bind_to_interface
 
 SERVER, ATTACKER = "target0", "attacker"
 # torch lets a process have one id for all its life.
@@ -30,8 +30,8 @@ _TIMEOUT = 30.0
 
 def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> None:
     """Runs in a process of its own: an agent that is alone and hosts a tiny target, until told to end through `pipe`."""
+    from eagle_rpc.service.server import TargetModelServer
     from eagle_rpc.target.model import HFEagle3TargetModel
-    from eagle_rpc.target.server import TargetModelServer
 
     torch.set_num_threads(1)
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
@@ -58,7 +58,9 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
     """This process becomes the attacker; yields the server's `Process`, which must outlive the body."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=fenced_server, args=(theirs, config, target_permissions(config)), daemon=True)
+    process = context.Process(
+        target=fenced_server, args=(theirs, config, target_permissions(config)), daemon=True
+    )
     process.start()
     try:
         with stock_agent():
@@ -118,7 +120,9 @@ class Answers:
         assert self._credits.acquire(timeout=_TIMEOUT), "the server answers no more"
         self.sent += 1
         try:
-            future = rpc.api._invoke_rpc_python_udf(rpc.get_worker_info(SERVER), data, tensors or [], _TIMEOUT, is_async)
+            future = rpc.api._invoke_rpc_python_udf(
+                rpc.get_worker_info(SERVER), data, tensors or [], _TIMEOUT, is_async
+            )
         except RuntimeError as error:
             # What the attacker's own torch cannot send is no request.
             self.sent -= 1

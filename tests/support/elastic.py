@@ -19,9 +19,9 @@ from eagle_rpc.config.schema import RpcConfig, TargetConfig
 from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions, trainer_permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import ElasticMembership, host, join_elastic
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import TargetExpectation
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 WAIT = 60.0
 
@@ -86,7 +86,9 @@ class Registry:
         self.address = self._server.address
 
     def _start(self, port: int) -> RegistryServer:
-        return RegistryServer(("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0), request_seconds=5.0)
+        return RegistryServer(
+            ("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0), request_seconds=5.0
+        )
 
     @property
     def client(self) -> RegistryClient:

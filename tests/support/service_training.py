@@ -18,14 +18,17 @@ from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import planned_devices
 from eagle_rpc.jobs.target_worker import DONE, READY, serve_until_done
 from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft
+from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.loading import load_target_config
-from eagle_rpc.topology import Role, assign_roles, read_world
+from eagle_rpc.topology import Role, assign_roles
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
 ACCUMULATION = 2
-GroupMaker = Callable[[Config, StaticMembership, torch.device], contextlib.AbstractContextManager[TrainerGroup]]
+GroupMaker = Callable[
+    [Config, StaticMembership, torch.device], contextlib.AbstractContextManager[TrainerGroup]
+]
 
 
 def service_config(device: str, trainers: int, **train: Any) -> Config:
@@ -65,23 +68,32 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
             membership.mark(DONE)
 
 
-def _train(config: Config, membership: StaticMembership, device: torch.device, group: TrainerGroup, steps: int) -> dict[str, Any]:
+def _train(
+    config: Config, membership: StaticMembership, device: torch.device, group: TrainerGroup, steps: int
+) -> dict[str, Any]:
     target_config = load_target_config(config.target, cache_dir="unused")
-    backend = connect_target(config, target_config, None, device, membership.cast, membership, threading.Event())
+    backend = connect_target(
+        config, target_config, None, device, membership.cast, membership, threading.Event()
+    )
     with contextlib.closing(backend):
         backend.open_session(tiny_mapping())
         draft = make_draft(config, target_config, backend, device)
         learner = Learner(draft, config.train, config.draft, group, total_steps=steps)
         seeds = itertools.count(group.rank, group.size)
         with (
-            contextlib.closing(backend.stream(tiny_batch(seed, batch=4, length=48) for seed in seeds)) as stream,
+            contextlib.closing(
+                backend.stream(tiny_batch(seed, batch=4, length=48) for seed in seeds)
+            ) as stream,
             arrivals(membership),
         ):
             for step in range(steps):
                 if group.size > 1 and group.rank == 0:
                     hold_back(learner, membership, step)
                 learner.learn(itertools.islice(stream, ACCUMULATION))
-        return {"digest": learner.digest(), "between_gpus": [one.link.between_gpus for one in backend._fleet.replicas()]}
+        return {
+            "digest": learner.digest(),
+            "between_gpus": [one.link.between_gpus for one in backend._fleet.replicas()],
+        }
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ def save_tiny_model(directory: Path) -> Path:
 
 
 def write_prompts(path: Path, count: int) -> Path:
-    lines = [{"messages": [{"role": "user", "content": f"What comes after {number}?"}]} for number in range(count)]
+    lines = [
+        {"messages": [{"role": "user", "content": f"What comes after {number}?"}]} for number in range(count)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -23,7 +23,14 @@ TINY_LLAMA = {
 
 def tiny_target_config(**changes: object) -> TargetConfig:
     return TargetConfig(
-        **{"model": "tiny", "random": TINY_LLAMA, "dtype": DType.float32, "device": "cpu", "aux_layer_ids": [0, 2, 4], **changes}
+        **{
+            "model": "tiny",
+            "random": TINY_LLAMA,
+            "dtype": DType.float32,
+            "device": "cpu",
+            "aux_layer_ids": [0, 2, 4],
+            **changes,
+        }
     )
 
 

@@ -36,6 +36,8 @@ def make_tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokeniz
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TEXT, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
     fast.chat_template = chat_template
     return fast

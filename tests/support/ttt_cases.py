@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.supervision import DraftHead, Eagle3TargetBatch, ProjectedTargets, StoredLogits, TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision import (
+    DraftHead,
+    Eagle3TargetBatch,
+    ProjectedTargets,
+    StoredLogits,
+    TokenBatch,
+    shifted_loss_mask,
+)
 
 VOCAB, DRAFT_VOCAB, TARGET_HIDDEN = 97, 61, 24
 
@@ -49,7 +56,9 @@ def case_draft(case: Case) -> Eagle3Draft:
     with torch.no_grad():
         for parameter in draft.parameters():
             if parameter.requires_grad:
-                offset, scale = (1.0, 0.3) if parameter.dim() == 1 else (0.0, 1.5 * parameter.shape[-1] ** -0.5)
+                offset, scale = (
+                    (1.0, 0.3) if parameter.dim() == 1 else (0.0, 1.5 * parameter.shape[-1] ** -0.5)
+                )
                 parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
     return draft
 
@@ -109,6 +118,10 @@ def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
 
 def gradients(draft: Eagle3Draft) -> dict[str, Tensor]:
     """Copies by name of the trainable parameters' gradients, which are then forgotten."""
-    copies = {name: parameter.grad.clone() for name, parameter in draft.named_parameters() if parameter.grad is not None}
+    copies = {
+        name: parameter.grad.clone()
+        for name, parameter in draft.named_parameters()
+        if parameter.grad is not None
+    }
     draft.zero_grad(set_to_none=True)
     return copies

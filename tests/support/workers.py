@@ -54,7 +54,9 @@ def _result(rank: int, process: Any, receiver: Any, timeout: float) -> Any:
     return value
 
 
-def _work(sender: Any, rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(
+    sender: Any, rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(size),

@@ -10,34 +10,24 @@ PACKAGE = Path(__file__).parents[2] / "eagle_rpc"
 # Rooms that each room may import, beside itself and `errors`.
 ALLOWED = {
     "config": set(),
-    "topology": {"config"},
-    "registry": {"config"},
-    "rpc": {"config", "topology", "registry"},
-    "supervision": set(),
-    "target": {"config", "supervision"},
-    "client": {"rpc", "supervision"},
-    "data": {"config", "supervision"},
-    "draft": {"supervision"},
     "report": {"config"},
-    "train": {"config", "supervision", "draft", "data", "report"},
-    "serving": {"config", "supervision", "draft"},
+    "process": {"config", "report"},
+    "topology": {"config", "process"},
+    "registry": {"config", "process"},
+    "rpc": {"config", "process", "topology", "registry"},
+    "supervision": set(),
+    "target": {"config", "demo", "process", "supervision"},
+    "service": {"config", "process", "rpc", "supervision", "target"},
+    "client": {"process", "rpc", "supervision"},
+    "data": {"config", "process", "supervision"},
+    "answers": {"config", "data", "process", "report", "supervision", "target"},
+    "draft": {"supervision"},
+    "train": {"config", "process", "supervision", "draft", "data", "report"},
+    "serving": {"config", "process", "supervision", "draft"},
     "evaluate": {"config", "supervision", "draft", "data", "serving", "target"},
-    "jobs": {
-        "config",
-        "topology",
-        "registry",
-        "rpc",
-        "supervision",
-        "target",
-        "client",
-        "data",
-        "draft",
-        "train",
-        "serving",
-        "evaluate",
-        "report",
-    },
+    "demo": {"config", "process"},
 }
+ALLOWED["jobs"] = set(ALLOWED)
 ROOMS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists())
 
 
@@ -73,7 +63,9 @@ def test_only_config_knows_omegaconf():
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "config" or path.name == "__main__.py":
             continue
-        assert not any(module.split(".")[0] in ("omegaconf", "hydra") for module in imported_modules(path)), path
+        assert not any(module.split(".")[0] in ("omegaconf", "hydra") for module in imported_modules(path)), (
+            path
+        )
 
 
 def test_only_the_rpc_room_uses_torchs_private_rpc_parts():
@@ -82,9 +74,11 @@ def test_only_the_rpc_room_uses_torchs_private_rpc_parts():
             assert "rpc.api._" not in path.read_text() and "_transports" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("module", ["config.compose", "topology", "errors"])
+@pytest.mark.parametrize("module", ["config.compose", "process", "topology", "errors"])
 def test_the_entry_point_imports_nothing_heavy(module: str):
     path = PACKAGE / Path(*module.split("."))
     files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     for file in files:
-        assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported_modules(file)), file
+        assert not any(name.split(".")[0] in ("torch", "transformers") for name in imported_modules(file)), (
+            file
+        )

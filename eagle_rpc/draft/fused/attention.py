@@ -18,7 +18,9 @@ class StepAttention:
     reverse.
     """
 
-    def __init__(self, shape: tuple[int, int], segments: Segments | None, keys_SNJD: Tensor, values_SNJD: Tensor) -> None:
+    def __init__(
+        self, shape: tuple[int, int], segments: Segments | None, keys_SNJD: Tensor, values_SNJD: Tensor
+    ) -> None:
         self._rows = shape if segments is None else (1, shape[0] * shape[1])
         self._segments = segments
         self._keys, self._values = keys_SNJD, values_SNJD
@@ -27,7 +29,9 @@ class StepAttention:
 
     def forward(self, queries_NQD: Tensor, out_NQD: Tensor) -> None:
         """Stores the next step's attended values in `out_NQD`."""
-        causal_BTQD, log_sums_BQT = causal_attention(*self._in_rows(queries_NQD, *self._step_0()), self._scale, self._segments)
+        causal_BTQD, log_sums_BQT = causal_attention(
+            *self._in_rows(queries_NQD, *self._step_0()), self._scale, self._segments
+        )
         out_NQD.copy_(causal_BTQD.flatten(0, 1))
         heads = StepHeads(
             step=len(self._heads),
@@ -46,7 +50,9 @@ class StepAttention:
         heads = self._heads.pop()
         out_grads_BTQD, out_BTQD = self._in_rows(out_grads_NQD, heads.out)
         inputs = self._in_rows(heads.queries, *self._step_0())
-        grads = causal_attention_backward(out_grads_BTQD, inputs, out_BTQD, heads.log_sums, self._scale, self._segments)
+        grads = causal_attention_backward(
+            out_grads_BTQD, inputs, out_BTQD, heads.log_sums, self._scale, self._segments
+        )
         query_grads_NQD, *of_step_0 = (grad.flatten(0, 1) for grad in grads)
         for total_SNJD, grad_NJD in zip(key_value_grads, of_step_0, strict=True):
             total_SNJD[0] += grad_NJD

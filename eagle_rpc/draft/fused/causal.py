@@ -51,9 +51,13 @@ def causal_attention(
     length = queries_BTQD.shape[1]
     if _cudnn_runs(queries_BTQD):
         heads_first = (tensor.transpose(1, 2) for tensor in inputs)
-        out, log_sums, *_ = aten._scaled_dot_product_cudnn_attention(*heads_first, None, True, 0.0, True, False, scale=scale)
+        out, log_sums, *_ = aten._scaled_dot_product_cudnn_attention(
+            *heads_first, None, True, 0.0, True, False, scale=scale
+        )
         return out.transpose(1, 2), log_sums.squeeze(-1)
-    out, log_sums, *_ = aten._flash_attention_forward(*inputs, None, None, length, length, 0.0, True, False, scale=scale)
+    out, log_sums, *_ = aten._flash_attention_forward(
+        *inputs, None, None, length, length, 0.0, True, False, scale=scale
+    )
     return out, log_sums
 
 
@@ -76,13 +80,26 @@ def causal_attention_backward(
     unused = torch.empty(0, dtype=torch.int64, device=out_BTQD.device)
     if segments is not None:
         rows = (*(tensor[0] for tensor in tensors), log_sums_BQT[0])
-        grads = aten._flash_attention_backward(*rows, *segments.arguments, 0.0, True, unused, unused, scale=scale)
+        grads = aten._flash_attention_backward(
+            *rows, *segments.arguments, 0.0, True, unused, unused, scale=scale
+        )
         return tuple(grad[None] for grad in grads)
     length = out_BTQD.shape[1]
     if _cudnn_runs(out_BTQD):
         heads_first = (tensor.transpose(1, 2) for tensor in tensors)
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            *heads_first, log_sums_BQT.unsqueeze(-1), unused, unused, None, None, None, length, length, 0.0, True, scale=scale
+            *heads_first,
+            log_sums_BQT.unsqueeze(-1),
+            unused,
+            unused,
+            None,
+            None,
+            None,
+            length,
+            length,
+            0.0,
+            True,
+            scale=scale,
         )
         return tuple(grad.transpose(1, 2) for grad in grads)
     return aten._flash_attention_backward(
@@ -96,7 +113,9 @@ def _cudnn_runs(heads_BTQD: Tensor) -> bool:
     return newest and torch.backends.cudnn.is_available() and heads_BTQD.shape[-1] <= 128
 
 
-def _causal_on_cpu(inputs: tuple[Tensor, Tensor, Tensor], scale: float, segments: Segments | None) -> tuple[Tensor, Tensor]:
+def _causal_on_cpu(
+    inputs: tuple[Tensor, Tensor, Tensor], scale: float, segments: Segments | None
+) -> tuple[Tensor, Tensor]:
     outs, log_sums = zip(
         *(
             aten._scaled_dot_product_flash_attention_for_cpu(
@@ -115,7 +134,9 @@ def _causal_backward_on_cpu(
     pieces = []
     for chat in _chats(segments):
         heads = (tensor[:, chat].transpose(1, 2) for tensor in tensors)
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*heads, log_sums_BQT[:, :, chat], 0.0, True, scale=scale)
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *heads, log_sums_BQT[:, :, chat], 0.0, True, scale=scale
+        )
         pieces.append([grad.transpose(1, 2) for grad in grads])
     query_grads, key_grads, value_grads = (torch.cat(grads, dim=1) for grads in zip(*pieces, strict=True))
     return query_grads, key_grads, value_grads

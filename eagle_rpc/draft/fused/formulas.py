@@ -90,7 +90,9 @@ def swiglu_backward(gated_grad_NI: Tensor, gate_up_NI2: Tensor, gated_out_NI: Te
 
 
 @with_kernel
-def add_and_rotate(hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor) -> None:
+def add_and_rotate(
+    hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor
+) -> None:
     """Queries, keys and values from the two parts of their projection; all but the last `value_width` columns turn in heads.
 
     `embed_part` may be a slice in T.
@@ -101,7 +103,9 @@ def add_and_rotate(hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: Rope
 
 
 @with_kernel
-def rotate_back(query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor) -> None:
+def rotate_back(
+    query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor
+) -> None:
     """Backward of `add_and_rotate` for either part: gradients of queries, keys and values side by side, turned back."""
     key_grad, value_grad = widened(key_value_grad_BTJ2).chunk(2, dim=-1)
     turning = torch.cat((widened(query_grad_BTQ), key_grad), dim=-1)

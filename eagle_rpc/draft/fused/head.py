@@ -31,7 +31,12 @@ class JudgedRows:
 
 
 def judge(
-    draft: Eagle3Draft, weights: FusedWeights, loss: str, rows: JudgedRows, hidden_SNH: Tensor, hidden_grads_SNH: Tensor | None
+    draft: Eagle3Draft,
+    weights: FusedWeights,
+    loss: str,
+    rows: JudgedRows,
+    hidden_SNH: Tensor,
+    hidden_grads_SNH: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Losses [N, S] and most likely draft ids [N, S].
 
@@ -53,7 +58,9 @@ def judge(
             logit_grads_MK = logits_nSK.flatten(0, 1)
             add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
             grads_MH = logit_grads_MK @ weights.head
-            formulas.rms_norm_backward(grads_MH, judged_MH, norm, weights.gradient_of(draft.norm.weight), None, grads_MH)
+            formulas.rms_norm_backward(
+                grads_MH, judged_MH, norm, weights.gradient_of(draft.norm.weight), None, grads_MH
+            )
             hidden_grads_SNH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
     return losses_NS, predicted_NS
 

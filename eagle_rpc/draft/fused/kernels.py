@@ -50,7 +50,17 @@ def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    normed_grads, x, weight, passed, out, weight_grads, rows, width, eps, HAS_PASSED: tl.constexpr, BLOCK: tl.constexpr
+    normed_grads,
+    x,
+    weight,
+    passed,
+    out,
+    weight_grads,
+    rows,
+    width,
+    eps,
+    HAS_PASSED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     columns_H = tl.arange(0, BLOCK)
@@ -91,7 +101,9 @@ def rms_norm_backward(
     block, num_warps = _row_block(width)
     has_passed = passed_NH is not None
     tensors = (normed_grad_NH, x_NH, weight_H, passed_NH if has_passed else x_NH, out_NH, partial_sums)
-    _rms_norm_backward_kernel[(programs,)](*tensors, rows, width, eps, HAS_PASSED=has_passed, BLOCK=block, num_warps=num_warps)
+    _rms_norm_backward_kernel[(programs,)](
+        *tensors, rows, width, eps, HAS_PASSED=has_passed, BLOCK=block, num_warps=num_warps
+    )
     weight_grad_H.add_(partial_sums.sum(dim=0))
 
 
@@ -103,7 +115,9 @@ def _swiglu_kernel(gate_up, out, width, BLOCK: tl.constexpr):
     gates = gate_up + row * 2 * width + columns_I
     gate_I = tl.load(gates, mask_I).to(tl.float32)
     up_I = tl.load(gates + width, mask_I).to(tl.float32)
-    tl.store(out + row * width + columns_I, (gate_I * tl.sigmoid(gate_I) * up_I).to(out.dtype.element_ty), mask_I)
+    tl.store(
+        out + row * width + columns_I, (gate_I * tl.sigmoid(gate_I) * up_I).to(out.dtype.element_ty), mask_I
+    )
 
 
 def swiglu(gate_up_NI2: Tensor) -> Tensor:
@@ -133,7 +147,9 @@ def _swiglu_backward_kernel(gated_grads, gate_up, gated_out, width, BLOCK: tl.co
 def swiglu_backward(gated_grad_NI: Tensor, gate_up_NI2: Tensor, gated_out_NI: Tensor) -> None:
     assert gated_grad_NI.is_contiguous() and gate_up_NI2.is_contiguous() and gated_out_NI.is_contiguous()
     rows, width = gated_out_NI.shape
-    _swiglu_backward_kernel[rows, triton.cdiv(width, _BLOCK)](gated_grad_NI, gate_up_NI2, gated_out_NI, width, BLOCK=_BLOCK)
+    _swiglu_backward_kernel[rows, triton.cdiv(width, _BLOCK)](
+        gated_grad_NI, gate_up_NI2, gated_out_NI, width, BLOCK=_BLOCK
+    )
 
 
 @triton.jit
@@ -148,7 +164,9 @@ def _heads_of_program(length, heads, half, HEADS: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _angles(cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D: tl.constexpr):
+def _angles(
+    cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D: tl.constexpr
+):
     """Cosines and sines [A, D] of a slot; heads from `turning` on do not turn."""
     columns_D = tl.arange(0, BLOCK_D)
     places_D = sequence * table_stride + position * half + columns_D
@@ -163,24 +181,38 @@ def _add_and_rotate_kernel(
     hidden_part, embed_part, cos, sin, out, embed_stride, table_stride, length, heads, half, turning,
     HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(length, heads, half, HEADS, BLOCK_D)
-    cos_AD, sin_AD = _angles(cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D)
+    slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(
+        length, heads, half, HEADS, BLOCK_D
+    )
+    cos_AD, sin_AD = _angles(
+        cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D
+    )
     width = 2 * half * heads
     hidden_part += slot * width + places_AD
     embed_part += sequence * embed_stride + position * width + places_AD
     out += slot * width + places_AD
     first_AD = tl.load(hidden_part, mask_AD).to(tl.float32) + tl.load(embed_part, mask_AD).to(tl.float32)
-    second_AD = tl.load(hidden_part + half, mask_AD).to(tl.float32) + tl.load(embed_part + half, mask_AD).to(tl.float32)
+    second_AD = tl.load(hidden_part + half, mask_AD).to(tl.float32) + tl.load(embed_part + half, mask_AD).to(
+        tl.float32
+    )
     kind = out.dtype.element_ty
     tl.store(out, (first_AD * cos_AD - second_AD * sin_AD).to(kind), mask_AD)
     tl.store(out + half, (second_AD * cos_AD + first_AD * sin_AD).to(kind), mask_AD)
 
 
-def add_and_rotate(hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor) -> None:
-    assert hidden_part_BTP.is_contiguous() and out_BTP.is_contiguous() and embed_part_BTP.stride(1) == out_BTP.shape[-1]
+def add_and_rotate(
+    hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor
+) -> None:
+    assert (
+        hidden_part_BTP.is_contiguous()
+        and out_BTP.is_contiguous()
+        and embed_part_BTP.stride(1) == out_BTP.shape[-1]
+    )
     grid, table_stride, sizes, blocks = _rotation(tables, out_BTP, value_width)
     strides = (embed_part_BTP.stride(0), table_stride)
-    _add_and_rotate_kernel[grid](hidden_part_BTP, embed_part_BTP, *tables, out_BTP, *strides, *sizes, **blocks)
+    _add_and_rotate_kernel[grid](
+        hidden_part_BTP, embed_part_BTP, *tables, out_BTP, *strides, *sizes, **blocks
+    )
 
 
 @triton.jit
@@ -188,8 +220,12 @@ def _rotate_back_kernel(
     query_grads, key_value_grads, cos, sin, out, query_heads, table_stride, length, heads, half, turning,
     HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(length, heads, half, HEADS, BLOCK_D)
-    cos_AD, sin_AD = _angles(cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D)
+    slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(
+        length, heads, half, HEADS, BLOCK_D
+    )
+    cos_AD, sin_AD = _angles(
+        cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D
+    )
     query_width, width = 2 * half * query_heads, 2 * half * heads
     of_query_AD = mask_AD & (heads_A < query_heads)[:, None]
     of_key_AD = mask_AD & (heads_A >= query_heads)[:, None]
@@ -205,7 +241,9 @@ def _rotate_back_kernel(
     tl.store(out + half, (second_AD * cos_AD - first_AD * sin_AD).to(kind), mask_AD)
 
 
-def rotate_back(query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor) -> None:
+def rotate_back(
+    query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor
+) -> None:
     assert query_grad_BTQ.is_contiguous() and key_value_grad_BTJ2.is_contiguous() and out_BTP.is_contiguous()
     grid, table_stride, sizes, blocks = _rotation(tables, out_BTP, key_value_grad_BTJ2.shape[-1] // 2)
     query_heads = query_grad_BTQ.shape[-1] // (2 * tables[0].shape[-1])
@@ -222,7 +260,12 @@ def _rotation(
     heads, turning = width // (2 * half), (width - value_width) // (2 * half)
     table_stride = tables[0].stride(0) if len(tables[0]) > 1 else 0
     blocks = {"HEADS": _HEADS_OF_A_PROGRAM, "BLOCK_D": triton.next_power_of_2(half)}
-    return (batch * length, triton.cdiv(heads, _HEADS_OF_A_PROGRAM)), table_stride, (length, heads, half, turning), blocks
+    return (
+        (batch * length, triton.cdiv(heads, _HEADS_OF_A_PROGRAM)),
+        table_stride,
+        (length, heads, half, turning),
+        blocks,
+    )
 
 
 @triton.jit
@@ -236,9 +279,9 @@ def _sum_shifted_kernel(steps, out, num_steps, length, batch, width, BLOCK: tl.c
     for step in range(num_steps):
         slot = place - step
         inside_P = mask_P & (slot >= 0) & (slot < length)
-        sum_P += tl.load(steps + ((step * batch + sequence) * length + slot) * width + columns_P, inside_P, other=0.0).to(
-            tl.float32
-        )
+        sum_P += tl.load(
+            steps + ((step * batch + sequence) * length + slot) * width + columns_P, inside_P, other=0.0
+        ).to(tl.float32)
     tl.store(out + row * width + columns_P, sum_P.to(out.dtype.element_ty), mask_P)
 
 

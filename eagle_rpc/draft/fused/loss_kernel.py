@@ -31,7 +31,9 @@ def _judge_kernel(
     for start in range(0, vocab, BLOCK):
         mask_K = start + columns_K < vocab
         logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-        targets_K = tl.maximum(tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32), _LOWEST)
+        targets_K = tl.maximum(
+            tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32), _LOWEST
+        )
         block_largest = tl.max(logits_K)
         if block_largest > largest:
             best = start + tl.argmax(logits_K, axis=0)
@@ -39,7 +41,9 @@ def _judge_kernel(
         new_largest_target = tl.maximum(largest_target, tl.max(targets_K))
         target_scale = tl.exp(largest_target - new_largest_target)
         target_weights_K = tl.where(mask_K, tl.exp(targets_K - new_largest_target), 0.0)
-        sums_K = sums_K * tl.exp(largest - new_largest) + tl.where(mask_K, tl.exp(logits_K - new_largest), 0.0)
+        sums_K = sums_K * tl.exp(largest - new_largest) + tl.where(
+            mask_K, tl.exp(logits_K - new_largest), 0.0
+        )
         target_sums_K = target_sums_K * target_scale + target_weights_K
         cross_K = cross_K * target_scale + target_weights_K * logits_K
         if KL:

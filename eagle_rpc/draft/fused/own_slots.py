@@ -64,7 +64,9 @@ def merge_backward(
     expected_NJG1 = (widened(out_grads_NJGD) * widened(_grouped(heads.out, heads))).sum(-1, keepdim=True)
     for later in range(1, heads.step + 1):
         shares_NJG1 = (heads.scale * _dot(queries_NJGD, heads.keys[later]) - log_sums_NJG1).exp()
-        score_grads_NJG1 = heads.scale * shares_NJG1 * (_dot(out_grads_NJGD, heads.values[later]) - expected_NJG1)
+        score_grads_NJG1 = (
+            heads.scale * shares_NJG1 * (_dot(out_grads_NJGD, heads.values[later]) - expected_NJG1)
+        )
         query_grads_NQD += (score_grads_NJG1 * widened(heads.keys[later]).unsqueeze(2)).flatten(1, 2)
         key_grads_SNJD[later] += (score_grads_NJG1 * widened(queries_NJGD)).sum(dim=2)
         value_grads_SNJD[later] += (shares_NJG1 * widened(out_grads_NJGD)).sum(dim=2)

@@ -15,7 +15,16 @@ _BLOCK_N, _NUM_WARPS = 8, 4
 
 
 @triton.jit
-def _places(num_slots, length, key_heads, group, head_dim, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr):
+def _places(
+    num_slots,
+    length,
+    key_heads,
+    group,
+    head_dim,
+    BLOCK_N: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """This program's slots, offsets inside a row for queries and for keys, offsets of log-sums, and masks of each."""
     slots_N = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     heads_G, columns_D = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -23,7 +32,9 @@ def _places(num_slots, length, key_heads, group, head_dim, BLOCK_N: tl.constexpr
     query_columns_GD = query_heads_G[:, None] * head_dim + columns_D[None, :]
     key_columns_D = tl.program_id(1) * head_dim + columns_D
     sequence_N, position_N = slots_N // length, slots_N % length
-    sums_NG = (sequence_N[:, None] * (key_heads * group) + query_heads_G[None, :]) * length + position_N[:, None]
+    sums_NG = (sequence_N[:, None] * (key_heads * group) + query_heads_G[None, :]) * length + position_N[
+        :, None
+    ]
     mask_NG = (slots_N < num_slots)[:, None] & (heads_G < group)[None, :]
     mask_ND = (slots_N < num_slots)[:, None] & (columns_D < head_dim)[None, :]
     mask_NGD = mask_NG[:, :, None] & mask_ND[:, None, :]
@@ -119,7 +130,9 @@ def merge_backward(
     tensors = (heads.queries, heads.keys, heads.values, heads.out, out_grads_NQD, heads.log_sums)
     key_grads_SNJD = key_value_grads[0]
     grad_strides = (query_grads_NQD.stride(0), key_grads_SNJD.stride(0), key_grads_SNJD.stride(1))
-    _own_slots_backward_kernel[grid](*tensors, query_grads_NQD, *key_value_grads, *sizes, *_strides(heads), *grad_strides, **blocks)
+    _own_slots_backward_kernel[grid](
+        *tensors, query_grads_NQD, *key_value_grads, *sizes, *_strides(heads), *grad_strides, **blocks
+    )
 
 
 def _launch(heads: StepHeads) -> tuple[tuple[int, int], tuple[int | float, ...], dict[str, int]]:

@@ -45,7 +45,12 @@ class FusedStep:
     def supports(draft: Eagle3Draft, dtype: torch.dtype) -> bool:
         """Whether flash attention runs this draft where it is, in this format."""
         head_dim = draft.config.head_dim
-        return draft.fc.weight.is_cuda and dtype is torch.bfloat16 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        return (
+            draft.fc.weight.is_cuda
+            and dtype is torch.bfloat16
+            and head_dim % 8 == 0
+            and head_dim <= MAX_HEAD_DIM
+        )
 
     def refresh_weights(self) -> None:
         """To be called when the draft has changed."""
@@ -79,10 +84,14 @@ class FusedStep:
             targets=batch.targets,
             log_normalizer=batch.log_normalizer,
         )
-        losses_NS, predicted_NS = judge(self._draft, self._weights, self._objective.loss, rows, unroll.hidden_SNH, hidden_grads_SNH)
+        losses_NS, predicted_NS = judge(
+            self._draft, self._weights, self._objective.loss, rows, unroll.hidden_SNH, hidden_grads_SNH
+        )
         if hidden_grads_SNH is not None:
             unroll.backward(hidden_grads_SNH)
-        return result_of(batch, (losses_NS * coefficients_NS).sum(), losses_NS, predicted_NS, slots_NS, valid_NS)
+        return result_of(
+            batch, (losses_NS * coefficients_NS).sum(), losses_NS, predicted_NS, slots_NS, valid_NS
+        )
 
     def _unroll(self, batch: Eagle3TargetBatch, with_gradients: bool) -> FusedUnroll:
         """All steps, run forward."""

@@ -75,7 +75,11 @@ class FusedUnroll:
         normed_NH = formulas.rms_norm(hidden_NH, weights.hidden_norm, self._eps)
         hidden_part_NP = normed_NH @ weights.qkv_of_hidden.t()
         formulas.add_and_rotate(
-            hidden_part_NP.view(*self._shape, -1), embed_part_BTP, self._tables[step], self._key_width, self._qkv_of(step)
+            hidden_part_NP.view(*self._shape, -1),
+            embed_part_BTP,
+            self._tables[step],
+            self._key_width,
+            self._qkv_of(step),
         )
         self._attention.forward(self._queries_of(step), self._in_heads(self._attended[step]))
         residual_NH = normed_NH if layer.norm_before_residual else hidden_NH
@@ -105,7 +109,11 @@ class FusedUnroll:
         layer, weights = self._layer, self._weights
         middle_NH, gate_up_NI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
         if self._recompute_mlp:
-            torch.mm(formulas.rms_norm(middle_NH, weights.middle_norm, self._eps), weights.gate_up.t(), out=gate_up_NI2)
+            torch.mm(
+                formulas.rms_norm(middle_NH, weights.middle_norm, self._eps),
+                weights.gate_up.t(),
+                out=gate_up_NI2,
+            )
         out_grads_NH = self._hidden_grads[step + 1]
         formulas.swiglu_backward(out_grads_NH @ weights.down, gate_up_NI2, self._gated[step % self._together])
         formulas.rms_norm_backward(
@@ -133,7 +141,9 @@ class FusedUnroll:
         else:
             passed_NH += middle_grads_NH
         norm, norm_grad = (weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
-        formulas.rms_norm_backward(normed_grads_NH, self.hidden_SNH[step], norm, norm_grad, passed_NH, passed_NH)
+        formulas.rms_norm_backward(
+            normed_grads_NH, self.hidden_SNH[step], norm, norm_grad, passed_NH, passed_NH
+        )
 
     def _add_weight_gradients(self, first: int) -> None:
         """Of the steps from `first` on whose gradients wait; their hidden states are normed by now."""
@@ -141,26 +151,40 @@ class FusedUnroll:
         waiting = slice(0, steps.stop - first)
         attention, mlp = self._layer.self_attn, self._layer.mlp
         normed_NH = self.hidden_SNH[steps].flatten(0, 1)
-        for layer, grads in zip(self._weights.projections, self._split_qkv(self._qkv[steps].flatten(0, 1)), strict=True):
-            add_weight_gradient(self._gradient_of(layer.weight)[:, self._weights.hidden_size :], grads, normed_NH)
-        middle_grads_NH, attended_NQ = self._middle_grads[waiting].flatten(0, 1), self._attended[steps].flatten(0, 1)
+        for layer, grads in zip(
+            self._weights.projections, self._split_qkv(self._qkv[steps].flatten(0, 1)), strict=True
+        ):
+            add_weight_gradient(
+                self._gradient_of(layer.weight)[:, self._weights.hidden_size :], grads, normed_NH
+            )
+        middle_grads_NH, attended_NQ = (
+            self._middle_grads[waiting].flatten(0, 1),
+            self._attended[steps].flatten(0, 1),
+        )
         add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_NH, attended_NQ)
         normed_NH = self._middle[steps].flatten(0, 1)
         gate_up_NI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
         for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_NI2.chunk(2, dim=-1), strict=True):
             add_weight_gradient(self._gradient_of(layer.weight), grads, normed_NH)
         out_grads_NH = self._hidden_grads[1:][steps].flatten(0, 1)
-        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_NH, self._gated[waiting].flatten(0, 1))
+        add_weight_gradient(
+            self._gradient_of(mlp.down_proj.weight), out_grads_NH, self._gated[waiting].flatten(0, 1)
+        )
 
     def _backward_inputs(self) -> None:
         """What all steps share: the fused hidden states and the embeddings."""
         add_weight_gradient(self._gradient_of(self._draft.fc.weight), self._hidden_grads[0], self._aux)
         grads_MP = formulas.sum_shifted(self._qkv.unflatten(1, self._shape)).flatten(0, 1)
         embeds_MH, embed_grads_MH = self._embeds(), grads_MP @ self._weights.qkv_of_embeds
-        norm, norm_grad = (self._weights.embeds_norm, self._eps), self._gradient_of(self._layer.input_layernorm.weight)
+        norm, norm_grad = (
+            (self._weights.embeds_norm, self._eps),
+            self._gradient_of(self._layer.input_layernorm.weight),
+        )
         formulas.rms_norm_backward(embed_grads_MH, embeds_MH, norm, norm_grad, None, embed_grads_MH)
         for layer, grads in zip(self._weights.projections, self._split_qkv(grads_MP), strict=True):
-            add_weight_gradient(self._gradient_of(layer.weight)[:, : self._weights.hidden_size], grads, embeds_MH)
+            add_weight_gradient(
+                self._gradient_of(layer.weight)[:, : self._weights.hidden_size], grads, embeds_MH
+            )
 
     def _embeds(self) -> Tensor:
         """[B U, H], a fresh tensor."""

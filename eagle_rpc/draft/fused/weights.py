@@ -18,7 +18,9 @@ class FusedWeights:
     They go stale when the draft changes: `refresh` then. `gradients` are as of `FusedStep`.
     """
 
-    def __init__(self, draft: Eagle3Draft, dtype: torch.dtype, gradients: Mapping[str, Tensor] | None) -> None:
+    def __init__(
+        self, draft: Eagle3Draft, dtype: torch.dtype, gradients: Mapping[str, Tensor] | None
+    ) -> None:
         self._draft = draft
         self._gradients: dict[nn.Parameter, Tensor] = {}
         if gradients is not None:
@@ -41,7 +43,8 @@ class FusedWeights:
         layer = draft.midlayer
         self._norms = (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, draft.norm)
         self.embeds_norm, self.hidden_norm, self.middle_norm, self.last_norm = self._norm_weights = [
-            torch.empty(self.hidden_size, dtype=norm.weight.dtype, device=norm.weight.device) for norm in self._norms
+            torch.empty(self.hidden_size, dtype=norm.weight.dtype, device=norm.weight.device)
+            for norm in self._norms
         ]  # [H] each
         self.refresh()
 
@@ -51,7 +54,10 @@ class FusedWeights:
         attention, mlp = self._draft.midlayer.self_attn, self._draft.midlayer.mlp
         _copy_whole(self.fuse, self._draft.fc.weight)
         for layer, embed_rows, hidden_rows in zip(
-            self.projections, self._rows_of(self.qkv_of_embeds), self._rows_of(self.qkv_of_hidden), strict=True
+            self.projections,
+            self._rows_of(self.qkv_of_embeds),
+            self._rows_of(self.qkv_of_hidden),
+            strict=True,
         ):
             weight = _whole(layer.weight, self.fuse.dtype)
             embed_rows.copy_(weight[:, : self.hidden_size])

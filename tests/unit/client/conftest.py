@@ -8,8 +8,8 @@ from fake_membership import FakeMembership, remote_model
 from support.tiny_target import tiny_mapping, tiny_target_config
 
 from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 
 def serve_tiny_target(seed: int) -> TargetModelServer:

@@ -102,7 +102,9 @@ class FakeLink:
         self.target = target
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
-        future = timed_out(timeout) if method == self.target.sticks_at else self.target.call(method, *arguments)
+        future = (
+            timed_out(timeout) if method == self.target.sticks_at else self.target.call(method, *arguments)
+        )
         return PendingCall(future, peer=self.peer, what=what, timeout=timeout)
 
     def control(self, method: str, *arguments: Any, timeout: float) -> PendingCall:
@@ -120,7 +122,9 @@ class FakeMembership:
 
     def targets(self) -> list[TargetAddress]:
         return [
-            TargetAddress(name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu", host="")
+            TargetAddress(
+                name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu", host=""
+            )
             for one in self.known
             if one.alive or not self.elastic
         ]
@@ -136,7 +140,9 @@ class FakeMembership:
         self.num_lost += lost
 
 
-def remote_model(membership: FakeMembership, *, stop: threading.Event | None = None, **changes: Any) -> RemoteEagle3TargetModel:
+def remote_model(
+    membership: FakeMembership, *, stop: threading.Event | None = None, **changes: Any
+) -> RemoteEagle3TargetModel:
     return RemoteEagle3TargetModel(
         membership,
         settings=ClientSettings(**{**SETTINGS, **changes}),

@@ -11,10 +11,10 @@ from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_targe
 from support.waiting import until
 
 from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Failure, Ok, Pulse
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 BATCHES = 8
 
@@ -22,7 +22,9 @@ BATCHES = 8
 @pytest.fixture(scope="module")
 def expected() -> list[dict[str, Any]]:
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
-    backend = ColocatedEagle3TargetModel(target, tiny_target_config(), encoding="hidden", rows="position_mask")
+    backend = ColocatedEagle3TargetModel(
+        target, tiny_target_config(), encoding="hidden", rows="position_mask"
+    )
     backend.open_session(tiny_mapping())
     return [tensors_of(batch) for batch in backend.stream(tiny_batch(seed) for seed in range(BATCHES))]
 
@@ -31,7 +33,10 @@ soon = partial(until, seconds=20.0)
 
 
 def until_both_serve(backend: Any) -> None:
-    soon(lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"], "both targets serve")
+    soon(
+        lambda: [one["state"] for one in backend.status()["targets"]] == ["serving", "serving"],
+        "both targets serve",
+    )
 
 
 def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, Callable[[], None]]) -> None:
@@ -71,12 +76,15 @@ def test_a_sole_target_is_waited_for_until_it_is_back_under_a_new_incarnation(
     assert "a target is back after" in caplog.text
 
 
-def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(opened: Any, server: TargetModelServer):
+def test_without_any_target_the_reconnect_deadline_ends_the_wait_and_says_why(
+    opened: Any, server: TargetModelServer
+):
     target = FakeTarget("target0", server)
     backend = opened(FakeMembership(target), reconnect_deadline=2.0)
     target.die()
     with pytest.raises(
-        TargetUnavailable, match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0"
+        TargetUnavailable,
+        match=r"no target could be reached .*rpc\.reconnect_deadline.* lost the connection to target0",
     ):
         list(backend.stream([tiny_batch(0)]))
 
@@ -104,12 +112,17 @@ def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
     check_stream(backend, expected, {})
 
 
-def test_a_draining_target_gets_nothing_new(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_draining_target_gets_nothing_new(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
     draining, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(draining, other))
     until_both_serve(backend)
     incarnation = server.model_info().value.incarnation
-    refusals = {"generate": Failure("draining", "shutting down"), "heartbeat": Ok(Pulse(incarnation=incarnation, draining=True))}
+    refusals = {
+        "generate": Failure("draining", "shutting down"),
+        "heartbeat": Ok(Pulse(incarnation=incarnation, draining=True)),
+    }
     draining.refuse = refusals.get
     check_stream(backend, expected, {})
     asked = draining.num_requests
@@ -117,14 +130,18 @@ def test_a_draining_target_gets_nothing_new(opened: Any, server: TargetModelServ
     assert draining.num_requests == asked <= 2
 
 
-def test_a_lapsed_session_is_opened_again(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_lapsed_session_is_opened_again(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
     target = FakeTarget("target0", server)
     # With nothing sent ahead, the next request is the one that finds it gone.
     check_stream(opened(FakeMembership(target), prefetch=1), expected, {2: target.lapse, 5: target.lapse})
     assert len(target.sessions) == 3
 
 
-@pytest.mark.parametrize("failure", [Failure("failed", "CUDA error"), Failure("out_of_memory", "want of memory")])
+@pytest.mark.parametrize(
+    "failure", [Failure("failed", "CUDA error"), Failure("out_of_memory", "want of memory")]
+)
 def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_raise_is_given_up(
     opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], failure: Failure
 ):
@@ -180,7 +197,9 @@ def test_a_target_that_another_process_replaces_is_dropped(
     assert [one["state"] for one in backend.status()["targets"]] == ["serving"]
 
 
-def test_a_target_that_joins_later_takes_its_share(opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]):
+def test_a_target_that_joins_later_takes_its_share(
+    opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
+):
     membership = FakeMembership(FakeTarget("target0", server))
     backend = opened(membership)
     late = FakeTarget("target1", server)
@@ -201,17 +220,27 @@ def test_a_target_of_other_weights_is_refused_and_the_rest_goes_on(
     backend = opened(membership)
     foreign = FakeTarget("target1", foreign_server)
     membership.known.append(foreign)
-    soon(lambda: "target1 is not used: target1 must serve the same model" in caplog.text, "the log tells of it")
+    soon(
+        lambda: "target1 is not used: target1 must serve the same model" in caplog.text, "the log tells of it"
+    )
     check_stream(backend, expected, {})
     assert foreign.num_requests == 0
 
 
-def test_static_replicas_of_different_weights_are_refused(server: TargetModelServer, foreign_server: TargetModelServer):
+def test_static_replicas_of_different_weights_are_refused(
+    server: TargetModelServer, foreign_server: TargetModelServer
+):
     with pytest.raises(TargetMismatch, match="must serve the same model"):
-        remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
+        remote_model(
+            FakeMembership(
+                FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False
+            )
+        )
 
 
-def test_embeddings_are_not_waited_for_where_a_target_has_fallen_silent(opened: Any, server: TargetModelServer):
+def test_embeddings_are_not_waited_for_where_a_target_has_fallen_silent(
+    opened: Any, server: TargetModelServer
+):
     stopped, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(stopped, other), heartbeat_misses=4, request_timeout=1000.0)
     until_both_serve(backend)
@@ -219,10 +248,16 @@ def test_embeddings_are_not_waited_for_where_a_target_has_fallen_silent(opened: 
     assert backend.input_embeddings().equal(server.input_embeddings().value)
 
 
-def test_a_client_that_finds_no_target_of_its_draft_leaves_no_thread(server: TargetModelServer, foreign_server: TargetModelServer):
+def test_a_client_that_finds_no_target_of_its_draft_leaves_no_thread(
+    server: TargetModelServer, foreign_server: TargetModelServer
+):
     before = set(threading.enumerate())
     with pytest.raises(TargetMismatch):
-        remote_model(FakeMembership(FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False))
+        remote_model(
+            FakeMembership(
+                FakeTarget("target0", server), FakeTarget("target1", foreign_server), elastic=False
+            )
+        )
     soon(lambda: set(threading.enumerate()) <= before, "all threads have ended")
 
 

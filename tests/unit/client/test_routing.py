@@ -7,7 +7,9 @@ from eagle_rpc.client.routing import Router
 from eagle_rpc.supervision import OpenedSession
 
 
-def replica(name: str, *, outstanding: int = 0, pace: float | None = None, credits: int = 8, age: float = 0.0) -> Replica:
+def replica(
+    name: str, *, outstanding: int = 0, pace: float | None = None, credits: int = 8, age: float = 0.0
+) -> Replica:
     """A replica without a target: only what routing reads."""
     made = Replica.__new__(Replica)
     made.__dict__.update(
@@ -35,7 +37,11 @@ def test_trainers_begin_at_different_replicas():
 
 
 def test_the_least_loaded_of_equally_fast_replicas_is_preferred():
-    three = [replica("target0", outstanding=2, pace=1.0), replica("target1", outstanding=2, pace=1.0), replica("target2", pace=1.0)]
+    three = [
+        replica("target0", outstanding=2, pace=1.0),
+        replica("target1", outstanding=2, pace=1.0),
+        replica("target2", pace=1.0),
+    ]
     assert chosen(Router(offset=0), three) == ["target2"]
 
 
@@ -50,7 +56,10 @@ def test_a_slow_replica_keeps_a_share_in_proportion_to_its_pace():
 
 
 def test_a_replica_that_has_stopped_answering_is_avoided_though_it_used_to_be_fast():
-    stuck, busy = replica("stuck", outstanding=1, pace=0.1, age=30.0), replica("busy", outstanding=3, pace=1.0)
+    stuck, busy = (
+        replica("stuck", outstanding=1, pace=0.1, age=30.0),
+        replica("busy", outstanding=3, pace=1.0),
+    )
     assert chosen(Router(offset=0), [stuck, busy]) == ["busy"]
 
 

@@ -9,8 +9,8 @@ from support.tiny_target import tensors_of, tiny_batch
 from support.waiting import until
 
 from eagle_rpc.errors import InvalidRequest, RequestExpired, TargetUnavailable
+from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Failure
-from eagle_rpc.target.server import TargetModelServer
 
 
 def generate(backend: Any, seed: int) -> Any:
@@ -75,14 +75,20 @@ def test_a_busy_target_is_asked_again(opened: Any, server: TargetModelServer):
 
 def test_a_target_that_stays_busy_is_given_up_with_its_reason(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
-    target.refuse = lambda method: Failure("busy", "the queue is full", 0.01) if method == "generate" else None
-    with pytest.raises(RequestExpired, match=r"request trainer0-0 was given up after 0\.3 s, .*the queue is full"):
+    target.refuse = lambda method: (
+        Failure("busy", "the queue is full", 0.01) if method == "generate" else None
+    )
+    with pytest.raises(
+        RequestExpired, match=r"request trainer0-0 was given up after 0\.3 s, .*the queue is full"
+    ):
         generate(opened(FakeMembership(target), request_timeout=0.1), 1)
 
 
 def test_what_the_request_is_to_blame_for_is_raised_at_once(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
-    target.refuse = lambda method: Failure("invalid_request", "input_ids must be") if method == "generate" else None
+    target.refuse = lambda method: (
+        Failure("invalid_request", "input_ids must be") if method == "generate" else None
+    )
     with pytest.raises(InvalidRequest, match="target0: input_ids must be"):
         generate(opened(FakeMembership(target)), 1)
     assert target.num_requests == 1
@@ -97,7 +103,9 @@ def test_closing_ends_the_session_and_no_other(opened: Any, server: TargetModelS
     assert generate(others, 0).supervised_rows.numel() > 0
 
 
-def test_a_session_that_cannot_be_ended_hides_no_error(opened: Any, server: TargetModelServer, caplog: pytest.LogCaptureFixture):
+def test_a_session_that_cannot_be_ended_hides_no_error(
+    opened: Any, server: TargetModelServer, caplog: pytest.LogCaptureFixture
+):
     target = FakeTarget("target0", server)
     backend = opened(FakeMembership(target), heartbeat_interval=60.0)
     target.refuse = lambda method: Failure("failed", "no") if method == "disconnect" else None
@@ -105,7 +113,9 @@ def test_a_session_that_cannot_be_ended_hides_no_error(opened: Any, server: Targ
     assert "the session at target0 was not ended: target0: no" in caplog.text
 
 
-def test_a_trainer_that_is_told_to_stop_does_not_go_on_waiting_for_a_target(opened: Any, server: TargetModelServer):
+def test_a_trainer_that_is_told_to_stop_does_not_go_on_waiting_for_a_target(
+    opened: Any, server: TargetModelServer
+):
     stop = threading.Event()
     target = FakeTarget("target0", server)
     backend = opened(FakeMembership(target), stop=stop)

@@ -24,7 +24,9 @@ def session_of(server: Any) -> Any:
         (Failure("failed", "no device map for cuda:0"), "no device map for cuda:0"),
     ],
 )
-def test_a_probe_that_does_not_arrive_on_a_gpu_sends_supervision_through_the_host(server, opened, caplog, answer, fault):
+def test_a_probe_that_does_not_arrive_on_a_gpu_sends_supervision_through_the_host(
+    server, opened, caplog, answer, fault
+):
     target = FakeTarget("target0", server)
     target.between_gpus = True
     target.refuse = lambda method: answer if method == "probe_transfer" else None
@@ -33,7 +35,9 @@ def test_a_probe_that_does_not_arrive_on_a_gpu_sends_supervision_through_the_hos
     assert session_of(server).through_host
     warnings = [record.message for record in caplog.records if "host memory" in record.message]
     assert len(warnings) == 1
-    assert warnings[0].startswith("supervision of target0 goes through host memory") and warnings[0].endswith(fault)
+    assert warnings[0].startswith("supervision of target0 goes through host memory") and warnings[0].endswith(
+        fault
+    )
     tokens = tiny_batch(0)
     assert tensors_of(backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask))
 

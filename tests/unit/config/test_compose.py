@@ -34,20 +34,38 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
     [
         ("train.batch_size=0", "train.batch_size must be positive, got 0"),
         ("draft.step_decay=1.5", r"draft.step_decay must lie in \(0, 1\], got 1.5"),
-        ("target.aux_layer_ids=[3,3,5]", r"target.aux_layer_ids must be three distinct layers .* got \[3, 3, 5\]"),
+        (
+            "target.aux_layer_ids=[3,3,5]",
+            r"target.aux_layer_ids must be three distinct layers .* got \[3, 3, 5\]",
+        ),
         ("data.bucket_lengths=[64,32]", r"data.bucket_lengths must ascend, got \[64, 32\]"),
         ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 2048, got 128"),
         ("data.row_length=4096", r"data.row_length must go with data.packing=true .* got data.packing=false"),
-        ("data={packing: true, row_length: 1024}", "data.row_length must reach data.max_length 2048, got 1024"),
-        ("data={packing: true, row_length: 32768}", "at most target.max_batch_tokens 65536, got 4 x 32768 = 131072"),
+        (
+            "data={packing: true, row_length: 1024}",
+            "data.row_length must reach data.max_length 2048, got 1024",
+        ),
+        (
+            "data={packing: true, row_length: 32768}",
+            "at most target.max_batch_tokens 65536, got 4 x 32768 = 131072",
+        ),
         ("train.batch_size=1000", "at most target.max_batch_tokens 65536, got 1000 x 2048 = 2048000"),
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16, float32 or null, got float16"),
-        ("target.attention=paged|sdpa", r"target.attention must be an implementation without pages, got paged\|sdpa"),
-        ("target.compile_shapes=[4x0]", r"target.compile_shapes must name shapes, sequences x tokens as in 4x2048, got \['4x0'\]"),
+        (
+            "target.attention=paged|sdpa",
+            r"target.attention must be an implementation without pages, got paged\|sdpa",
+        ),
+        (
+            "target.compile_shapes=[4x0]",
+            r"target.compile_shapes must name shapes, sequences x tokens as in 4x2048, got \['4x0'\]",
+        ),
         ("rpc.worker_threads=1", "rpc.worker_threads must be at least 2, got 1"),
         ("rpc.transports=[uv,shm]", r"rpc.transports must end with uv, .* got \['uv', 'shm'\]"),
-        ("rpc.registry='here:70000'", "rpc.registry must be host:port with a port in 1..65535, got 'here:70000'"),
+        (
+            "rpc.registry='here:70000'",
+            "rpc.registry must be host:port with a port in 1..65535, got 'here:70000'",
+        ),
         (f"run.name={'n' * 129}", "run.name must be at most 128 printable characters, got nnn"),
     ],
 )
@@ -70,7 +88,9 @@ def test_a_compiled_target_takes_packed_chats_only_if_it_was_compiled_for_them()
 
 def test_fp8_weights_come_from_bfloat16():
     fp8 = ["target.quantization=fp8", "target.model=somewhere"]
-    with pytest.raises(ConfigError, match=r"target\.dtype must be bfloat16 for target\.quantization=fp8, got float16"):
+    with pytest.raises(
+        ConfigError, match=r"target\.dtype must be bfloat16 for target\.quantization=fp8, got float16"
+    ):
         load(*fp8, "target.dtype=float16")
     assert load(*fp8, "target.dtype=bfloat16").target.quantization is Quantization.fp8
 
@@ -82,7 +102,9 @@ def test_what_compares_bits_shares_no_forward_pass():
 
 @pytest.mark.parametrize("loss", ["lk_alpha", "lk_lambda"])
 def test_acceptance_losses_need_the_true_probabilities(loss: str):
-    with pytest.raises(ConfigError, match=rf"draft\.loss={loss} must not go with supervision\.encoding=probs"):
+    with pytest.raises(
+        ConfigError, match=rf"draft\.loss={loss} must not go with supervision\.encoding=probs"
+    ):
         load(f"draft.loss={loss}", "supervision=probs")
     assert load(f"draft.loss={loss}", "supervision=logits").draft.loss.value == loss
 
@@ -92,7 +114,9 @@ def test_a_missing_value_is_named():
         load("target=hf")
 
 
-@pytest.mark.parametrize("override", ["train.batchsize=4", "supervision.encoding=fp8", "train.max_steps=many", "topology=3y1"])
+@pytest.mark.parametrize(
+    "override", ["train.batchsize=4", "supervision.encoding=fp8", "train.max_steps=many", "topology=3y1"]
+)
 def test_unknown_keys_wrong_types_and_unknown_choices_are_refused(override: str):
     with pytest.raises(HydraException, match=override.split("=")[0].split(".")[-1]):
         load(override)

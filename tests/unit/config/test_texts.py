@@ -12,7 +12,20 @@ def test_an_address_is_host_and_port(address: tuple[str, int]):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "here", "here:", ":1", "here:0", "here:65536", "here:70000", "here:-1", "here:1x", "he re:1", "::1:1", "here:\u0661"],
+    [
+        "",
+        "here",
+        "here:",
+        ":1",
+        "here:0",
+        "here:65536",
+        "here:70000",
+        "here:-1",
+        "here:1x",
+        "he re:1",
+        "::1:1",
+        "here:\u0661",
+    ],
 )
 def test_anything_else_is_none(text: str):
     with pytest.raises(ConfigError, match=r"rpc\.registry must be host:port with a port in 1\.\.65535, got "):

@@ -18,7 +18,11 @@ def write_lines(path: Path, *records: object) -> Path:
     """Records as JSON lines; strings and bytes as they are."""
     with path.open("wb") as file:
         for record in records:
-            line = record if isinstance(record, bytes) else (record if isinstance(record, str) else json.dumps(record)).encode()
+            line = (
+                record
+                if isinstance(record, bytes)
+                else (record if isinstance(record, str) else json.dumps(record)).encode()
+            )
             file.write(line + b"\n")
     return path
 

@@ -14,7 +14,8 @@ DATASET = dataset_of_lengths(*LENGTHS)
 
 def plans(dataset=DATASET, *, num_ranks=1, batch_size=4, seed=0, **options):
     return [
-        BatchPlan(dataset, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks, **options) for rank in range(num_ranks)
+        BatchPlan(dataset, batch_size=batch_size, seed=seed, rank=rank, num_ranks=num_ranks, **options)
+        for rank in range(num_ranks)
     ]
 
 
@@ -32,12 +33,17 @@ def epoch(plan, number=0):
 
 
 def same(batch, other):
-    return all(torch.equal(getattr(batch, name), getattr(other, name)) for name in ("input_ids", "attention_mask", "loss_mask"))
+    return all(
+        torch.equal(getattr(batch, name), getattr(other, name))
+        for name in ("input_ids", "attention_mask", "loss_mask")
+    )
 
 
 @pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 4), (3, 5), (7, 1), (2, 300)])
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_ranks_together_see_each_chat_once_an_epoch_and_the_wrap_fills_the_rest(num_ranks, batch_size, number):
+def test_the_ranks_together_see_each_chat_once_an_epoch_and_the_wrap_fills_the_rest(
+    num_ranks, batch_size, number
+):
     ranks = plans(num_ranks=num_ranks, batch_size=batch_size)
     seen = Counter(chat for plan in ranks for i in epoch(plan, number) for chat in chats_of(plan.batch(i)))
     total = ranks[0].batches_per_epoch * num_ranks * batch_size
@@ -64,7 +70,11 @@ def test_a_stream_resumes_at_any_number_across_epochs():
 
 def test_every_epoch_and_every_seed_has_its_own_order():
     plan, other = plans()[0], plans(seed=1)[0]
-    orders = [[chats_of(source.batch(i)) for i in epoch(source, number)] for source in (plan, other) for number in (0, 1)]
+    orders = [
+        [chats_of(source.batch(i)) for i in epoch(source, number)]
+        for source in (plan, other)
+        for number in (0, 1)
+    ]
     assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
     groups = [{frozenset(batch) for batch in order} for order in orders]
     assert len(groups[0] & groups[1]) < len(groups[0]) / 4
@@ -72,7 +82,9 @@ def test_every_epoch_and_every_seed_has_its_own_order():
 
 def test_rows_are_padded_on_the_right_with_masks_to_match():
     batch = plans(num_ranks=2)[0].batch(5)
-    for chat, ids, real, loss in zip(chats_of(batch), batch.input_ids, batch.attention_mask, batch.loss_mask, strict=True):
+    for chat, ids, real, loss in zip(
+        chats_of(batch), batch.input_ids, batch.attention_mask, batch.loss_mask, strict=True
+    ):
         example = DATASET[chat]
         length = len(example.input_ids)
         assert torch.equal(ids[:length], example.input_ids)
@@ -109,7 +121,9 @@ def test_long_and_short_chats_are_dealt_against_each_other():
 
 def test_the_longest_chat_of_a_batch_falls_to_each_rank_in_turn():
     ranks = plans(num_ranks=3, batch_size=1)
-    longest = Counter(max(range(3), key=lambda rank: LENGTHS[chats(ranks[rank], i)[0]]) for i in epoch(ranks[0]))
+    longest = Counter(
+        max(range(3), key=lambda rank: LENGTHS[chats(ranks[rank], i)[0]]) for i in epoch(ranks[0])
+    )
     assert min(longest[rank] for rank in range(3)) > ranks[0].batches_per_epoch / 6
 
 
@@ -139,7 +153,10 @@ def test_rounding_does_not_pass_the_longest_allowed_length():
     [
         ({"batch_size": 0}, r"train\.batch_size must be positive, got 0"),
         ({"rank": 2, "num_ranks": 2}, r"rank must lie in \[0, 2\), got 2"),
-        ({"bucket_lengths": [64, 128]}, r"data\.bucket_lengths must reach the longest row of 192 tokens, got 128"),
+        (
+            {"bucket_lengths": [64, 128]},
+            r"data\.bucket_lengths must reach the longest row of 192 tokens, got 128",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(options, message):

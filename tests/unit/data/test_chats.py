@@ -28,8 +28,16 @@ def test_a_system_turn_may_come_first_and_the_last_line_needs_no_end(tmp_path):
 
 
 def test_only_a_true_mark_makes_a_chat_truncated(tmp_path):
-    path = write_lines(tmp_path / "chats.jsonl", *({**GOOD, "truncated": mark} for mark in (True, False, None, "no")), GOOD)
-    assert [chat.truncated for chat in read_chats(path, on_error=OnError.fail).chats] == [True, False, False, False, False]
+    path = write_lines(
+        tmp_path / "chats.jsonl", *({**GOOD, "truncated": mark} for mark in (True, False, None, "no")), GOOD
+    )
+    assert [chat.truncated for chat in read_chats(path, on_error=OnError.fail).chats] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
 
 
 BROKEN = {
@@ -47,7 +55,9 @@ BROKEN = {
     "content not a string": {"messages": [*turns("hello"), {"role": "assistant", "content": None}]},
     "content empty": {"messages": turns("hello", " \n")},
     "half a surrogate pair": '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "hi"}]}',
-    "tool calls": {"messages": [*turns("hello"), {"role": "assistant", "content": "hi", "tool_calls": [{"id": 1}]}]},
+    "tool calls": {
+        "messages": [*turns("hello"), {"role": "assistant", "content": "hi", "tool_calls": [{"id": 1}]}]
+    },
     "no assistant": {"messages": turns("hello")},
     "only a system turn": {"messages": [{"role": "system", "content": "be brief"}]},
     "assistant first": {"messages": [{"role": "assistant", "content": "hi"}, *turns("hello", "hi")]},
@@ -62,7 +72,9 @@ def test_a_broken_record_is_refused_with_file_and_line(tmp_path, record):
 
 
 def test_the_fault_is_named_with_its_value(tmp_path):
-    path = write_lines(tmp_path / "chats.jsonl", {"messages": [*turns("hello"), {"role": "robot", "content": "hi"}]})
+    path = write_lines(
+        tmp_path / "chats.jsonl", {"messages": [*turns("hello"), {"role": "robot", "content": "hi"}]}
+    )
     with pytest.raises(DataError, match=r"message 2 must have a role out of system, user, .*, got 'robot'"):
         read_chats(path, on_error=OnError.fail)
 
@@ -134,6 +146,8 @@ def test_a_line_that_was_cut_short_is_removed_before_appending(tmp_path, whole_l
 
 
 def test_the_content_hash_depends_on_roles_and_contents_alone():
-    assert content_hash(HELLO) == content_hash(tuple(Message(message.role, message.content) for message in HELLO))
+    assert content_hash(HELLO) == content_hash(
+        tuple(Message(message.role, message.content) for message in HELLO)
+    )
     assert content_hash(HELLO) != content_hash([Message("user", "hello"), Message("user", "hi")])
     assert content_hash([Message("user", "ab")]) != content_hash([Message("user", "a"), Message("user", "b")])

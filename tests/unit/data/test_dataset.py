@@ -36,7 +36,10 @@ def supervised(example):
 def test_examples_are_the_chats_in_order(tmp_path):
     dataset = load(write_chats(tmp_path / "chats.jsonl", ("hello", "hi"), ("how are you", "fine")))
     assert [supervised(example) for example in dataset] == ["hi<|im_end|>", "fine<|im_end|>"]
-    assert all(example.input_ids.dtype == torch.int64 and example.loss_mask.dtype == torch.bool for example in dataset)
+    assert all(
+        example.input_ids.dtype == torch.int64 and example.loss_mask.dtype == torch.bool
+        for example in dataset
+    )
 
 
 def test_an_answer_that_breaks_off_is_not_taught_to_end(tmp_path):
@@ -78,14 +81,19 @@ def test_a_long_chat_is_dropped_and_counted(tmp_path, caplog, long_chat, policy)
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
     path = write_chats(tmp_path / "chats.jsonl", ("hello", "a" * 100))
-    with pytest.raises(DataError, match=r"chats\.jsonl must leave at least one chat, .* 1 dropped as too long"):
+    with pytest.raises(
+        DataError, match=r"chats\.jsonl must leave at least one chat, .* 1 dropped as too long"
+    ):
         load(path, max_length=40, overlong=Overlong.drop)
 
 
 def test_a_chat_that_the_template_cannot_supervise_is_named_or_skipped(tmp_path, caplog):
-    silent = "{% for message in messages %}{{ message['content'] }}{% generation %}{% endgeneration %}{% endfor %}"
+    silent = (
+        "{% for message in messages %}{{ message['content'] }}{% generation %}{% endgeneration %}{% endfor %}"
+    )
     shouting = silent.replace(
-        "{% generation %}", "{% generation %}{{ '!' if message['role'] == 'assistant' and 'loud' in message['content'] }}"
+        "{% generation %}",
+        "{% generation %}{{ '!' if message['role'] == 'assistant' and 'loud' in message['content'] }}",
     )
     template = ChatTemplate(make_tiny_tokenizer(shouting))
     path = write_chats(tmp_path / "chats.jsonl", ("hello", "loud"), ("hello", "quiet"), ("hello", "louder"))
@@ -115,7 +123,9 @@ def test_more_data_leave_the_split_of_the_old_as_it_was(tmp_path):
 
 
 def test_equal_chats_are_on_the_same_side(tmp_path):
-    train, validation = load(write_chats(tmp_path / "chats.jsonl", *many_chats(50), *many_chats(50))).split(0.5)
+    train, validation = load(write_chats(tmp_path / "chats.jsonl", *many_chats(50), *many_chats(50))).split(
+        0.5
+    )
     assert len(train) + len(validation) == 100
     assert not contents(train) & contents(validation)
 
@@ -145,7 +155,9 @@ def test_a_validation_file_replaces_the_split(tmp_path):
 def test_the_digest_sees_tokens_masks_and_order(tmp_path):
     digests = {
         load(write_chats(tmp_path / f"{number}.jsonl", *chats)).digest
-        for number, chats in enumerate(([("a", "b"), ("c", "d")], [("c", "d"), ("a", "b")], [("a", "b")], [("a", "x")]))
+        for number, chats in enumerate(
+            ([("a", "b"), ("c", "d")], [("c", "d"), ("a", "b")], [("a", "b")], [("a", "x")])
+        )
     }
     assert len(digests) == 4
     assert load(tmp_path / "0.jsonl").digest in digests

@@ -16,7 +16,14 @@ DATASET = dataset_of_lengths(*LENGTHS)
 
 def plans(dataset=DATASET, *, num_ranks=1, batch_size=4, packed_length=256, **options):
     return [
-        BatchPlan(dataset, batch_size=batch_size, rank=rank, num_ranks=num_ranks, packed_length=packed_length, **options)
+        BatchPlan(
+            dataset,
+            batch_size=batch_size,
+            rank=rank,
+            num_ranks=num_ranks,
+            packed_length=packed_length,
+            **options,
+        )
         for rank in range(num_ranks)
     ]
 
@@ -50,7 +57,11 @@ def test_every_epoch_shows_the_ranks_together_each_chat_exactly_once(num_ranks, 
 def test_fewer_chats_than_rows_are_repeated():
     plan = plans(dataset_of_lengths(9, 8, 7), batch_size=5)[0]
     assert plan.batches_per_epoch == 1
-    assert sorted(chat for row in plan.rows(0) for chat in row) in ([0, 0, 1, 1, 2], [0, 0, 1, 2, 2], [0, 1, 1, 2, 2])
+    assert sorted(chat for row in plan.rows(0) for chat in row) in (
+        [0, 0, 1, 1, 2],
+        [0, 0, 1, 2, 2],
+        [0, 1, 1, 2, 2],
+    )
 
 
 def test_rows_of_a_batch_hold_whole_chats_side_by_side():
@@ -84,7 +95,9 @@ def test_a_packed_batch_is_a_function_of_the_arguments_and_its_number():
 
 def test_every_epoch_and_every_seed_packs_other_chats_together():
     plan, other = plans()[0], plans(seed=1)[0]
-    packings = [set(map(frozenset, all_rows([source], number))) for source in (plan, other) for number in (0, 1)]
+    packings = [
+        set(map(frozenset, all_rows([source], number))) for source in (plan, other) for number in (0, 1)
+    ]
     for i in range(4):
         for j in range(i):
             assert packings[i] != packings[j]
@@ -102,7 +115,10 @@ def test_the_number_of_micro_batches_is_the_same_in_every_epoch_and_on_every_ran
 def test_little_of_a_packed_epoch_is_padding():
     packed, padded = plans(batch_size=2)[0], plans(batch_size=2, packed_length=None)[0]
     batches = [packed.batch(i) for i in epoch(packed)]
-    real, computed = sum(int(batch.attention_mask.sum()) for batch in batches), sum(batch.input_ids.numel() for batch in batches)
+    real, computed = (
+        sum(int(batch.attention_mask.sum()) for batch in batches),
+        sum(batch.input_ids.numel() for batch in batches),
+    )
     assert packed.padding_share == pytest.approx(1 - real / computed)
     assert packed.padding_share < 0.03 < padded.padding_share
 
@@ -145,7 +161,10 @@ def test_equally_long_chats_swap_seats_and_lengths_stay_together():
     ("options", "message"),
     [
         ({"packed_length": 191}, r"data\.row_length must reach the longest chat of 192 tokens, got 191"),
-        ({"bucket_lengths": [64, 200]}, r"data\.bucket_lengths must reach the longest row of 256 tokens, got 200"),
+        (
+            {"bucket_lengths": [64, 200]},
+            r"data\.bucket_lengths must reach the longest row of 256 tokens, got 200",
+        ),
     ],
 )
 def test_rows_that_cannot_hold_the_chats_are_refused(options, message):

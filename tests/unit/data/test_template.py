@@ -4,7 +4,12 @@ from support.tiny_tokenizer import CHATML, make_tiny_tokenizer
 from eagle_rpc.data import ChatTemplate, Message
 from eagle_rpc.errors import ConfigError, DataError
 
-CHAT = [Message("user", "hello"), Message("assistant", "hi there"), Message("user", "and you?"), Message("assistant", "fine")]
+CHAT = [
+    Message("user", "hello"),
+    Message("assistant", "hi there"),
+    Message("user", "and you?"),
+    Message("assistant", "fine"),
+]
 
 MARKED = (
     "{% for message in messages %}"
@@ -46,8 +51,17 @@ def test_content_and_end_of_turn_of_every_answer_are_supervised_and_nothing_else
 
 
 def test_both_ways_to_find_the_answers_agree_token_for_token():
-    by_prefix, by_markers = ChatTemplate(make_tiny_tokenizer(CHATML)), ChatTemplate(make_tiny_tokenizer(MARKED))
-    for content in ("hi", "ends with a line\n", "  spaces  ", "\u4f60\u597d \U0001f600", "says <|im_end|> itself"):
+    by_prefix, by_markers = (
+        ChatTemplate(make_tiny_tokenizer(CHATML)),
+        ChatTemplate(make_tiny_tokenizer(MARKED)),
+    )
+    for content in (
+        "hi",
+        "ends with a line\n",
+        "  spaces  ",
+        "\u4f60\u597d \U0001f600",
+        "says <|im_end|> itself",
+    ):
         chat = [*CHAT, Message("user", "again"), Message("assistant", content)]
         assert by_prefix.supervised_ids(chat) == by_markers.supervised_ids(chat)
 
@@ -102,22 +116,27 @@ def test_a_template_that_is_not_prefix_stable_is_refused_only_where_it_matters()
 
 
 def test_a_refusal_of_the_template_is_a_data_error():
-    alternating = "{% if messages[-1].content == 'forbidden' %}{{ raise_exception('no such word') }}{% endif %}" + CHATML
+    alternating = (
+        "{% if messages[-1].content == 'forbidden' %}{{ raise_exception('no such word') }}{% endif %}"
+        + CHATML
+    )
     for source in (alternating, alternating + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"):
         with pytest.raises(DataError, match="no such word"):
-            ChatTemplate(make_tiny_tokenizer(source)).supervised_ids([Message("user", "hello"), Message("assistant", "forbidden")])
+            ChatTemplate(make_tiny_tokenizer(source)).supervised_ids(
+                [Message("user", "hello"), Message("assistant", "forbidden")]
+            )
 
 
 def test_markers_around_nothing_leave_no_supervised_token():
-    template = ChatTemplate(make_tiny_tokenizer(CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}"))
+    template = ChatTemplate(
+        make_tiny_tokenizer(CHATML + "{% if false %}{% generation %}{% endgeneration %}{% endif %}")
+    )
     with pytest.raises(DataError, match="no supervised token"):
         template.supervised_ids(CHAT)
 
 
 def test_a_supervised_first_token_alone_teaches_nothing():
-    answers_only = (
-        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"
-    )
+    answers_only = "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"
     template = ChatTemplate(make_tiny_tokenizer(answers_only))
     assert supervised_text(template, [Message("user", "hello"), Message("assistant", "ab")]) == ["ab"]
     with pytest.raises(DataError, match="no supervised token"):

@@ -21,7 +21,9 @@ def dataset_of(*sequences):
 
 
 def build(dataset, tmp_path, *, size=8, target=VOCAB_SIZE):
-    return build_vocab_mapping(dataset, tokenizer=TOKENIZER, target_vocab_size=target, draft_vocab_size=size, cache_dir=tmp_path)
+    return build_vocab_mapping(
+        dataset, tokenizer=TOKENIZER, target_vocab_size=target, draft_vocab_size=size, cache_dir=tmp_path
+    )
 
 
 def test_what_counts_is_the_token_after_each_supervised_one():
@@ -75,7 +77,9 @@ def test_other_data_sizes_and_tokenizers_have_files_of_their_own(tmp_path):
     assert int(mapping.selected_token_ids[-1]) == VOCAB_SIZE
 
 
-@pytest.mark.parametrize("damage", ["cut", "not JSON", "other ids", "ids out of range", "not an object", "a key is gone"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "not JSON", "other ids", "ids out of range", "not an object", "a key is gone"]
+)
 def test_a_damaged_file_is_built_anew(tmp_path, damage, caplog):
     dataset = dataset_of(((9,), 9, 90, 80, 70))
     mapping, _ = build(dataset, tmp_path)

@@ -55,7 +55,9 @@ def random_chat(length: int, supervised: list[int], seed: int) -> dict[str, Tens
     }
 
 
-def batch_of(rows_of_chats: list[list[dict[str, Tensor]]], length: int, filler: int = 0, packed: bool = False) -> Eagle3TargetBatch:
+def batch_of(
+    rows_of_chats: list[list[dict[str, Tensor]]], length: int, filler: int = 0, packed: bool = False
+) -> Eagle3TargetBatch:
     """One row of the batch for every list of chats, packed one after the other, then padded with `filler`."""
     size = len(rows_of_chats)
     ids = torch.full((size, length), filler)
@@ -66,7 +68,11 @@ def batch_of(rows_of_chats: list[list[dict[str, Tensor]]], length: int, filler: 
         start = 0
         for segment, chat in enumerate(chats):
             end = start + len(chat["ids"])
-            ids[b, start:end], aux[b, start:end], loss_mask[b, start:end] = chat["ids"], chat["aux"], chat["loss_mask"]
+            ids[b, start:end], aux[b, start:end], loss_mask[b, start:end] = (
+                chat["ids"],
+                chat["aux"],
+                chat["loss_mask"],
+            )
             attention_mask[b, start:end] = 1
             segment_ids[b, start:] = segment
             supervised_rows.append(chat["rows"] + b * length + start)
@@ -74,13 +80,18 @@ def batch_of(rows_of_chats: list[list[dict[str, Tensor]]], length: int, filler: 
             start = end
         segment_ids[b, start:] = len(chats)
     tokens = TokenBatch(
-        input_ids=ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids if packed else None
+        input_ids=ids,
+        attention_mask=attention_mask,
+        loss_mask=loss_mask,
+        segment_ids=segment_ids if packed else None,
     )
     return supervised_batch(tokens, aux, torch.cat(supervised_rows), torch.cat(probs))
 
 
 def supervised_batch(tokens: TokenBatch, aux: Tensor, rows: Tensor, probs_NK: Tensor) -> Eagle3TargetBatch:
-    assert bool(shifted_loss_mask(tokens).flatten()[rows].all()), "a supervised row lies outside the loss mask"
+    assert bool(shifted_loss_mask(tokens).flatten()[rows].all()), (
+        "a supervised row lies outside the loss mask"
+    )
     return Eagle3TargetBatch(
         tokens=tokens,
         aux_hidden_states=aux,

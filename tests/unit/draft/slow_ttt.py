@@ -11,7 +11,9 @@ from torch import Tensor
 from eagle_rpc.draft import Eagle3Draft
 
 
-def slow_ttt(draft: Eagle3Draft, chats: list[dict[str, Tensor]], steps: int, decay: float) -> dict[str, Tensor]:
+def slow_ttt(
+    draft: Eagle3Draft, chats: list[dict[str, Tensor]], steps: int, decay: float
+) -> dict[str, Tensor]:
     """Loss (with gradient), cross entropies' sums, rows and correct guesses of each step, denominators their own counts."""
     weights = dict(draft.named_parameters())
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(steps)]
@@ -22,13 +24,20 @@ def slow_ttt(draft: Eagle3Draft, chats: list[dict[str, Tensor]], steps: int, dec
         for (step, slot), output in outputs.items():
             if slot + step in probs:
                 p = probs[slot + step]
-                logits = weights["lm_head.weight"] @ _norm(output, weights["norm.weight"], draft.config.rms_norm_eps)
+                logits = weights["lm_head.weight"] @ _norm(
+                    output, weights["norm.weight"], draft.config.rms_norm_eps
+                )
                 sums[step] = sums[step] - (p * logits.log_softmax(0)).sum()
                 rows[step] += 1
                 correct[step] += int(logits.argmax() == p.argmax())
     shares = [decay**step / sum(decay**other for other in range(steps)) for step in range(steps)]
     loss = sum(share * total / max(1, count) for share, total, count in zip(shares, sums, rows, strict=True))
-    return {"loss": loss, "sums": torch.stack(sums).detach(), "rows": torch.tensor(rows), "correct": torch.tensor(correct)}
+    return {
+        "loss": loss,
+        "sums": torch.stack(sums).detach(),
+        "rows": torch.tensor(rows),
+        "correct": torch.tensor(correct),
+    }
 
 
 def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Tensor], steps: int) -> dict:
@@ -43,22 +52,34 @@ def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Ten
             normed = _norm(hidden, weights["midlayer.hidden_norm.weight"], eps)
             x = torch.cat([_norm(embedding, weights["midlayer.input_layernorm.weight"], eps), normed])
             q, k, v = (
-                (weights[f"midlayer.self_attn.{name}_proj.weight"] @ x).reshape(-1, config.head_dim) for name in ("q", "k", "v")
+                (weights[f"midlayer.self_attn.{name}_proj.weight"] @ x).reshape(-1, config.head_dim)
+                for name in ("q", "k", "v")
             )
             q, k = _turn(q, slot + step, config.rope_theta), _turn(k, slot + step, config.rope_theta)
             keys[step, slot], values[step, slot] = k, v
-            seen = [(0, earlier) for earlier in range(slot + 1)] + [(later, slot) for later in range(1, step + 1)]
+            seen = [(0, earlier) for earlier in range(slot + 1)] + [
+                (later, slot) for later in range(1, step + 1)
+            ]
             attended = []
             for head in range(config.num_attention_heads):
                 shared = head // (config.num_attention_heads // config.num_key_value_heads)
-                scores = torch.stack([q[head] @ keys[place][shared] / math.sqrt(config.head_dim) for place in seen])
+                scores = torch.stack(
+                    [q[head] @ keys[place][shared] / math.sqrt(config.head_dim) for place in seen]
+                )
                 shares = scores.exp() / scores.exp().sum()
-                attended.append(sum(share * values[place][shared] for share, place in zip(shares, seen, strict=True)))
+                attended.append(
+                    sum(share * values[place][shared] for share, place in zip(shares, seen, strict=True))
+                )
             residual = normed if config.norm_before_residual else hidden
             middle = residual + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(attended)
             y = _norm(middle, weights["midlayer.post_attention_layernorm.weight"], eps)
-            gate, up = weights["midlayer.mlp.gate_proj.weight"] @ y, weights["midlayer.mlp.up_proj.weight"] @ y
-            outputs[step, slot] = middle + weights["midlayer.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+            gate, up = (
+                weights["midlayer.mlp.gate_proj.weight"] @ y,
+                weights["midlayer.mlp.up_proj.weight"] @ y,
+            )
+            outputs[step, slot] = middle + weights["midlayer.mlp.down_proj.weight"] @ (
+                gate / (1 + (-gate).exp()) * up
+            )
     return outputs
 
 

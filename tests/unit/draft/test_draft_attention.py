@@ -26,7 +26,8 @@ def test_every_step_equals_an_explicit_mask():
         for steps in (1, 2, 4):
             queries = torch.randn(2, 6, 5, 4, generator=generator, dtype=torch.float64)
             keys, values = (
-                [torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(steps)] for _ in range(2)
+                [torch.randn(2, 3, 5, 4, generator=generator, dtype=torch.float64) for _ in range(steps)]
+                for _ in range(2)
             )
             memory = UnrollMemory(segment_ids)
             answers = [memory.attend(queries, *heads) for heads in zip(keys, values, strict=True)]

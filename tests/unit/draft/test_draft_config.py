@@ -69,7 +69,12 @@ def test_overrides_win_over_the_target():
         {"rope_theta": 7.0, "rope_scaling": LLAMA3},
         {"rope_theta": 7.0, "rope_scaling": {**LLAMA3, "type": "llama3"}},
         {"rope_parameters": {"rope_theta": 7.0, **LLAMA3}},
-        {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_theta": 7.0, **LLAMA3}}},
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default"},
+                "full_attention": {"rope_theta": 7.0, **LLAMA3},
+            }
+        },
     ],
 )
 def test_both_forms_of_rotary_settings_are_read(attributes):
@@ -79,7 +84,13 @@ def test_both_forms_of_rotary_settings_are_read(attributes):
 
 
 def test_real_configs_of_other_families_give_a_llama_draft():
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100}
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
     for family in (LlamaConfig, Qwen3Config, Gemma2Config):
         config = Eagle3DraftConfig.from_target(family(**shape, head_dim=32), draft_vocab_size=50)
         assert (config.head_dim, config.hidden_act, config.rope_theta) == (32, "silu", 10000.0)
@@ -105,12 +116,24 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling):
     [
         ({"hidden_size": 0}, "hidden_size must be positive, got 0"),
         ({"draft_vocab_size": 24}, "draft_vocab_size must be at most the target's 23, got 24"),
-        ({"num_attention_heads": 5}, "num_attention_heads must be a multiple of num_key_value_heads 2, got 5"),
+        (
+            {"num_attention_heads": 5},
+            "num_attention_heads must be a multiple of num_key_value_heads 2, got 5",
+        ),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu .*, got 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be one of linear, llama3, got 'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor must be a positive number .*, got None"),
-        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor must be above low_freq_factor 1.0, got 1.0"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type must be one of linear, llama3, got 'yarn'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            "rope_scaling.factor must be a positive number .*, got None",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}},
+            "high_freq_factor must be above low_freq_factor 1.0, got 1.0",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):

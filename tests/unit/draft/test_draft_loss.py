@@ -31,13 +31,17 @@ def test_equals_the_plain_formula_whatever_the_chunks(monkeypatch):
         torch.testing.assert_close(losses, expected_losses.detach())
         assert torch.equal(predicted, (inputs[0] @ inputs[1].T).argmax(dim=-1))
         assert not losses.requires_grad
-        for grad, expected_grad in zip(torch.autograd.grad(3 * loss, inputs[:2]), expected_grads, strict=True):
+        for grad, expected_grad in zip(
+            torch.autograd.grad(3 * loss, inputs[:2]), expected_grads, strict=True
+        ):
             torch.testing.assert_close(grad, expected_grad)
 
 
 def test_gradients_pass_gradcheck():
     hidden_NSH, head_KH, targets, coefficients_NS = case()
-    assert torch.autograd.gradcheck(lambda x, w: soft_cross_entropy(x, w, targets, coefficients_NS)[0], (hidden_NSH, head_KH))
+    assert torch.autograd.gradcheck(
+        lambda x, w: soft_cross_entropy(x, w, targets, coefficients_NS)[0], (hidden_NSH, head_KH)
+    )
 
 
 def test_large_logits_stay_finite():
@@ -57,6 +61,8 @@ def test_fp32_targets_are_projected_in_fp32_under_autocast():
 
     hidden_NSH, head_KH, targets, coefficients_NS = case()
     with torch.autocast("cpu", torch.bfloat16):
-        _, losses, _ = soft_cross_entropy(hidden_NSH.float(), head_KH.float(), Spy(targets.probs_NK), coefficients_NS.float())
+        _, losses, _ = soft_cross_entropy(
+            hidden_NSH.float(), head_KH.float(), Spy(targets.probs_NK), coefficients_NS.float()
+        )
     assert seen == [False]
     assert losses.dtype == torch.float32

@@ -31,7 +31,9 @@ def test_state_dict_has_the_exported_names_and_shapes():
 def test_only_the_embedding_is_frozen_and_it_is_a_copy():
     embedding = torch.randn(VOCAB, HIDDEN)
     draft = Eagle3Draft(tiny_config(), embedding)
-    assert [name for name, parameter in draft.named_parameters() if not parameter.requires_grad] == ["embed_tokens.weight"]
+    assert [name for name, parameter in draft.named_parameters() if not parameter.requires_grad] == [
+        "embed_tokens.weight"
+    ]
     assert torch.equal(draft.embed_tokens.weight, embedding)
     embedding.zero_()
     assert draft.embed_tokens.weight.abs().sum() > 0
@@ -93,7 +95,9 @@ def test_decoding_equals_training():
 
     cache, slot = DraftCache(), 0
     for piece in (1, 3, 1):
-        output, _ = draft.decode_step(ids[:, slot + 1 : slot + 1 + piece], fused[:, slot : slot + piece], cache)
+        output, _ = draft.decode_step(
+            ids[:, slot + 1 : slot + 1 + piece], fused[:, slot : slot + piece], cache
+        )
         torch.testing.assert_close(output, trained[0][:, slot : slot + piece])
         slot += piece
         last, hidden = slot - 1, output[:, -1:]

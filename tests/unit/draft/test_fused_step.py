@@ -32,7 +32,9 @@ def both(case: Case, *, steps: int = 4, recompute_mlp: bool = False, loss: str =
 def assert_equal(results) -> None:
     (expected, expected_grads), (result, grads) = results
     for name in FIGURES:
-        torch.testing.assert_close(getattr(result, name), getattr(expected, name), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            getattr(result, name), getattr(expected, name), msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert grads.keys() == expected_grads.keys()
     for name, grad in expected_grads.items():
         torch.testing.assert_close(grads[name], grad, msg=lambda text, name=name: f"{name}: {text}")
@@ -105,7 +107,8 @@ def test_changed_weights_count_once_they_are_refreshed():
             parameter.mul_(1.1)
     step.refresh_weights()
     torch.testing.assert_close(
-        step.judge(batch, denominators).loss, ReferenceStep(draft, objective, autocast=None).judge(batch, denominators).loss
+        step.judge(batch, denominators).loss,
+        ReferenceStep(draft, objective, autocast=None).judge(batch, denominators).loss,
     )
 
 

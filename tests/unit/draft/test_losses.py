@@ -21,7 +21,12 @@ def by_hand(loss, logits, targets, log_normalizer, weight=None):
     acceptance = torch.minimum((targets - log_normalizer[:, None]).exp().unsqueeze(1), q).sum(-1)
     weight = (-LAMBDA_DECAY * acceptance).exp().detach() if weight is None else weight
     hybrid = weight * kl + (1 - weight) * (1 - acceptance)
-    return {"soft_cross_entropy": cross_entropy, "kl": kl, "lk_alpha": -acceptance.log(), "lk_lambda": hybrid}[loss]
+    return {
+        "soft_cross_entropy": cross_entropy,
+        "kl": kl,
+        "lk_alpha": -acceptance.log(),
+        "lk_lambda": hybrid,
+    }[loss]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

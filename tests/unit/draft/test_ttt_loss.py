@@ -12,7 +12,11 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
 
 def chats() -> list[dict]:
-    return [random_chat(9, [2, 3, 4, 5, 7], seed=3), random_chat(6, [0, 3, 4], seed=4), random_chat(7, [1, 2, 5], seed=5)]
+    return [
+        random_chat(9, [2, 3, 4, 5, 7], seed=3),
+        random_chat(6, [0, 3, 4], seed=4),
+        random_chat(7, [1, 2, 5], seed=5),
+    ]
 
 
 def run(draft, batch, denominators=None):
@@ -60,10 +64,16 @@ def test_gradient_equals_finite_differences():
     for step in (1e-5, -1e-5):
         with torch.no_grad():
             weight += step * direction
-            losses.append(ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS)).loss.item())
+            losses.append(
+                ttt_loss(
+                    draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS)
+                ).loss.item()
+            )
             weight -= step * direction
     slope = (losses[0] - losses[1]) / 2e-5
-    assert slope == pytest.approx((grads["midlayer.self_attn.k_proj.weight"] * direction).sum().item(), rel=1e-5)
+    assert slope == pytest.approx(
+        (grads["midlayer.self_attn.k_proj.weight"] * direction).sum().item(), rel=1e-5
+    )
 
 
 def test_rows_are_counted_by_hand():
@@ -73,7 +83,9 @@ def test_rows_are_counted_by_hand():
 
 
 def test_packed_rows_count_from_the_start_of_their_chat():
-    packed = batch_of([[random_chat(4, [0, 2], seed=1), random_chat(5, [0, 1, 3], seed=2)]], length=12, packed=True)
+    packed = batch_of(
+        [[random_chat(4, [0, 2], seed=1), random_chat(5, [0, 1, 3], seed=2)]], length=12, packed=True
+    )
     assert count_rows(packed, 4).tolist() == [5, 3, 2, 1]
 
 
@@ -100,7 +112,10 @@ def test_padding_and_what_stands_in_it_change_nothing():
 def test_split_work_adds_up_to_the_whole():
     draft = tiny_draft()
     rows = [[chat] for chat in chats()]
-    whole_batch, halves = batch_of(rows, length=9), [batch_of(rows[:1], length=9), batch_of(rows[1:], length=9)]
+    whole_batch, halves = (
+        batch_of(rows, length=9),
+        [batch_of(rows[:1], length=9), batch_of(rows[1:], length=9)],
+    )
     denominators = sum(count_rows(half, STEPS) for half in halves)
     assert denominators.tolist() == count_rows(whole_batch, STEPS).tolist()
     whole, whole_grads = run(draft, whole_batch)
@@ -128,7 +143,9 @@ def test_projected_targets_train_as_their_stored_probabilities():
     draft, batch = tiny_draft(), batch_of([[chat] for chat in chats()], length=9)
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(len(batch.supervised_rows), 5, generator=generator)
-    projected = ProjectedTargets(hidden_NH, DraftHead(weight=torch.randn(DRAFT_VOCAB, 5, generator=generator)))
+    projected = ProjectedTargets(
+        hidden_NH, DraftHead(weight=torch.randn(DRAFT_VOCAB, 5, generator=generator))
+    )
     batch.targets = projected
     loss = run(draft, batch)[0].loss
     batch.targets = StoredProbs(projected.probs(slice(None)))

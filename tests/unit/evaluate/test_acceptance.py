@@ -104,7 +104,11 @@ def test_a_foreign_token_counts_against_the_draft_unless_it_was_a_near_tie(
 
     monkeypatch.setattr(acceptance, "decode_speculatively", spoiled)
     result = evaluate(model, export, near_tie=near_tie)
-    assert (result.differing_texts, result.near_ties, result.identical_texts) == (differing, near_ties, differing == 0)
+    assert (result.differing_texts, result.near_ties, result.identical_texts) == (
+        differing,
+        near_ties,
+        differing == 0,
+    )
     assert [row.identical for row in result.prompts] == [True, False, True]
     assert [row.difference for row in result.prompts] == [None, 4, None]
     assert result.prompts[1].margin > 1e-4
@@ -126,9 +130,13 @@ def test_a_draft_of_another_target_is_refused(export):
         evaluate(tiny_model(vocab_size=17), export)
 
 
-@pytest.mark.parametrize(("prompts", "message"), [([], "at least one prompt"), ([[1], [1] * 60], r"got 60 \+ 12")])
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "at least one prompt"), ([[1], [1] * 60], r"got 60 \+ 12")]
+)
 def test_prompts_are_checked_before_any_is_decoded(model, export, monkeypatch, prompts, message):
-    monkeypatch.setattr(acceptance, "decode_greedily", lambda *args, **kwargs: pytest.fail("decoded a prompt"))
+    monkeypatch.setattr(
+        acceptance, "decode_greedily", lambda *args, **kwargs: pytest.fail("decoded a prompt")
+    )
     with pytest.raises(ConfigError, match=message):
         evaluate(model, export, prompts=prompts)
 

@@ -91,7 +91,9 @@ def decode_scripted(script, **limits):
 def test_counts_of_a_case_worked_by_hand():
     # One token from the prompt, then 3 + 1, 0 + 1 and 1 + 1 tokens: eight.
     _, proposer, counts = decode_scripted([3, 0, 1])
-    assert counts == DecodingCounts(accepted_per_position=[2, 1, 1], num_drafts=3, num_drafted=9, num_tokens=8)
+    assert counts == DecodingCounts(
+        accepted_per_position=[2, 1, 1], num_drafts=3, num_drafted=9, num_tokens=8
+    )
     assert proposer.remaining == []
     assert counts.accept_length == pytest.approx(1 + 4 / 3)
     assert counts.acceptance_per_position == pytest.approx([2 / 3, 1 / 3, 1 / 3])
@@ -106,12 +108,16 @@ def test_a_proposer_that_is_always_right_gives_one_more_than_its_guesses():
 
 def test_guesses_beyond_the_limit_count_but_are_not_text():
     _, _, counts = decode_scripted([3], max_new_tokens=3)
-    assert counts == DecodingCounts(accepted_per_position=[1, 1, 1], num_drafts=1, num_drafted=3, num_tokens=3)
+    assert counts == DecodingCounts(
+        accepted_per_position=[1, 1, 1], num_drafts=1, num_drafted=3, num_tokens=3
+    )
 
 
 def test_nothing_is_drafted_when_the_prompt_alone_fills_the_text():
     _, _, counts = decode_scripted([], max_new_tokens=1)
-    assert counts == DecodingCounts(accepted_per_position=[0, 0, 0], num_drafts=0, num_drafted=0, num_tokens=1)
+    assert counts == DecodingCounts(
+        accepted_per_position=[0, 0, 0], num_drafts=0, num_drafted=0, num_tokens=1
+    )
     assert counts.accept_length == 1
 
 
@@ -187,7 +193,9 @@ def test_decoding_counts_what_the_trainers_view_of_the_draft_predicts():
         prompt = torch.randint(VOCAB, (4 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
         frequent = Counter(greedy_text(model, prompt, max_new_tokens)).most_common(3)
         draft, mapping = tiny_draft(model, seed, [token for token, _ in frequent])
-        text, num_drafts, accepted = simulate_offline(model, draft, mapping, prompt, max_new_tokens=max_new_tokens, k=k)
+        text, num_drafts, accepted = simulate_offline(
+            model, draft, mapping, prompt, max_new_tokens=max_new_tokens, k=k
+        )
         decoded, counts = decode_speculatively(
             GreedyTarget(model, AUX_LAYERS),
             DraftProposer(draft, mapping, k),
@@ -206,7 +214,9 @@ def test_a_proposer_starts_every_prompt_afresh():
     model = tiny_target()
     draft, mapping = tiny_draft(model, 0, [1, 5, 8])
     target, proposer = GreedyTarget(model, AUX_LAYERS), DraftProposer(draft, mapping, 3)
-    runs = [decode_speculatively(target, proposer, PROMPT, max_new_tokens=20, stop_token_ids=()) for _ in range(2)]
+    runs = [
+        decode_speculatively(target, proposer, PROMPT, max_new_tokens=20, stop_token_ids=()) for _ in range(2)
+    ]
     assert runs[0] == runs[1]
 
 
@@ -214,17 +224,27 @@ def test_rejected_guesses_leave_a_sliding_window_whole():
     model = tiny_target(Gemma2Config, sliding_window=6, head_dim=8, attn_implementation="eager")
     draft, mapping = tiny_draft(model, 3, [1, 5, 8])
     decoded, counts = decode_speculatively(
-        GreedyTarget(model, AUX_LAYERS), DraftProposer(draft, mapping, 3), PROMPT, max_new_tokens=30, stop_token_ids=()
+        GreedyTarget(model, AUX_LAYERS),
+        DraftProposer(draft, mapping, 3),
+        PROMPT,
+        max_new_tokens=30,
+        stop_token_ids=(),
     )
     assert decoded == greedy_text(model, PROMPT, 30)
     assert counts.num_drafts > 7, "some guesses must be rejected"
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([], "at least one token"), ([1] * 120, r"context of 128 tokens, got 120 \+ 11")])
+@pytest.mark.parametrize(
+    ("prompt", "message"), [([], "at least one token"), ([1] * 120, r"context of 128 tokens, got 120 \+ 11")]
+)
 def test_prompts_that_cannot_be_decoded_are_refused(prompt, message):
     model = tiny_target()
     draft, mapping = tiny_draft(model, 0, [1, 5, 8])
     with pytest.raises(ConfigError, match=message):
         decode_speculatively(
-            GreedyTarget(model, AUX_LAYERS), DraftProposer(draft, mapping, 3), prompt, max_new_tokens=8, stop_token_ids=()
+            GreedyTarget(model, AUX_LAYERS),
+            DraftProposer(draft, mapping, 3),
+            prompt,
+            max_new_tokens=8,
+            stop_token_ids=(),
         )

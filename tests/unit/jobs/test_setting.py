@@ -22,7 +22,9 @@ def test_a_wait_that_ends_with_the_worker_is_no_error(error, caplog):
     assert f"stopped while it waited: {error}" in caplog.text
 
 
-@pytest.mark.parametrize("error", [TrainingDiverged("the weights must be finite"), CheckpointError("no room on the disk")])
+@pytest.mark.parametrize(
+    "error", [TrainingDiverged("the weights must be finite"), CheckpointError("no room on the disk")]
+)
 def test_what_loses_work_is_an_error_also_at_the_end(error):
     with pytest.raises(type(error)), ended_by(told_to_stop()):
         raise error

@@ -50,7 +50,15 @@ TRAINER_STATUS = {
     "tokens_per_second": 4567.8,
     "wait_share": 0.034,
     "failovers": 2,
-    "targets": [{"name": "target0", "incarnation": "ab" * 8, "state": "serving", "outstanding": 4, "seconds_per_request": 0.0453}],
+    "targets": [
+        {
+            "name": "target0",
+            "incarnation": "ab" * 8,
+            "state": "serving",
+            "outstanding": 4,
+            "seconds_per_request": 0.0453,
+        }
+    ],
 }
 
 
@@ -72,7 +80,12 @@ def worker(name: str, status: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def drawn(targets: list[dict[str, Any]], trainers: list[dict[str, Any]], width: int = 100) -> list[str]:
-    look = {"time": 0.0, "registry": "the registry at 127.0.0.1:29711", "targets": targets, "trainers": trainers}
+    look = {
+        "time": 0.0,
+        "registry": "the registry at 127.0.0.1:29711",
+        "targets": targets,
+        "trainers": trainers,
+    }
     return text_of(service_view(look), width)
 
 
@@ -84,7 +97,11 @@ def text_of(view: Any, width: int = 100) -> list[str]:
 
 def words(lines: list[str], start: str) -> list[list[str]]:
     """Rows that begin with `start`, cut into columns."""
-    return [[cell for cell in line.split("  ") if cell.strip()] for line in lines if line.strip().startswith(start)]
+    return [
+        [cell for cell in line.split("  ") if cell.strip()]
+        for line in lines
+        if line.strip().startswith(start)
+    ]
 
 
 def stripped(rows: list[list[str]]) -> list[list[str]]:
@@ -104,12 +121,36 @@ def test_a_target_is_shown_with_what_it_is_and_does():
         "17.0 GiB",
         "here",
     ]
-    assert load == ["target0", "1", "3", "1", "12.3k", "1,234.5", "123 MiB", "8.0 GiB", "1.2k", "busy 3, expired 1"]
-    assert session == ["target0", "3fa9c1d2", "smollm2", "trainer0", "hidden", "2", "58 s", "12.3k", "45.7M", "12.0 MiB"]
+    assert load == [
+        "target0",
+        "1",
+        "3",
+        "1",
+        "12.3k",
+        "1,234.5",
+        "123 MiB",
+        "8.0 GiB",
+        "1.2k",
+        "busy 3, expired 1",
+    ]
+    assert session == [
+        "target0",
+        "3fa9c1d2",
+        "smollm2",
+        "trainer0",
+        "hidden",
+        "2",
+        "58 s",
+        "12.3k",
+        "45.7M",
+        "12.0 MiB",
+    ]
 
 
 def test_a_trainer_is_shown_with_its_pace_and_what_it_thinks_of_targets():
-    trainer, opinion = stripped(words(drawn([], [worker("trainer0", TRAINER_STATUS, job="smollm2")]), "trainer0"))
+    trainer, opinion = stripped(
+        words(drawn([], [worker("trainer0", TRAINER_STATUS, job="smollm2")]), "trainer0")
+    )
     assert trainer == ["trainer0", "abababab", "training", "smollm2", "cuda:0", "40/1,000", "4.6k", "3%", "2"]
     assert opinion == ["trainer0", "target0", "abababab", "serving", "4", "45 ms"]
 
@@ -131,7 +172,9 @@ def test_states_tell_the_silent_the_draining_and_the_starting_apart():
 
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_nothing_is_wider_than_the_terminal_and_nothing_cut_off_at_100_columns(width: int):
-    lines = drawn([worker("target0", TARGET_STATUS)], [worker("trainer0", TRAINER_STATUS, job="smollm2")], width)
+    lines = drawn(
+        [worker("target0", TARGET_STATUS)], [worker("trainer0", TRAINER_STATUS, job="smollm2")], width
+    )
     assert max(map(len, lines)) <= width
     assert width < 100 or not any("…" in line for line in lines)
 
@@ -159,7 +202,9 @@ def test_a_status_of_another_version_is_drawn_as_far_as_it_goes(strange):
 
 
 def test_a_registry_without_an_answer_is_shown_as_such():
-    lines = text_of(failed_view({"time": 0.0, "registry": "the registry at here:1", "error": "ConnectionLost: gone"}))
+    lines = text_of(
+        failed_view({"time": 0.0, "registry": "the registry at here:1", "error": "ConnectionLost: gone"})
+    )
     assert "the registry at here:1: no answer" in lines[0] and lines[-1] == "ConnectionLost: gone"
 
 
@@ -193,7 +238,9 @@ def registry(config, tmp_path):
             status=TARGET_STATUS,
         )
         client.announce(record)
-        client.announce(replace(record, name="trainer0", role="trainer", job="smollm2", id=2, status=TRAINER_STATUS))
+        client.announce(
+            replace(record, name="trainer0", role="trainer", job="smollm2", id=2, status=TRAINER_STATUS)
+        )
         yield client
 
 
@@ -208,7 +255,9 @@ def test_json_is_one_object_on_one_line(config, registry, capsys):
     assert status.run(config) == 0
     (line,) = capsys.readouterr().out.splitlines()
     look = json.loads(line)
-    assert [one["name"] for one in look["targets"]] == ["target0"] and [one["job"] for one in look["trainers"]] == ["smollm2"]
+    assert [one["name"] for one in look["targets"]] == ["target0"] and [
+        one["job"] for one in look["trainers"]
+    ] == ["smollm2"]
     assert look["targets"][0]["status"] == TARGET_STATUS and look["targets"][0]["living"]
 
 

@@ -19,7 +19,9 @@ from eagle_rpc.jobs.trainer_worker import log_padding, make_draft, plan_batches,
 )
 def test_batches_longer_than_the_target_accepts_are_refused_before_training(data: DataConfig):
     require_room(Config(data=data), 300)
-    with pytest.raises(ConfigError, match=r"data\.max_length .* must be at most the target's 299 tokens, got 300"):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_length .* must be at most the target's 299 tokens, got 300"
+    ):
         require_room(Config(data=data), 299)
 
 
@@ -33,8 +35,12 @@ def test_batches_longer_than_the_target_accepts_are_refused_before_training(data
     ],
 )
 def test_batches_are_packed_as_the_configuration_says(data: DataConfig, shapes: list[tuple[int, int]]):
-    chats = [Example(torch.arange(length), torch.ones(length, dtype=torch.bool)) for length in (40, 30, 25, 24)]
-    plan = plan_batches(Config(data=data, train=TrainConfig(batch_size=2)), ChatDataset(chats, max_length=data.max_length))
+    chats = [
+        Example(torch.arange(length), torch.ones(length, dtype=torch.bool)) for length in (40, 30, 25, 24)
+    ]
+    plan = plan_batches(
+        Config(data=data, train=TrainConfig(batch_size=2)), ChatDataset(chats, max_length=data.max_length)
+    )
     assert [plan.batch(number).shape for number in range(plan.batches_per_epoch)] == shapes
 
 
@@ -43,8 +49,12 @@ def test_what_packing_saves_is_logged_whether_it_is_on_or_off(caplog: pytest.Log
     for packing in (True, False):
         with caplog.at_level("INFO"):
             log_padding(Config(data=DataConfig(max_length=64, packing=packing)), chats, num_ranks=1)
-    outcome = "padding is 0.0 % of the tokens with packing and 50.0 % without it, in 1 and 2 micro-batches an epoch"
-    assert [record.getMessage() for record in caplog.records] == [f"data.packing={on}: {outcome}" for on in ("true", "false")]
+    outcome = (
+        "padding is 0.0 % of the tokens with packing and 50.0 % without it, in 1 and 2 micro-batches an epoch"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"data.packing={on}: {outcome}" for on in ("true", "false")
+    ]
 
 
 class HeadlessBackend:
@@ -58,8 +68,13 @@ class HeadlessBackend:
 
 
 def test_a_target_without_a_plain_head_is_told_how_to_train_all_the_same():
-    target = LlamaConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4)
+    target = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    )
     with pytest.raises(UnsupportedTarget, match=r"draft\.seed_head must be false .*: the head is a mixture"):
         make_draft(Config(draft=DraftConfig(vocab_size=40)), target, HeadlessBackend(), torch.device("cpu"))
     unseeded = Config(draft=DraftConfig(vocab_size=40, seed_head=False))
-    assert make_draft(unseeded, target, HeadlessBackend(), torch.device("cpu")).lm_head.weight.shape == (40, 32)
+    assert make_draft(unseeded, target, HeadlessBackend(), torch.device("cpu")).lm_head.weight.shape == (
+        40,
+        32,
+    )

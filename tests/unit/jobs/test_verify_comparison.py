@@ -11,7 +11,13 @@ from eagle_rpc.config.schema import RunConfig
 from eagle_rpc.jobs import verify
 from eagle_rpc.jobs.verify import compare_records
 
-RECORD = {"supervision": [{"argmax": "aa", "target_probs": "bb"}], "rows": 7, "loss": [1.5], "grad_norm": [0.25], "weights": "cc"}
+RECORD = {
+    "supervision": [{"argmax": "aa", "target_probs": "bb"}],
+    "rows": 7,
+    "loss": [1.5],
+    "grad_norm": [0.25],
+    "weights": "cc",
+}
 
 
 def test_equal_records_pass():
@@ -39,10 +45,14 @@ def test_nothing_recorded_is_no_pass():
     assert not compare_records("1x1", "hidden", [empty], [empty]).passed
 
 
-def test_what_an_earlier_verification_left_is_gone_before_a_side_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_an_earlier_verification_left_is_gone_before_a_side_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(verify, "write_config", lambda config, path: None)
     monkeypatch.setattr(subprocess, "run", lambda *args, **settings: SimpleNamespace(returncode=0))
     stale = tmp_path / "1x1" / "remote" / "probs" / "checkpoints" / "step_3"
     stale.mkdir(parents=True)
-    verify._run_side(Config(run=RunConfig(name="verify", dir=str(tmp_path), cache_dir="unused")), "1x1", VerifySide.remote)
+    verify._run_side(
+        Config(run=RunConfig(name="verify", dir=str(tmp_path), cache_dir="unused")), "1x1", VerifySide.remote
+    )
     assert not stale.exists() and (tmp_path / "1x1" / "remote" / "workers.log").exists()

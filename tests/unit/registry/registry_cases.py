@@ -42,12 +42,19 @@ def target(number: int = 0, **changes: object) -> Record:
 
 @contextlib.contextmanager
 def running_registry(
-    directory: Path, *, address: str = "127.0.0.1:0", ttl: float = BOUND, request_seconds: float = BOUND, ids: IdFile | None = None
+    directory: Path,
+    *,
+    address: str = "127.0.0.1:0",
+    ttl: float = BOUND,
+    request_seconds: float = BOUND,
+    ids: IdFile | None = None,
 ) -> Iterator[RegistryServer]:
     """Slow enough in what it takes for silence that only tests of silence see any."""
     host, port = address.split(":")
     ids = ids or IdFile(directory / "ids", lock_seconds=BOUND)
-    with RegistryServer((host, int(port)), TOKEN, Directory(ids, ttl=ttl), request_seconds=request_seconds) as server:
+    with RegistryServer(
+        (host, int(port)), TOKEN, Directory(ids, ttl=ttl), request_seconds=request_seconds
+    ) as server:
         yield server
 
 

@@ -13,8 +13,16 @@ from eagle_rpc.registry import LAST_WORKER_ID, Beat, Record, RegistryClient, reg
 INTERVAL = 0.02
 
 
-def beat(client: RegistryClient, record: Record, status: Callable[[], dict[str, Any]] = dict, **changes: Any) -> Beat:
-    settings = {"interval": INTERVAL, "patience": 0.0, "stop": threading.Event(), "when_superseded": lambda: None, **changes}
+def beat(
+    client: RegistryClient, record: Record, status: Callable[[], dict[str, Any]] = dict, **changes: Any
+) -> Beat:
+    settings = {
+        "interval": INTERVAL,
+        "patience": 0.0,
+        "stop": threading.Event(),
+        "when_superseded": lambda: None,
+        **changes,
+    }
     return Beat(client, record, status=status, **settings)
 
 
@@ -50,7 +58,12 @@ def test_a_beat_announces_the_latest_status_and_withdraws(tmp_path):
 
 
 def test_a_status_that_fails_does_not_end_the_beat(tmp_path, caplog):
-    answers: list[Any] = [{"step": 1}, ValueError("no status"), {"step": float("nan")}, {"text": "x" * 300_000}]
+    answers: list[Any] = [
+        {"step": 1},
+        ValueError("no status"),
+        {"step": float("nan")},
+        {"text": "x" * 300_000},
+    ]
     all_asked = threading.Event()
 
     def status() -> dict[str, Any]:
@@ -85,7 +98,9 @@ def test_an_outage_costs_two_lines_and_the_name_is_kept(tmp_path, caplog):
         assert client_of(server).living()[0].name == "target0"
         worker.close()
         assert client_of(server).records() == []
-    assert [one.getMessage() for one in caplog.records if "announced again" in one.getMessage()] == ["target0 is announced again"]
+    assert [one.getMessage() for one in caplog.records if "announced again" in one.getMessage()] == [
+        "target0 is announced again"
+    ]
 
 
 def test_an_outage_is_reported_once(tmp_path, caplog):
@@ -160,7 +175,10 @@ def test_a_registry_that_starts_later_is_waited_for(tmp_path):
 
 def test_a_worker_beyond_the_last_id_is_refused_at_once(tmp_path):
     (tmp_path / "ids").write_text(f"{LAST_WORKER_ID}\n")
-    with running_registry(tmp_path) as server, pytest.raises(ConfigError, match=f"all worker ids up to {LAST_WORKER_ID} are used"):
+    with (
+        running_registry(tmp_path) as server,
+        pytest.raises(ConfigError, match=f"all worker ids up to {LAST_WORKER_ID} are used"),
+    ):
         take_id(client_of(server), 1000.0, threading.Event())
 
 

@@ -17,7 +17,14 @@ from registry_cases import BOUND, TOKEN, client_of, running_registry, target
 from support.waiting import until
 
 from eagle_rpc.config.texts import parse_address
-from eagle_rpc.errors import AccessRefused, ConfigError, ConnectionLost, InvalidRequest, NameTaken, WaitTimeout
+from eagle_rpc.errors import (
+    AccessRefused,
+    ConfigError,
+    ConnectionLost,
+    InvalidRequest,
+    NameTaken,
+    WaitTimeout,
+)
 from eagle_rpc.registry import IdFile, RegistryClient, RegistryServer, take_id
 from eagle_rpc.registry.server import MAX_CONNECTIONS
 from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
@@ -62,12 +69,19 @@ def test_a_worker_announces_itself_and_is_found(server):
 
 def test_peers_learn_of_a_status_only_whether_its_worker_drains(server):
     client = client_of(server)
-    statuses = [{"draining": False, "text": "x" * 1000}, {"draining": True}, {"draining": ["x" * 1000]}, {"text": "x" * 1000}]
+    statuses = [
+        {"draining": False, "text": "x" * 1000},
+        {"draining": True},
+        {"draining": ["x" * 1000]},
+        {"text": "x" * 1000},
+    ]
     announced = [target(number, status=status) for number, status in enumerate(statuses)]
     for record in announced:
         client.announce(record)
     outlines = [{"draining": False}, {"draining": True}, {}, {}]
-    assert client.living() == [replace(record, status=status) for record, status in zip(announced, outlines, strict=True)]
+    assert client.living() == [
+        replace(record, status=status) for record, status in zip(announced, outlines, strict=True)
+    ]
     assert [one.record for one in client.records()] == announced
     for record in announced:
         client.withdraw(record.incarnation)
@@ -95,7 +109,11 @@ def test_more_workers_than_connections_may_start_at_once(tmp_path, caplog):
         starting = [threads.submit(take_id, client, BOUND, threading.Event()) for _ in range(num_workers)]
         # Every connection is taken until one worker at least has been refused and must ask again.
         ids.wait_for(MAX_CONNECTIONS)
-        until(lambda: f"all {MAX_CONNECTIONS} connections are busy" in caplog.text, "a worker is refused", seconds=BOUND)
+        until(
+            lambda: f"all {MAX_CONNECTIONS} connections are busy" in caplog.text,
+            "a worker is refused",
+            seconds=BOUND,
+        )
         ids.disk_answers.set()
         assert len({one.result(BOUND) for one in starting}) == num_workers
 

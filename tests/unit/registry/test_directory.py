@@ -34,7 +34,9 @@ def names(directory: Directory) -> list[tuple[str, str]]:
 def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(directory, clock):
     directory.announce(target(incarnation="a"))
     clock.now += 1.5
-    with pytest.raises(NameTaken, match=r"target0 .*incarnation a0000000.*heard of 1\.5 s ago, dead after 3 s"):
+    with pytest.raises(
+        NameTaken, match=r"target0 .*incarnation a0000000.*heard of 1\.5 s ago, dead after 3 s"
+    ):
         directory.announce(target(incarnation="b", id=2))
     assert names(directory) == [("target0", "a")]
 
@@ -42,11 +44,18 @@ def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(di
 def test_peers_get_the_living_targets_first(directory, clock):
     directory.announce(target(3))
     clock.now += TTL / 2
-    living = [target(2), target(11), target(4, role="trainer", job="one"), target(0, role="trainer", job="two")]
+    living = [
+        target(2),
+        target(11),
+        target(4, role="trainer", job="one"),
+        target(0, role="trainer", job="two"),
+    ]
     for record in reversed(living):
         directory.announce(record)
     clock.now += TTL / 2
-    assert [record_from_json(one) for one in from_json(directory.living())] == sorted(living, key=lambda record: record.place)
+    assert [record_from_json(one) for one in from_json(directory.living())] == sorted(
+        living, key=lambda record: record.place
+    )
 
 
 def test_names_belong_to_a_role_and_a_job(directory):

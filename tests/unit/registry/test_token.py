@@ -43,7 +43,12 @@ def test_a_file_that_others_may_access_is_refused(tmp_path, mode: int):
 
 @pytest.mark.parametrize(
     ("content", "rule"),
-    [(b"", "at least 32"), (b"ab" * 31, "at least 32"), (b"zz" * 32, "hexadecimal"), (b"\xff" * 64, "hexadecimal")],
+    [
+        (b"", "at least 32"),
+        (b"ab" * 31, "at least 32"),
+        (b"zz" * 32, "hexadecimal"),
+        (b"\xff" * 64, "hexadecimal"),
+    ],
 )
 def test_a_file_without_a_token_is_refused(tmp_path, content: bytes, rule: str):
     path = tmp_path / "token"

@@ -30,7 +30,12 @@ def test_tensorboard_shows_the_same_after_going_on(tmp_path):
     write_steps(tmp_path, [2, 4, 6])
     write_steps(tmp_path, [5, 8], last_step=4, loss=lambda step: -step)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 1.0), (4, 2.0), (5, -5.0), (8, -8.0)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (2, 1.0),
+        (4, 2.0),
+        (5, -5.0),
+        (8, -8.0),
+    ]
     assert events.Scalars("accuracy/1")[0].value == 0.125
 
 

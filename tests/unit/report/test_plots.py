@@ -14,7 +14,9 @@ def metrics_file(path, lines):
 
 
 def test_a_run_gets_a_picture_with_and_without_validation(tmp_path):
-    lines = [{"step": step, "loss": 3.0 / step, "simulated_accept_length": 1 + step / 10} for step in range(1, 5)]
+    lines = [
+        {"step": step, "loss": 3.0 / step, "simulated_accept_length": 1 + step / 10} for step in range(1, 5)
+    ]
     validated = [*lines, {"step": 4, "validation/loss": 1.0, "validation/simulated_accept_length": 1.3}]
     pictures = []
     for name, content in (("plain", lines), ("validated", validated)):

@@ -80,7 +80,10 @@ def test_whatever_the_bytes_are_they_are_read_or_refused(data: bytes):
 
 def test_only_receivers_are_called():
     heard = []
-    names = {(__name__, "listen"): Receiver(lambda *args: heard.append(args)), (__name__, "deaf"): heard.append}
+    names = {
+        (__name__, "listen"): Receiver(lambda *args: heard.append(args)),
+        (__name__, "deaf"): heard.append,
+    }
     call = b"\x80\x04\x8c%c" + __name__.encode() + b"\x8c%c%s\x93K\x05\x85R."
     read_pickle(call % (len(__name__), 6, b"listen"), names)
     with pytest.raises(PayloadRefused, match="must not call a builtin_function_or_method"):
@@ -114,7 +117,9 @@ def test_a_value_that_holds_itself_is_refused():
         read_pickle(pickle.dumps(cycle), NAMES)
 
 
-@pytest.mark.parametrize("value", [Plain(1), Frozen, len, frozenset([1]), bytearray(2), 2**3000, 1j, ValueError("x")])
+@pytest.mark.parametrize(
+    "value", [Plain(1), Frozen, len, frozenset([1]), bytearray(2), 2**3000, 1j, ValueError("x")]
+)
 def test_what_is_not_listed_is_refused_or_a_mere_value(value: Any):
     if value is Frozen:
         assert read_pickle(pickle.dumps(value), NAMES) is Frozen

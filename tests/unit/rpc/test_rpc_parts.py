@@ -4,21 +4,30 @@ import pytest
 from torch.futures import Future
 
 from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, TargetFailed, WaitTimeout
+from eagle_rpc.process import interface_address
 from eagle_rpc.rpc import calls
 from eagle_rpc.rpc.agent import check_bound_address
 from eagle_rpc.rpc.failures import classify
-from eagle_rpc.topology import interface_address
 
 
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("RPCErr:1:RPC ran for more than set timeout (500 ms) and will now be marked with an error", WaitTimeout),
+        (
+            "RPCErr:1:RPC ran for more than set timeout (500 ms) and will now be marked with an error",
+            WaitTimeout,
+        ),
         ("eof (this error originated at tensorpipe/transport/shm/connection_impl.cc:259)", ConnectionLost),
-        ("EPIPE: broken pipe (this error originated at tensorpipe/transport/uv/connection_impl.cc:132)", ConnectionLost),
+        (
+            "EPIPE: broken pipe (this error originated at tensorpipe/transport/uv/connection_impl.cc:132)",
+            ConnectionLost,
+        ),
         ("could not find destination id 7", ConnectionLost),
         ("On WorkerInfo(id=0, name=target0):\nKeyError('x')\nTraceback ...\nKeyError: 'x'\n", TargetFailed),
-        ("On WorkerInfo(id=0, name=target0):\nRuntimeError: no map\nException raised from f at x.cpp:1\nframe #0: g", TargetFailed),
+        (
+            "On WorkerInfo(id=0, name=target0):\nRuntimeError: no map\nException raised from f at x.cpp:1\nframe #0: g",
+            TargetFailed,
+        ),
     ],
 )
 def test_torchs_texts_become_exceptions_that_name_peer_and_call(text: str, kind: type[EagleRpcError]):

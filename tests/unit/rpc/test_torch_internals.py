@@ -51,13 +51,18 @@ def test_another_torch_is_refused_with_the_name_of_the_part(
         monkeypatch.delattr(owner, name)
     else:
         monkeypatch.setattr(owner, name, replacement)
-    with pytest.raises(ConfigError, match=rf"torch\.distributed\.rpc .*{name}.* torch {torch.__version__[:4]}"):
+    with pytest.raises(
+        ConfigError, match=rf"torch\.distributed\.rpc .*{name}.* torch {torch.__version__[:4]}"
+    ):
         internals.check_internals()
 
 
 def test_options_take_transports(agent: Any):
     options = agent._get_backend_options()
-    assert options.num_worker_threads == RpcConfig().worker_threads and options.rpc_timeout == RpcConfig().request_timeout
+    assert (
+        options.num_worker_threads == RpcConfig().worker_threads
+        and options.rpc_timeout == RpcConfig().request_timeout
+    )
     assert internals.bound_url(ME).startswith("uv://127.0.0.1:") and "shm" not in internals.bound_url(ME)
 
 
@@ -95,7 +100,9 @@ def test_an_rref_names_its_object_in_its_text_and_when_it_travels(agent: Any):
     assert internals.rref_id(fork.receive()) == fork.id
 
 
-@pytest.mark.parametrize("parts", [None, (), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, "List[int]"), (1, 2, 3, 4, 5, "6", "PyObject")])
+@pytest.mark.parametrize(
+    "parts", [None, (), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, "List[int]"), (1, 2, 3, 4, 5, "6", "PyObject")]
+)
 def test_what_is_no_rref_is_refused_before_torch_reads_it(parts: Any):
     with pytest.raises(PayloadRefused, match="six numbers and the type PyObject"):
         internals.RRefFork.of(parts)
@@ -109,7 +116,14 @@ def globals_in(data: bytes) -> set[str]:
 def test_a_call_with_a_tensor_is_pickled_as_the_reader_expects():
     data, tensors = internal.serialize(internals.Call(len, (torch.zeros(2),), {}))
     assert len(tensors) == 1
-    names = {"torch.distributed.rpc.internal", "PythonUDF", "_InternalRPCPickler", "builtins", "getattr", "len"}
+    names = {
+        "torch.distributed.rpc.internal",
+        "PythonUDF",
+        "_InternalRPCPickler",
+        "builtins",
+        "getattr",
+        "len",
+    }
     assert globals_in(data) == names | {internals.TENSOR_RECEIVER}
 
 
@@ -122,7 +136,9 @@ def test_a_call_with_an_rref_is_pickled_as_the_reader_expects(agent: Any):
 def test_a_worker_is_pickled_as_name_and_id():
     data = pickle.dumps(rpc.WorkerInfo("alone", 3))
     operations = [
-        operation.name for operation, _, _ in pickletools.genops(data) if operation.name not in ("PROTO", "FRAME", "MEMOIZE")
+        operation.name
+        for operation, _, _ in pickletools.genops(data)
+        if operation.name not in ("PROTO", "FRAME", "MEMOIZE")
     ]
     assert (
         operations

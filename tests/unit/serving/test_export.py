@@ -42,7 +42,9 @@ def draft_weights(config=CONFIG):
     return draft.state_dict()
 
 
-def export(directory, *, weights=None, config=CONFIG, mapping=MAPPING, dtype=torch.bfloat16, aux_layer_ids=(1, 5, 8)):
+def export(
+    directory, *, weights=None, config=CONFIG, mapping=MAPPING, dtype=torch.bfloat16, aux_layer_ids=(1, 5, 8)
+):
     return export_draft(
         draft_weights(config) if weights is None else weights,
         config,
@@ -114,7 +116,10 @@ def test_custom_layers_are_written_in_the_counting_of_each_engine(tmp_path):
     export(tmp_path / "export", aux_layer_ids=(0, 3, 11))
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 4, 12]
-    assert config["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": [0, 3, 11], "use_aux_hidden_state": True}
+    assert config["eagle_config"] == {
+        "eagle_aux_hidden_state_layer_ids": [0, 3, 11],
+        "use_aux_hidden_state": True,
+    }
     assert load_export(tmp_path / "export").aux_layer_ids == (0, 3, 11)
 
 
@@ -184,8 +189,14 @@ def test_the_weights_file_is_as_readable_as_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"midlayer.self_attn.q_proj.weight": torch.zeros(24, 8)}, r"q_proj\.weight must have shape \[24, 16\], got \[24, 8\]"),
-        ({"midlayer.self_attn.q_proj.bias": torch.zeros(24)}, r"got midlayer\.self_attn\.q_proj\.bias as well"),
+        (
+            {"midlayer.self_attn.q_proj.weight": torch.zeros(24, 8)},
+            r"q_proj\.weight must have shape \[24, 16\], got \[24, 8\]",
+        ),
+        (
+            {"midlayer.self_attn.q_proj.bias": torch.zeros(24)},
+            r"got midlayer\.self_attn\.q_proj\.bias as well",
+        ),
     ],
 )
 def test_weights_that_are_not_the_configs_are_refused(tmp_path, change, message):
@@ -210,9 +221,15 @@ def edit_config(directory, **changes):
         ({"num_hidden_layers": 2}, "num_hidden_layers must be 1, got 2"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be False, got True"),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"intermediate_size": 21}, r"midlayer\.mlp\.down_proj\.weight must have shape \[8, 21\], got \[8, 20\]"),
         (
-            {"eagle_aux_hidden_state_layer_ids": [1, 2, 3], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}},
+            {"intermediate_size": 21},
+            r"midlayer\.mlp\.down_proj\.weight must have shape \[8, 21\], got \[8, 20\]",
+        ),
+        (
+            {
+                "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+                "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+            },
             "one less",
         ),
     ],
@@ -247,7 +264,11 @@ def test_reading_a_torn_weights_file_names_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [([1, 3, 6], "d2t and t2d must name the same 3 tokens"), ([1, 0, 7], "distinct"), ([1, 3, 8], r"lie in \[0, 10\)")],
+    [
+        ([1, 3, 6], "d2t and t2d must name the same 3 tokens"),
+        ([1, 0, 7], "distinct"),
+        ([1, 3, 8], r"lie in \[0, 10\)"),
+    ],
 )
 def test_reading_a_map_that_cannot_be_right_is_refused(tmp_path, offsets, message):
     _, weights = export(tmp_path)

@@ -39,7 +39,9 @@ class LinearTarget:
 
     def generate_batch(self, input_ids, attention_mask, loss_mask, **packing):
         return TargetOutput(
-            aux_hidden_states=self.aux, last_hidden_state=self.hidden, project=lambda hidden_NH: hidden_NH @ self.weight.T
+            aux_hidden_states=self.aux,
+            last_hidden_state=self.hidden,
+            project=lambda hidden_NH: hidden_NH @ self.weight.T,
         )
 
     def draft_head(self):
@@ -53,7 +55,9 @@ def tokens_of(lengths=(16, 11, 2), length=16, seed=1, packed=False):
         input_ids=torch.randint(0, V, (len(lengths), length), generator=generator),
         attention_mask=attention_mask.long(),
         loss_mask=((torch.rand(len(lengths), length, generator=generator) < 0.7) & attention_mask).long(),
-        segment_ids=(torch.arange(length)[None] >= 6).long().expand(len(lengths), -1).contiguous() if packed else None,
+        segment_ids=(torch.arange(length)[None] >= 6).long().expand(len(lengths), -1).contiguous()
+        if packed
+        else None,
     )
 
 
@@ -79,7 +83,11 @@ def expected_rows(target, tokens, rows):
             if supervised and (rows == "loss_mask" or best in selected):
                 row = logits_BTV[b, t + 1].double()
                 draft_probs = row[selected].exp() / row[selected].exp().sum()
-                found[b * length + t] = (draft_probs, row.exp().sum().log(), selected.index(best) if best in selected else -1)
+                found[b * length + t] = (
+                    draft_probs,
+                    row.exp().sum().log(),
+                    selected.index(best) if best in selected else -1,
+                )
     return found
 
 
@@ -91,7 +99,9 @@ def test_shift_moves_left_and_fills_with_zero():
 
 def test_shifted_loss_mask_stops_at_the_end_of_a_packed_chat():
     mask = torch.ones(1, 5, dtype=torch.long)
-    tokens = TokenBatch(input_ids=mask, attention_mask=mask, loss_mask=mask, segment_ids=torch.tensor([[0, 0, 0, 1, 1]]))
+    tokens = TokenBatch(
+        input_ids=mask, attention_mask=mask, loss_mask=mask, segment_ids=torch.tensor([[0, 0, 0, 1, 1]])
+    )
     assert shifted_loss_mask(tokens).tolist() == [[True, True, False, True, False]]
 
 
@@ -151,7 +161,12 @@ def test_every_encoding_decodes_to_what_full_logits_give(encoding, rows, packed)
 def test_decoded_batch_equals_the_plain_form():
     target, tokens = LinearTarget(3, 16), tokens_of()
     plain = compute_supervision(
-        target, MAPPING.selected_token_ids, MAPPING.t2d, tokens.input_ids, tokens.attention_mask, tokens.loss_mask
+        target,
+        MAPPING.selected_token_ids,
+        MAPPING.t2d,
+        tokens.input_ids,
+        tokens.attention_mask,
+        tokens.loss_mask,
     )
     _, batch = encoded_and_decoded(target, tokens, "probs")
     assert torch.equal(batch.position_mask, plain["position_mask"])
@@ -173,24 +188,32 @@ def test_a_target_that_returns_shifted_logits_gives_the_same():
     target, tokens = LinearTarget(3, 16), tokens_of()
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cpu"))
     ours, _ = encoded_and_decoded(target, tokens, "logits")
-    theirs = encode_supervision(Reference(target), tokens, vocab, encoding="logits", rows="position_mask", chunk_rows=3)
+    theirs = encode_supervision(
+        Reference(target), tokens, vocab, encoding="logits", rows="position_mask", chunk_rows=3
+    )
     assert torch.equal(ours.supervised_rows, theirs.supervised_rows)
     assert torch.allclose(ours.values, theirs.values, atol=1e-5)
     with pytest.raises(InvalidRequest, match="use encoding logits"):
-        encode_supervision(Reference(target), tokens, vocab, encoding="hidden", rows="position_mask", chunk_rows=3)
+        encode_supervision(
+            Reference(target), tokens, vocab, encoding="hidden", rows="position_mask", chunk_rows=3
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encodings_agree_to_rounding_and_travel_in_the_targets_dtype(dtype):
     target, tokens = LinearTarget(3, 16, dtype), tokens_of()
-    encoded, batches = zip(*(encoded_and_decoded(target, tokens, name) for name in ("probs", "logits", "hidden")), strict=True)
+    encoded, batches = zip(
+        *(encoded_and_decoded(target, tokens, name) for name in ("probs", "logits", "hidden")), strict=True
+    )
     assert [one.values.dtype for one in encoded] == [torch.float32, dtype, dtype]
     assert all(one.aux.dtype == dtype and one.log_normalizer.dtype == torch.float32 for one in encoded)
     for batch in batches[1:]:
         assert torch.equal(batch.supervised_rows, batches[0].supervised_rows)
         assert torch.equal(batch.argmax, batches[0].argmax)
         assert torch.equal(batch.log_normalizer, batches[0].log_normalizer)
-        assert torch.allclose(batch.target_probs, batches[0].target_probs, atol=1e-5 if dtype == torch.float32 else 1e-2)
+        assert torch.allclose(
+            batch.target_probs, batches[0].target_probs, atol=1e-5 if dtype == torch.float32 else 1e-2
+        )
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
@@ -217,7 +240,9 @@ def test_chunking_never_holds_more_logits_than_asked_and_changes_no_row(chunk_ro
 
     output.project = project
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cpu"))
-    encoded = encode_supervision(output, tokens, vocab, encoding="probs", rows="loss_mask", chunk_rows=chunk_rows)
+    encoded = encode_supervision(
+        output, tokens, vocab, encoding="probs", rows="loss_mask", chunk_rows=chunk_rows
+    )
     assert max(sizes) <= chunk_rows
     assert sum(sizes) == int(shifted_loss_mask(tokens).sum()) == len(encoded.supervised_rows)
     whole, _ = encoded_and_decoded(target, tokens, "probs", "loss_mask", chunk_rows=1000)
@@ -247,7 +272,9 @@ def test_wire_bytes_are_what_bytes_per_token_claims(encoding):
     encoded, batch = encoded_and_decoded(target, tokens, encoding)
     real = int(tokens.attention_mask.sum())
     share = len(batch.supervised_rows) / real
-    claimed = bytes_per_token(encoding, hidden_size=H, draft_vocab_size=K, dtype_bytes=2, supervised_share=share)
+    claimed = bytes_per_token(
+        encoding, hidden_size=H, draft_vocab_size=K, dtype_bytes=2, supervised_share=share
+    )
     assert encoded.num_bytes == pytest.approx(claimed * real)
 
 

@@ -32,7 +32,9 @@ def hidden(target, ids=IDS, segments=None):
     return target.generate_batch(ids, whole, whole, segments).last_hidden_state
 
 
-@pytest.mark.parametrize(("family", "changes", "spared"), [("llama", {}, True), ("qwen3", {}, True), ("qwen3", WINDOWS, False)])
+@pytest.mark.parametrize(
+    ("family", "changes", "spared"), [("llama", {}, True), ("qwen3", {}, True), ("qwen3", WINDOWS, False)]
+)
 def test_layers_that_see_everything_need_no_mask(make_model, masks, family, changes, spared):
     target = HFEagle3TargetModel(make_model(family, **changes))
     masks.clear()
@@ -60,7 +62,11 @@ def attend_within_chats(query_NQD, key_NJD, value_NJD, scale):
     outs = []
     for start, end in itertools.pairwise(bounds):
         heads = (tensor[None, start:end].transpose(1, 2) for tensor in (query_NQD, key_NJD, value_NJD))
-        outs.append(F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+        outs.append(
+            F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
+                0, 1
+            )
+        )
     return torch.cat(outs)
 
 
@@ -83,7 +89,9 @@ def test_a_model_that_sees_what_follows_is_refused(make_model):
     model = make_model("llama")
     model.set_attn_implementation("eager")
     model.config.is_causal = False
-    with pytest.raises(UnsupportedTarget, match="LlamaForCausalLM must be causal, but what follows a token changes it"):
+    with pytest.raises(
+        UnsupportedTarget, match="LlamaForCausalLM must be causal, but what follows a token changes it"
+    ):
         HFEagle3TargetModel(model)
 
 

@@ -22,7 +22,9 @@ def test_anything_but_three_distinct_layers_in_range_is_refused(ids):
 
 
 def test_a_shallow_target_must_name_its_layers():
-    with pytest.raises(ConfigError, match=r"shallow targets must name theirs, the default would be \[1, 2, 2\]"):
+    with pytest.raises(
+        ConfigError, match=r"shallow targets must name theirs, the default would be \[1, 2, 2\]"
+    ):
         aux_layers(6, None)
 
 

@@ -4,10 +4,17 @@ from torch import nn
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, UnsupportedTarget
-from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, decode_supervision, unwrap
+from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import (
+    GenerateRequest,
+    SessionSpec,
+    TokenBatch,
+    VocabMapping,
+    decode_supervision,
+    unwrap,
+)
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 MAPPING = VocabMapping.from_token_ids(torch.arange(0, 97, 3), 97)
 CONFIG = TargetConfig(model="tiny", chunk_rows=5)
@@ -31,11 +38,20 @@ def backend(model, encoding="hidden", rows="loss_mask", mapping=MAPPING):
 
 
 def generate(colocated, tokens):
-    return colocated.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    return colocated.generate_batch(
+        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+    )
 
 
 def assert_bitwise(left, right):
-    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+    for name in (
+        "aux_hidden_states",
+        "supervised_rows",
+        "log_normalizer",
+        "argmax",
+        "position_mask",
+        "target_probs",
+    ):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
     assert torch.equal(left.targets.logits(slice(2, 5)), right.targets.logits(slice(2, 5)))
 
@@ -50,7 +66,11 @@ def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, en
     spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
     session = unwrap(server.open_session(spec).wait(), sender="target0").id
     request = GenerateRequest(
-        session=session, incarnation=server.model_info().value.incarnation, request_id="r", tokens=tokens, seconds_left=20.0
+        session=session,
+        incarnation=server.model_info().value.incarnation,
+        request_id="r",
+        tokens=tokens,
+        seconds_left=20.0,
     )
     encoded = unwrap(server.generate(request).wait(), sender="target0")
     served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
@@ -72,7 +92,10 @@ def test_a_draft_can_be_trained_on_what_comes(make_model):
     batch = generate(backend(make_model("llama"), rows="position_mask"), tokens_of())
     fc = nn.Linear(96, len(MAPPING))
     logits = fc(batch.aux_hidden_states.flatten(0, 1)[batch.supervised_rows])
-    loss = -(batch.targets.probs(slice(None)) * logits.log_softmax(-1)).sum() + (batch.log_normalizer * logits.sum(-1)).sum() * 0
+    loss = (
+        -(batch.targets.probs(slice(None)) * logits.log_softmax(-1)).sum()
+        + (batch.log_normalizer * logits.sum(-1)).sum() * 0
+    )
     loss.backward()
     assert fc.weight.grad.abs().sum() > 0
 
@@ -87,7 +110,12 @@ def test_the_embedding_and_info_are_the_models(make_model):
 def test_refusals_are_those_of_the_service(make_model):
     model = make_model("llama")
     with pytest.raises(InvalidRequest, match="open_session must come before"):
-        generate(ColocatedEagle3TargetModel(HFEagle3TargetModel(model), CONFIG, encoding="probs", rows="loss_mask"), tokens_of())
+        generate(
+            ColocatedEagle3TargetModel(
+                HFEagle3TargetModel(model), CONFIG, encoding="probs", rows="loss_mask"
+            ),
+            tokens_of(),
+        )
     with pytest.raises(InvalidRequest, match="encoding must be one of"):
         backend(model, encoding="zip")
     with pytest.raises(InvalidRequest, match="must be made for 97 target tokens, got one for 50"):

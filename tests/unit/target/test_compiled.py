@@ -13,11 +13,18 @@ from torch._dynamo.utils import counters
 from eagle_rpc.config.choices import CompileMode, DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
-from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, decode_supervision, unwrap
+from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import (
+    GenerateRequest,
+    SessionSpec,
+    TokenBatch,
+    VocabMapping,
+    decode_supervision,
+    unwrap,
+)
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.compiled import Buckets, Shape
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.server import TargetModelServer
 
 LAYERS = [0, 3, 6]
 MAPPING = VocabMapping.from_token_ids(torch.arange(0, 97, 3), 97)
@@ -78,8 +85,12 @@ def test_a_compiled_target_gives_what_an_eager_one_does(any_model, packed, trace
     target = make_target(any_model, ["2x12", "2x8"], packed)
     for one, wanted in zip(tokens, expected, strict=True):
         output, real = run(target, one), one.attention_mask.bool()
-        torch.testing.assert_close(output.aux_hidden_states[real], wanted.aux_hidden_states[real], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(output.last_hidden_state[real], wanted.last_hidden_state[real], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            output.aux_hidden_states[real], wanted.aux_hidden_states[real], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(
+            output.last_hidden_state[real], wanted.last_hidden_state[real], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_every_shape_is_compiled_at_the_start_and_nothing_after_it(make_model, trace_only, caplog):
@@ -104,7 +115,9 @@ def test_chats_that_fill_a_row_each_take_the_usual_form(make_model, trace_only):
 
 
 def test_packed_chats_are_refused_where_their_form_is_not_compiled(make_model, trace_only):
-    with pytest.raises(InvalidRequest, match=r"segment_ids must be absent where target\.compile_packed is false"):
+    with pytest.raises(
+        InvalidRequest, match=r"segment_ids must be absent where target\.compile_packed is false"
+    ):
         run(make_target(make_model("llama"), ["2x12"]), batch_of(2, 12, packed=True))
 
 
@@ -164,25 +177,40 @@ def served_and_colocated(make_loaded, tokens, encoding):
     spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
     session = unwrap(server.open_session(spec).wait(), sender="target0").id
     request = GenerateRequest(
-        session=session, incarnation=server.model_info().value.incarnation, request_id="r", tokens=tokens, seconds_left=60.0
+        session=session,
+        incarnation=server.model_info().value.incarnation,
+        request_id="r",
+        tokens=tokens,
+        seconds_left=60.0,
     )
     encoded = unwrap(server.generate(request).wait(), sender="target0")
     served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
     unwrap(server.close(), sender="target0")
     colocated = ColocatedEagle3TargetModel(make_loaded(), CONFIG, encoding=encoding, rows="loss_mask")
     colocated.open_session(MAPPING)
-    here = colocated.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    here = colocated.generate_batch(
+        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+    )
     return served, here
 
 
 def assert_bitwise(left, right):
-    for name in ("aux_hidden_states", "supervised_rows", "log_normalizer", "argmax", "position_mask", "target_probs"):
+    for name in (
+        "aux_hidden_states",
+        "supervised_rows",
+        "log_normalizer",
+        "argmax",
+        "position_mask",
+        "target_probs",
+    ):
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
 def test_colocated_and_served_supervision_are_the_same_bits(make_model, encoding, trace_only):
-    served, here = served_and_colocated(lambda: make_target(make_model("llama"), ["2x12"]), batch_of(3, 11), encoding)
+    served, here = served_and_colocated(
+        lambda: make_target(make_model("llama"), ["2x12"]), batch_of(3, 11), encoding
+    )
     assert len(here.supervised_rows) > 10
     assert_bitwise(served, here)
 
@@ -194,9 +222,17 @@ def test_generated_code_gives_the_same_bits_colocated_and_served(tmp_path, monke
     # Precompiled headers pay off for many kernels, not for two.
     monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)
     torch.compiler.reset()
-    random = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 7}
+    random = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 7,
+    }
     random |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = TargetConfig(model="", random=random, dtype=DType.bfloat16, aux_layer_ids=LAYERS, compile_shapes=["2x12"])
+    config = TargetConfig(
+        model="", random=random, dtype=DType.bfloat16, aux_layer_ids=LAYERS, compile_shapes=["2x12"]
+    )
     before = num_graphs()
     served, here = served_and_colocated(
         lambda: HFEagle3TargetModel.load(config, "cpu", cache_dir=tmp_path), batch_of(3, 11), "hidden"

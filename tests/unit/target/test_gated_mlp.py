@@ -19,7 +19,16 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 
 
 class MLP(nn.Module):
-    def __init__(self, activation=F.silu, most=float("inf"), bias=False, dtype=torch.bfloat16, up_dtype=None, hidden=16, width=24):
+    def __init__(
+        self,
+        activation=F.silu,
+        most=float("inf"),
+        bias=False,
+        dtype=torch.bfloat16,
+        up_dtype=None,
+        hidden=16,
+        width=24,
+    ):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, width, bias=bias, dtype=dtype)
         self.up_proj = nn.Linear(hidden, width, bias=bias, dtype=up_dtype or dtype)
@@ -44,7 +53,9 @@ def kernel(monkeypatch):
     calls = Calls()
     monkeypatch.setattr(gated_mlp, "_is_hopper", lambda device: True)
     monkeypatch.setattr(gated_mlp, "_DTYPES", (torch.bfloat16, torch.float16, torch.float32))
-    monkeypatch.setitem(sys.modules, "eagle_rpc.target.gated_kernel", SimpleNamespace(gated_product=calls.gated_product))
+    monkeypatch.setitem(
+        sys.modules, "eagle_rpc.target.gated_kernel", SimpleNamespace(gated_product=calls.gated_product)
+    )
     return calls
 
 
@@ -96,7 +107,10 @@ def test_what_is_no_plain_silu_gate_or_does_not_fit_the_kernel_stays_as_it_is(ke
 @pytest.mark.parametrize("scale", [0.01, 1.0, 10.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_any_size_are_probed_where_the_format_holds_them(kernel, dtype, scale):
-    plain, clamped = MLP(dtype=dtype, hidden=512, width=256), MLP(dtype=dtype, hidden=512, width=256, most=10.0)
+    plain, clamped = (
+        MLP(dtype=dtype, hidden=512, width=256),
+        MLP(dtype=dtype, hidden=512, width=256, most=10.0),
+    )
     for mlp in (plain, clamped):
         for part in (mlp.gate_proj, mlp.up_proj):
             part.weight.data *= scale

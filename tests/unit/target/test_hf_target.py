@@ -40,7 +40,9 @@ def test_aux_and_logits_are_those_of_the_full_forward(any_model):
     with torch.no_grad():
         full = any_model(ids_of(), output_hidden_states=True)
     # hidden_states[0] is the embedding; the last entry has passed the final norm, so layer 6 is compared below.
-    assert torch.equal(output.aux_hidden_states[..., :64], torch.cat([full.hidden_states[i] for i in (1, 4)], dim=-1))
+    assert torch.equal(
+        output.aux_hidden_states[..., :64], torch.cat([full.hidden_states[i] for i in (1, 4)], dim=-1)
+    )
     assert torch.equal(any_model.model.norm(output.aux_hidden_states[..., 64:]), full.hidden_states[7])
     assert torch.equal(output.last_hidden_state, full.hidden_states[7])
     assert torch.equal(logits_of(output), full.logits)
@@ -76,7 +78,11 @@ def test_positions_restart_at_each_segment_and_at_padding():
 
 def test_a_model_that_mixes_packed_chats_is_refused(make_model, monkeypatch):
     target = HFEagle3TargetModel(make_model("llama"))
-    monkeypatch.setattr(model_module, "positions_within_chats", lambda real, segments: torch.arange(real.shape[1]).expand_as(real))
+    monkeypatch.setattr(
+        model_module,
+        "positions_within_chats",
+        lambda real, segments: torch.arange(real.shape[1]).expand_as(real),
+    )
     with pytest.raises(UnsupportedTarget, match="does not keep packed chats apart"):
         run(target, ids_of(), torch.tensor([[0] * 6 + [1] * 6] * 2))
 
@@ -135,7 +141,9 @@ def test_the_draft_head_is_the_models_own(any_model, dtype):
     hidden_NH = run(target, ids_of()).last_hidden_state.flatten(0, 1)
     expected = target._own_head.project(hidden_NH)[:, selected]
     tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    assert torch.allclose(target.draft_head(selected).project(hidden_NH), expected, atol=tolerance, rtol=tolerance)
+    assert torch.allclose(
+        target.draft_head(selected).project(hidden_NH), expected, atol=tolerance, rtol=tolerance
+    )
 
 
 def test_gemma2_embeddings_are_raw_and_its_cap_is_in_the_draft_head(make_model):
@@ -214,7 +222,12 @@ def test_a_model_whose_logits_need_more_than_hidden_states_is_refused(make_model
 
 def test_model_info_tells_targets_apart(make_model):
     info = HFEagle3TargetModel(make_model("llama"), aux_layer_ids=LAYERS).model_info()
-    assert (info.architecture, info.vocab_size, info.hidden_size, info.num_layers) == ("LlamaForCausalLM", 97, 32, 7)
+    assert (info.architecture, info.vocab_size, info.hidden_size, info.num_layers) == (
+        "LlamaForCausalLM",
+        97,
+        32,
+        7,
+    )
     assert (info.aux_layer_ids, info.dtype, info.max_length) == ((0, 3, 6), "float32", 64)
     assert info.tokenizer_fingerprint is None
     same, changed = make_model("llama"), make_model("llama")

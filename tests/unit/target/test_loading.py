@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.demo import gguf
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.target import gguf
 from eagle_rpc.target.loading import load_model, load_target_config, load_tokenizer, resolve_model_dir
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -31,7 +31,11 @@ def random_config(**changes):
 
 
 def fingerprint(config, cache_dir, seed=0):
-    return HFEagle3TargetModel.load(config, "cpu", cache_dir=cache_dir, seed=seed).model_info().weights_fingerprint
+    return (
+        HFEagle3TargetModel.load(config, "cpu", cache_dir=cache_dir, seed=seed)
+        .model_info()
+        .weights_fingerprint
+    )
 
 
 def test_a_random_target_is_frozen_and_the_same_whatever_was_drawn_before(tmp_path):
@@ -89,7 +93,9 @@ def test_pickled_weights_are_refused(tmp_path):
     model.save_pretrained(saved)
     (saved / "model.safetensors").unlink()
     torch.save(model.state_dict(), saved / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"target\.model must be a causal language model with safetensors weights"):
+    with pytest.raises(
+        ConfigError, match=r"target\.model must be a causal language model with safetensors weights"
+    ):
         load_model(TargetConfig(model=str(saved)), "cpu", cache_dir=tmp_path)
 
 
@@ -118,7 +124,12 @@ def test_a_file_inside_a_package_is_found_without_importing_it(package):
     assert gguf.locate_gguf("shipped_model/tiny.gguf") == package / "tiny.gguf"
     assert gguf.locate_gguf(str(package / "tiny.gguf")) == package / "tiny.gguf"
     assert "shipped_model" not in sys.modules
-    for missing in ("shipped_model/other.gguf", "no_such_package/tiny.gguf", "/no/such/dir/tiny.gguf", "tiny.gguf"):
+    for missing in (
+        "shipped_model/other.gguf",
+        "no_such_package/tiny.gguf",
+        "/no/such/dir/tiny.gguf",
+        "tiny.gguf",
+    ):
         with pytest.raises(ConfigError, match=r"package/file\.gguf\) or a path, got " + missing):
             gguf.locate_gguf(missing)
 
@@ -134,7 +145,9 @@ def test_processes_that_start_together_convert_once(package, tmp_path, monkeypat
 
     monkeypatch.setattr(gguf, "_convert", convert)
     config, cache, found = TargetConfig(model="shipped_model/tiny.gguf"), tmp_path / "cache", []
-    threads = [threading.Thread(target=lambda: found.append(resolve_model_dir(config, cache))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: found.append(resolve_model_dir(config, cache))) for _ in range(2)
+    ]
     threads[0].start()
     assert entered.wait(20.0)
     threads[1].start()

@@ -45,17 +45,30 @@ def make_target(make_model, family: str, attention: str, changes: dict) -> HFEag
 
 
 def supervise(target: HFEagle3TargetModel, tokens: TokenBatch, encoding: str) -> Eagle3TargetBatch:
-    backend = ColocatedEagle3TargetModel(target, TargetConfig(model="tiny", chunk_rows=5), encoding=encoding, rows="loss_mask")
+    backend = ColocatedEagle3TargetModel(
+        target, TargetConfig(model="tiny", chunk_rows=5), encoding=encoding, rows="loss_mask"
+    )
     backend.open_session(MAPPING)
-    return backend.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
+    return backend.generate_batch(
+        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
+    )
 
 
 def by_place(batch: Eagle3TargetBatch, places: list[tuple[int, int, int]]) -> dict[str, torch.Tensor]:
     """What training reads of chats at (row, start, length), one chat after the other."""
-    dense = {"log_normalizer": batch.log_normalizer, "argmax": batch.argmax, "probs": batch.targets.probs(slice(None))}
+    dense = {
+        "log_normalizer": batch.log_normalizer,
+        "argmax": batch.argmax,
+        "probs": batch.targets.probs(slice(None)),
+    }
     rows = {int(row): n for n, row in enumerate(batch.supervised_rows)}
     width = batch.input_ids.shape[1]
-    order = [rows.pop(r * width + t) for r, start, length in places for t in range(start, start + length) if r * width + t in rows]
+    order = [
+        rows.pop(r * width + t)
+        for r, start, length in places
+        for t in range(start, start + length)
+        if r * width + t in rows
+    ]
     assert not rows, "rows outside of every chat"
     aux = torch.cat([batch.aux_hidden_states[r, start : start + length] for r, start, length in places])
     return {"aux": aux, **{name: tensor[order] for name, tensor in dense.items()}}
@@ -68,11 +81,15 @@ def test_supervision_of_a_packed_chat_is_that_of_the_chat_alone(make_model, name
     rows = chats()
     packed = supervise(target, collate(rows, LENGTH, packed=True), encoding)
     places = [(r, sum(row[:n]), length) for r, row in enumerate(ROWS) for n, length in enumerate(row)]
-    alone = supervise(target, collate([[chat] for row in rows for chat in row], max(map(max, ROWS)), packed=False), encoding)
+    alone = supervise(
+        target, collate([[chat] for row in rows for chat in row], max(map(max, ROWS)), packed=False), encoding
+    )
     expected = by_place(alone, [(n, 0, length) for n, (_, _, length) in enumerate(places)])
     assert len(expected["argmax"]) > 20
     for key, tensor in by_place(packed, places).items():
-        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(
+            tensor, expected[key], rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 @pytest.mark.parametrize("changes", [{}, SLIDING])
@@ -85,7 +102,9 @@ def test_sdpa_attends_within_chats_only(make_model, monkeypatch, changes):
         return sdpa_attention.sdpa_attention_forward(module, query, key, value, mask, **settings)
 
     target = make_target(make_model, "qwen3", "sdpa", changes)
-    target.generate_batch(*[torch.ones(1, 16, dtype=torch.int64)] * 3, segment_ids=torch.tensor([[0] * 8 + [1] * 8]))
+    target.generate_batch(
+        *[torch.ones(1, 16, dtype=torch.int64)] * 3, segment_ids=torch.tensor([[0] * 8 + [1] * 8])
+    )
     monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
     tokens = collate(chats(), LENGTH, packed=True)
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)

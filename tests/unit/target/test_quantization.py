@@ -39,7 +39,9 @@ def saved(tmp_path):
 
 
 def load(saved, **changes):
-    config = TargetConfig(**{"model": str(saved), "dtype": DType.float32, "aux_layer_ids": [0, 3, 6], **changes})
+    config = TargetConfig(
+        **{"model": str(saved), "dtype": DType.float32, "aux_layer_ids": [0, 3, 6], **changes}
+    )
     model, _ = load_model(config, "cpu", cache_dir=saved)
     return model
 
@@ -56,7 +58,9 @@ def hidden_of(model):
     return target, target.generate_batch(ids, ones, ones).last_hidden_state
 
 
-@pytest.mark.parametrize("quantization", [one for one in PACKAGES if one is not Quantization.fp8], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "quantization", [one for one in PACKAGES if one is not Quantization.fp8], ids=lambda one: one.name
+)
 def test_layers_are_quantised_and_the_head_is_the_models_own(saved, quantization, without_tokenizer):
     if importlib.util.find_spec(PACKAGES[quantization]) is None:
         pytest.skip(f"needs {PACKAGES[quantization]}")
@@ -77,7 +81,10 @@ def test_weights_that_are_stored_quantised_load_as_they_are(saved, tmp_path, qua
     _, before = hidden_of(load(saved, quantization=quantization))
     _, after = hidden_of(load(tmp_path / "quantised"))
     assert torch.equal(before, after)
-    with pytest.raises(ConfigError, match=r"target\.quantization must be null for one whose weights are stored quantised, got nf4"):
+    with pytest.raises(
+        ConfigError,
+        match=r"target\.quantization must be null for one whose weights are stored quantised, got nf4",
+    ):
         load(tmp_path / "quantised", quantization=Quantization.nf4)
 
 
@@ -87,7 +94,9 @@ def test_a_quantization_that_this_machine_lacks_is_refused_by_name(saved):
             with pytest.raises(ConfigError, match=rf"target\.quantization.*{quantization.name}.*{package}"):
                 load(saved, quantization=quantization)
     if importlib.util.find_spec("torchao") is not None:
-        with pytest.raises(ConfigError, match=r"target\.quantization must be one that this machine runs on cpu, got fp8"):
+        with pytest.raises(
+            ConfigError, match=r"target\.quantization must be one that this machine runs on cpu, got fp8"
+        ):
             load(saved, quantization=Quantization.fp8)
 
 
@@ -107,5 +116,8 @@ def test_a_quantised_head_is_refused_with_advice(make_model, dtype):
 
 @pytest.mark.parametrize("attention", ["nonsense", "some-kernels/attention"])
 def test_an_attention_that_transformers_has_not_got_here_is_refused_by_name(saved, attention):
-    with pytest.raises(ConfigError, match=rf"target\.attention must be an implementation that runs llama here, got {attention}"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"target\.attention must be an implementation that runs llama here, got {attention}",
+    ):
         load(saved, attention=attention)

@@ -4,7 +4,8 @@ import pytest
 
 from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.topology import Role, World, assign_roles, plan_devices, read_world
+from eagle_rpc.process import World, read_world
+from eagle_rpc.topology import Role, assign_roles, plan_devices
 
 TORCHRUN = {
     "RANK": "1",
@@ -35,7 +36,13 @@ def test_a_process_started_by_hand_is_a_world_of_one():
 
 def test_torchruns_variables_are_read():
     seen = read_world(TORCHRUN)
-    assert (seen.rank, seen.size, seen.restart_count, seen.master_port, seen.launched) == (1, 3, 2, 29500, True)
+    assert (seen.rank, seen.size, seen.restart_count, seen.master_port, seen.launched) == (
+        1,
+        3,
+        2,
+        29500,
+        True,
+    )
 
 
 def test_an_incomplete_environment_names_what_is_missing():
@@ -74,12 +81,20 @@ def test_single_is_both_roles():
             "needs 1 workers with --role target, got 2",
         ),
         (TopologyConfig(targets=1, trainers=2), {"num_agents": 2, "max_restarts": 1}, "got 1 with 2 agents"),
-        (TopologyConfig(targets=1, trainers=2), {"num_agents": 2}, "with several agents, got 2 agents without it"),
+        (
+            TopologyConfig(targets=1, trainers=2),
+            {"num_agents": 2},
+            "with several agents, got 2 agents without it",
+        ),
     ],
 )
-def test_workers_that_do_not_fit_are_refused_with_the_numbers(topology: TopologyConfig, changes: dict[str, object], message: str):
+def test_workers_that_do_not_fit_are_refused_with_the_numbers(
+    topology: TopologyConfig, changes: dict[str, object], message: str
+):
     with pytest.raises(ConfigError, match=message):
-        assign_roles(topology, dataclasses.replace(read_world(TORCHRUN), **{"max_restarts": 0, "size": 3, **changes}))
+        assign_roles(
+            topology, dataclasses.replace(read_world(TORCHRUN), **{"max_restarts": 0, "size": 3, **changes})
+        )
 
 
 AUTO = {"target": "auto", "trainer": "auto"}
@@ -102,8 +117,16 @@ def test_workers_share_a_gpu_when_there_are_too_few():
 @pytest.mark.parametrize(
     ("target", "trainer", "plans"),
     [
-        ("cuda:0", "cuda:0", [("cuda:0", {"trainer0": {"cuda:0": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:0"}})]),
-        ("cuda:1", "cuda:0", [("cuda:1", {"trainer0": {"cuda:1": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:1"}})]),
+        (
+            "cuda:0",
+            "cuda:0",
+            [("cuda:0", {"trainer0": {"cuda:0": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:0"}})],
+        ),
+        (
+            "cuda:1",
+            "cuda:0",
+            [("cuda:1", {"trainer0": {"cuda:1": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:1"}})],
+        ),
         ("cpu", "auto", [("cpu", {}), ("cuda:1", {})]),
         ("cuda", "cpu", [("cuda:0", {}), ("cpu", {})]),
     ],
@@ -113,7 +136,9 @@ def test_both_ends_map_the_devices_that_the_configuration_names(
 ):
     for rank, (device, maps) in enumerate(plans):
         here = world(rank=rank, size=2, local_rank=rank)
-        plan = plan_devices(assign_roles(TopologyConfig(), here), here, target=target, trainer=trainer, num_gpus=2)
+        plan = plan_devices(
+            assign_roles(TopologyConfig(), here), here, target=target, trainer=trainer, num_gpus=2
+        )
         assert (plan.device, plan.device_maps) == (device, maps)
 
 

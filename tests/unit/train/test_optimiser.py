@@ -4,7 +4,13 @@ import pytest
 import torch
 from training_cases import random_draft, train_config
 
-from eagle_rpc.train.optimiser import learning_rate, load_optimiser_tensors, make_optimiser, optimiser_tensors, trainable_parameters
+from eagle_rpc.train.optimiser import (
+    learning_rate,
+    load_optimiser_tensors,
+    make_optimiser,
+    optimiser_tensors,
+    trainable_parameters,
+)
 
 
 def test_the_rate_climbs_then_falls_along_a_cosine():
@@ -45,7 +51,10 @@ def test_optimiser_state_survives_a_round_trip():
     straight, resumed = random_draft(), random_draft()
     optimiser = make_optimiser(straight, config)
     train(straight, optimiser, range(2))
-    saved = {name: tensor.clone() for name, tensor in optimiser_tensors(optimiser, trainable_parameters(straight)).items()}
+    saved = {
+        name: tensor.clone()
+        for name, tensor in optimiser_tensors(optimiser, trainable_parameters(straight)).items()
+    }
     resumed.load_state_dict(straight.state_dict())
     train(straight, optimiser, range(2, 4))
 

@@ -64,12 +64,16 @@ def test_a_packed_run_resumes_bit_for_bit(tmp_path, stopped_at):
     straight = make_trainer(tmp_path / "straight", SETTINGS, **plans)
     straight.train()
     stop = threading.Event()
-    make_trainer(tmp_path / "resumed", SETTINGS, target=StoppingTarget(stopped_at, stop), stop=stop, **plans).train()
+    make_trainer(
+        tmp_path / "resumed", SETTINGS, target=StoppingTarget(stopped_at, stop), stop=stop, **plans
+    ).train()
     assert latest_checkpoint(tmp_path / "resumed" / "checkpoints").name != "step_10"
     resumed = make_trainer(tmp_path / "resumed", SETTINGS, **plans)
     resumed.train()
     assert_same_bits(final_state(resumed), final_state(straight))
-    lines = [without_clock(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("straight", "resumed")]
+    lines = [
+        without_clock(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("straight", "resumed")
+    ]
     assert lines[0] == lines[1]
 
 
@@ -82,7 +86,9 @@ def test_validation_figures_do_not_depend_on_packing():
         sums = learner.empty_sums()
         for number in range(plan.batches_per_epoch):
             learner.judge(target.supervise(plan.batch(number)), sums)
-        figures.append({**figures_of(sums.on_host(), OBJECTIVE.step_decay), "tokens": float(sums.on_host()["tokens"])})
+        figures.append(
+            {**figures_of(sums.on_host(), OBJECTIVE.step_decay), "tokens": float(sums.on_host()["tokens"])}
+        )
     packed, padded = figures
     assert padded["tokens"] == sum(len(example.input_ids) for example in data)
     for name, value in padded.items():
@@ -96,11 +102,16 @@ def test_validation_figures_do_not_depend_on_packing():
 def test_a_run_does_not_resume_with_other_packing(changes):
     record = run_record(SETTINGS)
     other = {**record.config, "data": {**record.config["data"], **changes}}
-    with pytest.raises(CheckpointError, match=r"data\.packing must be the checkpoint's to resume, it has False, this run has True"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"data\.packing must be the checkpoint's to resume, it has False, this run has True",
+    ):
         require_same_run(record, replace(record, config=other))
 
 
 def test_a_checkpoint_from_before_packing_resumes_without_it():
     record = run_record(SETTINGS)
-    data = {name: value for name, value in record.config["data"].items() if name not in ("packing", "row_length")}
+    data = {
+        name: value for name, value in record.config["data"].items() if name not in ("packing", "row_length")
+    }
     require_same_run(replace(record, config={**record.config, "data": data}), record)

@@ -134,12 +134,18 @@ make_trainer(path, SETTINGS).train()
 def run_until_killed(path: Path, event: str, number: int) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     worker = subprocess.run(
-        [sys.executable, "-c", WORKER, str(path), event, str(number)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WORKER, str(path), event, str(number)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert worker.returncode == -signal.SIGKILL, worker.stderr
 
 
-@pytest.mark.parametrize(("event", "number"), [("batch", 17), ("fsync", 9), ("fsync", 13), ("fsync", 14), ("removal", 4)])
+@pytest.mark.parametrize(
+    ("event", "number"), [("batch", 17), ("fsync", 9), ("fsync", 13), ("fsync", 14), ("removal", 4)]
+)
 def test_a_killed_process_ends_as_one_left_alone(tmp_path, undisturbed, event, number):
     run_until_killed(tmp_path, event, number)
     resume_and_compare(tmp_path, undisturbed)
@@ -169,8 +175,14 @@ def interrupted(tmp_path):
             "weights_fingerprint .* it has weights, this run has other",
         ),
         ({"data_digest": "new"}, "the training data's digest .* it has None, this run has new"),
-        ({"config": run_record(replace(SETTINGS, batch_size=5)).config}, r"train\.batch_size .* it has 2, this run has 5"),
-        ({"config": run_record(SETTINGS, trainers=3).config}, r"topology\.trainers .* it has 1, this run has 3"),
+        (
+            {"config": run_record(replace(SETTINGS, batch_size=5)).config},
+            r"train\.batch_size .* it has 2, this run has 5",
+        ),
+        (
+            {"config": run_record(SETTINGS, trainers=3).config},
+            r"topology\.trainers .* it has 1, this run has 3",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(interrupted, changes, message):

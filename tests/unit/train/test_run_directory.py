@@ -50,7 +50,10 @@ def test_a_directory_in_use_is_refused_with_its_holder_until_that_is_killed(tmp_
     arguments = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "claimed\n"
-        with pytest.raises(ConfigError, match=f"held by process {holder.pid} on "), RunDirectory(tmp_path).claimed(Resume.auto):
+        with (
+            pytest.raises(ConfigError, match=f"held by process {holder.pid} on "),
+            RunDirectory(tmp_path).claimed(Resume.auto),
+        ):
             pass
         holder.kill()
         holder.wait(timeout=30)

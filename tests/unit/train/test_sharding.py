@@ -11,19 +11,29 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
-from training_cases import TableTarget, assert_same_bits, final_state, make_trainer, random_draft, train_config, without_clock
+from training_cases import (
+    TableTarget,
+    assert_same_bits,
+    final_state,
+    make_trainer,
+    random_draft,
+    train_config,
+    without_clock,
+)
 
 from eagle_rpc.config.choices import Sharding
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import ConfigError, TargetFailed, TargetUnavailable
+from eagle_rpc.process import bind_to_interface
 from eagle_rpc.report.metrics import read_metrics
-from eagle_rpc.topology import bind_to_interface
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
 from eagle_rpc.train.distributed import join_trainers
 from eagle_rpc.train.learner import Learner
 
 # Nothing is clipped, so nothing depends on how the global norm is summed up.
-SETTINGS = train_config(max_steps=5, accumulation=2, max_grad_norm=1e9, log_every=1, checkpoint_every=2, keep_checkpoints=9)
+SETTINGS = train_config(
+    max_steps=5, accumulation=2, max_grad_norm=1e9, log_every=1, checkpoint_every=2, keep_checkpoints=9
+)
 SHARDED = replace(SETTINGS, sharding=Sharding.state)
 CLIPPED = replace(SETTINGS, max_grad_norm=0.05, autocast=None)
 FUSED = replace(SETTINGS, autocast=None)
@@ -74,7 +84,9 @@ def run_all(rank: int, size: int, path: Path) -> None:
             train(f"plain_{sharding.name}", replace(SETTINGS, sharding=sharding))
             train(f"clipped_{sharding.name}", replace(CLIPPED, sharding=sharding))
         stop = threading.Event()
-        make_trainer(path / "resumed", SHARDED, group=group, target=StoppingTarget(5, stop), stop=stop).train()
+        make_trainer(
+            path / "resumed", SHARDED, group=group, target=StoppingTarget(5, stop), stop=stop
+        ).train()
         train("resumed", SHARDED)
         for first, second in ((SETTINGS, SHARDED), (SHARDED, SETTINGS)):
             name, stop = f"{first.sharding.name}_to_{second.sharding.name}", threading.Event()
@@ -121,15 +133,21 @@ def test_sharded_training_ends_as_replicated_training(trained, run):
         assert_same_bits(sharded, replicated)
     # From three on the sum over trainers goes round them in another order.
     for name, tensor in replicated.items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            sharded[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_clipping_by_a_norm_over_parts_differs_by_rounding_alone(trained):
     _, path = trained
     sharded, replicated = state(path, "clipped_state"), state(path, "clipped_none")
     for name, tensor in replicated.items():
-        torch.testing.assert_close(sharded[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-    figures = [list(read_metrics(path / name / "metrics.jsonl")) for name in ("clipped_state", "clipped_none")]
+        torch.testing.assert_close(
+            sharded[name], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    figures = [
+        list(read_metrics(path / name / "metrics.jsonl")) for name in ("clipped_state", "clipped_none")
+    ]
     norms = [[line["grad_norm"] for line in lines if "grad_norm" in line] for lines in figures]
     assert min(norms[0]) > CLIPPED.max_grad_norm
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
@@ -155,7 +173,9 @@ def test_each_trainer_holds_its_part_of_weights_and_moments(trained):
 def test_a_sharded_run_resumes_bit_for_bit(trained):
     _, path = trained
     assert_same_bits(state(path, "resumed"), state(path, "plain_state"))
-    resumed, straight = (without_clock(read_metrics(path / name / "metrics.jsonl")) for name in ("resumed", "plain_state"))
+    resumed, straight = (
+        without_clock(read_metrics(path / name / "metrics.jsonl")) for name in ("resumed", "plain_state")
+    )
     assert resumed == straight
 
 
@@ -169,7 +189,9 @@ def test_a_run_goes_on_with_the_other_setting(trained):
 
 def test_checkpoints_look_as_those_of_replicated_runs(trained):
     size, path = trained
-    sharded, replicated = (latest_checkpoint(path / name / "checkpoints") for name in ("plain_state", "plain_none"))
+    sharded, replicated = (
+        latest_checkpoint(path / name / "checkpoints") for name in ("plain_state", "plain_none")
+    )
     for name in ("draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors"):
         if size == 2:
             assert (sharded / name).read_bytes() == (replicated / name).read_bytes()
@@ -188,12 +210,16 @@ def test_a_checkpoint_of_several_trainers_is_one_trainers_too(trained):
 def test_drafts_that_differ_are_refused_before_their_parts_mix(trained):
     size, path = trained
     for rank in range(size):
-        assert notes(path, rank)["unlike"].startswith("the draft at the start must be equal on all trainers, got ")
+        assert notes(path, rank)["unlike"].startswith(
+            "the draft at the start must be equal on all trainers, got "
+        )
 
 
 def test_a_trainer_that_loses_its_target_keeps_the_others_long_enough_for_a_checkpoint(trained):
     size, path = trained
     assert notes(path, size - 1)["failing"] == "TargetFailed: out of order"
     for rank in range(size - 1):
-        assert notes(path, rank)["failing"].startswith(f"TargetUnavailable: trainer {rank} of {size}: another trainer did not get")
+        assert notes(path, rank)["failing"].startswith(
+            f"TargetUnavailable: trainer {rank} of {size}: another trainer did not get"
+        )
     assert latest_checkpoint(path / "failing" / "checkpoints").name == "step_3"

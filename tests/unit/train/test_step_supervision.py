@@ -60,7 +60,9 @@ def arriving(device: Device) -> Iterator[Eagle3TargetBatch]:
 
 def learn_and_watch(device: Device, *, offload: bool) -> tuple[str, list[int], list[int]]:
     """The learner's digest after a step, batches on the device after each arrival, and in each micro-batch's computation."""
-    learner = Learner(random_draft(), train_config(offload_supervision=offload), OBJECTIVE, TrainerGroup(), total_steps=4)
+    learner = Learner(
+        random_draft(), train_config(offload_supervision=offload), OBJECTIVE, TrainerGroup(), total_steps=4
+    )
     arrived, computed = [], []
     add_gradients = learner._ttt.add_gradients
 
@@ -111,4 +113,6 @@ def test_what_waits_on_the_host_comes_back_unchanged(projected, monkeypatch):
         back = supervision.take()
         assert torch.equal(back.aux_hidden_states, batch.aux_hidden_states)
         assert torch.equal(back.targets.logits(slice(None)), batch.targets.logits(slice(None)))
-        assert torch.equal(back.supervised_rows, batch.supervised_rows) and type(back.targets) is type(batch.targets)
+        assert torch.equal(back.supervised_rows, batch.supervised_rows) and type(back.targets) is type(
+            batch.targets
+        )

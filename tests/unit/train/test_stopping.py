@@ -49,7 +49,9 @@ def test_a_trainer_that_is_told_to_stop_ends_its_step_and_writes_a_checkpoint(tm
 
 
 @pytest.mark.parametrize("error", [TargetUnavailable("no target"), ConnectionLost("another trainer is gone")])
-def test_a_trainer_that_loses_its_targets_keeps_its_whole_steps_and_raises(tmp_path, error: EagleRpcError, caplog):
+def test_a_trainer_that_loses_its_targets_keeps_its_whole_steps_and_raises(
+    tmp_path, error: EagleRpcError, caplog
+):
     def lose() -> None:
         raise error
 
@@ -62,7 +64,9 @@ def test_a_trainer_that_loses_its_targets_keeps_its_whole_steps_and_raises(tmp_p
     check_that_it_goes_on(tmp_path / "lost", tmp_path / "undisturbed")
 
 
-def test_where_a_part_of_the_weights_is_gone_with_a_trainer_the_last_checkpoint_stays_the_newest(tmp_path, caplog):
+def test_where_a_part_of_the_weights_is_gone_with_a_trainer_the_last_checkpoint_stays_the_newest(
+    tmp_path, caplog
+):
     group = TrainerGroup()
     caplog.set_level("INFO")
 

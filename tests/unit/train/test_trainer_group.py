@@ -8,11 +8,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from training_cases import assert_same_bits, final_state, make_trainer, random_draft, train_config, without_clock
+from training_cases import (
+    assert_same_bits,
+    final_state,
+    make_trainer,
+    random_draft,
+    train_config,
+    without_clock,
+)
 
 from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
+from eagle_rpc.process import bind_to_interface
 from eagle_rpc.report.metrics import read_metrics
-from eagle_rpc.topology import bind_to_interface
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers
 
 MICRO_BATCHES_PER_STEP = 6
@@ -20,7 +27,13 @@ TIMEOUT = 60.0
 
 
 def settings_of(size: int):
-    return train_config(max_steps=4, accumulation=MICRO_BATCHES_PER_STEP // size, autocast=None, log_every=1, validation_batches=5)
+    return train_config(
+        max_steps=4,
+        accumulation=MICRO_BATCHES_PER_STEP // size,
+        autocast=None,
+        log_every=1,
+        validation_batches=5,
+    )
 
 
 def train_one(rank: int, size: int, path: Path) -> None:
@@ -39,7 +52,9 @@ def train_one(rank: int, size: int, path: Path) -> None:
         stopped.train()
         messages["stopped_after"] = stopped.learner.steps_done
         try:
-            make_trainer(path / "unlike", settings_of(size), group=group, draft=random_draft(seed=rank)).train()
+            make_trainer(
+                path / "unlike", settings_of(size), group=group, draft=random_draft(seed=rank)
+            ).train()
         except ConfigError as error:
             messages["unlike"] = str(error)
         if rank == 0:  # the others leave
@@ -100,7 +115,11 @@ def test_figures_do_not_depend_on_the_number_of_trainers(trained, size):
 @pytest.mark.parametrize("size", [2, 3])
 def test_only_the_first_trainer_writes(trained, size):
     checkpoints = trained[size] / "run" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_3", "step_4", "target_embedding.safetensors"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "step_3",
+        "step_4",
+        "target_embedding.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -60,7 +60,10 @@ def test_accumulation_gives_the_gradient_of_one_large_batch(tmp_path):
     target, plan = TableTarget(), RandomPlan(batch_size=4)
     tokens = plan.batch(0)
     halves = [
-        replace(tokens, **{name: getattr(tokens, name)[rows] for name in ("input_ids", "attention_mask", "loss_mask")})
+        replace(
+            tokens,
+            **{name: getattr(tokens, name)[rows] for name in ("input_ids", "attention_mask", "loss_mask")},
+        )
         for rows in (slice(0, 1), slice(1, 4))
     ]
     one = whole.learner.learn([target.supervise(tokens)])

@@ -11,7 +11,14 @@ import torch
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.config.schema import Config, DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.supervision import Eagle3TargetBatch, ModelInfo, StoredLogits, TokenBatch, VocabMapping, shifted_loss_mask
+from eagle_rpc.supervision import (
+    Eagle3TargetBatch,
+    ModelInfo,
+    StoredLogits,
+    TokenBatch,
+    VocabMapping,
+    shifted_loss_mask,
+)
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.record import RunRecord, plain
@@ -90,7 +97,9 @@ class RandomPlan:
         attention_mask = (torch.arange(12) < lengths).long()
         loss_mask = attention_mask * (torch.arange(12) >= 3)
         return TokenBatch(
-            input_ids=torch.randint(0, VOCAB, shape, generator=generator), attention_mask=attention_mask, loss_mask=loss_mask
+            input_ids=torch.randint(0, VOCAB, shape, generator=generator),
+            attention_mask=attention_mask,
+            loss_mask=loss_mask,
         )
 
     def batches(self, start: int) -> Iterator[TokenBatch]:
@@ -164,7 +173,12 @@ def run_record(settings: TrainConfig, trainers: int = 1, **changes) -> RunRecord
 
 
 def make_trainer(
-    path: Path, settings: TrainConfig, *, group: TrainerGroup | None = None, target: TableTarget | None = None, **changes
+    path: Path,
+    settings: TrainConfig,
+    *,
+    group: TrainerGroup | None = None,
+    target: TableTarget | None = None,
+    **changes,
 ) -> Trainer:
     group = group or TrainerGroup()
     parts = {
@@ -181,7 +195,9 @@ def make_trainer(
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Weights and optimiser state."""
     learner = trainer.learner
-    return {name: tensor.detach().clone() for name, tensor in (*learner.weights(), *learner.optimiser_state())}
+    return {
+        name: tensor.detach().clone() for name, tensor in (*learner.weights(), *learner.optimiser_state())
+    }
 
 
 def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,1 @@
+"""Asking a target: batched generation and its caches."""

@@ -1,0 +1,187 @@
+"""Keys and values of many answers in the making, written in place, and the attention that reads them.
+
+transformers' own cache concatenates every layer's keys and values at every token and wants all rows equally long. Here a
+row belongs to one answer, column t of it holds token t, and a forward writes where the caller says. The causal mask
+is then `column <= position`, row by row: what lies in later columns, from padding or from an earlier answer, is never
+seen. Rows may so start, end and be replaced independently.
+
+Legend: S slots, N rows of one forward, T their new tokens, L columns in use, A attention heads, G key/value heads, D head width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from eagle_rpc.errors import UnsupportedTarget
+
+_ATTENTION_NAME = "eagle_rpc_slots"
+# The length in use is rounded up: matrix products are prepared anew for each shape, and odd ones run slower.
+_COLUMN_STEP = 16
+# The length held grows in larger steps, since growing copies everything.
+_CAPACITY_STEP = 128
+
+
+class SlotCache(Cache):
+    """A cache of S rows for any decoder whose layers attend. `aim` says where the next forward writes and reads."""
+
+    def __init__(self, slots: int, num_layers: int) -> None:
+        super().__init__(layers=[_SlotLayer(slots) for _ in range(num_layers)])
+
+    def aim(self, first_row: int, positions_NT: Tensor) -> None:
+        """The next forward's N rows are `first_row` and the following; their tokens stand at `positions_NT` (int64)."""
+        columns = _rounded_up(int(positions_NT.max()) + 1, _COLUMN_STEP)
+        for layer in self.layers:
+            layer.aim(first_row, positions_NT, columns)
+
+    def share(self, columns: int) -> None:
+        """Copies the first columns of row 0 to all rows."""
+        for states in self._states():
+            states[1:, :, :columns] = states[:1, :, :columns]
+
+    def move(self, sources: list[int], destinations: list[int]) -> None:
+        """Copies whole rows; no row is both source and destination."""
+        for states in self._states():
+            states[destinations] = states[sources]
+
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+        """Positions [N, T] of the new tokens. transformers hands them to `_slot_mask`, its only reader here."""
+        return self.layers[layer_idx].positions_NT
+
+    def _states(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield layer.keys
+            yield layer.values
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values [S, G, capacity, D] of one layer."""
+
+    is_sliding = False
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def aim(self, first_row: int, positions_NT: Tensor, columns: int) -> None:
+        self.rows = slice(first_row, first_row + len(positions_NT))
+        self.positions_NT = positions_NT
+        self.columns = columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = key_states.new_empty(self.slots, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_empty(self.slots, value_states.shape[1], 0, value_states.shape[3])
+        self.is_initialized = True
+
+    def _widen(self) -> None:
+        """Makes room for the columns in use."""
+        capacity = _rounded_up(self.columns, _CAPACITY_STEP)
+        slots, groups, held, width = self.keys.shape
+        # Keys lie in memory as the product with the queries reads them, [S, G, D, capacity]: transposed operands are
+        # copied there each time. Zeros, not garbage: a masked column weighs 0, and 0 times NaN is NaN.
+        keys = self.keys.new_zeros(slots, groups, width, capacity).transpose(2, 3)
+        values = self.values.new_zeros(slots, groups, capacity, self.values.shape[3])
+        keys[:, :, :held], values[:, :, :held] = self.keys, self.values
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes [N, G, T, D] at the aimed places and returns [N, G, L, D] of the aimed rows."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.columns > self.get_max_length():
+            self._widen()
+        rows_N1 = torch.arange(len(key_states), device=key_states.device)[:, None]
+        keys, values = self.keys[self.rows], self.values[self.rows]
+        keys[rows_N1, :, self.positions_NT] = key_states.transpose(1, 2)
+        values[rows_N1, :, self.positions_NT] = value_states.transpose(1, 2)
+        return keys[:, :, : self.columns], values[:, :, : self.columns]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return number + -number % step
+
+
+def _slot_mask(
+    *,
+    q_offset: Tensor,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> Tensor:
+    """An additive mask [N, 1, T, L] from the model's own rule (causal, sliding, chunked) at each row's own positions."""
+    positions_NT = q_offset
+    device = positions_NT.device
+    rows = torch.arange(len(positions_NT), device=device)[:, None, None, None]
+    columns = torch.arange(kv_length, device=device)
+    visible_N1TL = mask_function(rows, torch.zeros_like(rows), positions_NT[:, None, :, None], columns)
+    return torch.zeros(visible_N1TL.shape, dtype=dtype, device=device).masked_fill_(
+        ~visible_N1TL, torch.finfo(dtype).min
+    )
+
+
+def _slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of [N, A, T, D] queries in groups over [N, G, L, D] keys, none of which is repeated for its group.
+
+    For one new token a row this reads each key once. torch's fused kernel either wants keys repeated A/G times or runs
+    slower on the CPU.
+    """
+    if s_aux is not None or position_bias is not None:
+        raise UnsupportedTarget(
+            f"attention must have neither sinks nor a position bias to decode in batches, {type(module).__name__} has"
+        )
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    scaling = width**-0.5 if scaling is None else scaling
+    grouped = (query * scaling).reshape(rows, groups, heads // groups * length, width)
+    scores = (grouped @ key.transpose(2, 3)).view(rows, groups, heads // groups, length, -1)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    weights = (scores + attention_mask[:, :, None]).softmax(dim=-1)
+    mixed = weights.view(rows, groups, heads // groups * length, -1) @ value
+    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION_NAME, _slot_attention)
+AttentionMaskInterface.register(_ATTENTION_NAME, _slot_mask)
+
+
+@contextmanager
+def slot_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, `model` can run on a `SlotCache`."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION_NAME)
+    if model.config._attn_implementation != _ATTENTION_NAME:
+        raise UnsupportedTarget(
+            f"attention must go through transformers' AttentionInterface, {type(model).__name__} has its own"
+        )
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)

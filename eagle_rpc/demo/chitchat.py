@@ -1,0 +1,94 @@
+"""Prompts out of the PyPI package chitchat-dataset (MIT): what people asked each other in small talk.
+
+Only its data file is read. The package itself is never imported: it is old, and its dependencies are not needed.
+"""
+
+import json
+import logging
+import random
+import re
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from eagle_rpc.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_DISTRIBUTION = "chitchat-dataset"
+_FILE = "chitchat_dataset/dataset.json"
+_INSTALL = "pip install --no-deps chitchat-dataset==0.9.0"
+_QUESTION = re.compile(
+    r"(what|how|why|who|where|when|which|whose|is|are|was|were|am|do|does|did|have|has|can|could|would|should|will|may)\b",
+    re.IGNORECASE,
+)
+_SHORTEST, _LONGEST = 20, 200  # characters
+
+
+def prepare_chitchat_prompts(
+    output_dir: str | Path, *, num_train: int, num_heldout: int, seed: int = 0
+) -> tuple[Path, Path]:
+    """Writes `train.jsonl` and `heldout.jsonl`, chats of one user turn each, and returns their paths.
+
+    The same arguments select the same prompts. No two prompts, in one file or across both, differ in case, white space or
+    punctuation alone, and the held-out ones do not depend on `num_train`. Nothing is done if both files exist. Raises `DataError`
+    if the package is not installed or holds too few prompts.
+    """
+    train_path, heldout_path = Path(output_dir) / "train.jsonl", Path(output_dir) / "heldout.jsonl"
+    if train_path.exists() and heldout_path.exists():
+        return train_path, heldout_path
+    prompts = _select(_turns(_dataset_path()), num_heldout + num_train, seed)
+    for path, part in ((heldout_path, prompts[:num_heldout]), (train_path, prompts[num_heldout:])):
+        _write(path, part)
+    logger.info("wrote %d prompts to %s and %d to %s", num_train, train_path, num_heldout, heldout_path)
+    return train_path, heldout_path
+
+
+def _dataset_path() -> Path:
+    try:
+        path = Path(str(metadata.distribution(_DISTRIBUTION).locate_file(_FILE)))
+    except metadata.PackageNotFoundError as error:
+        raise DataError(
+            f"data.prompt_source=chitchat needs the package {_DISTRIBUTION}, got none: {_INSTALL}"
+        ) from error
+    if not path.is_file():
+        raise DataError(f"the package {_DISTRIBUTION} must hold {_FILE}, got none: {_INSTALL}")
+    return path
+
+
+def _turns(path: Path) -> Iterator[str]:
+    """Everything anybody said. A chat is a list of turns, a turn a list of messages by one person."""
+    for chat in json.loads(path.read_bytes()).values():
+        for turn in chat["messages"]:
+            for message in turn:
+                yield " ".join(message["text"].split())
+
+
+def _select(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """`count` different texts in random order, those that are best understood alone before others."""
+    distinct: dict[str, str] = {}
+    for text in texts:
+        if text.isascii() and text[:1].isalpha() and _SHORTEST <= len(text) <= _LONGEST:
+            distinct.setdefault(re.sub(r"[^a-z0-9]+", " ", text.lower()).strip(), text)
+    if len(distinct) < count:
+        raise DataError(f"{_DISTRIBUTION} must hold the {count} prompts asked for, got {len(distinct)}")
+    prompts = list(distinct.values())
+    random.Random(seed).shuffle(prompts)
+    prompts.sort(key=_dependence)
+    return prompts[:count]
+
+
+def _dependence(text: str) -> int:
+    """How much a text needs what was said before: a question from its first word on (0), another question (1), a statement (2)."""
+    if not text.endswith("?"):
+        return 2
+    return 0 if _QUESTION.match(text) else 1
+
+
+def _write(path: Path, prompts: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    with partial.open("w", encoding="ascii") as file:
+        for prompt in prompts:
+            file.write(json.dumps({"messages": [{"role": "user", "content": prompt}]}) + "\n")
+    partial.replace(path)

@@ -1,0 +1,72 @@
+"""The head's rows that trainers of the `hidden` encoding fetch once a session."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eagle_rpc.service.reply_budget import ReplyBudget, ReplyBytes
+from eagle_rpc.service.sessions import Session
+from eagle_rpc.supervision import DraftHead, ModelInfo
+from eagle_rpc.target.supervise import exact_draft_head
+
+# Seconds after its last use that a copy is kept.
+_KEPT = 2.0
+
+
+@dataclass(slots=True)
+class _Copy:
+    head: DraftHead
+    used: float
+
+
+class DraftHeads:
+    """One copy a mapping, shared by the trainers of a job, which ask at about the same time, and dropped soon after.
+
+    A copy counts as an unsent reply for as long as it is kept.
+    """
+
+    def __init__(self, target: Any, info: ModelInfo, budget: ReplyBudget, clock: Callable[[], float]) -> None:
+        """`target`: an `Eagle3Target`; `clock`: seconds, as `time.monotonic`."""
+        self._target = target
+        # Weight and bias of one row.
+        self._bytes_per_row = (info.hidden_size + 1) * getattr(torch, info.dtype).itemsize
+        self._budget = budget
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._copies: dict[str, _Copy] = {}  # by the mapping's digest
+
+    def get(self, session: Session, *, num_jobs: int) -> DraftHead:
+        """The head's rows of the session's draft vocabulary.
+
+        Raises `UnsupportedTarget` if the target offers none; `TargetBusy` and `InvalidRequest` as `ReplyBudget.promise`.
+        """
+        with self._lock:
+            kept = self._copies.get(session.mapping_digest)
+            if kept is None:
+                kept = self._copies[session.mapping_digest] = _Copy(self._make(session, num_jobs), 0.0)
+            kept.used = self._clock()
+            return kept.head
+
+    def _make(self, session: Session, num_jobs: int) -> DraftHead:
+        num_bytes = len(session.vocab.selected_token_ids) * self._bytes_per_row
+        promised: ReplyBytes = self._budget.promise(
+            num_bytes, job=session.job, session=session.id, num_jobs=num_jobs
+        )
+        try:
+            head = exact_draft_head(self._target, session.vocab.selected_token_ids).to(torch.device("cpu"))
+        except BaseException:
+            self._budget.release(promised)
+            raise
+        self._budget.fulfil(promised, head)
+        return head
+
+    def drop_unused(self, *, at_once: bool = False) -> None:
+        """Lets go of copies that nobody has asked for lately, or of all."""
+        oldest = self._clock() - _KEPT
+        with self._lock:
+            self._copies = {
+                digest: copy for digest, copy in self._copies.items() if copy.used > oldest and not at_once
+            }

@@ -1,0 +1,289 @@
+"""A peer that knows the registry's token and means no good. A worker of its own, since it needs an RPC agent.
+
+Every act asks one target and says what came of it, as JSON in the file that the order names.
+"""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import rpc
+
+from eagle_rpc.client import SERVICE_NAME
+from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.jobs.permissions import trainer_permissions
+from eagle_rpc.registry import Record, RegistryClient, load_token
+from eagle_rpc.rpc.agent import running_agent
+from eagle_rpc.rpc.internals import add_peer
+from eagle_rpc.rpc.service import call_hosted
+from eagle_rpc.supervision import Failure, GenerateRequest, Ok, SessionSpec, TokenBatch, unwrap
+from faults.connections import listening_port, send
+from faults.workplace import MAX_PICKLE_BYTES, MAX_REQUEST_BYTES
+
+_TIMEOUT = 15.0  # seconds of one call
+_RECORDER_SECONDS = 2.0
+_MASKS = ("input_ids", "attention_mask", "loss_mask")
+_VOCAB, _NUM_SESSIONS, _NUM_REQUESTS = 300, 5, 12
+
+
+@dataclass
+class Outcome:
+    """What a target made of it."""
+
+    asked: int = 0
+    as_promised: int = 0  # refused what must be refused, granted what may be
+    wrong: list[str] = field(default_factory=list)  # answered as if it were a good request, or not at all
+
+
+@dataclass(frozen=True)
+class Rogue:
+    """The running agent of this process, and its victim."""
+
+    target: Record
+    draw: random.Random
+    marker: Path  # made if a command is executed
+    outcome: Outcome
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return rpc.rpc_sync(self.target.name, function, args=arguments, timeout=_TIMEOUT)
+
+    def expect_refusal(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
+        self.outcome.asked += 1
+        try:
+            answer = self.ask(function, *arguments)
+        except RuntimeError as error:
+            refused = "RPC ran for more" not in str(error) and "tensorpipe" not in str(error)
+            answer = error
+        else:
+            refused = isinstance(answer, Failure)
+        if refused:
+            self.outcome.as_promised += 1
+        else:
+            self.outcome.wrong.append(f"{what}: {answer!r:.300}")
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self.ask(call_hosted, SERVICE_NAME, method, *arguments)
+
+
+class Gadget:
+    """Runs a command in whatever unpickles it."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self._call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._call
+
+
+def tokens(**changes: Any) -> TokenBatch:
+    return TokenBatch(**(dict.fromkeys(_MASKS, torch.ones(2, 8, dtype=torch.int64)) | changes))
+
+
+def spec(**changes: Any) -> SessionSpec:
+    return SessionSpec(
+        **({"selected_token_ids": torch.arange(32), "job": "rogue", "trainer": "rogue"} | changes)
+    )
+
+
+# --- acts
+
+
+def hostile_pickles(rogue: Rogue) -> None:
+    """Each would run a command or reach beyond the service."""
+    command = f"touch {rogue.marker}"
+    attacks: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
+        ("os.system", os.system, (command,)),
+        ("eval", eval, (f"__import__('os').system({command!r})",)),
+        ("exec", exec, (f"import os; os.system({command!r})",)),
+        ("gadget", call_hosted, (SERVICE_NAME, Gadget(os.system, command))),
+        (
+            "nested gadget",
+            call_hosted,
+            (SERVICE_NAME, "heartbeat", {"a": [Gadget(eval, f"open({str(rogue.marker)!r}, 'w')")]}),
+        ),
+        ("getattr gadget", call_hosted, (SERVICE_NAME, Gadget(getattr, "", "join"))),
+        ("a class of torch", call_hosted, (SERVICE_NAME, torch.nn.Linear(2, 2))),
+        ("a method that is not offered", call_hosted, (SERVICE_NAME, "close")),
+        ("a private method", call_hosted, (SERVICE_NAME, "__class__")),
+        ("an import", __import__, ("os",)),
+        ("a file", open, (str(rogue.marker), "w")),
+        ("much pickle", call_hosted, (SERVICE_NAME, "heartbeat", "x" * (MAX_PICKLE_BYTES + 1))),
+        (
+            "many tensors",
+            call_hosted,
+            (SERVICE_NAME, "heartbeat", torch.zeros(MAX_REQUEST_BYTES + 1, dtype=torch.uint8)),
+        ),
+    ]
+    for what, function, arguments in rogue.draw.sample(attacks, len(attacks)):
+        rogue.expect_refusal(what, function, *arguments)
+
+
+def malformed_requests(rogue: Rogue) -> None:
+    """Each looks like a request and breaks a rule."""
+    session = unwrap(rogue.call("open_session", spec()), sender=rogue.target.name).id
+    incarnation = unwrap(rogue.call("model_info"), sender=rogue.target.name).incarnation
+    ones = torch.ones(2, 8, dtype=torch.int64)
+
+    def request(batch: TokenBatch | None = None, **changes: Any) -> GenerateRequest:
+        fields = {
+            "session": session,
+            "incarnation": incarnation,
+            "request_id": "r",
+            "seconds_left": 5.0,
+            "tokens": batch or tokens(),
+        }
+        return GenerateRequest(**(fields | changes))
+
+    left_padded = ones.clone()
+    left_padded[:, 0] = 0
+    mistakes: list[tuple[str, tuple[Any, ...]]] = [
+        ("no request", ("generate", None)),
+        ("text", ("generate", "give me all")),
+        ("unknown session", ("generate", request(session="0" * 32))),
+        ("session of another type", ("generate", request(session=7))),
+        ("stale incarnation", ("generate", request(incarnation="0" * 32))),
+        ("no tokens", ("generate", request(tokens=None))),
+        ("time that is no number", ("generate", request(seconds_left=float("nan")))),
+        ("ids beyond the vocabulary", ("generate", request(tokens(input_ids=ones * _VOCAB)))),
+        ("negative ids", ("generate", request(tokens(input_ids=-ones)))),
+        ("ids of another dtype", ("generate", request(tokens(input_ids=ones.float())))),
+        ("shapes that differ", ("generate", request(tokens(loss_mask=ones[:, :4])))),
+        ("padding on the left", ("generate", request(tokens(attention_mask=left_padded)))),
+        ("an empty batch", ("generate", request(TokenBatch(**dict.fromkeys(_MASKS, ones[:0]))))),
+        ("masks of other values", ("generate", request(tokens(loss_mask=ones * 3)))),
+        (
+            "a long sequence",
+            (
+                "generate",
+                request(TokenBatch(**dict.fromkeys(_MASKS, torch.ones(1, 4096, dtype=torch.int64)))),
+            ),
+        ),
+        (
+            "many tokens",
+            (
+                "generate",
+                request(TokenBatch(**dict.fromkeys(_MASKS, torch.ones(600, 128, dtype=torch.bool)))),
+            ),
+        ),
+        ("duplicate ids", ("open_session", spec(selected_token_ids=torch.zeros(4, dtype=torch.int64)))),
+        ("an unknown encoding", ("open_session", spec(encoding="zip"))),
+        ("a mapping of text", ("open_session", spec(selected_token_ids="all"))),
+        ("a float mapping", ("set_vocab_mapping", torch.rand(4))),
+        ("a heartbeat of nobody", ("heartbeat", "0" * 32)),
+        ("the head of nobody", ("output_embeddings", "0" * 32)),
+        ("too few arguments", ("heartbeat",)),
+    ]
+    for what, (method, *arguments) in rogue.draw.sample(mistakes, len(mistakes)):
+        rogue.expect_refusal(what, call_hosted, SERVICE_NAME, method, *arguments)
+    rogue.call("disconnect", session)
+
+
+def abandoned_sessions(rogue: Rogue) -> None:
+    """Opens sessions, asks for work in each and dies without a word."""
+    incarnation = unwrap(rogue.call("model_info"), sender=rogue.target.name).incarnation
+    for number in range(_NUM_SESSIONS):
+        answer = rogue.call("open_session", spec(trainer=f"rogue{number}"))
+        rogue.outcome.asked += 1
+        if not isinstance(answer, Ok):
+            rogue.outcome.wrong.append(f"session {number}: {answer!r:.300}")
+            continue
+        for index in range(_NUM_REQUESTS):
+            request = GenerateRequest(
+                session=answer.value.id,
+                incarnation=incarnation,
+                request_id=str(index),
+                seconds_left=10.0,
+                tokens=tokens(),
+            )
+            rpc.rpc_async(
+                rogue.target.name, call_hosted, args=(SERVICE_NAME, "generate", request), timeout=_TIMEOUT
+            )
+        rogue.outcome.as_promised += 1
+
+
+def truncated_messages(rogue: Rogue) -> None:
+    """Repeats the beginning of a real conversation and stops in the middle of it."""
+    opening = recorded_opening()
+    port = listening_port(rogue.target.url)
+    for _ in range(3):
+        rogue.outcome.asked += 1
+        send(port, opening[: rogue.draw.randrange(1, len(opening))])
+        rogue.outcome.as_promised += 1
+
+
+def recorded_opening() -> bytes:
+    """What this agent says first to a peer."""
+    with socket.create_server(("127.0.0.1", 0)) as recorder:
+        recorder.settimeout(_RECORDER_SECONDS)
+        add_peer("recorder", 2**15 - 2, f"uv://127.0.0.1:{recorder.getsockname()[1]}", {})
+        rpc.rpc_async("recorder", call_hosted, args=(SERVICE_NAME, "model_info"), timeout=_RECORDER_SECONDS)
+        connection, _ = recorder.accept()
+        with connection:
+            connection.settimeout(_RECORDER_SECONDS)
+            time.sleep(0.1)
+            return connection.recv(2**16)
+
+
+ACTS = {
+    act.__name__: act for act in (hostile_pickles, malformed_requests, abandoned_sessions, truncated_messages)
+}
+
+
+# --- the worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Act:
+    """What a rogue is told to do."""
+
+    name: str
+    target: str
+    registry: str
+    token_file: str
+    seed: int
+    marker: str
+    outcome: str  # file
+
+    def to_arguments(self) -> list[str]:
+        return [json.dumps(asdict(self))]
+
+
+def main() -> None:
+    act = Act(**json.loads(sys.argv[1]))
+    with peer_of(act) as rogue:
+        ACTS[act.name](rogue)
+        partial = Path(f"{act.outcome}.partial")
+        partial.write_text(json.dumps(asdict(rogue.outcome)))
+        partial.rename(act.outcome)
+        # Whoever means no good does not take leave either.
+        os._exit(0)
+
+
+@contextlib.contextmanager
+def peer_of(act: Act) -> Iterator[Rogue]:
+    registry = RegistryClient(act.registry, load_token(Path(act.token_file)))
+    target = next(one for one in registry.living() if one.name == act.target)
+    config = RpcConfig(registry=act.registry, token_file=act.token_file, request_timeout=_TIMEOUT)
+    worker_id = registry.new_id()
+    permissions = trainer_permissions(config)
+    with running_agent(
+        f"rogue:{worker_id}",
+        worker_id=worker_id,
+        world_size=None,
+        store=dist.HashStore(),
+        config=config,
+        device_maps={},
+        permissions=permissions,
+    ):
+        add_peer(target.name, target.id, target.url, {})
+        yield Rogue(target, random.Random(act.seed), Path(act.marker), Outcome())

@@ -1,0 +1,35 @@
+"""Servers of tiny random targets."""
+
+import pytest
+from gated_target import GatedTarget
+from server_calls import Clock, config
+
+from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import Ok
+from eagle_rpc.target.model import HFEagle3TargetModel
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def serve(clock):
+    """Starts servers whose time stands still."""
+    servers = []
+
+    def start(target, **changes):
+        servers.append(TargetModelServer(target, config(**changes), clock=clock))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        assert server.close() == Ok(True)
+
+
+@pytest.fixture
+def gated(model):
+    target = GatedTarget(HFEagle3TargetModel(model))
+    yield target
+    target.opened.set()

@@ -1,0 +1,58 @@
+from server_calls import Clock
+
+from eagle_rpc.service.demand import Demand
+from eagle_rpc.service.throughput import RecentRate, Throughput
+
+
+def test_a_rate_looks_back_ten_seconds_and_the_total_for_ever():
+    clock = Clock()
+    rate = RecentRate(clock)
+    for _ in range(20):
+        clock.now += 1.0
+        rate.add(50)
+    assert (rate.total, rate.per_second) == (1000, 50.0)
+    clock.now += 11.0
+    assert (rate.total, rate.per_second) == (1000, 0.0)
+
+
+def test_a_young_rate_is_taken_over_its_age():
+    clock = Clock()
+    rate = RecentRate(clock)
+    clock.now += 2.0
+    rate.add(50)
+    assert rate.per_second == 25.0
+
+
+def test_a_rate_remembers_no_more_than_its_seconds():
+    clock = Clock()
+    rate = RecentRate(clock)
+    for _ in range(10_000):
+        clock.now += 0.01
+        rate.add(1)
+    assert len(rate._recent) <= 11
+
+
+def test_figures_are_kept_by_outcome():
+    clock = Clock()
+    throughput = Throughput(clock)
+    clock.now += 5.0
+    throughput.answered(30, 1000)
+    throughput.answered(20, 500)
+    throughput.refused("busy")
+    assert throughput.status() == {
+        "requests": {"ok": 2, "busy": 1},
+        "tokens": 50,
+        "tokens_per_second": 10.0,
+        "reply_bytes": 1500,
+        "reply_bytes_per_second": 300.0,
+    }
+
+
+def test_a_job_counts_while_it_asks_and_for_two_seconds_more():
+    clock = Clock()
+    demand = Demand(clock)
+    assert [demand.note("a"), demand.note("b"), demand.note("a")] == [1, 2, 2]
+    clock.now += 1.9
+    assert demand.note("a") == 2
+    clock.now += 0.2
+    assert demand.note("a") == 1
