@@ -10,8 +10,8 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process import interface_address, stop_signals
+from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token
-from eagle_rpc.report import setup_logging
 
 logger = logging.getLogger(__name__)
 

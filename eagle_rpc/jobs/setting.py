@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from eagle_rpc.config import Config
 from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
 from eagle_rpc.process import World, keep_compiled_code
-from eagle_rpc.report import setup_logging
+from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.topology import Cast, DevicePlan, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
 

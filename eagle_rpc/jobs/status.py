@@ -14,8 +14,8 @@ from rich.live import Live
 from eagle_rpc.config import Config
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import stop_signals
+from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.registry import RegistryClient, Sighting, load_token
-from eagle_rpc.report import setup_logging
 from eagle_rpc.report.service_view import failed_view, service_view
 
 # A pipe has no width of its own, and nothing should be cut off there.

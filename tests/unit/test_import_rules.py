@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[2] / "eagle_rpc"
 # Rooms that each room may import, beside itself and `errors`.
 ALLOWED = {
     "config": set(),
-    "report": {"config"},
-    "process": {"config", "report"},
+    "process": {"config"},
+    "report": {"config", "process"},
     "topology": {"config", "process"},
     "registry": {"config", "process"},
     "rpc": {"config", "process", "topology", "registry"},

@@ -5,7 +5,7 @@ import re
 import pytest
 from tqdm import tqdm
 
-from eagle_rpc.report.logs import setup_logging
+from eagle_rpc.process.logs import setup_logging
 
 PREFIX = r"\d\d:\d\d:\d\d trainer0 "
 
