@@ -71,7 +71,6 @@ class RemoteEagle3TargetModel:
             selected_token_ids=mapping.selected_token_ids,
             encoding=self._settings.encoding,
             rows=self._settings.rows,
-            share_forward=self._settings.share_forward,
             expected=self._expected,
             job=self._settings.job,
             trainer=self._settings.trainer,

@@ -12,7 +12,6 @@ class ClientSettings:
     job: str  # trainers of one job share it
     encoding: str
     rows: str
-    share_forward: bool  # requests may run together with other trainers', which rounds differently
     prefetch: int  # requests under way at a time while streaming (> 0)
     request_timeout: float  # of one attempt at one target, queue included
     reconnect_deadline: float  # without any target

@@ -16,7 +16,7 @@ PAIR = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _POSITIVE = (
     "job.verify_steps job.verify_timeout topology.targets topology.trainers rpc.start_timeout rpc.model_timeout "
     "rpc.request_timeout rpc.reconnect_deadline rpc.heartbeat_interval rpc.heartbeat_misses rpc.drain_timeout "
-    "rpc.shutdown_timeout rpc.max_pickle_bytes rpc.max_request_bytes target.max_batch_tokens target.max_shared_tokens target.chunk_rows "
+    "rpc.shutdown_timeout rpc.max_pickle_bytes rpc.max_request_bytes target.max_batch_tokens target.chunk_rows "
     "target.max_queued_requests target.max_queued_per_session target.max_reply_bytes target.max_reply_bytes_per_session "
     "target.max_sessions target.session_lease supervision.prefetch draft.vocab_size draft.ttt_steps train.max_steps "
     "train.batch_size train.accumulation train.learning_rate train.max_grad_norm train.checkpoint_every "
@@ -127,10 +127,6 @@ def _check_across(config: Config) -> None:
     if config.target.quantization is Quantization.fp8 and config.target.dtype is not DType.bfloat16:
         raise ConfigError(
             f"target.dtype must be bfloat16 for target.quantization=fp8, got {config.target.dtype.name}"
-        )
-    if config.job.name is JobName.verify and config.supervision.share_forward:
-        raise ConfigError(
-            "supervision.share_forward must be false for job=verify, which compares bits, got true"
         )
     if (
         config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda)

@@ -138,8 +138,6 @@ class TargetConfig:
     """Longest sequence accepted; null: the model's context."""
     max_batch_tokens: int = 65536
     """Largest B x T of one request (> 0)."""
-    max_shared_tokens: int = 8192
-    """Largest B x T, padding included, that small requests of sessions with `supervision.share_forward` run in together (> 0)."""
     chunk_rows: int = 2048
     """Rows that are projected onto the whole vocabulary at a time (> 0); more of them keep a large GPU busier."""
     fused_rows: bool = True
@@ -168,9 +166,6 @@ class SupervisionConfig:
     rows: Rows = Rows.position_mask
     prefetch: int = 4
     """Requests in flight for each trainer (> 0)."""
-    share_forward: bool = False
-    """The target may run requests in one pass with those of other trainers: more tokens a second where many trainers send small
-    batches, but a batch's bits then depend on its company."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -91,7 +91,6 @@ def connect_target(
         job=config.run.name,
         encoding=config.supervision.encoding.value,
         rows=config.supervision.rows.value,
-        share_forward=config.supervision.share_forward,
         prefetch=config.supervision.prefetch,
         request_timeout=config.rpc.request_timeout,
         reconnect_deadline=config.rpc.reconnect_deadline,

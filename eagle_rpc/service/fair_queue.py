@@ -49,17 +49,16 @@ class FairQueue:
         """Adds `work` behind its session's other work, or in the place of what waits under the same id."""
         self._jobs.setdefault(work.job, OrderedDict()).setdefault(work.session, {})[work.request_id] = work
 
-    def take(self, suits: Callable[[Work], bool] = lambda work: True) -> Work | None:
-        """Removes what is next in turn among the sessions whose first work `suits`; None if there is none."""
-        firsts = (
-            next(iter(waiting.values())) for sessions in self._jobs.values() for waiting in sessions.values()
-        )
-        work = next((first for first in firsts if suits(first)), None)
-        if work is not None:
-            del self._jobs[work.job][work.session][work.request_id]
-            self._jobs[work.job].move_to_end(work.session)
-            self._jobs.move_to_end(work.job)
-            self._forget_if_empty(work.job, work.session)
+    def take(self) -> Work | None:
+        """Removes what is next in turn; None if nothing waits."""
+        if not self._jobs:
+            return None
+        sessions = next(iter(self._jobs.values()))
+        work = next(iter(next(iter(sessions.values())).values()))
+        del self._jobs[work.job][work.session][work.request_id]
+        self._jobs[work.job].move_to_end(work.session)
+        self._jobs.move_to_end(work.job)
+        self._forget_if_empty(work.job, work.session)
         return work
 
     def remove(self, unwanted: Callable[[Work], bool]) -> list[Work]:

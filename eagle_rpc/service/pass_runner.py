@@ -1,7 +1,7 @@
 """Forward passes: begun, finished, their requests answered, their pace known."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,8 +26,8 @@ class StartedPass(Protocol):
     def is_done(self) -> bool:
         """Whether `finish` would not have to wait."""
 
-    def finish(self) -> list[Any]:
-        """A value for each request; what it raises fails them all."""
+    def finish(self) -> Any:
+        """The request's value; what it raises fails the request."""
 
 
 class Passes(Protocol):
@@ -37,18 +37,15 @@ class Passes(Protocol):
     def overlaps(self) -> bool:
         """Whether one pass may be started before the one before it is finished."""
 
-    def admits(self, aboard: Sequence[Any], another: Any) -> bool:
-        """Whether `another` request may run together with those `aboard`, at least one."""
-
-    def start(self, aboard: Sequence[Any]) -> StartedPass:
-        """Begins a pass; what it raises fails all requests."""
+    def start(self, request: Any) -> StartedPass:
+        """Begins a pass; what it raises fails the request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Requests whose pass has begun, or has failed to."""
+    """A request whose pass has begun, or has failed to."""
 
-    works: list[Work]
+    work: Work
     reply: Reply  # of a StartedPass
     began: float
 
@@ -71,7 +68,7 @@ class PassRunner:
         self._clock = clock
         self._last_finish = clock()
         self.num_passes = 0
-        """Passes so far; requests that ran together took one."""
+        """Passes so far."""
         self.seconds_per_request = 0.0
         """Of late."""
 
@@ -80,56 +77,41 @@ class PassRunner:
         """Whether one pass may be begun before the one before it is finished."""
         return self._passes.overlaps
 
-    def begin(self, works: list[Work]) -> Begun:
-        """Starts a pass for `works`, which admit each other; one that is late alone is not run."""
+    def begin(self, work: Work) -> Begun:
+        """Starts a pass for `work`, unless it is late."""
         began = self._clock()
-        late = began - works[0].deadline
-        if len(works) == 1 and late >= 0:
-            return Begun(
-                works,
-                failure_of(
-                    RequestExpired(
-                        f"the request's deadline passed {late:.3f} s before its turn; it was not run"
-                    )
-                ),
-                began,
+        late = began - work.deadline
+        if late >= 0:
+            expired = RequestExpired(
+                f"the request's deadline passed {late:.3f} s before its turn; it was not run"
             )
-        return Begun(works, reply_of(lambda: self._passes.start([work.request for work in works])), began)
+            return Begun(work, failure_of(expired), began)
+        return Begun(work, reply_of(lambda: self._passes.start(work.request)), began)
 
-    def finish(self, begun: Begun, *, alone: bool) -> list[Work]:
-        """Answers the requests of a pass. Those that may fare better each by itself are returned unanswered.
+    def finish(self, begun: Begun, *, alone: bool) -> bool:
+        """Answers the request of a pass; False if it is to run again alone.
 
-        Those are requests that failed together, and those that found too little memory while, unless `alone`, another pass was
-        under way.
+        That is a request that found too little memory while, unless `alone`, another pass was under way.
         """
         reply = begun.reply
         if isinstance(reply, Ok):
             reply = reply_of(reply.value.finish)
             self._note_pass(begun)
-        if isinstance(reply, Ok):
-            for work, value in zip(begun.works, reply.value, strict=True):
-                answer(work, Ok(value))
-            return []
-        if len(begun.works) > 1:
-            logger.warning(
-                "%d requests failed together and run one by one now: %s", len(begun.works), reply.message
-            )
-            return begun.works
-        if reply.code == "out_of_memory" and not alone:
-            return begun.works
-        answer(begun.works[0], reply)
-        return []
+        if isinstance(reply, Failure) and reply.code == "out_of_memory" and not alone:
+            return False
+        answer(begun.work, reply)
+        return True
 
     def run_alone(self, work: Work) -> None:
         """Begins and answers one request while nothing else is under way."""
-        self.finish(self.begin([work]), alone=True)
+        self.finish(self.begin(work), alone=True)
 
     def _note_pass(self, begun: Begun) -> None:
         now = self._clock()
         # One that was started while another ran took its time from when that one was finished.
         seconds, self._last_finish = now - max(begun.began, self._last_finish), now
         self.num_passes += 1
-        self.seconds_per_request += _NEWEST * (seconds / len(begun.works) - self.seconds_per_request)
+        self.seconds_per_request += _NEWEST * (seconds - self.seconds_per_request)
 
 
 def reply_of(run: Callable[[], Any]) -> Reply:

@@ -1,7 +1,4 @@
-"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions.
-
-Requests that admit each other run together when they wait at the same time.
-"""
+"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions."""
 
 import logging
 import threading
@@ -43,7 +40,6 @@ class ForwardScheduler:
         devices: Sequence[torch.device] = (),
     ):
         """`clock`: seconds, as `time.monotonic`; `devices`: the CUDA devices that results may be on."""
-        self._passes = passes
         self._runner = PassRunner(passes, clock)
         self._max_queued = max_queued
         self._max_queued_per_session = max_queued_per_session
@@ -77,7 +73,7 @@ class ForwardScheduler:
 
     @property
     def num_passes(self) -> int:
-        """Passes so far; requests that ran together took one."""
+        """Passes so far."""
         return self._runner.num_passes
 
     def num_queued_of(self, job: str, session: str) -> int:
@@ -240,19 +236,23 @@ class ForwardScheduler:
             if self._stopping and before is None:
                 return False
             urgent = self._urgent.popleft() if self._urgent else None
-            works = [] if urgent else self._take()
-            self._running = [*(before.works if before else []), *([urgent] if urgent else works)]
+            work = None if urgent else self._queue.take()
+            under_way = [before.work if before else None, urgent, work]
+            self._running = [one for one in under_way if one is not None]
         if urgent:
             urgent.reply.set_result(reply_of(urgent.run))
-        self._begun = self._runner.begin(works) if works else None
-        again = self._runner.finish(before, alone=self._begun is None) if before else []
+        self._begun = self._runner.begin(work) if work else None
+        again = []
+        if before and not self._runner.finish(before, alone=self._begun is None):
+            again.append(before.work)
         if self._begun and (again or isinstance(self._begun.reply, Failure) or not self._runner.overlaps):
-            again += self._runner.finish(self._begun, alone=before is None)
+            if not self._runner.finish(self._begun, alone=before is None):
+                again.append(self._begun.work)
             self._begun = None
-        for work in again:
-            self._runner.run_alone(work)
+        for one in again:
+            self._runner.run_alone(one)
         with self._changed:
-            self._running = self._begun.works if self._begun else []
+            self._running = [self._begun.work] if self._begun else []
             self._changed.notify_all()
         return True
 
@@ -265,15 +265,3 @@ class ForwardScheduler:
                 return
             else:
                 self._changed.wait(_LOOK_INTERVAL)
-
-    def _take(self) -> list[Work]:
-        """The request that is next in turn, and those that wait and may run with it."""
-        now = self._clock()
-        taken: list[Work] = []
-        while work := self._queue.take(lambda work: not taken or self._joins(work, taken, now)):
-            taken.append(work)
-        return taken
-
-    def _joins(self, work: Work, taken: Sequence[Work], now: float) -> bool:
-        timely = min(work.deadline, taken[0].deadline) > now
-        return timely and self._passes.admits([one.request for one in taken], work.request)

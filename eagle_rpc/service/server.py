@@ -151,8 +151,7 @@ class TargetModelServer:
         for name in ("encoding", "rows", "job", "trainer"):
             check_name(name, getattr(spec, name))
         check_type("expected", spec.expected, TargetExpectation)
-        for name in ("share_forward", "through_host"):
-            check_type(name, getattr(spec, name), bool)
+        check_type("through_host", spec.through_host, bool)
         spec.check()
         if self._scheduler.draining:
             raise TargetDraining("the target is shutting down and takes no new sessions")

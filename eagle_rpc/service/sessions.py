@@ -35,7 +35,6 @@ class Session:
     vocab: DraftVocabOnDevice
     encoding: str
     rows: str
-    share_forward: bool
     through_host: bool
 
 
@@ -113,7 +112,6 @@ class SessionTable:
                 shared.on_device,
                 spec.encoding,
                 spec.rows,
-                spec.share_forward,
                 spec.through_host,
             )
             self._leases[session.id] = _Lease(session, renewed=self._clock())

@@ -19,7 +19,7 @@ def describe_load(
 ) -> dict[str, Any]:
     """What the target has to do and has done.
 
-    `passes`: forward passes, fewer than requests where these ran together; `requests`: answers by outcome, `ok` or a
+    `passes`: forward passes; `requests`: answers by outcome, `ok` or a
     failure's code; `tokens`: real tokens of the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`:
     promised, or made and not yet sent; `lease_left`: seconds.
     """

@@ -62,7 +62,6 @@ class SessionSpec:
     expected: TargetExpectation = TargetExpectation()
     job: str = ""  # trainers of one job share it
     trainer: str = ""  # worker name, for logs
-    share_forward: bool = False  # requests may run in one pass with others', which rounds differently
     through_host: bool = (
         False  # supervision leaves the target's GPU first: RPC has no way between the two devices
     )

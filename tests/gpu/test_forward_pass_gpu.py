@@ -1,4 +1,4 @@
-"""Forward passes that a GPU is given without waiting for it, those that requests share, and those with nothing to supervise."""
+"""Forward passes that a GPU is given without waiting for it, and those with nothing to supervise."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", params=FORMS)
 def forward(request, tmp_path_factory):
-    config = config_of(request.param, max_shared_tokens=4096)
+    config = config_of(request.param)
     target = HFEagle3TargetModel.load(config, "cuda", cache_dir=tmp_path_factory.mktemp("cache"))
     yield ForwardPass(target, config)
     torch.compiler.reset()
@@ -27,9 +27,7 @@ def forward(request, tmp_path_factory):
 
 def request_of(tokens, encoding="hidden"):
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
-    session = SimpleNamespace(
-        vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False, share_forward=True
-    )
+    session = SimpleNamespace(vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False)
     return PassRequest(session=session, tokens=tokens)
 
 
@@ -42,24 +40,12 @@ def decoded(encoded, tokens):
 def test_starting_a_pass_never_waits_for_the_gpu(forward, encoding, packed):
     request = request_of(batch_of(4, 256, packed=packed), encoding)
     # The first packed batch is preceded by a probe, which waits.
-    forward.start([request]).finish()
+    forward.start(request).finish()
     torch.cuda.synchronize()
     with waiting_forbidden():
-        started = forward.start([request])
-    [encoded] = started.finish()
+        started = forward.start(request)
+    encoded = started.finish()
     assert encoded.supervised_rows.numel() > 300
-
-
-def test_requests_that_share_a_pass_get_their_own_supervision(forward):
-    batches = [batch_of(2, 240), batch_of(3, 256)]
-    requests = [request_of(tokens, "logits") for tokens in batches]
-    assert forward.admits(requests[:1], requests[1])
-    together = forward.start(requests).finish()
-    for request, encoded in zip(requests, together, strict=True):
-        shared = decoded(encoded, request.tokens)
-        alone = decoded(*forward.start([request]).finish(), request.tokens)
-        for name in ("supervised_rows", "aux_hidden_states", "target_probs"):
-            torch.testing.assert_close(getattr(shared, name), getattr(alone, name), rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits"])
@@ -67,6 +53,6 @@ def test_a_batch_with_nothing_to_supervise_leaves_by_the_host(forward, encoding)
     """TensorPipe aborts on a tensor without elements that lies on a GPU."""
     tokens = batch_of(4, 256)
     tokens.loss_mask.zero_()
-    [encoded] = forward.start([request_of(tokens, encoding)]).finish()
+    encoded = forward.start(request_of(tokens, encoding)).finish()
     assert not encoded.aux.is_cuda and encoded.supervised_rows.numel() == 0
     assert not decoded(encoded, tokens).position_mask.any()

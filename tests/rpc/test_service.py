@@ -66,7 +66,6 @@ def remote_target(
         "job": "test",
         "encoding": encoding,
         "rows": "position_mask",
-        "share_forward": False,
         "prefetch": 3,
         "request_timeout": 30.0,
         "reconnect_deadline": 30.0,

@@ -151,7 +151,6 @@ def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iter
         "job": "test",
         "encoding": "hidden",
         "rows": "position_mask",
-        "share_forward": False,
         "prefetch": 3,
         "request_timeout": 20.0,
         "reconnect_deadline": WAIT,

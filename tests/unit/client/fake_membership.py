@@ -18,7 +18,6 @@ SETTINGS = {
     "job": "test",
     "encoding": "hidden",
     "rows": "position_mask",
-    "share_forward": False,
     "prefetch": 4,
     "request_timeout": 30.0,
     "reconnect_deadline": 30.0,

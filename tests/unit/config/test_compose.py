@@ -95,11 +95,6 @@ def test_fp8_weights_come_from_bfloat16():
     assert load(*fp8, "target.dtype=bfloat16").target.quantization is Quantization.fp8
 
 
-def test_what_compares_bits_shares_no_forward_pass():
-    with pytest.raises(ConfigError, match=r"supervision\.share_forward must be false for job=verify"):
-        load("job=verify", "supervision.share_forward=true")
-
-
 @pytest.mark.parametrize("loss", ["lk_alpha", "lk_lambda"])
 def test_acceptance_losses_need_the_true_probabilities(loss: str):
     with pytest.raises(

@@ -9,23 +9,20 @@ class Done:
 
     is_done = True
 
-    def __init__(self, values):
-        self._values = values
+    def __init__(self, value):
+        self._value = value
 
     def finish(self):
-        return self._values
+        return self._value
 
 
 class OneByOne:
-    """Requests are functions, and none admits another."""
+    """Requests are functions."""
 
     overlaps = False
 
-    def admits(self, aboard, another):
-        return False
-
-    def start(self, aboard):
-        return Done([request() for request in aboard])
+    def start(self, request):
+        return Done(request())
 
 
 def submit(

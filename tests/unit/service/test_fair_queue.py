@@ -45,13 +45,6 @@ def test_a_flood_does_not_keep_a_newcomer_waiting_for_more_than_one_request():
     assert "Bx1" in order(queue)[:2]
 
 
-def test_what_does_not_suit_keeps_its_place():
-    queue = filled("Aa1", "Aa2", "Ab3", "Bx4")
-    assert queue.take(lambda item: item.request_id == "2") is None
-    assert [queue.take(lambda item: int(item.request_id) > 2).request_id for _ in range(2)] == ["3", "4"]
-    assert order(queue) == ["Aa1", "Aa2"]
-
-
 def test_an_empty_queue_gives_nothing():
     assert FairQueue().take() is None
 

@@ -45,7 +45,7 @@ class UnderWay:
         if self._request.fault is not None:
             fault, self._request.fault = self._request.fault, None
             raise fault
-        return [self._request.name]
+        return self._request.name
 
 
 class Gpu:
@@ -59,11 +59,7 @@ class Gpu:
         self.room = math.inf
         self._held = weakref.WeakKeyDictionary()
 
-    def admits(self, aboard, another):
-        return False
-
-    def start(self, aboard):
-        (request,) = aboard
+    def start(self, request):
         gc.collect()
         if sum(self._held.values()) + request.room > self.room:
             raise torch.OutOfMemoryError("no room")
@@ -203,9 +199,9 @@ def test_a_reply_is_let_go_of_once_it_is_answered(gpu, scheduler):
             super().finish()
             value = Value()
             kept.append(weakref.ref(value))
-            return [value]
+            return value
 
-    gpu.start, start = lambda aboard: Made(gpu, aboard[0], start(aboard)._results), gpu.start
+    gpu.start, start = lambda request: Made(gpu, request, start(request)._results), gpu.start
     one, other = Request("one"), Request("other")
     for request in (one, other):
         request.done.set()
