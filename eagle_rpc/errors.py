@@ -3,9 +3,14 @@
 Classes take one message and keep it, so that they survive pickling and a process boundary.
 """
 
+from typing import ClassVar
+
 
 class EagleRpcError(Exception):
     """Root of everything that this package raises on purpose."""
+
+    code: ClassVar[str] = "failed"
+    """Names the error in a target's replies and in its counts of outcomes."""
 
 
 class ConfigError(EagleRpcError, ValueError):
@@ -19,39 +24,56 @@ class DataError(EagleRpcError, ValueError):
 class InvalidRequest(EagleRpcError, ValueError):
     """A request that the target refuses; the sender has to change it."""
 
+    code = "invalid_request"
+
 
 class TargetMismatch(EagleRpcError, ValueError):
     """The target that answered is not the one that the draft expects."""
+
+    code = "target_mismatch"
 
 
 class UnsupportedTarget(EagleRpcError, ValueError):
     """A model whose supervision would not be exact, or that has no layers to capture."""
 
+    code = "unsupported_target"
+
 
 class UnknownSession(EagleRpcError, LookupError):
     """The session is not (or no longer) registered at this target; open it again."""
+
+    code = "unknown_session"
 
 
 class StaleIncarnation(EagleRpcError, LookupError):
     """Another process than the one that was meant answers at this address; look it up again."""
 
+    code = "stale_incarnation"
+
 
 class TargetBusy(EagleRpcError, RuntimeError):
     """The target's queue is full; try again after `retry_after` seconds."""
 
+    code = "busy"
     retry_after: float = 0.05
 
 
 class TargetDraining(EagleRpcError, RuntimeError):
     """The target is shutting down and takes no new work."""
 
+    code = "draining"
+
 
 class RequestExpired(EagleRpcError, TimeoutError):
     """The request's deadline passed before the target ran it."""
 
+    code = "expired"
+
 
 class TargetOutOfMemory(EagleRpcError, MemoryError):
     """The target had too little memory for this request; the server lives on."""
+
+    code = "out_of_memory"
 
 
 class TargetFailed(EagleRpcError, RuntimeError):

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 import torch
 from peers.ours import compose
 
+from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.setting import only_device, planned_devices, start_worker
-from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target
+from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.jobs.trainer_worker import connect_target, make_draft
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
+from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Eagle3TargetBackend, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
@@ -131,7 +134,10 @@ def train_remote(config: Config) -> None:
 
 def serve(config: Config) -> None:
     """Answers each line of stdin, two moments, by the share of the time between them in which the forward thread had no work."""
-    with joined(config) as (membership, device), hosted_target(config, device) as server:
+    with joined(config) as (membership, device), contextlib.ExitStack() as stack:
+        server = load_server(config, device)
+        life = TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=threading.Event())
+        stack.enter_context(life.hosted())
         looks: list[tuple[float, int]] = []
         done = threading.Event()
         threading.Thread(target=watch, args=(server, looks, done.is_set), daemon=True).start()
@@ -144,7 +150,7 @@ def serve(config: Config) -> None:
 def watch(server: TargetModelServer, looks: list[tuple[float, int]], done: Callable[[], bool]) -> None:
     while not done():
         # A GPU has the next request begun before it is done with one.
-        looks.append((time.monotonic(), min(1, server.status().value["running"])))
+        looks.append((time.monotonic(), min(1, server.status()["running"])))
         time.sleep(_LOOK_SECONDS)
 
 

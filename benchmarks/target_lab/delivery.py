@@ -21,12 +21,13 @@ from peers.processes import Command, free_port, running, static_environment
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
-from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import planned_devices, start_worker
-from eagle_rpc.jobs.target_worker import DONE, READY
+from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.jobs.trainer_worker import connect_target
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import host, join_static, withdraw
+from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.loading import load_target_config
@@ -120,7 +121,7 @@ def serve_target(spec: dict[str, Any], config: Config, device: torch.device, mem
     )
     (Path(spec["directory"]) / "server.json").write_text(json.dumps({"server_tokens_per_second": rate}))
     server = TargetModelServer(target, config.target)
-    host(SERVICE_NAME, server, CONTROL_METHODS)
+    host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
     membership.mark(READY)
     membership.wait_for(("trainer0",), DONE, timeout=config.rpc.model_timeout)
     server.wait_sent(config.rpc.drain_timeout)

@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections import deque
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from device_measuring import synchronise
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, VocabMapping, unwrap
+from eagle_rpc.supervision import EncodedSupervision, GenerateRequest, SessionSpec, TokenBatch, VocabMapping
 
 _WARM_UP, _UNDER_WAY = 3, 3  # requests
 _MOST_BYTES = 2**35
@@ -37,11 +38,11 @@ def served_rate(
     )
     server = TargetModelServer(target, config)
     spec = SessionSpec(selected_token_ids=mapping.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = unwrap(server.open_session(spec).wait(), sender="target0").id
-    incarnation = unwrap(server.model_info(), sender="target0").incarnation
+    session = server.open_session(spec).result().id
+    incarnation = server.model_info().incarnation
     on_host = tokens.to(torch.device("cpu"))
 
-    def send() -> torch.futures.Future:
+    def send() -> Future[EncodedSupervision]:
         request = GenerateRequest(
             session=session,
             incarnation=incarnation,
@@ -53,14 +54,14 @@ def served_rate(
 
     under_way, started = deque(send() for _ in range(_UNDER_WAY)), 0.0
     for number in range(_WARM_UP + requests):
-        unwrap(under_way.popleft().wait(), sender="target0")
+        under_way.popleft().result()
         # A reply counts when its bytes are there, as for a receiver.
         synchronise_reply(device)
         if number == _WARM_UP - 1:
             started = time.perf_counter()
         under_way.append(send())
     seconds = time.perf_counter() - started
-    unwrap(server.close(), sender="target0")
+    server.close()
     synchronise(device)
     return requests * num_tokens / seconds
 

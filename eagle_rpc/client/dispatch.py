@@ -30,7 +30,7 @@ from eagle_rpc.errors import (
     UnknownSession,
     WaitTimeout,
 )
-from eagle_rpc.supervision import EncodedSupervision, TokenBatch, unwrap
+from eagle_rpc.supervision import EncodedSupervision, TokenBatch
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class Dispatcher:
             return
         del ticket.attempts[replica]
         try:
-            reply = unwrap(attempt.call.result(), sender=replica.name)
+            reply = attempt.call.result()
         except EagleRpcError as error:
             replica.settle(ticket.id, answered=False)
             self._bear(ticket, replica, attempt.session, error)

@@ -7,7 +7,7 @@ from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.replica import Attempt, Replica
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, StaleIncarnation, UnknownSession, WaitTimeout
-from eagle_rpc.supervision import Pulse, unwrap
+from eagle_rpc.supervision import Pulse
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Heartbeats:
 
     def _take_in(self, replica: Replica, beat: Attempt, now: float) -> None:
         try:
-            pulse: Pulse = unwrap(beat.call.result(), sender=replica.name)
+            pulse: Pulse = beat.call.result()
         except (ConnectionLost, StaleIncarnation) as error:
             self._when_lost(replica, error)
         except UnknownSession:

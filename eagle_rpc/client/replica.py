@@ -19,7 +19,6 @@ from eagle_rpc.supervision import (
     OpenedSession,
     SessionSpec,
     TokenBatch,
-    unwrap,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,9 +44,7 @@ class Replica:
         """`stop`: once set, nothing is waited for any longer."""
         self.name = name
         self.link = link
-        self.info: ModelInfo = unwrap(
-            link.control("model_info", timeout=CONTROL_TIMEOUT).result(), sender=name
-        )
+        self.info: ModelInfo = link.control("model_info", timeout=CONTROL_TIMEOUT).result()
         self.session: OpenedSession | None = None
         self.draining = False
         self.silent = False
@@ -118,7 +115,7 @@ class Replica:
         spec = replace(spec, through_host=not self._reaches_this_gpu)
         # The first session with the hidden encoding probes the head, which waits for the target's forward thread.
         call = self.link.control("open_session", spec, timeout=self._request_timeout)
-        self.session = unwrap(call.result(), sender=self.name)
+        self.session = call.result()
 
     @cached_property
     def _reaches_this_gpu(self) -> bool:
@@ -148,10 +145,7 @@ class Replica:
         """Ends this trainer's session; the server lives on."""
         session, self.session = self.session, None
         if session is not None:
-            unwrap(
-                self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result(),
-                sender=self.name,
-            )
+            self.link.control("disconnect", session.id, timeout=CONTROL_TIMEOUT).result()
 
     def send(self, request_id: str, tokens: TokenBatch) -> Attempt:
         """Starts one request; the deadline travels with it as seconds remaining."""
@@ -190,4 +184,4 @@ class Replica:
 
     def _fetch(self, method: str, *arguments: Any) -> Any:
         call = self.link.call(method, *arguments, what=method, timeout=self._request_timeout)
-        return unwrap(call.result(unless=lambda: self.silent or self._stop.is_set()), sender=self.name)
+        return call.result(unless=lambda: self.silent or self._stop.is_set())

@@ -3,27 +3,19 @@
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.rpc import Permissions
 from eagle_rpc.rpc.elastic import introduce
-from eagle_rpc.rpc.service import call_hosted, hosted_rref
-from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.rpc.envelope import Failure, Ok
+from eagle_rpc.rpc.link import call_hosted, hosted_rref
+from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.supervision import (
     DraftHead,
     EncodedSupervision,
-    Failure,
     GenerateRequest,
     ModelInfo,
-    Ok,
     OpenedSession,
     Pulse,
     SessionSpec,
     TargetExpectation,
     TokenBatch,
-)
-
-# By name as well as by RRef: a trainer that has lost a connection comes back by name.
-# `drain`, `wait_sent` and `close` are missing on purpose: a server's life belongs to whoever launched it, not to its clients.
-CONTROL_METHODS = frozenset(
-    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings probe_transfer "
-    "set_vocab_mapping status".split()
 )
 
 _REQUESTS = frozenset([GenerateRequest, SessionSpec, TargetExpectation, TokenBatch])
@@ -34,7 +26,7 @@ def target_permissions(config: RpcConfig) -> Permissions:
     """Of a target that trainers of other jobs find: it never asks anybody anything."""
     return Permissions(
         functions=frozenset([introduce, hosted_rref, call_hosted]),
-        methods={TargetModelServer: CONTROL_METHODS},
+        methods={TargetEndpoint: CONTROL_METHODS},
         types=_REQUESTS,
         proxied=frozenset(),
         max_pickle_bytes=config.max_pickle_bytes,
@@ -48,7 +40,7 @@ def trainer_permissions(config: RpcConfig) -> Permissions:
         functions=frozenset(),
         methods={},
         types=_REPLIES,
-        proxied=frozenset([TargetModelServer]),
+        proxied=frozenset([TargetEndpoint]),
         max_pickle_bytes=config.max_pickle_bytes,
         max_request_bytes=config.max_request_bytes,
     )
@@ -58,9 +50,9 @@ def static_permissions(config: RpcConfig) -> Permissions:
     """Of every worker of a static world, where one process may be target and trainer."""
     return Permissions(
         functions=frozenset([hosted_rref, call_hosted]),
-        methods={TargetModelServer: CONTROL_METHODS},
+        methods={TargetEndpoint: CONTROL_METHODS},
         types=_REQUESTS | _REPLIES,
-        proxied=frozenset([TargetModelServer]),
+        proxied=frozenset([TargetEndpoint]),
         max_pickle_bytes=config.max_pickle_bytes,
         max_request_bytes=config.max_request_bytes,
     )

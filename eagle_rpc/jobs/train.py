@@ -1,27 +1,32 @@
-"""Trains the draft: in a static job every worker of a torchrun comes here and plays its role, in an elastic one all are trainers."""
+"""Trains the draft. In a static job the workers of a torchrun are targets and trainers; in an elastic job all are trainers."""
 
 import contextlib
 import threading
 
 import torch
 
+from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Membership
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
+from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.setting import ended_by, planned_devices, run_directory, start_worker
-from eagle_rpc.jobs.target_worker import DONE, READY, hosted_target, serve_until_done
 from eagle_rpc.jobs.trainer_worker import train_until_done
 from eagle_rpc.process import World, read_world, stop_signals
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
+from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.topology import Cast, Role, assign_elastic_roles, assign_roles, resolve_device
+
+# Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
+READY, DONE = "ready", "done"
 
 
 def run(config: Config) -> int:
-    """Returns 0 when training is done, or has stopped with a checkpoint because it was told to; errors are raised.
+    """Returns 0 when training is done, or was told to stop and has saved a checkpoint; errors are raised.
 
-    1 if another process has taken this trainer's name over, which the log tells.
+    Returns 1 if another process has taken over this trainer's name, which the log reports.
     """
     world = read_world()
     elastic = config.rpc.membership is Membership.elastic
@@ -55,21 +60,32 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
             return
         with contextlib.ExitStack() as stack:
             if config.topology.single:
-                stack.enter_context(hosted_target(config, device))
+                server = load_server(config, device)
+                life = TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=stop)
+                stack.enter_context(life.hosted())
                 membership.mark(READY)
-            train_in_static_job(config, device, cast, membership, stop)
+            membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, until=stop.is_set)
+            if not stop.is_set():
+                train_until_done(config, device, cast, membership, membership.store, stop)
+            if stop.is_set():
+                membership.part()
+            membership.mark(DONE)
 
 
-def train_in_static_job(
-    config: Config, device: torch.device, cast: Cast, membership: StaticMembership, stop: threading.Event
+def serve_until_done(
+    config: Config, device: torch.device, membership: StaticMembership, stop: threading.Event
 ) -> None:
-    """Waits for the targets to load, trains, and tells them that it is done: they wait for that."""
-    membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, until=stop.is_set)
-    if not stop.is_set():
-        train_until_done(config, device, cast, membership, membership.store, stop)
-    if stop.is_set():
-        membership.part()
-    membership.mark(DONE)
+    """The whole life of a target in a static job. Raises as `TargetLifecycle.run`."""
+    TargetLifecycle(
+        server=load_server(config, device),
+        service=SERVICE_NAME,
+        config=config.rpc,
+        stop=stop,
+        when_serving=lambda: membership.mark(READY),
+        when_stopped=membership.part,
+        trainers_done=lambda: membership.marked(membership.cast.trainer_names, DONE),
+        unused_after=config.target.session_lease,
+    ).run()
 
 
 def _train_elastic(

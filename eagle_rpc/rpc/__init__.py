@@ -3,8 +3,8 @@
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.elastic import ElasticMembership, join_elastic
 from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.rpc.link import Link, ServiceCall, host, withdraw
 from eagle_rpc.rpc.membership import Membership, TargetAddress
-from eagle_rpc.rpc.service import Link, host, withdraw
 from eagle_rpc.rpc.static import StaticMembership, attempt_store, join_static
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Membership",
     "PendingCall",
     "Permissions",
+    "ServiceCall",
     "StaticMembership",
     "TargetAddress",
     "attempt_store",

@@ -23,8 +23,8 @@ from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
+from eagle_rpc.rpc.link import Link, nudge
 from eagle_rpc.rpc.membership import TargetAddress
-from eagle_rpc.rpc.service import Link, nudge
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from eagle_rpc.rpc.service import Link
+from eagle_rpc.rpc.link import Link
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.process import World
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.rpc.link import Link
 from eagle_rpc.rpc.membership import TargetAddress
-from eagle_rpc.rpc.service import Link
 from eagle_rpc.topology import Cast, DevicePlan
 
 logger = logging.getLogger(__name__)

@@ -1,1 +1,1 @@
-"""The target service: `TargetModelServer`, its queue, sessions and bounds, and the endpoint that RPC calls."""
+"""The target service: server, queue, sessions and bounds, the endpoint that RPC calls, and the life of it all."""

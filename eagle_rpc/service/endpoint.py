@@ -1,69 +1,86 @@
-"""How the service's methods turn what they do into replies, and what they require of arguments that anybody may send."""
+"""The target server as RPC calls it: the only module on the target's side that knows envelopes.
 
-import functools
-import logging
-import math
+An RRef proxy imports this module at the caller, so it loads no model code.
+"""
+
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
-from torch.futures import Future
+import torch
+from torch import Tensor
+from torch.distributed.rpc.functions import async_execution
 
-from eagle_rpc.config.texts import NAME_RULE, is_name
-from eagle_rpc.errors import EagleRpcError, InvalidRequest
-from eagle_rpc.supervision import Failure, Ok, Reply, TokenBatch, failure_of, own_storage
+from eagle_rpc.rpc.envelope import Ok, Reply, reply_of
+from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import GenerateRequest, SessionSpec
 
-logger = logging.getLogger(__name__)
-
-
-def replies(method: Callable[..., Any]) -> Callable[..., Reply]:
-    """Turns a method's value into `Ok` and whatever it raises into a typed `Failure`: senders may send anything."""
-
-    @functools.wraps(method)
-    def reply(*args: Any, **kwargs: Any) -> Reply:
-        try:
-            return Ok(method(*args, **kwargs))
-        except EagleRpcError as error:
-            return failure_of(error)
-        except Exception as error:
-            logger.exception("%s failed", method.__name__)
-            return Failure("failed", f"{type(error).__name__}: {error}")
-
-    return reply
+# The methods that peers may call. A server is drained and closed only by the process that started it.
+CONTROL_METHODS = frozenset(
+    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings probe_transfer "
+    "set_vocab_mapping status".split()
+)
 
 
-def future_of(reply: Reply) -> Future:
-    """The future of a reply that the work accepted in `reply` will give, or `reply` itself in a future where it is the answer."""
-    if isinstance(reply, Ok) and isinstance(reply.value, Future):
-        return reply.value
-    answered: Future = Future()
-    answered.set_result(reply)
-    return answered
+class TargetEndpoint:
+    """Answers each call of a `TargetModelServer`'s method with a `Reply` or a torch future of one, and raises nothing."""
 
+    def __init__(self, server: TargetModelServer) -> None:
+        self._server = server
 
-def check_type(name: str, value: Any, wanted: type) -> None:
-    """Raises `InvalidRequest` unless `value` is a `wanted`."""
-    if not isinstance(value, wanted):
-        raise InvalidRequest(f"{name} must be a {wanted.__name__}, got {type(value).__name__}")
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: an endpoint never travels, but with CUDA torch looks for tensors in an RRef's value by pickling it."""
+        return {}
 
+    def model_info(self) -> Reply:
+        return reply_of(self._server.model_info)
 
-def check_name(name: str, value: Any) -> None:
-    """Raises `InvalidRequest` unless `value` is a short line of text; it may be empty."""
-    check_type(name, value, str)
-    if not is_name(value):
-        raise InvalidRequest(f"{name} must be {NAME_RULE}, got {value!r:.80}")
+    def input_embeddings(self) -> Reply:
+        return reply_of(self._server.input_embeddings)
 
+    def output_embeddings(self, session: str) -> Reply:
+        return reply_of(lambda: self._server.output_embeddings(session))
 
-def check_seconds(name: str, value: Any) -> None:
-    """Raises `InvalidRequest` unless `value` is a positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InvalidRequest(f"{name} must be a positive, finite number of seconds, got {value!r:.80}")
+    def cancel(self, session: str, request_ids: list[str]) -> Reply:
+        return reply_of(lambda: self._server.cancel(session, request_ids))
 
+    def heartbeat(self, session: str) -> Reply:
+        return reply_of(lambda: self._server.heartbeat(session))
 
-def compact(tokens: TokenBatch) -> TokenBatch:
-    """`tokens` without the rest of larger storages, which senders may ship and which no bound counts."""
-    return TokenBatch(
-        input_ids=own_storage(tokens.input_ids),
-        attention_mask=own_storage(tokens.attention_mask),
-        loss_mask=own_storage(tokens.loss_mask),
-        segment_ids=None if tokens.segment_ids is None else own_storage(tokens.segment_ids),
-    )
+    def status(self) -> Reply:
+        return reply_of(self._server.status)
+
+    def disconnect(self, session: str) -> Reply:
+        return reply_of(lambda: self._server.disconnect(session))
+
+    @async_execution
+    def open_session(self, spec: SessionSpec) -> torch.futures.Future[Reply]:
+        return self._reply_later(lambda: self._server.open_session(spec))
+
+    @async_execution
+    def set_vocab_mapping(self, selected_token_ids: Tensor) -> torch.futures.Future[Reply]:
+        return self._reply_later(lambda: self._server.set_vocab_mapping(selected_token_ids))
+
+    @async_execution
+    def generate(self, request: GenerateRequest) -> torch.futures.Future[Reply]:
+        return self._reply_later(lambda: self._server.generate(request))
+
+    @async_execution
+    def probe_transfer(self) -> torch.futures.Future[Reply]:
+        reply = self._future()
+        reply.set_result(reply_of(self._server.probe_transfer))
+        return reply
+
+    def _reply_later(self, start: Callable[[], Future[Any]]) -> torch.futures.Future[Reply]:
+        """Starts a call; returns the future of its reply, also where `start` raises."""
+        reply, started = self._future(), reply_of(start)
+        if isinstance(started, Ok):
+            started.value.add_done_callback(lambda done: reply.set_result(reply_of(done.result)))
+        else:
+            reply.set_result(started)
+        return reply
+
+    def _future(self) -> torch.futures.Future[Reply]:
+        """A future that may hold tensors of the target's device."""
+        device = self._server.device
+        return torch.futures.Future(devices=[device] if device.type == "cuda" else None)

@@ -1,11 +1,14 @@
-"""One forward pass of the target for one request."""
+"""One forward pass of the target for one request, and the errors that it may end with."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import EagleRpcError, TargetFailed, TargetOutOfMemory
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import (
     BatchRows,
@@ -17,20 +20,25 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.supervise import device_of, run_target
 
+logger = logging.getLogger(__name__)
+
+# The CPU allocator's message; torch has no exception class for it.
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PassRequest:
-    """What one session wants supervised."""
+    """The tokens that one session wants supervised."""
 
     session: Session
     tokens: TokenBatch
 
 
 class ForwardPass:
-    """Runs the target on requests; each gets the supervision of its own tokens in its session's form.
+    """Runs the target on requests.
 
-    A GPU runs targets on a stream of its own, so that replies are encoded, copied to the host and sent while the next pass runs.
-    Nothing here waits for it before `StartedPass.finish`.
+    A GPU runs the target on a stream of its own, so that replies are encoded, copied to the host and sent while the next
+    pass runs. Nothing here waits for the GPU before `StartedPass.finish`.
     """
 
     def __init__(self, target: Any, config: TargetConfig) -> None:
@@ -42,7 +50,7 @@ class ForwardPass:
 
     @property
     def overlaps(self) -> bool:
-        """Whether one pass may be started before the one before it is finished."""
+        """Whether a pass may start before the previous one is finished."""
         return self._device.type == "cuda"
 
     @torch.no_grad()
@@ -50,9 +58,9 @@ class ForwardPass:
         """Runs the pass, or gives it to the GPU."""
         if self._stream is None:
             return StartedPass(self._run(request), request.session, self._device, None)
-        # What earlier passes left may be overwritten once their replies are encoded.
+        # Memory of earlier passes may be overwritten only when their replies are encoded.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        # Whoever waits for it leaves the core to others.
+        # A blocking event leaves the core to other threads while one waits for it.
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
             read = self._run(request)
@@ -63,46 +71,59 @@ class ForwardPass:
         output = run_target(self._target, tokens)
         rows = BatchRows.of(tokens).to(self._device)
         return read_supervision(
-            output, rows, session.vocab, encoding=session.encoding, chunk_rows=self._chunk_rows
+            output, rows, session.vocab, encoding=session.spec.encoding, chunk_rows=self._chunk_rows
         )
 
 
 class StartedPass:
-    """A pass that is done on a CPU, and that a GPU works on."""
+    """A pass that a GPU works on, or that is done on a CPU."""
 
     def __init__(
-        self,
-        read: ReadSupervision,
-        session: Session,
-        device: torch.device,
-        done: torch.cuda.Event | None,
+        self, read: ReadSupervision, session: Session, device: torch.device, done: torch.cuda.Event | None
     ) -> None:
         self._read: ReadSupervision | None = read
         self._session, self._device, self._done = session, device, done
 
     @property
     def is_done(self) -> bool:
-        """Whether `finish` would not have to wait for the target."""
+        """Whether `finish` would not wait for the GPU. Raises the error of a GPU that has failed."""
         return self._done is None or self._done.query()
 
     @torch.no_grad()
     def finish(self) -> EncodedSupervision:
-        """The supervision, on the target's device or, where RPC cannot take it from there, on the CPU.
+        """The supervision, on the target's device, or on the CPU where RPC cannot take it from there.
 
-        Once: what the target left is given up. On a GPU the reply is in the order of the current stream.
+        To be called once: the target's output is dropped. On a GPU the tensors are ready in the order of the current stream.
         """
         read, self._read = self._read, None
         assert read is not None, "a pass is finished once"
         if self._done is not None:
-            # So that no more than one other pass is ahead, and a pass that failed on the GPU fails here.
+            # So at most one other pass is ahead, and a pass that failed on the GPU fails here.
             self._done.synchronize()
-        return self._encode(read, self._session)
-
-    def _encode(self, read: ReadSupervision, session: Session) -> EncodedSupervision:
-        encoded = read.encode(session.rows)
+        encoded = read.encode(self._session.spec.rows)
         # TensorPipe aborts the process on a CUDA tensor without elements.
-        if self._done is None or not (session.through_host or encoded.supervised_rows.numel() == 0):
+        through_host = self._session.spec.through_host or encoded.supervised_rows.numel() == 0
+        if self._done is None or not through_host:
             return encoded
         on_host = encoded.map_tensors(to_host)
         torch.cuda.current_stream(self._device).synchronize()
         return on_host
+
+
+def outcome_of(run: Callable[[], Any]) -> Any:
+    """The value of `run`, or the `EagleRpcError` for the exception that it raised."""
+    try:
+        return run()
+    except EagleRpcError as error:
+        return error
+    except Exception as error:
+        if is_out_of_memory(error):
+            logger.warning("a request failed for lack of memory: %s", error)
+            return TargetOutOfMemory(f"the target ran out of memory; send fewer tokens at a time ({error})")
+        logger.exception("a forward pass failed")
+        return TargetFailed(f"{type(error).__name__}: {error}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, Python or the CPU allocator raised `error` for lack of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_OUT_OF_MEMORY in str(error)

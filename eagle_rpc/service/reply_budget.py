@@ -1,14 +1,13 @@
-"""The memory that replies take: promised when a request is accepted, held until RPC has let go of the tensors.
+"""The memory of replies: promised when a request is accepted, held until RPC has dropped the tensors.
 
-RPC copies no tensor: a reply's storages live until they are on the wire, for a stopped receiver for as long as it stands
-still. Nobody is told when they go, so they are looked at through weak references.
+RPC copies no tensor. A reply's storages live until they are on the wire; a receiver that stands still keeps them alive.
+Nothing tells when a storage is freed, so weak references are looked at.
 """
 
 import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from eagle_rpc.errors import InvalidRequest, TargetBusy
+from eagle_rpc.process.waiting import BoundedWait
 
 # Seconds between two looks at replies that are being sent.
 _LOOK_INTERVAL = 0.01
@@ -23,7 +23,7 @@ _LOOK_INTERVAL = 0.01
 
 @dataclass(eq=False, slots=True)
 class ReplyBytes:
-    """The bytes of one reply; as many as it may take until it is made, then as many as it takes."""
+    """The bytes of one reply: an upper bound until it is made, then its true size."""
 
     session: str
     job: str
@@ -32,7 +32,7 @@ class ReplyBytes:
 
 
 class ReplyBudget:
-    """Bytes of replies that were promised, or made and not yet sent, within a bound for each session and one for all."""
+    """Bytes of replies that were promised, or made and not yet sent, bounded for each session and for all together."""
 
     def __init__(self, *, max_bytes: int, max_bytes_per_session: int) -> None:
         self._max_bytes = max_bytes
@@ -47,7 +47,7 @@ class ReplyBudget:
     def held(self) -> int:
         """Bytes promised or not yet sent, over all sessions, closed ones included."""
         with self._lock:
-            self._let_go_of_sent()
+            self._release_sent()
             return self._total
 
     def held_of(self, session: str) -> int:
@@ -56,10 +56,11 @@ class ReplyBudget:
             return self._of_session[session]
 
     def promise(self, num_bytes: int, *, job: str, session: str, num_jobs: int) -> ReplyBytes:
-        """Takes `num_bytes` for a reply that will be made; `fulfil` or `release` must follow.
+        """Reserves `num_bytes` for a reply; `fulfil` or `release` must follow.
 
-        Raises `InvalidRequest` for more than could ever be had; `TargetBusy` where the bound of the session, of all, or among
-        `num_jobs` the job's equal share, which a job that holds nothing may exceed, leaves less at the moment.
+        Raises `InvalidRequest` if a bound is smaller than `num_bytes`. Raises `TargetBusy` if too little is free at the
+        moment of the session's bound, of the bound of all, or, among `num_jobs`, of the job's equal share. A job that holds
+        nothing may exceed its share.
         """
         for name, bound in (
             ("max_reply_bytes_per_session", self._max_bytes_per_session),
@@ -72,7 +73,7 @@ class ReplyBudget:
         promised = ReplyBytes(session, job, num_bytes)
         with self._lock:
             if self._lack(promised, num_jobs) is not None:
-                self._let_go_of_sent()
+                self._release_sent()
             lack = self._lack(promised, num_jobs)
             if lack is not None:
                 raise TargetBusy(lack)
@@ -80,35 +81,27 @@ class ReplyBudget:
         return promised
 
     def _lack(self, wanted: ReplyBytes, num_jobs: int) -> str | None:
-        """Which bound leaves too little, or None."""
-        of_session, of_job, share = (
-            self._of_session[wanted.session],
-            self._of_job[wanted.job],
-            self._max_bytes // num_jobs,
-        )
+        """The message for the bound that leaves too little, or None."""
+        of_session, of_job = self._of_session[wanted.session], self._of_job[wanted.job]
+        share = self._max_bytes // num_jobs
         if of_session + wanted.num_bytes > self._max_bytes_per_session:
-            whose, held, bound = (
-                "the session's",
-                of_session,
-                f"target.max_reply_bytes_per_session is {self._max_bytes_per_session}",
-            )
+            bound = f"target.max_reply_bytes_per_session is {self._max_bytes_per_session}"
+            whose, held = "the session's", of_session
         elif self._total + wanted.num_bytes > self._max_bytes:
-            whose, held, bound = "all", self._total, f"target.max_reply_bytes is {self._max_bytes}"
+            bound = f"target.max_reply_bytes is {self._max_bytes}"
+            whose, held = "all", self._total
         elif of_job and of_job + wanted.num_bytes > share:
-            whose, held, bound = (
-                "the job's",
-                of_job,
-                f"its share of target.max_reply_bytes among {num_jobs} jobs is {share}",
-            )
+            bound = f"its share of target.max_reply_bytes among {num_jobs} jobs is {share}"
+            whose, held = "the job's", of_job
         else:
             return None
         return f"{whose} unsent replies take {held} bytes, this one would take {wanted.num_bytes}, {bound}"
 
     def fulfil(self, promised: ReplyBytes, value: Any) -> None:
-        """The reply is made: from now on it counts for the memory of the tensors in the dataclass `value`, while they live."""
-        storages = {
-            storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in _tensors_of(value))
-        }
+        """Counts the reply, from now on, for the memory of the tensors in the dataclass `value`, while they live."""
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        used = (field.untyped_storage() for field in fields if isinstance(field, Tensor))
+        storages = {storage._cdata: storage for storage in used}
         num_bytes = sum(storage.nbytes() for storage in storages.values())
         with self._lock:
             self._count(promised, num_bytes - promised.num_bytes)
@@ -117,20 +110,21 @@ class ReplyBudget:
             self._made.append(promised)
 
     def release(self, promised: ReplyBytes) -> None:
-        """The reply will not be made."""
+        """Ends a promise whose reply will not be made."""
         with self._lock:
             self._count(promised, -promised.num_bytes)
 
     def wait_sent(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds until nothing is held; whether that came about."""
-        until = time.monotonic() + timeout
+        """Waits up to `timeout` seconds until nothing is held; whether nothing is."""
+        wait = BoundedWait("replies to be sent", timeout)
         while self.held:
-            if time.monotonic() >= until:
+            if wait.over:
                 return False
+            wait.say()
             time.sleep(_LOOK_INTERVAL)
         return True
 
-    def _let_go_of_sent(self) -> None:
+    def _release_sent(self) -> None:
         waiting = []
         for made in self._made:
             if all(storage.expired() for storage in made.storages or ()):
@@ -145,8 +139,3 @@ class ReplyBudget:
             counter[key] += num_bytes
             if counter[key] == 0:
                 del counter[key]
-
-
-def _tensors_of(value: Any) -> Iterable[Tensor]:
-    members = (getattr(value, field.name) for field in dataclasses.fields(value))
-    return [member for member in members if isinstance(member, Tensor)]

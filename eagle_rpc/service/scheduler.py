@@ -3,55 +3,76 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
-from torch.futures import Future
-
-from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnknownSession
-from eagle_rpc.service.fair_queue import FairQueue, Work
-from eagle_rpc.service.pass_runner import Begun, Passes, PassRunner, answer, reply_of
-from eagle_rpc.supervision import Failure, Reply, failure_of
+from eagle_rpc.errors import (
+    EagleRpcError,
+    RequestExpired,
+    TargetBusy,
+    TargetDraining,
+    TargetFailed,
+    TargetOutOfMemory,
+    UnknownSession,
+)
+from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, FairQueue, Work, set_outcome
+from eagle_rpc.service.forward_pass import ForwardPass, StartedPass, outcome_of
 
 logger = logging.getLogger(__name__)
 
-# Seconds between which a refused sender is told to come back.
-_SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
 # Seconds between two looks whether a GPU is done, while there is nothing else to do.
 _LOOK_INTERVAL = 0.001
+# Weight of the newest pass in the average of the seconds that a request takes.
+_NEWEST = 0.2
 
 
 class _Urgent(NamedTuple):
     run: Callable[[], Any]
-    reply: Future  # of a Reply
+    answer: Future[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A request whose pass has started, or failed to."""
+
+    work: Work
+    started: StartedPass | EagleRpcError
+    began: float
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it can be finished without waiting."""
+        try:
+            return isinstance(self.started, EagleRpcError) or self.started.is_done
+        except RuntimeError:
+            # A GPU that has failed raises wherever it is asked; finishing the pass reports it.
+            return True
 
 
 class ForwardScheduler:
-    """Runs submitted requests. Whatever was accepted is answered exactly once, by a value or a typed failure."""
+    """Runs submitted requests. Each accepted request is answered exactly once, by a value or by an `EagleRpcError`."""
 
     def __init__(
-        self,
-        passes: Passes,
-        *,
-        max_queued: int,
-        max_queued_per_session: int,
-        clock: Callable[[], float],
-        devices: Sequence[torch.device] = (),
+        self, passes: ForwardPass, *, max_queued: int, max_queued_per_session: int, clock: Callable[[], float]
     ):
-        """`clock`: seconds, as `time.monotonic`; `devices`: the CUDA devices that results may be on."""
-        self._runner = PassRunner(passes, clock)
+        """`clock`: seconds, as `time.monotonic`."""
+        self._passes = passes
         self._max_queued = max_queued
         self._max_queued_per_session = max_queued_per_session
         self._clock = clock
-        self._devices = list(devices)
         self._queue = FairQueue()
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
-        self._begun: Begun | None = None
+        self._begun: _Begun | None = None
+        self._last_finish = clock()
+        self._seconds_per_request = 0.0
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
+        self.num_passes = 0
+        """Passes that were finished."""
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -71,11 +92,6 @@ class ForwardScheduler:
         """Requests that the forward thread works on."""
         return len(self._running)
 
-    @property
-    def num_passes(self) -> int:
-        """Passes so far."""
-        return self._runner.num_passes
-
     def num_queued_of(self, job: str, session: str) -> int:
         """Requests of one session that wait."""
         with self._changed:
@@ -83,65 +99,49 @@ class ForwardScheduler:
 
     @property
     def retry_after(self) -> float:
-        """Seconds after which a refused sender may expect room: what waits now, at the pace of late."""
+        """Seconds after which a refused sender may expect room: the present queue at the recent pace."""
         with self._changed:
-            return min(
-                max(len(self._queue) * self._runner.seconds_per_request, _SHORTEST_RETRY), LONGEST_RETRY
-            )
+            seconds = len(self._queue) * self._seconds_per_request
+        return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
 
-    def submit(
-        self,
-        request: Any,
-        *,
-        job: str,
-        session: str,
-        request_id: str,
-        deadline: float,
-        num_jobs: int,
-        settle: Callable[[Reply], None],
-    ) -> Future:
-        """Queues `request` and returns a future of its `Reply`, which never holds an exception. `settle` gets the reply first.
+    def submit(self, work: Work, *, num_jobs: int) -> None:
+        """Queues `work`, to be run before its deadline or not at all.
 
-        Work of the same session and id that still waits gives up its place and is answered `expired`. What has not started
-        by `deadline` is not run. Raises `TargetDraining`, or `TargetBusy` where the queue, the session's part of it or, among
-        `num_jobs`, the job's equal share of it is full.
+        A request of the same session and id that still waits is replaced, and answered with `RequestExpired`. Raises
+        `TargetDraining`, or `TargetBusy` where the queue, the session's share of it or, among `num_jobs`, the job's equal
+        share of it is full.
         """
-        work = Work(
-            request, job, session, request_id, deadline, settle, Future(devices=self._devices or None)
-        )
         with self._changed:
             if self._draining:
                 raise TargetDraining("the target is shutting down and takes no new requests")
-            replaced = self._queue.find(job, session, request_id)
+            replaced = self._queue.find(work.job, work.session, work.request_id)
             if replaced is None:
-                self._check_room(job, session, num_jobs)
+                self._check_room(work.job, work.session, num_jobs)
             self._queue.put(work)
             self._changed.notify_all()
         if replaced is not None:
-            answer(
-                replaced,
-                failure_of(RequestExpired(f"request {request_id!r:.80} was sent again before this one ran")),
-            )
-        return work.reply
+            replaced.finish(RequestExpired(f"request {work.request_id!r:.80} was sent again before it ran"))
 
     def _check_room(self, job: str, session: str, num_jobs: int) -> None:
         running = sum(isinstance(work, Work) and work.session == session for work in self._running)
-        if self._queue.num_of_session(job, session) + running >= self._max_queued_per_session:
+        of_session, of_all = self._max_queued_per_session, self._max_queued
+        if self._queue.num_of_session(job, session) + running >= of_session:
             raise TargetBusy(
-                f"a session must have at most {self._max_queued_per_session} requests under way (target.max_queued_per_session)"
+                f"a session must have at most {of_session} requests under way (target.max_queued_per_session)"
             )
-        if len(self._queue) >= self._max_queued:
+        if len(self._queue) >= of_all:
             raise TargetBusy(
-                f"the target's queue must hold at most {self._max_queued} requests (target.max_queued_requests)"
+                f"the target's queue must hold at most {of_all} requests (target.max_queued_requests)"
             )
-        share = max(1, self._max_queued // num_jobs)
+        share = max(1, of_all // num_jobs)
         if self._queue.num_of_job(job) >= share:
             raise TargetBusy(
-                f"each of {num_jobs} jobs must have at most {share} of {self._max_queued} requests queued (target.max_queued_requests)"
+                f"each of {num_jobs} jobs must have at most {share} of {of_all} requests queued "
+                "(target.max_queued_requests)"
             )
 
-    def submit_first(self, run: Callable[[], Any]) -> Future:
-        """Queues `run` before everything that waits; a future of its `Reply`. Raises `TargetBusy`, `TargetDraining`."""
+    def submit_first(self, run: Callable[[], Any]) -> Future[Any]:
+        """Queues `run` before all requests; the future of its value. Raises `TargetBusy`, `TargetDraining`."""
         urgent = _Urgent(run, Future())
         with self._changed:
             if self._draining:
@@ -152,39 +152,34 @@ class ForwardScheduler:
                 )
             self._urgent.append(urgent)
             self._changed.notify_all()
-        return urgent.reply
+        return urgent.answer
 
     def drop_session(self, session: str, why: str) -> None:
-        """Answers everything of `session` that has not started with `unknown_session`; `why` completes "session ... "."""
-        self._drop(
-            lambda work: work.session == session,
-            UnknownSession(f"session {session[:8]} {why} before this request ran"),
-        )
+        """Answers all waiting requests of `session` with `UnknownSession`; `why` completes "session ... "."""
+        error = UnknownSession(f"session {session[:8]} {why} before this request ran")
+        self._drop(lambda work: work.session == session, error)
 
     def cancel(self, session: str, request_ids: Collection[str]) -> int:
-        """Answers those of `session` that have not started with `expired`; how many there were."""
-        return self._drop(
-            lambda work: work.session == session and work.request_id in request_ids,
-            RequestExpired("the request was cancelled by its sender before it ran"),
-        )
+        """Answers waiting requests of `session` with `RequestExpired`; returns their number."""
+        error = RequestExpired("the request was cancelled by its sender before it ran")
+        return self._drop(lambda work: work.session == session and work.request_id in request_ids, error)
 
     def drop_expired(self) -> None:
-        """Answers what waits beyond its deadline, so that it takes up no room."""
+        """Answers requests that wait beyond their deadline, so that they take up no room."""
         now = self._clock()
-        self._drop(
-            lambda work: work.deadline <= now, RequestExpired("the request's deadline passed while it waited")
-        )
+        error = RequestExpired("the request's deadline passed while it waited")
+        self._drop(lambda work: work.deadline <= now, error)
 
     def _drop(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
         with self._changed:
             dropped = self._queue.remove(unwanted)
             self._changed.notify_all()
         for work in dropped:
-            answer(work, failure_of(reason))
+            work.finish(reason)
         return len(dropped)
 
     def drain(self, timeout: float) -> bool:
-        """Refuses new work and waits up to `timeout` seconds for the queue; whether everything was answered."""
+        """Refuses new work and waits up to `timeout` seconds until all work is answered; whether it is."""
         with self._changed:
             self._draining = True
             return self._changed.wait_for(
@@ -192,43 +187,43 @@ class ForwardScheduler:
             )
 
     def stop(self, timeout: float) -> bool:
-        """Refuses new work, answers what waits with `draining`, and ends the thread; whether it ended within `timeout` seconds."""
-        self._refuse_all(failure_of(TargetDraining("the target stopped before this request ran")))
+        """Refuses new work, answers waiting work with `TargetDraining`, and ends the thread.
+
+        Whether it ended within `timeout` seconds.
+        """
+        self._refuse_all(TargetDraining("the target stopped before this request ran"))
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _refuse_all(self, failure: Failure) -> None:
-        """Takes no more work and answers with `failure` what waits."""
+    def _refuse_all(self, error: EagleRpcError) -> None:
         with self._changed:
             self._draining = self._stopping = True
             openings, requests = list(self._urgent), self._queue.remove(lambda work: True)
             self._urgent.clear()
             self._changed.notify_all()
         for urgent in openings:
-            urgent.reply.set_result(failure)
+            urgent.answer.set_exception(error)
         for work in requests:
-            answer(work, failure)
+            work.finish(error)
 
     def _serve(self) -> None:
         try:
             while self._serve_next():
                 pass
         except Exception as error:
-            # Trainers go elsewhere at once instead of waiting for a thread that is gone.
+            # Trainers go elsewhere at once instead of waiting for a thread that has ended.
             logger.exception("the forward thread failed, and with it this target")
-            failure = Failure(
-                "failed", f"the target's forward thread failed: {type(error).__name__}: {error}"
-            )
+            failure = TargetFailed(f"the target's forward thread failed: {type(error).__name__}: {error}")
             for running in self._running:
-                if not running.reply.done():
-                    running.reply.set_result(failure)
+                if not running.answer.done():
+                    running.answer.set_exception(failure)
             self._running = []
             self._refuse_all(failure)
 
     def _serve_next(self) -> bool:
-        """Begins what is next and answers what was begun before it; False when stopping.
+        """Begins the next work and finishes the pass that was begun before it; False when stopping.
 
-        Returning lets go of the replies, which may be large.
+        No reply, which may be large, is held when it returns.
         """
         before = self._begun
         with self._changed:
@@ -240,24 +235,26 @@ class ForwardScheduler:
             under_way = [before.work if before else None, urgent, work]
             self._running = [one for one in under_way if one is not None]
         if urgent:
-            urgent.reply.set_result(reply_of(urgent.run))
-        self._begun = self._runner.begin(work) if work else None
+            set_outcome(urgent.answer, outcome_of(urgent.run))
+        self._begun = self._begin(work) if work else None
         again = []
-        if before and not self._runner.finish(before, alone=self._begun is None):
+        if before and not self._finish(before, alone=self._begun is None):
             again.append(before.work)
-        if self._begun and (again or isinstance(self._begun.reply, Failure) or not self._runner.overlaps):
-            if not self._runner.finish(self._begun, alone=before is None):
+        if self._begun and (
+            again or isinstance(self._begun.started, EagleRpcError) or not self._passes.overlaps
+        ):
+            if not self._finish(self._begun, alone=before is None):
                 again.append(self._begun.work)
             self._begun = None
-        for one in again:
-            self._runner.run_alone(one)
+        for work in again:
+            self._finish(self._begin(work), alone=True)
         with self._changed:
             self._running = [self._begun.work] if self._begun else []
             self._changed.notify_all()
         return True
 
     def _wait_for_work(self) -> None:
-        """Until there is something to begin, or to finish without waiting for a GPU."""
+        """Waits until there is work to begin, or a pass to finish without waiting for a GPU."""
         while not (self._urgent or self._queue or self._stopping):
             if self._begun is None:
                 self._changed.wait()
@@ -265,3 +262,33 @@ class ForwardScheduler:
                 return
             else:
                 self._changed.wait(_LOOK_INTERVAL)
+
+    def _begin(self, work: Work) -> _Begun:
+        """Starts a pass for `work`, unless its deadline has passed."""
+        began = self._clock()
+        late = began - work.deadline
+        if late >= 0:
+            message = f"the request's deadline passed {late:.3f} s before its turn; it was not run"
+            return _Begun(work, RequestExpired(message), began)
+        return _Begun(work, outcome_of(lambda: self._passes.start(work.request)), began)
+
+    def _finish(self, begun: _Begun, *, alone: bool) -> bool:
+        """Answers the request of a pass; False if it shall run again alone.
+
+        That is a request without enough memory while, unless `alone`, another pass was under way.
+        """
+        outcome: Any = begun.started
+        if not isinstance(begun.started, EagleRpcError):
+            outcome = outcome_of(begun.started.finish)
+            self._note_pass(begun.began)
+        if isinstance(outcome, TargetOutOfMemory) and not alone:
+            return False
+        begun.work.finish(outcome)
+        return True
+
+    def _note_pass(self, began: float) -> None:
+        now = self._clock()
+        # A pass that started while another ran had the device to itself only when that one was finished.
+        seconds, self._last_finish = now - max(began, self._last_finish), now
+        self.num_passes += 1
+        self._seconds_per_request += _NEWEST * (seconds - self._seconds_per_request)

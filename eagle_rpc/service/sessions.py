@@ -1,5 +1,6 @@
-"""Who is registered at the target and until when, and the draft vocabularies that they share."""
+"""The trainers that are registered at a target, their leases, and the draft vocabularies that they share."""
 
+import dataclasses
 import logging
 import math
 import secrets
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from eagle_rpc.errors import TargetBusy, UnknownSession
-from eagle_rpc.service.scheduler import LONGEST_RETRY
+from eagle_rpc.service.fairness import LONGEST_RETRY
 from eagle_rpc.supervision import (
     DraftVocabOnDevice,
     ModelInfo,
@@ -29,19 +30,19 @@ class Session:
     """One trainer's registration; nothing in it changes."""
 
     id: str
-    job: str
-    trainer: str
+    spec: SessionSpec  # with the ids of `vocab`
     mapping_digest: str
     vocab: DraftVocabOnDevice
-    encoding: str
-    rows: str
-    through_host: bool
+
+    def __str__(self) -> str:
+        """For the log."""
+        return f"session {self.id[:8]} of {self.spec.trainer or 'an unnamed trainer'}"
 
 
 def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_tokens: int) -> int:
     """Bytes of the reply to `num_tokens` real tokens if every row that may be supervised is."""
     per_token = bytes_per_token(
-        session.encoding,
+        session.spec.encoding,
         hidden_size=info.hidden_size,
         draft_vocab_size=len(session.vocab.selected_token_ids),
         dtype_bytes=getattr(torch, info.dtype).itemsize,
@@ -51,21 +52,13 @@ def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_
 
 
 @dataclass(slots=True)
-class _Lease:
-    session: Session
-    renewed: float
-    num_requests: int = 0
-    num_tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionFigures:
-    """One session at a glance."""
+class Registration:
+    """An open session and its use."""
 
     session: Session
-    lease_left: float  # seconds
-    num_requests: int  # answered with supervision
-    num_tokens: int  # in them, without padding
+    renewed: float  # time of the last sign of life, on the table's clock
+    num_requests: int = 0  # answered with supervision
+    num_tokens: int = 0  # in them, without padding
 
 
 @dataclass(slots=True)
@@ -75,26 +68,27 @@ class _SharedVocab:
 
 
 class SessionTable:
-    """Open sessions by random id. Each lasts while its trainer renews the lease.
+    """Open sessions by random id. A session lasts while its trainer renews the lease.
 
     Equal mappings are held once, for as long as a session uses them.
     """
 
     def __init__(self, *, max_sessions: int, lease: float, device: torch.device, clock: Callable[[], float]):
-        """`lease`: seconds without a sign of life that a session outlasts; `clock`: seconds, as `time.monotonic`."""
+        """`lease`: seconds without a sign of life after which a session ends; `clock`: seconds, as `time.monotonic`."""
         self._max_sessions = max_sessions
         self._lease = lease
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()
-        self._leases: dict[str, _Lease] = {}
+        self._registered: dict[str, Registration] = {}
         self._vocabs: dict[str, _SharedVocab] = {}
+        self._empty_since: float | None = None  # None before the first session
 
     def open(self, spec: SessionSpec, mapping: VocabMapping) -> Session:
         """Registers a checked spec; raises `TargetBusy` when there are too many sessions."""
         digest = mapping.digest
         with self._lock:
-            if len(self._leases) >= self._max_sessions:
+            if len(self._registered) >= self._max_sessions:
                 busy = TargetBusy(
                     f"the target must hold at most {self._max_sessions} sessions (target.max_sessions)"
                 )
@@ -104,96 +98,85 @@ class SessionTable:
                 self._vocabs[digest] = _SharedVocab(DraftVocabOnDevice.of(mapping, self._device))
             shared = self._vocabs[digest]
             shared.num_sessions += 1
-            session = Session(
-                secrets.token_hex(16),
-                spec.job,
-                spec.trainer,
-                digest,
-                shared.on_device,
-                spec.encoding,
-                spec.rows,
-                spec.through_host,
-            )
-            self._leases[session.id] = _Lease(session, renewed=self._clock())
+            spec = dataclasses.replace(spec, selected_token_ids=shared.on_device.selected_token_ids)
+            session = Session(secrets.token_hex(16), spec, digest, shared.on_device)
+            self._registered[session.id] = Registration(session, renewed=self._clock())
         logger.info(
-            "session %s opened by %s of job %s: %d of %d tokens, encoding %s, rows %s",
-            session.id[:8],
-            spec.trainer or "an unnamed trainer",
-            spec.job or "(unnamed)",
-            len(mapping),
-            mapping.target_vocab_size,
-            spec.encoding,
-            spec.rows,
+            "%s opened, job %s: %d of %d tokens, encoding %s, rows %s",
+            *(str(session), spec.job or "(unnamed)", len(mapping), mapping.target_vocab_size),
+            *(spec.encoding, spec.rows),
         )
         return session
 
     def serves(self, mapping_digest: str, encoding: str) -> bool:
         """Whether an open session has this mapping and encoding, so that both were found right for the target."""
-        with self._lock:
-            sessions = [lease.session for lease in self._leases.values()]
         return any(
-            session.mapping_digest == mapping_digest and session.encoding == encoding for session in sessions
+            one.session.mapping_digest == mapping_digest and one.session.spec.encoding == encoding
+            for one in self.registrations()
         )
 
     def renew(self, session_id: object) -> Session:
-        """The session, whose lease starts anew; raises `UnknownSession`."""
+        """Starts the session's lease anew and returns the session; raises `UnknownSession`."""
         with self._lock:
-            lease = self._leases.get(session_id) if isinstance(session_id, str) else None
-            if lease is None:
+            one = self._registered.get(session_id) if isinstance(session_id, str) else None
+            if one is None:
                 raise UnknownSession(f"session must be the id of an open session, got {session_id!r:.80}")
-            lease.renewed = self._clock()
-            return lease.session
+            one.renewed = self._clock()
+            return one.session
 
     def count(self, session: Session, num_tokens: int) -> None:
-        """One request of `session` was answered with supervision of `num_tokens` tokens."""
+        """Counts a request of `session` that was answered with supervision of `num_tokens` tokens."""
         with self._lock:
-            if lease := self._leases.get(session.id):
-                lease.num_requests += 1
-                lease.num_tokens += num_tokens
+            if one := self._registered.get(session.id):
+                one.num_requests += 1
+                one.num_tokens += num_tokens
 
     def close(self, session_id: object) -> Session:
         """Ends one session and returns it; raises `UnknownSession`."""
         session = self.renew(session_id)
         if not self._remove(session):
             raise UnknownSession(f"session {session.id[:8]} was closed meanwhile")
-        logger.info("session %s closed", session.id[:8])
+        logger.info("%s closed", str(session))
         return session
 
     def close_silent(self) -> list[Session]:
         """Ends the sessions whose lease is over and returns them."""
-        now = self._clock()
-        with self._lock:
-            silent = [lease.session for lease in self._leases.values() if now - lease.renewed >= self._lease]
+        silent = [one.session for one in self.registrations() if self.lease_left(one) <= 0]
         closed = [session for session in silent if self._remove(session)]
         for session in closed:
-            logger.warning(
-                "session %s of %s closed: no sign of life for %.1f s",
-                session.id[:8],
-                session.trainer or "an unnamed trainer",
-                self._lease,
-            )
+            logger.warning("%s closed: no sign of life for %.1f s", str(session), self._lease)
         return closed
 
     def _remove(self, session: Session) -> bool:
         with self._lock:
-            if self._leases.pop(session.id, None) is None:
+            if self._registered.pop(session.id, None) is None:
                 return False
             shared = self._vocabs[session.mapping_digest]
             shared.num_sessions -= 1
             if shared.num_sessions == 0:
                 del self._vocabs[session.mapping_digest]
+            if not self._registered:
+                self._empty_since = self._clock()
             return True
 
-    def figures(self) -> list[SessionFigures]:
-        """Every open session, oldest first."""
-        now = self._clock()
+    def registrations(self) -> list[Registration]:
+        """Copies of all registrations, oldest first."""
         with self._lock:
-            return [
-                SessionFigures(
-                    lease.session,
-                    max(0.0, self._lease - (now - lease.renewed)),
-                    lease.num_requests,
-                    lease.num_tokens,
-                )
-                for lease in self._leases.values()
-            ]
+            return [dataclasses.replace(one) for one in self._registered.values()]
+
+    def lease_left(self, registration: Registration) -> float:
+        """Seconds until the session ends without a sign of life."""
+        return max(0.0, self._lease - (self._clock() - registration.renewed))
+
+    def heard_within(self, seconds: float) -> bool:
+        """Whether a trainer with an open session has given a sign of life in the last `seconds`."""
+        now = self._clock()
+        return any(now - one.renewed < seconds for one in self.registrations())
+
+    @property
+    def seconds_unused(self) -> float:
+        """Seconds since the last open session ended; 0 while a session is open, and before the first."""
+        with self._lock:
+            if self._registered or self._empty_since is None:
+                return 0.0
+            return self._clock() - self._empty_since

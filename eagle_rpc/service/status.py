@@ -1,6 +1,9 @@
-"""What a running target tells of itself."""
+"""A target's report about itself: answers and rates since its start, its load and its memory."""
 
 import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +12,92 @@ import torch
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import SessionTable
-from eagle_rpc.service.throughput import Throughput
 
+# Seconds that rates look back.
+_WINDOW = 10.0
 _STATM = Path("/proc/self/statm")
+
+
+class RecentRate:
+    """A growing sum, and its growth a second over the last ten seconds. Not safe for threads."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: seconds, as `time.monotonic`."""
+        self._clock = clock
+        self._started = clock()
+        self._recent: deque[list[float]] = deque()  # [second, amount], at most one a second
+        self.total = 0
+
+    def add(self, amount: int) -> None:
+        self.total += amount
+        second = float(int(self._clock()))
+        if self._recent and self._recent[-1][0] == second:
+            self._recent[-1][1] += amount
+        else:
+            self._forget_old()
+            self._recent.append([second, amount])
+
+    @property
+    def per_second(self) -> float:
+        """Mean over the last ten seconds, or since the start where that is less."""
+        self._forget_old()
+        age = min(self._clock() - self._started, _WINDOW)
+        return sum(amount for _, amount in self._recent) / max(age, 1.0)
+
+    def _forget_old(self) -> None:
+        oldest = self._clock() - _WINDOW
+        while self._recent and self._recent[0][0] <= oldest:
+            self._recent.popleft()
+
+
+class Throughput:
+    """Counts of requests by outcome, and of the tokens and bytes of the answers."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: seconds, as `time.monotonic`."""
+        self._lock = threading.Lock()
+        self._requests: Counter[str] = Counter()
+        self._tokens = RecentRate(clock)
+        self._reply_bytes = RecentRate(clock)
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """Answered requests by outcome: `ok` or the code of an error."""
+        with self._lock:
+            return dict(self._requests)
+
+    def answered(self, num_tokens: int, num_bytes: int) -> None:
+        """Counts a request that got its supervision of `num_tokens` real tokens in `num_bytes` of tensors."""
+        with self._lock:
+            self._requests["ok"] += 1
+            self._tokens.add(num_tokens)
+            self._reply_bytes.add(num_bytes)
+
+    def refused(self, code: str) -> None:
+        """Counts a request that was answered by an error."""
+        with self._lock:
+            self._requests[code] += 1
+
+    def describe(self) -> dict[str, Any]:
+        """The figures by their names in the target's status."""
+        with self._lock:
+            return {
+                "requests": dict(self._requests),
+                "tokens": self._tokens.total,
+                "tokens_per_second": self._tokens.per_second,
+                "reply_bytes": self._reply_bytes.total,
+                "reply_bytes_per_second": self._reply_bytes.per_second,
+            }
 
 
 def describe_load(
     sessions: SessionTable, scheduler: ForwardScheduler, budget: ReplyBudget, throughput: Throughput
 ) -> dict[str, Any]:
-    """What the target has to do and has done.
+    """A target's work, under way and done.
 
-    `passes`: forward passes; `requests`: answers by outcome, `ok` or a
-    failure's code; `tokens`: real tokens of the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`:
-    promised, or made and not yet sent; `lease_left`: seconds.
+    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real tokens of the
+    batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and not yet sent;
+    `lease_left`: seconds.
     """
     held = budget.held
     return {
@@ -31,25 +107,25 @@ def describe_load(
         "passes": scheduler.num_passes,
         "sessions": [
             {
-                "id": figures.session.id[:8],
-                "job": figures.session.job,
-                "trainer": figures.session.trainer,
-                "encoding": figures.session.encoding,
-                "queued": scheduler.num_queued_of(figures.session.job, figures.session.id),
-                "lease_left": figures.lease_left,
-                "requests": figures.num_requests,
-                "tokens": figures.num_tokens,
-                "reply_bytes_held": budget.held_of(figures.session.id),
+                "id": one.session.id[:8],
+                "job": one.session.spec.job,
+                "trainer": one.session.spec.trainer,
+                "encoding": one.session.spec.encoding,
+                "queued": scheduler.num_queued_of(one.session.spec.job, one.session.id),
+                "lease_left": sessions.lease_left(one),
+                "requests": one.num_requests,
+                "tokens": one.num_tokens,
+                "reply_bytes_held": budget.held_of(one.session.id),
             }
-            for figures in sessions.figures()
+            for one in sessions.registrations()
         ],
-        **throughput.status(),
+        **throughput.describe(),
         "reply_bytes_held": held,
     }
 
 
 def describe_memory(device: torch.device) -> dict[str, int]:
-    """`resident_bytes`: physical memory of this process, read as Linux tells it; `device_bytes`: allocated on a GPU, else 0."""
+    """`resident_bytes`: physical memory of this process, as Linux reports it; `device_bytes`: allocated on a GPU, else 0."""
     return {
         "resident_bytes": int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
         "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,

@@ -22,7 +22,6 @@ from eagle_rpc.supervision.encoding import (
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
-from eagle_rpc.supervision.reply import Failure, Ok, Reply, failure_of, unwrap
 from eagle_rpc.supervision.rows import RowsRead, fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import (
     GenerateRequest,
@@ -47,15 +46,12 @@ __all__ = [
     "Eagle3TargetBackend",
     "Eagle3TargetBatch",
     "EncodedSupervision",
-    "Failure",
     "GenerateRequest",
     "ModelInfo",
-    "Ok",
     "OpenedSession",
     "ProjectedTargets",
     "Pulse",
     "ReadSupervision",
-    "Reply",
     "RowsRead",
     "SessionSpec",
     "StoredLogits",
@@ -68,7 +64,6 @@ __all__ = [
     "compute_supervision",
     "decode_supervision",
     "encode_supervision",
-    "failure_of",
     "fused_rows_run",
     "own_storage",
     "read_rows",
@@ -79,6 +74,5 @@ __all__ = [
     "to_device",
     "to_host",
     "tokenizer_fingerprint",
-    "unwrap",
     "weights_fingerprint",
 ]

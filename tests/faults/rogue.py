@@ -24,9 +24,10 @@ from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.jobs.permissions import trainer_permissions
 from eagle_rpc.registry import Record, RegistryClient, load_token
 from eagle_rpc.rpc.agent import running_agent
+from eagle_rpc.rpc.envelope import Failure, Ok, unwrap
 from eagle_rpc.rpc.internals import add_peer
-from eagle_rpc.rpc.service import call_hosted
-from eagle_rpc.supervision import Failure, GenerateRequest, Ok, SessionSpec, TokenBatch, unwrap
+from eagle_rpc.rpc.link import call_hosted
+from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch
 from faults.connections import listening_port, send
 from faults.workplace import MAX_PICKLE_BYTES, MAX_REQUEST_BYTES
 

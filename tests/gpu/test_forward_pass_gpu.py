@@ -1,14 +1,13 @@
 """Forward passes that a GPU is given without waiting for it, and those with nothing to supervise."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from gpu_targets import FORMS, MAPPING, batch_of, config_of
 from gpu_waits import waiting_forbidden
 
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
-from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, decode_supervision
+from eagle_rpc.service.sessions import Session
+from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, SessionSpec, decode_supervision
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 pytestmark = [
@@ -27,7 +26,10 @@ def forward(request, tmp_path_factory):
 
 def request_of(tokens, encoding="hidden"):
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
-    session = SimpleNamespace(vocab=vocab, encoding=encoding, rows="loss_mask", through_host=False)
+    spec = SessionSpec(
+        selected_token_ids=vocab.selected_token_ids, encoding=encoding, rows="loss_mask", through_host=False
+    )
+    session = Session(id="a", spec=spec, mapping_digest=MAPPING.digest, vocab=vocab)
     return PassRequest(session=session, tokens=tokens)
 
 

@@ -18,7 +18,6 @@ from eagle_rpc.supervision import (
     SessionSpec,
     VocabMapping,
     decode_supervision,
-    unwrap,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -42,12 +41,12 @@ def open_session(server, encoding, rows="loss_mask", through_host=False):
     spec = SessionSpec(
         selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows=rows, through_host=through_host
     )
-    return unwrap(server.open_session(spec).wait(), sender="target0").id
+    return server.open_session(spec).result().id
 
 
 def send(server, session, tokens, number=0):
     """The future of the reply to one request."""
-    incarnation = server.model_info().value.incarnation
+    incarnation = server.model_info().incarnation
     return server.generate(
         GenerateRequest(
             session=session,
@@ -86,10 +85,10 @@ def test_served_and_colocated_supervision_are_the_same_bits(loaded, encoding, pa
     tokens = batch_of(6, 400, packed=packed)
     server = TargetModelServer(target, config)
     session = open_session(server, encoding)
-    encoded = unwrap(send(server, session, tokens).wait(), sender="target0")
-    head = unwrap(server.output_embeddings(session), sender="target0").to(torch.device("cuda"))
+    encoded = send(server, session, tokens).result()
+    head = server.output_embeddings(session).to(torch.device("cuda"))
     served = decode_supervision(encoded, tokens, head)
-    unwrap(server.close(), sender="target0")
+    server.close()
     here = colocated_with(target, config, encoding)(tokens)
     assert len(here.supervised_rows) > 500
     assert_same_bits(here, served)
@@ -104,8 +103,8 @@ def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, t
     session = open_session(server, "logits", rows, through_host)
     batches = [batch_of(4, length, packed=length % 3 == 0) for length in range(200, 500, 25)]
     futures = [send(server, session, tokens, number) for number, tokens in enumerate(batches)]
-    replies = [unwrap(future.wait(), sender="target0") for future in futures]
-    unwrap(server.close(), sender="target0")
+    replies = [future.result() for future in futures]
+    server.close()
     supervised = colocated_with(target, config, "logits", rows)
     for tokens, encoded in zip(batches, replies, strict=True):
         assert encoded.aux.is_cuda is not through_host

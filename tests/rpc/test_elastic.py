@@ -26,7 +26,6 @@ from support.waiting import until
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.errors import StaleIncarnation
 from eagle_rpc.registry import Record
-from eagle_rpc.supervision import unwrap
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -255,9 +254,7 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
     with joined(name, "trainer", address, token) as membership:
         (target,) = membership.targets()
         connection = membership.connect(target, SERVICE_NAME)
-        size = unwrap(
-            connection.call("input_embeddings", what="much", timeout=WAIT).result(), sender=name
-        ).nbytes
+        size = connection.call("input_embeddings", what="much", timeout=WAIT).result().nbytes
         in_flight: list[Any] = []
         num_arrived = 0
         for _ in range(NUM_CONTROL_CALLS):
@@ -265,7 +262,7 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
                 connection.call("input_embeddings", what="much", timeout=WAIT)
                 for _ in range(4 - len(in_flight))
             ]
-            unwrap(connection.control("model_info", timeout=WAIT).result(), sender=name)
+            connection.control("model_info", timeout=WAIT).result()
             num_arrived += sum(call.done for call in in_flight)
             in_flight = [call for call in in_flight if not call.done]
         for call in in_flight:

@@ -22,7 +22,7 @@ from eagle_rpc.rpc import PendingCall, Permissions, host, withdraw
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.failures import classify
 from eagle_rpc.rpc.fence import probe_fence, raise_fence
-from eagle_rpc.rpc.service import Link, call_hosted, hosted_rref
+from eagle_rpc.rpc.link import Link, call_hosted, hosted_rref
 from eagle_rpc.supervision import SessionSpec, TargetExpectation
 
 pytestmark = pytest.mark.rpc

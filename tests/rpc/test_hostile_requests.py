@@ -23,13 +23,12 @@ from torch.distributed.rpc import rref_proxy
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.rpc.service import call_hosted, hosted_rref
-from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.rpc.envelope import Failure, Ok
+from eagle_rpc.rpc.link import call_hosted, hosted_rref
+from eagle_rpc.service.endpoint import TargetEndpoint
 from eagle_rpc.supervision import (
     EncodedSupervision,
-    Failure,
     GenerateRequest,
-    Ok,
     SessionSpec,
     TargetExpectation,
     TokenBatch,
@@ -111,7 +110,7 @@ def code_runners(directory: Path) -> list[Any]:
         torch.nn.Parameter(torch.zeros(2)),
         torch.float32,
         os.system,
-        TargetModelServer,
+        TargetEndpoint,
         range(3),
         frozenset([1]),
     ]
@@ -123,7 +122,7 @@ def forbidden_calls(rref: Any, directory: Path) -> list[tuple[Any, ...]]:
         (function, shell) for function in (os.system, subprocess.getoutput, eval, exec, print, os.listdir)
     ]
     for invoke in (rref_proxy._local_invoke, rref_proxy._local_invoke_async_execution):
-        for method in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain let_go wait_sent _target nothing".split():
+        for method in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain expire wait_sent _server nothing".split():
             calls.append((invoke, rref, method, (), {}))
         calls.append((invoke, rref, ["generate"], (), {}))
         calls.append((invoke, "rref", "generate", (), {}))
@@ -174,7 +173,7 @@ def call_of(function: bytes, arguments: bytes) -> bytes:
 
 def bombs() -> list[bytes]:
     """Bytes by hand: what no pickler writes."""
-    hosted = name("eagle_rpc.rpc.service", "hosted_rref")
+    hosted = name("eagle_rpc.rpc.link", "hosted_rref")
     tokens = name("eagle_rpc.supervision.tokens", "TokenBatch")
     laughs = b"]\x94" + b"".join(b"]\x94(" + b"h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
     return [
@@ -198,7 +197,7 @@ def bombs() -> list[bytes]:
         call_of(hosted, tokens + b")\x81\x85"),
         call_of(hosted, tokens + b")\x81N}" + text("check") + b"Ns\x86b\x85"),
         call_of(hosted, name("torch._C._distributed_rpc", "WorkerInfo") + b")\x81\x85"),
-        call_of(hosted, name("eagle_rpc.service.server", "TargetModelServer") + b")\x81\x85"),
+        call_of(hosted, name("eagle_rpc.service.endpoint", "TargetEndpoint") + b")\x81\x85"),
         # Lengths beyond the data.
         b"\x80\x04X\xff\xff\xff\xff.",
         b"\x80\x04B\xff\xff\xff\xff.",

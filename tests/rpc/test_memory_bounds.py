@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import TargetConfig, TopologyConfig
-from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import PendingCall, StaticMembership, host, join_static
+from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import DraftHead, GenerateRequest, Ok, Reply, SessionSpec, TokenBatch, unwrap
+from eagle_rpc.supervision import DraftHead, GenerateRequest, SessionSpec, TokenBatch
 from eagle_rpc.topology import DevicePlan, Role, assign_roles
 
 pytestmark = pytest.mark.rpc
@@ -83,7 +85,7 @@ class Hosted:
         self.membership = membership
         limits = {"max_reply_bytes": BOUND, "max_reply_bytes_per_session": BOUND, "session_lease": LEASE}
         self.server = TargetModelServer(self.target, TargetConfig(model="wide", chunk_rows=8, **limits))
-        host(SERVICE_NAME, self.server, CONTROL_METHODS)
+        host(SERVICE_NAME, TargetEndpoint(self.server), CONTROL_METHODS)
         self.target.gate.set()
         membership.mark("ready")
         self.reached("warm")
@@ -100,7 +102,7 @@ class Hosted:
         return int(self.membership.store.get("pid"))
 
     def status(self) -> dict[str, Any]:
-        return unwrap(self.server.status(), sender="target0")
+        return self.server.status()
 
     def reached(self, event: str) -> None:
         self.membership.wait_for(("trainer0",), event, timeout=WAIT)
@@ -136,13 +138,13 @@ class Trainer:
         self._link = membership.connect(target, SERVICE_NAME)
         self._incarnation = self.control("model_info").incarnation
         session = self.open(0)
-        assert isinstance(self.ask(session, "warm").result(), Ok)
+        assert outcome(self.ask(session, "warm")) == "ok"
         self.control("disconnect", session)
         membership.mark("warm")
         membership.wait_for(("target0",), "gated", timeout=WAIT)
 
     def control(self, method: str, *arguments: Any) -> Any:
-        return unwrap(self._link.control(method, *arguments, timeout=WAIT).result(), sender="target0")
+        return self._link.control(method, *arguments, timeout=WAIT).result()
 
     def open(self, number: int) -> str:
         """A session with a mapping of its own."""
@@ -169,14 +171,17 @@ class Trainer:
 def outcomes(calls: list[PendingCall]) -> Counter[str]:
     """Replies by outcome; none is kept."""
     calls.reverse()
-    return Counter(outcome(calls.pop().result()) for _ in range(len(calls)))
+    return Counter(outcome(calls.pop()) for _ in range(len(calls)))
 
 
-def outcome(reply: Reply) -> str:
-    if isinstance(reply, Ok):
-        assert bool((reply.value.aux == 1).all()), "the reply is whole"
-        return "ok"
-    return reply.code
+def outcome(call: PendingCall) -> str:
+    """`ok` or the code of an error."""
+    try:
+        value = call.result()
+    except EagleRpcError as error:
+        return error.code
+    assert isinstance(value, DraftHead) or bool((value.aux == 1).all()), "the reply is whole"
+    return "ok"
 
 
 def stand_still(how_it_goes_on: int, told: str) -> Any:
@@ -196,7 +201,7 @@ def stand_still(how_it_goes_on: int, told: str) -> Any:
         stopped = hosted.until("everything is answered", hosted.idle)
         abandoned = hosted.until("the lease is over", lambda: not hosted.status()["sessions"])
         os.kill(hosted.trainer_pid, how_it_goes_on)
-        all_sent = hosted.server.wait_sent(WAIT) == Ok(True)
+        all_sent = hosted.server.wait_sent(WAIT)
         after = hosted.status()
         hosted.end()
         seen = {
@@ -250,7 +255,7 @@ def flood(count: int) -> Any:
         before = hosted.status()
         hosted.target.gate.set()
         hosted.reached("done")
-        all_sent = hosted.server.wait_sent(WAIT) == Ok(True)
+        all_sent = hosted.server.wait_sent(WAIT)
         after = hosted.status()
         hosted.end()
         return before, after, hosted.peak, all_sent
@@ -267,8 +272,7 @@ def test_a_flood_of_requests_stays_within_the_bound_and_each_is_answered():
 
 
 def heads_of(trainer: Trainer, sessions: list[str]) -> Counter[str]:
-    replies = (trainer.head(session).result() for session in sessions)
-    return Counter("ok" if isinstance(reply, Ok) else reply.code for reply in replies)
+    return Counter(outcome(trainer.head(session)) for session in sessions)
 
 
 NUM_ABANDONED = 200
@@ -296,7 +300,7 @@ def abandon() -> Any:
         hosted.target.gate.set()
         hosted.until("everything is answered", hosted.idle)
         hosted.reached("done")
-        all_sent = hosted.server.wait_sent(WAIT) == Ok(True)
+        all_sent = hosted.server.wait_sent(WAIT)
         after = hosted.status()
         hosted.end()
         return before, crowd, after, hosted.peak, all_sent

@@ -16,9 +16,10 @@ from support.workers import TEST_RPC, run_workers
 from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
-from eagle_rpc.jobs.permissions import CONTROL_METHODS, static_permissions
+from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import Link, StaticMembership, host, join_static
+from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS, TargetExpectation
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
@@ -45,11 +46,11 @@ def make_target(seed: int = 0) -> HFEagle3TargetModel:
 def serve(membership: StaticMembership, target: Any, **limits: Any) -> dict[str, int]:
     """A target's life; returns the server's counts."""
     server = TargetModelServer(target, tiny_target_config(**limits))
-    host(SERVICE_NAME, server, CONTROL_METHODS)
+    host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
     membership.mark("ready")
     membership.wait_for(membership.cast.trainer_names, "done", timeout=60)
     server.close()
-    return server.status().value["requests"]
+    return server.num_requests
 
 
 def remote_target(
@@ -104,7 +105,7 @@ def stream_everything(topology: TopologyConfig) -> Any:
         server = None
         if topology.single:
             server = TargetModelServer(make_target(), tiny_target_config())
-            host(SERVICE_NAME, server, CONTROL_METHODS)
+            host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
             membership.mark("ready")
         received = {}
         for encoding in ENCODINGS:

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions
+from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.process import bind_to_interface
 from eagle_rpc.rpc import host, internals
 from eagle_rpc.rpc.agent import running_agent
@@ -30,6 +30,7 @@ _TIMEOUT = 30.0
 
 def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> None:
     """Runs in a process of its own: an agent that is alone and hosts a tiny target, until told to end through `pipe`."""
+    from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
     from eagle_rpc.service.server import TargetModelServer
     from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -45,7 +46,7 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
         device_maps={},
         permissions=permissions,
     ):
-        host(SERVICE_NAME, server, CONTROL_METHODS)
+        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
         pipe.send(internals.bound_url(SERVER))
         internals.add_peer(ATTACKER, ATTACKER_ID, pipe.recv(), {})
         pipe.send("ready")
@@ -154,7 +155,7 @@ class Answers:
 
 def pickled(value: Any, protocol: int = 4) -> bytes:
     """Bytes of a call whose only argument is `value`, which may have a hostile `__reduce__`."""
-    from eagle_rpc.rpc.service import hosted_rref
+    from eagle_rpc.rpc.link import hosted_rref
 
     file = io.BytesIO()
     pickle.Pickler(file, protocol).dump(rpc.internal.PythonUDF(hosted_rref, (value,), {}))

@@ -16,9 +16,10 @@ from support.tiny_target import tiny_target_config
 
 from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TargetConfig
-from eagle_rpc.jobs.permissions import CONTROL_METHODS, target_permissions, trainer_permissions
+from eagle_rpc.jobs.permissions import target_permissions, trainer_permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import ElasticMembership, host, join_elastic
+from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import TargetExpectation
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -135,8 +136,8 @@ def serve_target(link: Link, name: str, config: TargetConfig, address: str, toke
     with joined(name, "target", address, token) as membership:
         target = HFEagle3TargetModel.load(config, "cpu", cache_dir="unused", seed=0)
         server = TargetModelServer(target, config, incarnation=membership.me.incarnation)
-        host(SERVICE_NAME, server, CONTROL_METHODS)
-        membership.report(lambda: server.status().value)
+        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+        membership.report(server.status)
         link.send(membership.me.incarnation)
         link.receive()
         server.close()

@@ -9,7 +9,8 @@ from torch.futures import Future
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.errors import ConnectionLost
-from eagle_rpc.rpc import PendingCall, TargetAddress
+from eagle_rpc.rpc import ServiceCall, TargetAddress
+from eagle_rpc.service.endpoint import TargetEndpoint
 from eagle_rpc.supervision import TargetExpectation
 
 SETTINGS = {
@@ -32,6 +33,7 @@ class FakeTarget:
     def __init__(self, name: str, server: Any) -> None:
         self.name = name
         self.server = server
+        self._endpoint = TargetEndpoint(server)
         self.alive = True
         self.between_gpus = False
         self.num_requests = 0
@@ -53,9 +55,9 @@ class FakeTarget:
         if answer is not None:
             future.set_result(answer)
         elif self.held is not None:
-            self.held.append((future, lambda: getattr(self.server, method)(*arguments)))
+            self.held.append((future, lambda: getattr(self._endpoint, method)(*arguments)))
         else:
-            self._answer(future, getattr(self.server, method)(*arguments))
+            self._answer(future, getattr(self._endpoint, method)(*arguments))
         if method == "open_session":
             future.add_done_callback(lambda done: self.sessions.append(done.value().value.id))
         return future
@@ -100,14 +102,14 @@ class FakeLink:
         self.between_gpus = target.between_gpus
         self.target = target
 
-    def call(self, method: str, *arguments: Any, what: str, timeout: float) -> PendingCall:
+    def call(self, method: str, *arguments: Any, what: str, timeout: float) -> ServiceCall:
         future = (
             timed_out(timeout) if method == self.target.sticks_at else self.target.call(method, *arguments)
         )
-        return PendingCall(future, peer=self.peer, what=what, timeout=timeout)
+        return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
 
-    def control(self, method: str, *arguments: Any, timeout: float) -> PendingCall:
-        return PendingCall(self.target.call(method, *arguments), peer=self.peer, what=method, timeout=timeout)
+    def control(self, method: str, *arguments: Any, timeout: float) -> ServiceCall:
+        return ServiceCall(self.target.call(method, *arguments), peer=self.peer, what=method, timeout=timeout)
 
 
 class FakeMembership:

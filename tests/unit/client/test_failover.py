@@ -11,8 +11,9 @@ from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_targe
 from support.waiting import until
 
 from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
+from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Failure, Ok, Pulse
+from eagle_rpc.supervision import Pulse
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -118,7 +119,7 @@ def test_a_draining_target_gets_nothing_new(
     draining, other = FakeTarget("target0", server), FakeTarget("target1", server)
     backend = opened(FakeMembership(draining, other))
     until_both_serve(backend)
-    incarnation = server.model_info().value.incarnation
+    incarnation = server.model_info().incarnation
     refusals = {
         "generate": Failure("draining", "shutting down"),
         "heartbeat": Ok(Pulse(incarnation=incarnation, draining=True)),
@@ -245,7 +246,7 @@ def test_embeddings_are_not_waited_for_where_a_target_has_fallen_silent(
     backend = opened(FakeMembership(stopped, other), heartbeat_misses=4, request_timeout=1000.0)
     until_both_serve(backend)
     stopped.hold()
-    assert backend.input_embeddings().equal(server.input_embeddings().value)
+    assert backend.input_embeddings().equal(server.input_embeddings())
 
 
 def test_a_client_that_finds_no_target_of_its_draft_leaves_no_thread(
@@ -266,4 +267,4 @@ def test_embeddings_come_from_a_target_that_can_give_them(opened: Any, server: T
     backend = opened(FakeMembership(dying, other))
     until_both_serve(backend)
     dying.die()
-    assert backend.input_embeddings().equal(server.input_embeddings().value)
+    assert backend.input_embeddings().equal(server.input_embeddings())

@@ -9,8 +9,8 @@ from support.tiny_target import tensors_of, tiny_batch
 from support.waiting import until
 
 from eagle_rpc.errors import InvalidRequest, RequestExpired, TargetUnavailable
+from eagle_rpc.rpc.envelope import Failure
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Failure
 
 
 def generate(backend: Any, seed: int) -> Any:
@@ -19,7 +19,7 @@ def generate(backend: Any, seed: int) -> Any:
 
 
 def num_sessions(server: TargetModelServer) -> int:
-    return len(server.status().value["sessions"])
+    return len(server.status()["sessions"])
 
 
 def test_exactly_prefetch_requests_run_ahead_of_the_consumer(opened: Any, server: TargetModelServer):

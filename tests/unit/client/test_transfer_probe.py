@@ -8,12 +8,12 @@ import torch
 from fake_membership import FakeMembership, FakeTarget
 from support.tiny_target import tensors_of, tiny_batch
 
-from eagle_rpc.supervision import Failure, Ok
+from eagle_rpc.rpc.envelope import Failure, Ok
 
 
 def session_of(server: Any) -> Any:
     """The session that was opened last."""
-    return server._sessions.figures()[-1].session
+    return server._sessions.registrations()[-1].session
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_probe_that_does_not_arrive_on_a_gpu_sends_supervision_through_the_hos
     target.refuse = lambda method: answer if method == "probe_transfer" else None
     with caplog.at_level(logging.WARNING):
         backend = opened(FakeMembership(target))
-    assert session_of(server).through_host
+    assert session_of(server).spec.through_host
     warnings = [record.message for record in caplog.records if "host memory" in record.message]
     assert len(warnings) == 1
     assert warnings[0].startswith("supervision of target0 goes through host memory") and warnings[0].endswith(
@@ -47,5 +47,5 @@ def test_nothing_is_probed_where_there_is_no_way_between_gpus(server, opened):
     target = FakeTarget("target0", server)
     target.refuse = lambda method: asked.append(method)
     opened(FakeMembership(target))
-    assert session_of(server).through_host
+    assert session_of(server).spec.through_host
     assert "open_session" in asked and "probe_transfer" not in asked

@@ -5,7 +5,6 @@ from gated_target import GatedTarget
 from server_calls import Clock, config
 
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 
@@ -25,7 +24,7 @@ def serve(clock):
 
     yield start
     for server in servers:
-        assert server.close() == Ok(True)
+        assert server.close()
 
 
 @pytest.fixture

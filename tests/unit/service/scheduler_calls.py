@@ -2,6 +2,9 @@
 
 import itertools
 import math
+from concurrent.futures import Future
+
+from eagle_rpc.service.fairness import Work
 
 
 class Done:
@@ -34,17 +37,12 @@ def submit(
     request_id=None,
     deadline=math.inf,
     num_jobs=1,
-    settle=lambda reply: None,
+    record=lambda outcome: None,
 ):
-    return scheduler.submit(
-        request,
-        job=job,
-        session=session,
-        request_id=request_id or f"r{next(_ids)}",
-        deadline=deadline,
-        num_jobs=num_jobs,
-        settle=settle,
-    )
+    """The future of the answer."""
+    work = Work(request, job, session, request_id or f"r{next(_ids)}", deadline, record, Future())
+    scheduler.submit(work, num_jobs=num_jobs)
+    return work.answer
 
 
 _ids = itertools.count()

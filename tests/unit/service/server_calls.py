@@ -3,7 +3,8 @@
 import torch
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch, unwrap
+from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch
 
 WAIT = 20.0
 SELECTED = torch.tensor([40, 3, 4, 5, 60, 61, 77, 96])
@@ -35,12 +36,22 @@ def tokens_of(batch=2, length=9, seed=0, packed=False):
 
 
 def try_to_open(server, **fields):
-    """The reply to `open_session`."""
-    return server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})).wait()
+    """The answer to `open_session`; raises its error."""
+    return server.open_session(SessionSpec(**{"selected_token_ids": SELECTED, **fields})).result(WAIT)
 
 
 def open_session(server, **fields):
-    return unwrap(try_to_open(server, **fields), sender="target0").id
+    """The id of a new session."""
+    return try_to_open(server, **fields).id
+
+
+def error_of(call, *args, **fields):
+    """The error of this package that a call raises, at once or from its future."""
+    try:
+        answer = call(*args, **fields)
+    except EagleRpcError as error:
+        return error
+    return answer.exception(WAIT)
 
 
 _next_id = iter(range(10**9))
@@ -49,7 +60,7 @@ _next_id = iter(range(10**9))
 def request(server, session, tokens=None, seconds_left=WAIT, request_id=None):
     return GenerateRequest(
         session=session,
-        incarnation=server.model_info().value.incarnation,
+        incarnation=server.model_info().incarnation,
         request_id=f"r{next(_next_id)}" if request_id is None else request_id,
         tokens=tokens or tokens_of(),
         seconds_left=seconds_left,
@@ -57,13 +68,10 @@ def request(server, session, tokens=None, seconds_left=WAIT, request_id=None):
 
 
 def send(server, session, *args, **fields):
-    """The future of the reply to one request."""
+    """The future of the supervision of one request."""
     return server.generate(request(server, session, *args, **fields))
 
 
 def ask(server, session, *args, **fields):
-    return send(server, session, *args, **fields).wait()
-
-
-def status(server):
-    return unwrap(server.status(), sender="target0")
+    """The supervision of one request; raises its error."""
+    return send(server, session, *args, **fields).result(WAIT)

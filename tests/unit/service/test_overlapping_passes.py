@@ -12,7 +12,6 @@ from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.service.scheduler import ForwardScheduler
-from eagle_rpc.supervision import Ok
 
 
 class Request:
@@ -95,10 +94,10 @@ def test_the_next_pass_begins_before_the_one_before_it_is_finished(gpu, schedule
     futures = begin(gpu, scheduler, first, second)
     assert scheduler.num_running == 2 and not futures[0].done()
     first.done.set()
-    assert futures[0].wait() == Ok("first")
+    assert futures[0].result(WAIT) == "first"
     assert not futures[1].done()
     second.done.set()
-    assert futures[1].wait() == Ok("second")
+    assert futures[1].result(WAIT) == "second"
     assert gpu.log == ["start first", "start second", "finish first", "finish second"]
     assert scheduler.drain(WAIT) and scheduler.num_passes == 2
 
@@ -117,7 +116,7 @@ def test_no_more_than_two_passes_are_under_way(gpu, scheduler):
     futures = [submit(scheduler, request) for request in requests]
     for request, future in zip(requests, futures, strict=True):
         request.done.set()
-        assert future.wait() == Ok(request.name)
+        assert future.result(WAIT) == request.name
     assert gpu.log.index("start c") > gpu.log.index("start b") and gpu.log.index("finish a") < gpu.log.index(
         "finish b"
     )
@@ -128,7 +127,7 @@ def test_what_is_urgent_does_not_wait_for_a_gpu(gpu, scheduler):
     under_way = Request("under way")
     begin(gpu, scheduler, under_way)
     answer = scheduler.submit_first(lambda: under_way.done.set() or "urgent")
-    assert answer.wait() == Ok("urgent")
+    assert answer.result(WAIT) == "urgent"
     assert scheduler.drain(WAIT)
 
 
@@ -136,18 +135,18 @@ def test_what_fails_on_a_gpu_fails_alone(gpu, scheduler):
     bad, good = Request("bad", fault=InvalidRequest("no")), Request("good")
     bad.done.set(), good.done.set()
     futures = [submit(scheduler, one) for one in (bad, good)]
-    assert futures[0].wait().code == "invalid_request"
-    assert futures[1].wait() == Ok("good")
+    assert futures[0].exception(WAIT).code == "invalid_request"
+    assert futures[1].result(WAIT) == "good"
 
 
 def test_a_gpu_that_fails_when_asked_is_heard_when_it_answers(gpu, scheduler):
     fault = RuntimeError("device-side assert triggered")
     broken = Request("broken", fault=fault, fault_when_asked=fault)
     broken.done.set()
-    assert submit(scheduler, broken).wait().code == "failed"
+    assert submit(scheduler, broken).exception(WAIT).code == "failed"
     whole = Request("whole")
     whole.done.set()
-    assert submit(scheduler, whole).wait() == Ok("whole")
+    assert submit(scheduler, whole).result(WAIT) == "whole"
 
 
 def test_a_pass_without_room_beside_another_runs_when_that_one_has_left(gpu, scheduler):
@@ -157,13 +156,13 @@ def test_a_pass_without_room_beside_another_runs_when_that_one_has_left(gpu, sch
     futures.append(submit(scheduler, second))
     for one in (first, second):
         one.done.set()
-    assert [future.wait() for future in futures] == [Ok("first"), Ok("second")]
+    assert [future.result(WAIT) for future in futures] == ["first", "second"]
 
 
 def test_a_pass_that_never_has_room_is_refused(gpu, scheduler):
     gpu.room = 1
     large = Request("large", room=2)
-    assert submit(scheduler, large).wait().code == "out_of_memory"
+    assert submit(scheduler, large).exception(WAIT).code == "out_of_memory"
 
 
 def test_a_reply_without_room_beside_the_next_pass_is_made_when_that_one_has_left(gpu, scheduler):
@@ -171,7 +170,7 @@ def test_a_reply_without_room_beside_the_next_pass_is_made_when_that_one_has_lef
     futures = begin(gpu, scheduler, first, second)
     for one in (first, second):
         one.done.set()
-    assert [future.wait() for future in futures] == [Ok("first"), Ok("second")]
+    assert [future.result(WAIT) for future in futures] == ["first", "second"]
     assert gpu.log == [
         *("start first", "start second", "finish first", "finish second"),
         *("start first", "finish first"),
@@ -185,7 +184,7 @@ def test_stopping_answers_what_a_gpu_works_on(gpu, scheduler):
     assert not future.done()
     under_way.done.set()
     assert scheduler.stop(WAIT)
-    assert future.wait() == Ok("under way")
+    assert future.result(WAIT) == "under way"
 
 
 def test_a_reply_is_let_go_of_once_it_is_answered(gpu, scheduler):
@@ -206,7 +205,7 @@ def test_a_reply_is_let_go_of_once_it_is_answered(gpu, scheduler):
     for request in (one, other):
         request.done.set()
         future = submit(scheduler, request)
-        future.wait()
+        future.result(WAIT)
         del future
     assert scheduler.drain(WAIT)
     gc.collect()
@@ -216,13 +215,13 @@ def test_a_reply_is_let_go_of_once_it_is_answered(gpu, scheduler):
 def test_a_forward_thread_that_fails_answers_everybody_and_takes_no_more(gpu, scheduler, caplog):
     under_way, waiting = Request("under way"), Request("waiting")
 
-    def settle(reply):
-        raise ZeroDivisionError("in the books")
+    def record(outcome):
+        raise ZeroDivisionError("in the record")
 
-    futures = [submit(scheduler, under_way, settle=settle)]
+    futures = [submit(scheduler, under_way, record=record)]
     assert gpu.begun.acquire(timeout=WAIT)
     futures.append(submit(scheduler, waiting))
     for one in (under_way, waiting):
         one.done.set()
-    assert {future.wait().code for future in futures} == {"failed"}
+    assert {future.exception(WAIT).code for future in futures} == {"failed"}
     assert scheduler.draining and "the forward thread failed" in caplog.text

@@ -7,10 +7,9 @@ import torch
 from scheduler_calls import OneByOne, submit
 from server_calls import WAIT
 
-from eagle_rpc.errors import InvalidRequest, TargetBusy, TargetDraining
-from eagle_rpc.service.pass_runner import is_out_of_memory
+from eagle_rpc.errors import InvalidRequest, TargetBusy, TargetDraining, TargetFailed, UnknownSession
+from eagle_rpc.service.forward_pass import is_out_of_memory
 from eagle_rpc.service.scheduler import ForwardScheduler
-from eagle_rpc.supervision import Failure, Ok
 
 
 class Gate:
@@ -23,16 +22,6 @@ class Gate:
         self.started.set()
         assert self.opened.wait(WAIT)
         return "gate"
-
-
-class Books:
-    """What a caller of the scheduler is told of the replies."""
-
-    def __init__(self):
-        self.settled = []
-
-    def __call__(self, reply):
-        self.settled.append(reply)
 
 
 @pytest.fixture
@@ -52,17 +41,17 @@ def gate(scheduler):
     gate.opened.set()
 
 
-def test_work_is_answered_with_its_value_and_its_books_are_kept_first(scheduler):
+def test_work_is_answered_with_its_value_which_is_recorded_first(scheduler):
     order = []
-    future = submit(scheduler, lambda: order.append("run") or 7, settle=lambda reply: order.append(reply))
-    assert future.wait() == Ok(7)
-    assert order == ["run", Ok(7)]
+    future = submit(scheduler, lambda: order.append("run") or 7, record=order.append)
+    assert future.result(WAIT) == 7
+    assert order == ["run", 7]
     assert scheduler.drain(WAIT)
 
 
 def test_one_thread_runs_everything(scheduler):
-    threads = [submit(scheduler, threading.get_ident, session=session).wait().value for session in "ab"]
-    threads.append(scheduler.submit_first(threading.get_ident).wait().value)
+    threads = [submit(scheduler, threading.get_ident, session=session).result(WAIT) for session in "ab"]
+    threads.append(scheduler.submit_first(threading.get_ident).result(WAIT))
     assert len(set(threads)) == 1 and threads[0] != threading.get_ident()
 
 
@@ -72,8 +61,8 @@ def test_a_full_queue_is_busy_and_takes_work_again_later(scheduler, gate):
     with pytest.raises(TargetBusy, match=r"must hold at most 4 requests \(target.max_queued_requests\)"):
         submit(scheduler, lambda: 1, session="b")
     gate.opened.set()
-    assert [future.wait() for future in waiting] == [Ok(1)] * 4
-    assert submit(scheduler, lambda: 2, session="b").wait() == Ok(2)
+    assert [future.result(WAIT) for future in waiting] == [1] * 4
+    assert submit(scheduler, lambda: 2, session="b").result(WAIT) == 2
 
 
 def test_a_session_has_credits_and_the_running_request_takes_one(clock):
@@ -88,8 +77,8 @@ def test_a_session_has_credits_and_the_running_request_takes_one(clock):
         submit(scheduler, lambda: 1, session="a")
     other = submit(scheduler, lambda: 2, session="b")
     gate.opened.set()
-    assert (waiting.wait(), other.wait()) == (Ok(1), Ok(2))
-    assert submit(scheduler, lambda: 3, session="a").wait() == Ok(3)
+    assert (waiting.result(WAIT), other.result(WAIT)) == (1, 2)
+    assert submit(scheduler, lambda: 3, session="a").result(WAIT) == 3
     assert scheduler.stop(WAIT)
 
 
@@ -106,8 +95,8 @@ def test_expired_work_is_not_run(scheduler, gate, clock):
     late = submit(scheduler, lambda: ran.append("late"), deadline=clock.now)
     timely = submit(scheduler, lambda: ran.append("timely"), deadline=clock.now + 1)
     gate.opened.set()
-    assert late.wait().code == "expired"
-    assert timely.wait() == Ok(None)
+    assert late.exception(WAIT).code == "expired"
+    assert timely.result(WAIT) is None
     assert ran == ["timely"]
 
 
@@ -116,7 +105,7 @@ def test_expired_work_takes_up_no_room(scheduler, gate, clock):
     submit(scheduler, lambda: 1, deadline=clock.now + 3)
     clock.now += 2
     scheduler.drop_expired()
-    assert late.wait().code == "expired"
+    assert late.exception(WAIT).code == "expired"
     assert scheduler.num_queued == 1
 
 
@@ -128,27 +117,27 @@ def test_urgent_work_goes_first_and_is_bounded(scheduler, gate):
         scheduler.submit_first(lambda: None)
     gate.opened.set()
     for future in (request, *openings):
-        future.wait()
+        future.result(WAIT)
     assert order == ["w", "x", "y", "z", "request"]
 
 
 def test_what_is_sent_again_while_it_waits_takes_its_place(scheduler, gate):
-    order, books = [], Books()
-    first = submit(scheduler, lambda: order.append("first"), request_id="same", settle=books)
+    order, recorded = [], []
+    first = submit(scheduler, lambda: order.append("first"), request_id="same", record=recorded.append)
     others = [submit(scheduler, lambda: order.append("other")) for _ in range(3)]
     again = submit(scheduler, lambda: order.append("again"), request_id="same")
-    assert first.wait().code == "expired"
-    assert books.settled == [first.wait()]
+    assert first.exception(WAIT).code == "expired"
+    assert recorded == [first.exception(WAIT)]
     gate.opened.set()
     for future in (again, *others):
-        assert future.wait() == Ok(None)
+        assert future.result(WAIT) is None
     assert order == ["again", "other", "other", "other"]
 
 
 def test_the_same_id_in_another_session_is_another_request(scheduler, gate):
     futures = [submit(scheduler, lambda: 1, session=session, request_id="same") for session in "ab"]
     gate.opened.set()
-    assert [future.wait() for future in futures] == [Ok(1), Ok(1)]
+    assert [future.result(WAIT) for future in futures] == [1, 1]
 
 
 def test_cancelled_work_is_not_run(scheduler, gate):
@@ -158,9 +147,9 @@ def test_cancelled_work_is_not_run(scheduler, gate):
     )
     foreign = submit(scheduler, lambda: ran.append("foreign"), session="b", request_id="gone")
     assert scheduler.cancel("a", ["gone", "never seen"]) == 1
-    assert gone.wait().code == "expired"
+    assert gone.exception(WAIT).code == "expired"
     gate.opened.set()
-    assert (stays.wait(), foreign.wait()) == (Ok(None), Ok(None))
+    assert (stays.result(WAIT), foreign.result(WAIT)) == (None, None)
     assert sorted(ran) == ["foreign", "stays"]
 
 
@@ -170,7 +159,7 @@ def test_a_refused_sender_is_told_to_wait_for_the_queue_at_its_pace(scheduler, c
     def takes_a_second():
         clock.now += 1.0
 
-    submit(scheduler, takes_a_second).wait()
+    submit(scheduler, takes_a_second).result(WAIT)
     gate = Gate()
     submit(scheduler, gate, session="gate")
     assert gate.started.wait(WAIT)
@@ -180,7 +169,7 @@ def test_a_refused_sender_is_told_to_wait_for_the_queue_at_its_pace(scheduler, c
     assert 0.01 < one_waits < scheduler.retry_after < 1.0
     gate.opened.set()
     for _ in range(30):
-        submit(scheduler, takes_a_second).wait()
+        submit(scheduler, takes_a_second).result(WAIT)
     again = Gate()
     submit(scheduler, again, session="gate")
     assert again.started.wait(WAIT)
@@ -206,13 +195,13 @@ def test_drain_finishes_the_queue_and_refuses_new_work(scheduler, gate):
     gate.opened.set()
     assert scheduler.drain(WAIT)
     assert waiting.done() and opening.done()
-    assert (waiting.wait(), opening.wait()) == (Ok(1), Ok(2))
+    assert (waiting.result(WAIT), opening.result(WAIT)) == (1, 2)
 
 
 def test_stop_answers_what_waits(gate, scheduler):
     waiting, opening = submit(scheduler, lambda: 1), scheduler.submit_first(lambda: 2)
     assert not scheduler.stop(0.0)
-    assert waiting.wait().code == opening.wait().code == "draining"
+    assert waiting.exception(WAIT).code == opening.exception(WAIT).code == "draining"
     gate.opened.set()
     assert scheduler.stop(WAIT)
     with pytest.raises(TargetDraining):
@@ -223,16 +212,17 @@ def test_a_dropped_session_leaves_the_others(scheduler, gate):
     gone, stays = submit(scheduler, lambda: 1, session="a"), submit(scheduler, lambda: 2, session="b")
     scheduler.drop_session("a", "was disconnected")
     scheduler.drop_session("nobody", "was disconnected")
-    assert gone.wait() == Failure("unknown_session", "session a was disconnected before this request ran")
+    with pytest.raises(UnknownSession, match="session a was disconnected before this request ran"):
+        gone.result(WAIT)
     gate.opened.set()
-    assert stays.wait() == Ok(2)
+    assert stays.result(WAIT) == 2
 
 
 def test_nothing_holds_on_to_a_reply_that_was_handed_out(scheduler):
     class Value:
         pass
 
-    value = weakref.ref(submit(scheduler, Value).wait().value)
+    value = weakref.ref(submit(scheduler, Value).result(WAIT))
     assert scheduler.drain(WAIT)
     gc.collect()
     assert value() is None
@@ -258,16 +248,18 @@ def raises(error):
         (StopIteration(), "failed"),
     ],
 )
-def test_whatever_work_raises_is_a_typed_failure_and_the_thread_lives(scheduler, error, code):
-    books = Books()
-    assert submit(scheduler, raises(error), settle=books).wait().code == code
-    assert submit(scheduler, lambda: 1).wait() == Ok(1)
-    assert [reply.code for reply in books.settled] == [code]
+def test_any_exception_of_a_request_becomes_an_error_of_this_package_and_the_thread_lives(
+    scheduler, error, code
+):
+    recorded = []
+    assert submit(scheduler, raises(error), record=recorded.append).exception(WAIT).code == code
+    assert submit(scheduler, lambda: 1).result(WAIT) == 1
+    assert [error.code for error in recorded] == [code]
 
 
 def test_an_unforeseen_failure_names_itself_and_is_logged_with_its_traceback(scheduler, caplog):
-    reply = submit(scheduler, raises(KeyError("layer"))).wait()
-    assert reply == Failure("failed", "KeyError: 'layer'")
+    with pytest.raises(TargetFailed, match="KeyError: 'layer'"):
+        submit(scheduler, raises(KeyError("layer"))).result(WAIT)
     assert caplog.records[-1].exc_info
 
 

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from server_calls import SELECTED, WAIT, ask, open_session, send, status, tokens_of
+from server_calls import SELECTED, WAIT, ask, error_of, open_session, send, tokens_of
 
-from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 
 def bytes_of_reply(server, session, tokens):
-    return ask(server, session, tokens).value.num_bytes
+    return ask(server, session, tokens).num_bytes
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -19,9 +18,9 @@ def test_a_promise_is_what_the_reply_takes_when_every_row_is_supervised(serve, g
     session = open_session(server, encoding=encoding, rows="loss_mask")
     future = send(server, session, tokens_of(packed=packed))
     assert gated.started.wait(WAIT)
-    promised = status(server)["reply_bytes_held"]
+    promised = server.status()["reply_bytes_held"]
     gated.opened.set()
-    assert future.wait().value.num_bytes == promised
+    assert future.result(WAIT).num_bytes == promised
 
 
 def test_rows_that_are_not_supervised_make_a_reply_smaller_than_its_promise(serve, gated):
@@ -29,11 +28,11 @@ def test_rows_that_are_not_supervised_make_a_reply_smaller_than_its_promise(serv
     session = open_session(server, rows="position_mask")
     future = send(server, session)
     assert gated.started.wait(WAIT)
-    promised = status(server)["reply_bytes_held"]
+    promised = server.status()["reply_bytes_held"]
     gated.opened.set()
-    reply = future.wait().value
+    reply = future.result(WAIT)
     assert 0 < reply.num_bytes < promised
-    assert status(server)["reply_bytes_held"] == reply.num_bytes
+    assert server.status()["reply_bytes_held"] == reply.num_bytes
 
 
 def test_a_reply_counts_until_its_receiver_lets_go_of_it(serve, model):
@@ -41,14 +40,14 @@ def test_a_reply_counts_until_its_receiver_lets_go_of_it(serve, model):
     session = open_session(server)
     reply = ask(server, session)
     assert (
-        status(server)["reply_bytes_held"]
-        == status(server)["sessions"][0]["reply_bytes_held"]
-        == reply.value.num_bytes
+        server.status()["reply_bytes_held"]
+        == server.status()["sessions"][0]["reply_bytes_held"]
+        == reply.num_bytes
     )
-    assert server.wait_sent(0.01) == Ok(False)
+    assert not server.wait_sent(0.01)
     del reply
-    assert server.wait_sent(WAIT) == Ok(True)
-    assert status(server)["reply_bytes_held"] == status(server)["sessions"][0]["reply_bytes_held"] == 0
+    assert server.wait_sent(WAIT)
+    assert server.status()["reply_bytes_held"] == server.status()["sessions"][0]["reply_bytes_held"] == 0
 
 
 def test_unsent_replies_make_a_session_wait_and_others_not(serve, model):
@@ -60,16 +59,16 @@ def test_unsent_replies_make_a_session_wait_and_others_not(serve, model):
     )
     first, second = (open_session(server, rows="loss_mask") for _ in range(2))
     unsent = [ask(server, first, tokens) for _ in range(2)]
-    refused = ask(server, first, tokens)
+    refused = error_of(send, server, first, tokens)
     assert (refused.code, 0.01 <= refused.retry_after <= 1.0) == ("busy", True)
-    assert "target.max_reply_bytes_per_session" in refused.message
+    assert "target.max_reply_bytes_per_session" in str(refused)
     unsent.append(ask(server, second, tokens))
-    refused = ask(server, second, tokens)
+    refused = error_of(send, server, second, tokens)
     assert refused.code == "busy"
-    assert "target.max_reply_bytes is" in refused.message
+    assert "target.max_reply_bytes is" in str(refused)
     unsent.clear()
-    assert server.wait_sent(WAIT) == Ok(True)
-    assert isinstance(ask(server, second, tokens), Ok)
+    assert server.wait_sent(WAIT)
+    assert ask(server, second, tokens)
 
 
 def test_bytes_that_wait_are_promised_and_given_back_whatever_becomes_of_them(serve, gated, clock):
@@ -77,31 +76,31 @@ def test_bytes_that_wait_are_promised_and_given_back_whatever_becomes_of_them(se
     session, leaving = open_session(server), open_session(server)
     running = send(server, session)
     assert gated.started.wait(WAIT)
-    alone = status(server)["reply_bytes_held"]
+    alone = server.status()["reply_bytes_held"]
     send(server, session, request_id="cancelled")
     send(server, session, request_id="repeated")
     send(server, session, request_id="repeated")
     send(server, session, seconds_left=1.0, request_id="late")
     send(server, leaving)
-    assert status(server)["reply_bytes_held"] == 5 * alone
+    assert server.status()["reply_bytes_held"] == 5 * alone
     server.cancel(session, ["cancelled"])
     server.disconnect(leaving)
     clock.now += 2.0
-    server.let_go()
-    assert status(server)["reply_bytes_held"] == 2 * alone
+    server.expire()
+    assert server.status()["reply_bytes_held"] == 2 * alone
     gated.raises = RuntimeError("no")
     gated.opened.set()
-    assert server.drain(WAIT) == Ok(True)
-    assert running.wait().code == "failed"
-    assert status(server)["reply_bytes_held"] == 0
+    assert server.drain(WAIT)
+    assert running.exception(WAIT).code == "failed"
+    assert server.status()["reply_bytes_held"] == 0
 
 
 def test_a_request_that_can_never_fit_is_refused_with_its_size(serve, model):
     server = serve(HFEagle3TargetModel(model), max_reply_bytes_per_session=100)
-    refused = ask(server, open_session(server))
+    refused = error_of(send, server, open_session(server))
     assert refused.code == "invalid_request"
-    assert "the reply would need" in refused.message
-    assert "target.max_reply_bytes_per_session is 100" in refused.message
+    assert "the reply would need" in str(refused)
+    assert "target.max_reply_bytes_per_session is 100" in str(refused)
 
 
 def test_bytes_of_a_session_that_ended_count_until_they_are_sent(serve, model):
@@ -109,16 +108,16 @@ def test_bytes_of_a_session_that_ended_count_until_they_are_sent(serve, model):
     session = open_session(server)
     reply = ask(server, session)
     server.disconnect(session)
-    assert status(server)["reply_bytes_held"] == reply.value.num_bytes
+    assert server.status()["reply_bytes_held"] == reply.num_bytes
     del reply
-    assert server.wait_sent(WAIT) == Ok(True)
+    assert server.wait_sent(WAIT)
 
 
 def test_embeddings_are_one_tensor_for_everybody(serve, model):
     server = serve(HFEagle3TargetModel(model))
-    first, second = (server.input_embeddings().value for _ in range(2))
+    first, second = (server.input_embeddings() for _ in range(2))
     assert first.data_ptr() == second.data_ptr() == model.get_input_embeddings().weight.data_ptr()
-    assert status(server)["reply_bytes_held"] == 0
+    assert server.status()["reply_bytes_held"] == 0
 
 
 def test_trainers_of_one_mapping_share_a_copy_of_the_head_which_is_dropped_when_nobody_asks(
@@ -126,27 +125,26 @@ def test_trainers_of_one_mapping_share_a_copy_of_the_head_which_is_dropped_when_
 ):
     server = serve(HFEagle3TargetModel(model))
     sessions = [open_session(server) for _ in range(20)]
-    heads = [server.output_embeddings(session).value for session in sessions]
+    heads = [server.output_embeddings(session) for session in sessions]
     assert len({head.weight.data_ptr() for head in heads}) == 1
     head_bytes = len(SELECTED) * 32 * 4
-    assert status(server)["reply_bytes_held"] == head_bytes
+    assert server.status()["reply_bytes_held"] == head_bytes
     for session in sessions:
         server.disconnect(session)
     clock.now += 3.0
-    server.let_go()
-    assert status(server)["reply_bytes_held"] == head_bytes, "the receivers have it still"
+    server.expire()
+    assert server.status()["reply_bytes_held"] == head_bytes, "the receivers have it still"
     heads.clear()
-    assert status(server)["reply_bytes_held"] == 0
+    assert server.status()["reply_bytes_held"] == 0
 
 
 def test_copies_of_different_heads_are_bounded_as_replies_are(serve, model, clock):
     server = serve(HFEagle3TargetModel(model), max_reply_bytes=5000, max_reply_bytes_per_session=4000)
     mappings = [torch.arange(number, number + 15) for number in range(5)]
     sessions = [open_session(server, selected_token_ids=ids) for ids in mappings]
-    replies = [server.output_embeddings(session) for session in sessions]
-    assert [type(reply) for reply in replies[:2]] == [Ok, Ok]
-    assert [reply.code for reply in replies[2:]] == ["busy"] * 3
-    replies.clear()
+    heads = [server.output_embeddings(session) for session in sessions[:2]]
+    assert [error_of(server.output_embeddings, session).code for session in sessions[2:]] == ["busy"] * 3
+    heads.clear()
     clock.now += 3.0
-    server.let_go()
-    assert isinstance(server.output_embeddings(sessions[4]), Ok)
+    server.expire()
+    assert server.output_embeddings(sessions[4])

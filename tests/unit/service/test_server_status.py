@@ -1,9 +1,8 @@
 import json
 
 import pytest
-from server_calls import WAIT, ask, open_session, send, status, tokens_of
+from server_calls import WAIT, ask, error_of, open_session, send, tokens_of
 
-from eagle_rpc.supervision import Ok
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 KEYS = {
@@ -27,14 +26,14 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     session = open_session(server, job="job", trainer="trainer0", encoding="logits")
     tokens = tokens_of()
     num_tokens = int(tokens.attention_mask.sum())
-    num_bytes = sum(ask(server, session, tokens).value.num_bytes for _ in range(3))
-    ask(server, "nobody")
+    num_bytes = sum(ask(server, session, tokens).num_bytes for _ in range(3))
+    error_of(send, server, "nobody")
     # The forward thread is done with the last reply a moment after it was answered.
-    assert server.drain(WAIT) == server.wait_sent(WAIT) == Ok(True)
+    assert server.drain(WAIT) == server.wait_sent(WAIT)
     clock.now += 6.0
-    told = json.loads(json.dumps(status(server)))
+    told = json.loads(json.dumps(server.status()))
     assert set(told) == KEYS
-    info = server.model_info().value
+    info = server.model_info()
     for name in ("architecture", "hidden_size", "vocab_size", "dtype", "weights_fingerprint", "incarnation"):
         assert told[name] == getattr(info, name)
     assert told["requests"] == {"ok": 3, "unknown_session": 1}
@@ -65,8 +64,8 @@ def test_status_shows_what_waits_and_what_runs(serve, gated):
     for _ in range(3):
         send(server, busy)
     assert gated.started.wait(WAIT)
-    told = status(server)
+    told = server.status()
     assert (told["queued"], told["running"]) == (2, 1)
     assert {session["id"]: session["queued"] for session in told["sessions"]} == {busy[:8]: 2, idle[:8]: 0}
     server.drain(1e-9)
-    assert status(server)["draining"]
+    assert server.status()["draining"]

@@ -1,7 +1,7 @@
 from server_calls import Clock
 
-from eagle_rpc.service.demand import Demand
-from eagle_rpc.service.throughput import RecentRate, Throughput
+from eagle_rpc.service.fairness import Demand
+from eagle_rpc.service.status import RecentRate, Throughput
 
 
 def test_a_rate_looks_back_ten_seconds_and_the_total_for_ever():
@@ -39,7 +39,7 @@ def test_figures_are_kept_by_outcome():
     throughput.answered(30, 1000)
     throughput.answered(20, 500)
     throughput.refused("busy")
-    assert throughput.status() == {
+    assert throughput.describe() == {
         "requests": {"ok": 2, "busy": 1},
         "tokens": 50,
         "tokens_per_second": 10.0,

@@ -5,15 +5,11 @@ import torch
 
 from eagle_rpc import errors
 from eagle_rpc.supervision import (
-    Failure,
     ModelInfo,
-    Ok,
     SessionSpec,
     TargetExpectation,
     TokenBatch,
     VocabMapping,
-    failure_of,
-    unwrap,
 )
 
 LIMITS = {"vocab_size": 50, "max_length": 8, "max_tokens": 20}
@@ -168,28 +164,3 @@ def test_an_expectation_names_every_field_that_differs():
 def test_an_unknown_setting_of_a_session_is_refused(field):
     with pytest.raises(errors.InvalidRequest, match=f"{field} must be one of .* got 'other'"):
         SessionSpec(selected_token_ids=torch.arange(3), **{field: "other"}).check()
-
-
-@pytest.mark.parametrize(
-    "raised",
-    [
-        errors.InvalidRequest,
-        errors.TargetMismatch,
-        errors.UnsupportedTarget,
-        errors.UnknownSession,
-        errors.TargetBusy,
-        errors.TargetDraining,
-        errors.RequestExpired,
-        errors.TargetOutOfMemory,
-        errors.TargetFailed,
-    ],
-)
-def test_an_error_crosses_the_wire_as_the_same_class(raised):
-    with pytest.raises(raised, match="target0: why") as caught:
-        unwrap(failure_of(raised("why")), sender="target0")
-    assert type(caught.value) is raised
-
-
-def test_an_error_without_a_code_travels_as_failed():
-    assert failure_of(errors.CheckpointError("why")) == Failure("failed", "CheckpointError: why")
-    assert unwrap(Ok(3), sender="target0") == 3

@@ -11,7 +11,6 @@ from eagle_rpc.supervision import (
     TokenBatch,
     VocabMapping,
     decode_supervision,
-    unwrap,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -64,17 +63,17 @@ def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, en
     tokens = tokens_of(packed=packed)
     server = TargetModelServer(HFEagle3TargetModel(any_model), CONFIG)
     spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = unwrap(server.open_session(spec).wait(), sender="target0").id
+    session = server.open_session(spec).result().id
     request = GenerateRequest(
         session=session,
-        incarnation=server.model_info().value.incarnation,
+        incarnation=server.model_info().incarnation,
         request_id="r",
         tokens=tokens,
         seconds_left=20.0,
     )
-    encoded = unwrap(server.generate(request).wait(), sender="target0")
-    served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
-    unwrap(server.close(), sender="target0")
+    encoded = server.generate(request).result()
+    served = decode_supervision(encoded, tokens, server.output_embeddings(session))
+    server.close()
     here = generate(backend(any_model, encoding), tokens)
     assert len(here.supervised_rows) > 10
     assert_bitwise(here, served)

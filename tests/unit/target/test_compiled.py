@@ -20,7 +20,6 @@ from eagle_rpc.supervision import (
     TokenBatch,
     VocabMapping,
     decode_supervision,
-    unwrap,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.compiled import Buckets, Shape
@@ -175,17 +174,17 @@ def served_and_colocated(make_loaded, tokens, encoding):
     """The same batch through a server, whose forward passes have a thread of their own, and in this thread."""
     server = TargetModelServer(make_loaded(), CONFIG)
     spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = unwrap(server.open_session(spec).wait(), sender="target0").id
+    session = server.open_session(spec).result().id
     request = GenerateRequest(
         session=session,
-        incarnation=server.model_info().value.incarnation,
+        incarnation=server.model_info().incarnation,
         request_id="r",
         tokens=tokens,
         seconds_left=60.0,
     )
-    encoded = unwrap(server.generate(request).wait(), sender="target0")
-    served = decode_supervision(encoded, tokens, unwrap(server.output_embeddings(session), sender="target0"))
-    unwrap(server.close(), sender="target0")
+    encoded = server.generate(request).result()
+    served = decode_supervision(encoded, tokens, server.output_embeddings(session))
+    server.close()
     colocated = ColocatedEagle3TargetModel(make_loaded(), CONFIG, encoding=encoding, rows="loss_mask")
     colocated.open_session(MAPPING)
     here = colocated.generate_batch(

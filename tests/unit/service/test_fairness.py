@@ -1,6 +1,6 @@
-from torch.futures import Future
+from concurrent.futures import Future
 
-from eagle_rpc.service.fair_queue import FairQueue, Work
+from eagle_rpc.service.fairness import FairQueue, Work
 
 
 def work(name):

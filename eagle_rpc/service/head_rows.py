@@ -1,4 +1,4 @@
-"""The head's rows that trainers of the `hidden` encoding fetch once a session."""
+"""The head's rows of a draft vocabulary, which trainers with the encoding `hidden` fetch once a session."""
 
 import threading
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from eagle_rpc.service.reply_budget import ReplyBudget, ReplyBytes
+from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import DraftHead, ModelInfo
 from eagle_rpc.target.supervise import exact_draft_head
@@ -22,8 +22,8 @@ class _Copy:
     used: float
 
 
-class DraftHeads:
-    """One copy a mapping, shared by the trainers of a job, which ask at about the same time, and dropped soon after.
+class HeadRows:
+    """One copy for each mapping, shared by the trainers of a job, which ask at about the same time; dropped soon after.
 
     A copy counts as an unsent reply for as long as it is kept.
     """
@@ -39,7 +39,7 @@ class DraftHeads:
         self._copies: dict[str, _Copy] = {}  # by the mapping's digest
 
     def get(self, session: Session, *, num_jobs: int) -> DraftHead:
-        """The head's rows of the session's draft vocabulary.
+        """The head's rows of the session's draft vocabulary [K, H], on the CPU.
 
         Raises `UnsupportedTarget` if the target offers none; `TargetBusy` and `InvalidRequest` as `ReplyBudget.promise`.
         """
@@ -51,12 +51,13 @@ class DraftHeads:
             return kept.head
 
     def _make(self, session: Session, num_jobs: int) -> DraftHead:
-        num_bytes = len(session.vocab.selected_token_ids) * self._bytes_per_row
-        promised: ReplyBytes = self._budget.promise(
-            num_bytes, job=session.job, session=session.id, num_jobs=num_jobs
+        ids = session.vocab.selected_token_ids
+        num_bytes = len(ids) * self._bytes_per_row
+        promised = self._budget.promise(
+            num_bytes, job=session.spec.job, session=session.id, num_jobs=num_jobs
         )
         try:
-            head = exact_draft_head(self._target, session.vocab.selected_token_ids).to(torch.device("cpu"))
+            head = exact_draft_head(self._target, ids).to(torch.device("cpu"))
         except BaseException:
             self._budget.release(promised)
             raise
@@ -64,7 +65,7 @@ class DraftHeads:
         return head
 
     def drop_unused(self, *, at_once: bool = False) -> None:
-        """Lets go of copies that nobody has asked for lately, or of all."""
+        """Drops the copies without a recent use, or all."""
         oldest = self._clock() - _KEPT
         with self._lock:
             self._copies = {

@@ -1,0 +1,81 @@
+"""The envelope of every answer of a service.
+
+torch RPC keeps the class of few exceptions. So an error travels as a value with a code, and the caller raises the
+exception of this code.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from eagle_rpc import errors
+
+logger = logging.getLogger(__name__)
+
+_ERROR_OF_CODE: dict[str, type[errors.EagleRpcError]] = {
+    error.code: error
+    for error in (
+        errors.InvalidRequest,
+        errors.TargetMismatch,
+        errors.UnsupportedTarget,
+        errors.UnknownSession,
+        errors.StaleIncarnation,
+        errors.TargetBusy,
+        errors.TargetDraining,
+        errors.RequestExpired,
+        errors.TargetOutOfMemory,
+        errors.TargetFailed,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ok:
+    """A value."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error: its code and its message."""
+
+    code: str
+    message: str
+    retry_after: float | None = None  # seconds; with `busy` only
+
+
+Reply = Ok | Failure
+
+
+def reply_of(run: Callable[[], Any]) -> Reply:
+    """The value of `run`, or the failure for the exception that it raised. An unforeseen exception is logged."""
+    try:
+        return Ok(run())
+    except errors.EagleRpcError as error:
+        return failure_of(error)
+    except Exception as error:
+        logger.exception("a call failed")
+        return Failure(errors.TargetFailed.code, f"{type(error).__name__}: {error}")
+
+
+def failure_of(error: errors.EagleRpcError) -> Failure:
+    """The envelope of an error. Classes without a code of their own travel as `failed`, with their name in the message."""
+    if not isinstance(error, _ERROR_OF_CODE[error.code]):
+        return Failure(error.code, f"{type(error).__name__}: {error}")
+    retry_after = error.retry_after if isinstance(error, errors.TargetBusy) else None
+    return Failure(error.code, str(error), retry_after)
+
+
+def unwrap(reply: Reply, *, sender: str) -> Any:
+    """The value. Raises the exception of a failure's code, with the sender's name before the message.
+
+    A code that only newer targets have is raised as `TargetFailed`.
+    """
+    if isinstance(reply, Ok):
+        return reply.value
+    error = _ERROR_OF_CODE.get(reply.code, errors.TargetFailed)(f"{sender}: {reply.message}")
+    if isinstance(error, errors.TargetBusy) and reply.retry_after is not None:
+        error.retry_after = reply.retry_after
+    raise error

@@ -1,0 +1,145 @@
+"""The two ends of a call to a service: the object that a worker hosts, and the link of a peer to it.
+
+The host creates the only RRef to its object: torch never frees an object whose `rpc.remote` maker has died. Control
+calls go by name, since they may take a connection of their own; an RRef is bound to its owner's id.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from torch.distributed import rpc
+from torch.distributed.rpc.functions import async_execution
+from torch.futures import Future
+
+from eagle_rpc.errors import PayloadRefused, TargetFailed
+from eagle_rpc.rpc.calls import PendingCall
+from eagle_rpc.rpc.envelope import unwrap
+
+_NUDGE_TIMEOUT = 1.0
+
+_rrefs: dict[str, Any] = {}
+_by_name: dict[str, tuple[Any, frozenset[str]]] = {}
+
+
+def host(name: str, service: Any, methods: frozenset[str]) -> None:
+    """Makes `service` reachable for `Link`: by RRef, and its `methods` by name. One object a name."""
+    assert name not in _rrefs, f"{name} is hosted already"
+    _by_name[name] = (service, methods)
+    _rrefs[name] = rpc.RRef(service)
+
+
+def withdraw(name: str) -> None:
+    """Ends `host`. Calls on RRefs that peers hold already still arrive."""
+    _rrefs.pop(name, None)
+    _by_name.pop(name, None)
+
+
+def hosted_rref(name: str) -> Any:
+    """Runs at the host: the RRef to the object that it hosts under `name`, or None."""
+    return _rrefs.get(name)
+
+
+@async_execution
+def call_hosted(name: str, method: str, *arguments: Any) -> Future[Any]:
+    """Runs at the host: calls one of the methods that `host` named; the method may return a torch future."""
+    service, methods = _by_name.get(name, (None, frozenset()))
+    if method not in methods:
+        raise PayloadRefused(f"{method!r:.80} must be a method that {name!r:.80} offers by name")
+    value = getattr(service, method)(*arguments)
+    if isinstance(value, Future):
+        return value
+    answered: Future[Any] = Future()
+    answered.set_result(value)
+    return answered
+
+
+class ServiceCall(PendingCall):
+    """A call of a hosted object's method. The answer is a `Reply`; `result` takes the value out of it."""
+
+    def result(self, unless: Callable[[], bool] = lambda: False) -> Any:
+        """The method's value. Raises the method's error, and what `PendingCall.result` raises."""
+        return unwrap(super().result(unless), sender=self._peer)
+
+
+class Link:
+    """The way from here to the object that a peer hosts. Closing it ends nothing at the peer."""
+
+    def __init__(
+        self,
+        peer: str,
+        service: str,
+        *,
+        incarnation: str,
+        data: str,
+        control: str,
+        by_rref: bool,
+        between_gpus: bool,
+        timeout: float,
+    ) -> None:
+        """`peer`: the name for people; `data`, `control`: RPC names of the connections for tensors and for everything else.
+
+        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA tensors.
+        Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if it cannot be reached
+        within `timeout` seconds.
+        """
+        self.peer = peer
+        self.incarnation = incarnation
+        self.between_gpus = between_gpus
+        self._service = service
+        self._data = data
+        self._control = control
+        self._rref = self._fetch_rref(timeout) if by_rref else None
+
+    def _fetch_rref(self, timeout: float) -> Any:
+        future = _send(lambda: rpc.rpc_async(self._data, hosted_rref, args=(self._service,), timeout=timeout))
+        what = f"the request for its {self._service}"
+        rref = PendingCall(future, peer=self.peer, what=what, timeout=timeout).result()
+        if rref is None:
+            raise TargetFailed(f"{self.peer} hosts no {self._service}")
+        return rref
+
+    def call(self, method: str, *arguments: Any, what: str, timeout: float) -> ServiceCall:
+        """A call that carries tensors; `what` names it in errors."""
+        # Another thread may release it meanwhile.
+        rref = self._rref
+        if rref is None:
+            return self._call_by_name(self._data, method, arguments, what, timeout)
+        future = _send(lambda: getattr(rref.rpc_async(timeout=timeout), method)(*arguments))
+        return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
+
+    def control(self, method: str, *arguments: Any, timeout: float) -> ServiceCall:
+        """A small call, which does not wait behind tensors."""
+        return self._call_by_name(self._control, method, arguments, method, timeout)
+
+    def _call_by_name(
+        self, worker: str, method: str, arguments: tuple[Any, ...], what: str, timeout: float
+    ) -> ServiceCall:
+        args = (self._service, method, *arguments)
+        future = _send(lambda: rpc.rpc_async(worker, call_hosted, args=args, timeout=timeout))
+        return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
+
+    def release(self) -> None:
+        """Drops the RRef, which tells its owner; call it before the peer leaves this worker's table."""
+        self._rref = None
+
+    def nudge(self) -> None:
+        """`nudge` on both connections."""
+        for worker in (self._data, self._control):
+            nudge(worker)
+
+
+def nudge(worker: str) -> None:
+    """Sends a call without waiting for it: torch keeps a broken connection's files open until a call on it has failed."""
+    with contextlib.suppress(RuntimeError):
+        rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_NUDGE_TIMEOUT)
+
+
+def _send(send: Callable[[], Future[Any]]) -> Future[Any]:
+    """The future of a call. torch raises at once where it knows that a call cannot be sent; here every failure is in the future."""
+    try:
+        return send()
+    except RuntimeError as error:
+        future: Future[Any] = Future()
+        future.set_exception(error)
+        return future

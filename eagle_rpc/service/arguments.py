@@ -1,0 +1,37 @@
+"""Checks of arguments: a sender may pass anything."""
+
+import math
+from typing import Any
+
+from eagle_rpc.config.texts import NAME_RULE, is_name
+from eagle_rpc.errors import InvalidRequest
+from eagle_rpc.supervision import TokenBatch, own_storage
+
+
+def check_type(name: str, value: Any, wanted: type) -> None:
+    """Raises `InvalidRequest` unless `value` is a `wanted`."""
+    if not isinstance(value, wanted):
+        raise InvalidRequest(f"{name} must be a {wanted.__name__}, got {type(value).__name__}")
+
+
+def check_name(name: str, value: Any) -> None:
+    """Raises `InvalidRequest` unless `value` is a short line of text; it may be empty."""
+    check_type(name, value, str)
+    if not is_name(value):
+        raise InvalidRequest(f"{name} must be {NAME_RULE}, got {value!r:.80}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raises `InvalidRequest` unless `value` is a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InvalidRequest(f"{name} must be a positive, finite number of seconds, got {value!r:.80}")
+
+
+def compact(tokens: TokenBatch) -> TokenBatch:
+    """`tokens` in storages of their size: a sender may ship views of larger ones, which no bound counts."""
+    return TokenBatch(
+        input_ids=own_storage(tokens.input_ids),
+        attention_mask=own_storage(tokens.attention_mask),
+        loss_mask=own_storage(tokens.loss_mask),
+        segment_ids=None if tokens.segment_ids is None else own_storage(tokens.segment_ids),
+    )
