@@ -52,7 +52,7 @@ def main() -> None:
         words = [word for before, word in pairwise(sys.argv) if "-" not in (before[0], word[0])]
         _fail(refusal(error, words))
     finally:
-        # Python's last collections would walk all of torch, for seconds on a busy host; the process's memory goes anyway.
+        # Python's last collections would walk all of torch, for seconds on a busy host, just before the end.
         gc.freeze()
 
 

@@ -9,7 +9,7 @@ from eagle_rpc.errors import ConfigError
 
 
 def check(config: Config, missing: Sequence[str] = ()) -> None:
-    """Raises one `ConfigError` with a line for every mistake: `missing` settings, and rules that do not hold."""
+    """Raises one `ConfigError` with a line for each `missing` setting and each rule that does not hold."""
     broken = {path: f"{path} must be given, got nothing" for path in missing}
     for path, message in broken_rules(config):
         broken.setdefault(path, message)
@@ -37,8 +37,8 @@ def _broken_between(config: Config) -> Iterator[str]:
         )
     if target.max_reply_bytes_per_session > target.max_reply_bytes:
         yield (
-            f"target.max_reply_bytes_per_session must be at most target.max_reply_bytes {target.max_reply_bytes}, "
-            f"got {target.max_reply_bytes_per_session}"
+            "target.max_reply_bytes_per_session must be at most "
+            f"target.max_reply_bytes {target.max_reply_bytes}, got {target.max_reply_bytes_per_session}"
         )
     if topology.single and elastic:
         yield "topology.single must go with rpc.membership=static, got elastic"

@@ -1,4 +1,4 @@
-"""Settings with few possible values. The command line takes members by name: `supervision.encoding=hidden`."""
+"""Settings with few possible values, written by name on the command line: `supervision.encoding=hidden`."""
 
 from enum import Enum
 

@@ -72,9 +72,9 @@ def to_config(composed: DictConfig) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """The resolved configuration as YAML; `python -m eagle_rpc --config-path DIR --config-name NAME` runs it again.
+    """Writes the resolved configuration as YAML.
 
-    DIR is absolute.
+    `python -m eagle_rpc --config-path DIR --config-name NAME` with an absolute DIR runs it again.
     """
     resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     assert isinstance(resolved, dict)

@@ -1,7 +1,7 @@
-"""Answers for `launch.sh`: `python -m eagle_rpc.config.launch OVERRIDES` prints the number of workers and the jobs.
+"""Answers for `launch.sh`: `python -m eagle_rpc.config.launch OVERRIDES` prints one line.
 
-One line: the worker processes of `job=train`, then the names of the jobs to run, in order. Without `job=` these are the
-jobs of the whole path; answers are asked for only if training reads the file that `job=regenerate` writes.
+The line holds the number of workers of `job=train`, then the names of the jobs to run, in order. Without `job=`
+these are the jobs of the whole path, with `regenerate` only if training reads the file that it writes.
 """
 
 import sys

@@ -26,7 +26,7 @@ def settings() -> dict[str, type]:
 
 
 def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
-    """The unknown names in `overrides`, each with the nearest known one; if there are none, Hydra's `error` in a line."""
+    """Each unknown name in `overrides` with the nearest known one; if all are known, Hydra's `error`."""
     mistakes = list(_unknown_names(overrides, groups(conf)))
     if mistakes:
         return as_message(mistakes)

@@ -1,4 +1,4 @@
-"""Rules for single settings. The type of a field carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
+"""Rules for single settings. A field's type carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`text` continues "FIELD must"; `holds` judges a value. A field whose type allows null may be null as well."""
+    """`text` continues "FIELD must"; `holds` judges a value that is not null; the type allows null or not."""
 
     text: str
     holds: Callable[[Any], bool]

@@ -1,6 +1,6 @@
 """The typed configuration. Hydra composes it from `conf/` and overrides; other rooms never see OmegaConf.
 
-A setting's rule stands in its type, its unit and meaning stand below it. `docs/configuration.md` is made from this file.
+A setting's rule stands in its type; unit and meaning stand below it. `docs/generate.py` makes a page of them.
 """
 
 from dataclasses import dataclass, field
@@ -121,10 +121,10 @@ class RpcConfig:
     worker_threads: Annotated[int, rules.AT_LEAST_2] = 4
     """Threads of each worker that handle RPC; a handler may wait for another one."""
     transports: Annotated[list[str], rules.UV_LAST] = field(default_factory=lambda: ["uv"])
-    """TensorPipe transports. Peers are told the address of `uv`. `shm` is faster on large hosts but keeps a core busy."""
+    """TensorPipe transports; peers use the address of `uv`. `shm` is faster on large hosts, keeps a core busy."""
     channels: list[str] = field(default_factory=list)
-    """TensorPipe channels; empty: `basic`, and torch's choice for GPUs. `mpt_uv` uses several connections between hosts.
-    `cma` reads the sender's memory, which torch may free early if the connection breaks."""
+    """TensorPipe channels; empty: `basic`, and torch's choice for GPUs. `mpt_uv` uses several connections
+    between hosts. `cma` reads the sender's memory, which torch may free early if the connection breaks."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,9 +132,9 @@ class TargetConfig:
     """The frozen language model and the service around it."""
 
     model: str = MISSING
-    """Directory or hub name of a causal language model, or a `.gguf` file of an installed package: `package/file.gguf`."""
+    """Directory or hub name of a causal language model, or `package/file.gguf` of an installed package."""
     random: dict[str, Any] = field(default_factory=dict)
-    """Architecture of a model with random weights (`model_type` and its config fields); empty: load `target.model`."""
+    """Architecture of a model with random weights: `model_type` and config fields; empty: load `target.model`."""
     dtype: DType = DType.bfloat16
     """Format of weights and activations."""
     device: str = "auto"
@@ -144,10 +144,10 @@ class TargetConfig:
     quantization: Quantization | None = None
     """Quantises the weights during loading, except head and embedding; null: weights as they are stored."""
     compile_shapes: Annotated[list[str], rules.SHAPES] = field(default_factory=list)
-    """Shapes `BxT` that the decoder layers are compiled for at start; empty: no compilation. Batches are cut and padded to
-    them: name `train.batch_size` x each of `data.bucket_lengths`. Compiled layers give other bits than eager ones."""
+    """Shapes `BxT` that the decoder layers are compiled for at start; empty: no compilation. Batches are cut and
+    padded to them: name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
     compile_packed: bool = False
-    """Also compiles the form for packed chats, in twice the time; otherwise a compiled target refuses packed chats."""
+    """Also compiles the form for packed chats, in twice the time; else a compiled target refuses them."""
     compile_mode: CompileMode = CompileMode.default
     """Mode of `torch.compile`."""
     aux_layer_ids: Annotated[list[int], rules.THREE_LAYERS] | None = None
@@ -159,7 +159,7 @@ class TargetConfig:
     chunk_rows: Positive[int] = 2048
     """Rows that are projected onto the whole vocabulary at a time; more rows use a large GPU better."""
     fused_rows: bool = True
-    """On a GPU: argmax, log-normaliser and draft-vocab columns by one Triton kernel instead of torch in fp32."""
+    """On a GPU: one Triton kernel for argmax, log-normaliser and draft-vocab columns, not torch in fp32."""
     fused_mlp: bool = True
     """On a Hopper GPU: a Triton kernel applies the gate of SiLU-gated MLPs inside the matrix product."""
     max_queued_requests: Positive[int] = 64
@@ -173,7 +173,7 @@ class TargetConfig:
     max_sessions: Positive[int] = 256
     """Sessions that may be open at a time."""
     session_lease: Positive[float] = 60.0
-    """Seconds without heartbeat or request after which a session is closed and its queued requests are dropped."""
+    """Seconds without heartbeat or request after which a session is closed and its queue is dropped."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -209,7 +209,7 @@ class DraftConfig:
     step_decay: Annotated[float, rules.DECAY] = 0.8
     """Step k weighs `step_decay ** k`, normalised over the steps."""
     loss: DraftLoss = DraftLoss.soft_cross_entropy
-    """Loss of a row. `lk_alpha` and `lk_lambda` aim at acceptance and need `supervision.encoding` hidden or logits."""
+    """Loss of a row. `lk_alpha` and `lk_lambda` aim at acceptance and need another encoding than `probs`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -233,7 +233,7 @@ class DataConfig:
     packing: bool = False
     """Fills each row with whole chats that do not see each other, instead of one chat and padding."""
     row_length: Positive[int] | None = None
-    """Tokens of a packed row, `data.max_length` or more; null: the last of `data.bucket_lengths`, or `data.max_length`."""
+    """Tokens of a packed row, at least `data.max_length`; null: the last bucket, or `data.max_length`."""
     chat_template: str | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
     prompt_source: PromptSource = PromptSource.files
@@ -270,13 +270,13 @@ class TrainConfig:
     max_grad_norm: Positive[float] = 1.0
     """Larger gradients are scaled down to this norm."""
     autocast: Annotated[DType, rules.NOT_FLOAT16] | None = DType.bfloat16
-    """Format of matrix products; weights stay fp32. null: fp32 throughout. Gradients in float16 would need scaling."""
+    """Format of matrix products; weights stay fp32; null: fp32. float16 would need scaled gradients."""
     fused: bool = True
     """On a GPU with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
     recompute_mlp: bool = False
-    """The fused step computes the feed-forward block again in the backward: two thirds of the memory, a tenth more time."""
+    """The fused step computes the feed-forward block again in the backward: 2/3 memory, 1/10 more time."""
     offload_supervision: bool = False
-    """With `accumulation` on a GPU: supervision waits in pinned host memory, so that GPU memory does not grow with it."""
+    """With `accumulation` on a GPU: supervision waits in pinned host memory, GPU memory does not grow."""
     sharding: Sharding = Sharding.none
     """Training state that each of several trainers holds."""
     device: str = "auto"

@@ -1,4 +1,4 @@
-"""Forms of text that several rooms accept, defined once, so that the configuration refuses what they refuse."""
+"""Forms of text that several rooms accept, defined once: the configuration refuses all that they refuse."""
 
 import re
 from typing import Any

@@ -39,7 +39,7 @@ def test_answers_are_asked_for_only_if_training_reads_them():
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of `launch.sh` with an environment whose Python writes the started jobs to `started`, and runs none."""
+    """A copy of `launch.sh` whose Python writes the jobs that it starts to `started` and runs none."""
     checkout = tmp_path / "checkout"
     (checkout / ".venv" / "bin").mkdir(parents=True)
     for name in ("launch.sh", "pyproject.toml", "constraints.txt"):

@@ -1,8 +1,9 @@
-"""The reference page of all settings: `python -m eagle_rpc.config.reference > docs/configuration.md`."""
+"""Makes the reference page of all settings: `python docs/generate.py > docs/configuration.md`."""
 
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
 from enum import Enum
@@ -17,16 +18,16 @@ from eagle_rpc.config.schema import Config
 _HEAD = """\
 # Configuration
 
-`python -m eagle_rpc.config.reference > docs/configuration.md` makes this page from `eagle_rpc/config/schema.py`.
+`python docs/generate.py > docs/configuration.md` makes this page from `eagle_rpc/config/schema.py`.
 
-A setting is written `SECTION.FIELD=VALUE` on the command line, a choice of a group `GROUP=CHOICE`. Later values win:
-defaults of this page, then files of `conf/`, then the command line. `eagle-rpc --help` lists groups and jobs,
-`eagle-rpc ... --cfg job` prints the composed configuration. Mistakes end the job before anything is loaded.
+A setting is written `SECTION.FIELD=VALUE` on the command line, a choice of a group `GROUP=CHOICE`.
+Later values win: defaults of this page, files of `conf/`, the command line. `eagle-rpc --help` lists
+groups and jobs; with `--cfg job` it prints the composed configuration. Mistakes end a job before it loads anything.
 """
 
 
 def reference() -> str:
-    """The page in Markdown: a table of settings for each section, each followed by the meanings of its choices."""
+    """The page in Markdown: for each section a table of settings and one of the meanings of choices."""
     return "\n".join([_HEAD, *(_section(section.name, section.type) for section in fields(Config))])
 
 
@@ -39,24 +40,20 @@ def _section(name: str, section: Any) -> str:
         must = f"must {rule.text}" if rule else ""
         rows.append((f"`{field.name}`", _type(hint), _value(default), must, meanings[field.name]))
         choices += [
-            (f"`{field.name}={choice}`", meaning)
+            (f"`{name}.{field.name}={choice}`", meaning)
             for enum in (hint, *get_args(hint))
-            if isinstance(enum, type) and issubclass(enum, Enum)
+            if get_origin(hint) is not list and isinstance(enum, type) and issubclass(enum, Enum)
             for choice, meaning in attribute_docs(enum).items()
         ]
-    lines = [
-        f"## {name}",
-        "",
-        inspect.getdoc(section),
-        "",
-        *_table("field", "type", "default", "rule", "meaning", rows=rows),
-    ]
-    return "\n".join([*lines, *(_table("choice", "meaning", rows=choices) if choices else [])])
+    tables = [_table("field", "type", "default", "rule", "meaning", rows=rows)]
+    if choices:
+        tables.append(_table("choice", "meaning", rows=choices))
+    return "\n".join([f"## {name}\n\n{inspect.getdoc(section)}\n", *tables])
 
 
-def _table(*columns: str, rows: list[tuple[str, ...]]) -> list[str]:
+def _table(*columns: str, rows: Sequence[tuple[str, ...]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _type(hint: Any) -> str:
