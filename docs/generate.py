@@ -22,7 +22,7 @@ _HEAD = """\
 
 A setting is written `SECTION.FIELD=VALUE` on the command line, a choice of a group `GROUP=CHOICE`.
 Later values win: defaults of this page, files of `conf/`, the command line. `eagle-rpc --help` lists
-groups and jobs; with `--cfg job` it prints the composed configuration. Mistakes end a job before it loads anything.
+groups and jobs; with `--cfg job` it prints the composed configuration. Mistakes end a job at once.
 """
 
 

@@ -121,7 +121,7 @@ class RpcConfig:
     worker_threads: Annotated[int, rules.AT_LEAST_2] = 4
     """Threads of each worker that handle RPC; a handler may wait for another one."""
     transports: Annotated[list[str], rules.UV_LAST] = field(default_factory=lambda: ["uv"])
-    """TensorPipe transports; peers use the address of `uv`. `shm` is faster on large hosts, keeps a core busy."""
+    """TensorPipe transports; `uv` is the address for peers. `shm` is faster on large hosts, but keeps a core busy."""
     channels: list[str] = field(default_factory=list)
     """TensorPipe channels; empty: `basic`, and torch's choice for GPUs. `mpt_uv` uses several connections
     between hosts. `cma` reads the sender's memory, which torch may free early if the connection breaks."""
@@ -134,7 +134,7 @@ class TargetConfig:
     model: str = MISSING
     """Directory or hub name of a causal language model, or `package/file.gguf` of an installed package."""
     random: dict[str, Any] = field(default_factory=dict)
-    """Architecture of a model with random weights: `model_type` and config fields; empty: load `target.model`."""
+    """Architecture (`model_type` and config fields) of a random model; empty: load `target.model`."""
     dtype: DType = DType.bfloat16
     """Format of weights and activations."""
     device: str = "auto"
@@ -144,8 +144,8 @@ class TargetConfig:
     quantization: Quantization | None = None
     """Quantises the weights during loading, except head and embedding; null: weights as they are stored."""
     compile_shapes: Annotated[list[str], rules.SHAPES] = field(default_factory=list)
-    """Shapes `BxT` that the decoder layers are compiled for at start; empty: no compilation. Batches are cut and
-    padded to them: name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
+    """Shapes `BxT` that decoder layers are compiled for at start; empty: none. Batches are cut and padded to
+    them: name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
     compile_packed: bool = False
     """Also compiles the form for packed chats, in twice the time; else a compiled target refuses them."""
     compile_mode: CompileMode = CompileMode.default

@@ -122,3 +122,11 @@ def test_a_mistake_is_reported_before_any_job_starts(checkout: Path):
     assert done.returncode == 1
     assert done.stderr == "ConfigError: train.max_step is not a setting; did you mean train.max_steps?\n"
     assert not (checkout / "started").exists()
+
+
+def test_help_worker_count_and_checks_import_nothing_heavy():
+    code = "import sys, eagle_rpc.__main__, eagle_rpc.config.launch; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split())
