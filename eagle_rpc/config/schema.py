@@ -1,13 +1,14 @@
-"""The typed configuration. Hydra composes it from `conf/`, `config.load` checks it, nothing below sees OmegaConf.
+"""The typed configuration. Hydra composes it from `conf/` and overrides; other rooms never see OmegaConf.
 
-A field's docstring stands below it and says unit, rule and meaning; `choices` has the values of those that are one of a few.
+A setting's rule stands in its type; unit and meaning stand below it. `docs/generate.py` makes a page of them.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import MISSING
 
+from eagle_rpc.config import rules
 from eagle_rpc.config.choices import (
     CompileMode,
     DraftLoss,
@@ -24,294 +25,333 @@ from eagle_rpc.config.choices import (
     Sharding,
     VerifySide,
 )
+from eagle_rpc.config.rules import NotNegative, Positive, Share
 
 
 @dataclass(kw_only=True, slots=True)
 class JobConfig:
+    """The job of this process, and settings of jobs that have no section of their own."""
+
     name: JobName = MISSING
-    verify_steps: int = 3
-    """Optimiser steps that `job=verify` compares (> 0)."""
+    """Chosen by `job=NAME`."""
+    verify_steps: Positive[int] = 3
+    """Optimiser steps that `job=verify` compares."""
     verify_side: VerifySide = VerifySide.both
-    verify_topologies: list[str] = field(default_factory=lambda: ["1x1", "1x2", "2x2"])
-    """Topologies (`targets x trainers`) that `job=verify` runs, each with the same number of trainer ranks on both sides."""
-    verify_encodings: list[Encoding] = field(
-        default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden]
+    """Set by `job=verify` for the processes that it starts."""
+    verify_topologies: Annotated[list[str], rules.TOPOLOGIES] = field(
+        default_factory=lambda: ["1x1", "1x2", "2x2"]
     )
+    """Topologies that `job=verify` runs, each with the same number of trainers on both sides."""
+    verify_encodings: list[Encoding] = field(default_factory=lambda: list(Encoding))
     """Encodings that `job=verify` compares."""
-    verify_timeout: float = 600.0
-    """Seconds one side of one comparison may take."""
-    status_watch: float = 0.0
-    """Seconds between two looks of `job=status` (>= 0; 0: one look)."""
+    verify_timeout: Positive[float] = 600.0
+    """Seconds for one side of one comparison."""
+    status_watch: NotNegative[float] = 0.0
+    """Seconds between two looks of `job=status`; 0: one look."""
     status_json: bool = False
     """`job=status` prints one JSON object a look instead of tables."""
     serve_until_unused: bool = False
-    """`job=serve` ends by itself when the last of its sessions has gone; otherwise it serves until it is told to stop."""
+    """`job=serve` ends when its last session has gone; otherwise it serves until it is told to stop."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    name: str = MISSING
-    dir: str = MISSING
-    """The run directory: config, metrics, logs, checkpoints, export, plots."""
-    cache_dir: str = MISSING
-    """Where converted models and vocabulary mappings are kept between runs."""
+    """One training run and its files. Paths are relative to the working directory."""
+
+    name: Annotated[str, rules.NAME] = "smollm2"
+    """Name of the run, shown by services and trackers."""
+    dir: str = "runs/${run.name}"
+    """The run directory: configuration, metrics, logs, checkpoints, export, plots."""
+    cache_dir: str = ".cache/eagle_rpc"
+    """Directory of converted models, vocabulary mappings and compiled code, kept between runs."""
     seed: int = 0
-    threads: int = 0
-    """CPU threads of each worker of a multi-process job; 0 divides the cores between the workers."""
+    """Seed of initial weights, order of the data and sampling."""
+    threads: NotNegative[int] = 0
+    """CPU threads of each worker; 0: the cores, divided between the workers of the host."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TopologyConfig:
-    targets: int = 1
-    """Target replicas (> 0); elastic: as many as there are, this one does not count."""
-    trainers: int = 1
-    """Trainer processes (> 0); elastic: the workers of the trainers' own torchrun, this one does not count."""
-    first_target: int = 0
-    """Number of the first replica that a `job=serve` starts (>= 0): a second such job on the same registry needs another."""
+    """The processes of a job."""
+
+    targets: Positive[int] = 1
+    """Target replicas of a static job."""
+    trainers: Positive[int] = 1
+    """Trainer processes of one torchrun."""
+    first_target: NotNegative[int] = 0
+    """Number of the first replica of a `job=serve`; jobs of one registry need different numbers."""
     single: bool = False
     """One process is target and trainer and calls itself over RPC."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RpcConfig:
+    """Connections between workers: membership, time limits, size limits, TensorPipe."""
+
     membership: Membership = Membership.static
+    """Whether the workers form one job or meet in a registry; chosen by `rpc=static` or `rpc=elastic`."""
     interface: str = "lo"
-    """Network interface that RPC, the registry and gloo bind to."""
-    start_timeout: float = 120.0
-    """Seconds until all workers must have joined."""
-    model_timeout: float = 600.0
+    """Network interface that RPC, registry, gloo and NCCL bind to."""
+    start_timeout: Positive[float] = 120.0
+    """Seconds for all workers to join."""
+    model_timeout: Positive[float] = 600.0
     """Seconds that trainers wait for a target to load its model."""
-    request_timeout: float = 300.0
-    """Seconds a request may take, queue included; travels with it as its deadline."""
-    reconnect_deadline: float = 300.0
-    """Seconds that trainers wait for a target to come back before they checkpoint and end."""
-    heartbeat_interval: float = 1.0
-    """Seconds between two heartbeats of a trainer at each target, and of every elastic worker at the registry (> 0)."""
-    heartbeat_misses: int = 3
-    """Heartbeats without an answer after which a peer is taken for silent (> 0)."""
-    drain_timeout: float = 30.0
-    """Seconds that a target which is told to stop gives to its queue."""
-    shutdown_timeout: float = 60.0
-    """Seconds an orderly shutdown may take before the process ends itself."""
-    registry: str = "127.0.0.1:29711"
-    """`host:port` of the registry where elastic targets and trainers find each other."""
+    request_timeout: Positive[float] = 300.0
+    """Seconds for a request, queue included; travels with it as its deadline."""
+    reconnect_deadline: Positive[float] = 300.0
+    """Seconds that trainers wait for a target to come back before they write a checkpoint and end."""
+    heartbeat_interval: Positive[float] = 1.0
+    """Seconds between two heartbeats: of a trainer at each target, of an elastic worker at the registry."""
+    heartbeat_misses: Positive[int] = 3
+    """Heartbeats in a row without an answer after which a peer counts as silent."""
+    drain_timeout: Positive[float] = 30.0
+    """Seconds that a target gives its queued requests after it is told to stop."""
+    shutdown_timeout: Positive[float] = 60.0
+    """Seconds for an orderly shutdown; then the process ends itself."""
+    registry: Annotated[str, rules.ADDRESS] = "127.0.0.1:29711"
+    """Address of the registry where elastic targets and trainers meet."""
     host_registry: bool = False
-    """`job=serve`: the first target hosts the registry itself, so that no `job=registry` is needed."""
+    """`job=serve`: the first target runs the registry itself; no `job=registry` is needed."""
     token_file: str = "~/.eagle_rpc/token"
-    """File with the registry's secret; who hosts the registry makes it if it is absent, readable by its owner only."""
-    max_pickle_bytes: int = 8 * 2**20
-    """Largest message without its tensors that a worker unpickles (> 0)."""
-    max_request_bytes: int = 64 * 2**20
-    """Largest tensors of one message that a target takes (> 0)."""
-    worker_threads: int = 4
-    """RPC handler threads of each worker (> 1: a handler may wait for another)."""
-    transports: list[str] = field(default_factory=lambda: ["uv"])
-    """TensorPipe transports, `uv` last: its address is the one that peers are told. `shm` before it is faster on large hosts
-    but burns a core while idle."""
+    """File of the registry's secret. The host of the registry creates it, readable by its owner only."""
+    max_pickle_bytes: Positive[int] = 8 * 2**20
+    """Largest message, tensors not counted, that a worker unpickles."""
+    max_request_bytes: Positive[int] = 64 * 2**20
+    """Largest sum of tensors of one message that a target accepts."""
+    worker_threads: Annotated[int, rules.AT_LEAST_2] = 4
+    """Threads of each worker that handle RPC; a handler may wait for another one."""
+    transports: Annotated[list[str], rules.UV_LAST] = field(default_factory=lambda: ["uv"])
+    """TensorPipe transports; `uv` is the address for peers. `shm` is faster on large hosts, but keeps a core busy."""
     channels: list[str] = field(default_factory=list)
-    """TensorPipe channels; empty: `basic`, and whatever torch chooses for a worker with a GPU. `mpt_uv` uses several connections
-    between hosts. `cma` copies from the sender's memory, which torch may have freed if the connection breaks meanwhile."""
+    """TensorPipe channels; empty: `basic`, and torch's choice for GPUs. `mpt_uv` uses several connections
+    between hosts. `cma` reads the sender's memory, which torch may free early if the connection breaks."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TargetConfig:
+    """The frozen language model and the service around it."""
+
     model: str = MISSING
-    """Directory or hub name of a causal language model; a `.gguf` file inside a package is written `package/file.gguf`."""
+    """Directory or hub name of a causal language model, or `package/file.gguf` of an installed package."""
     random: dict[str, Any] = field(default_factory=dict)
-    """Architecture of a random target instead of a stored one (`model_type` and its config fields); empty: load `model`."""
+    """Architecture (`model_type` and config fields) of a random model; empty: load `target.model`."""
     dtype: DType = DType.bfloat16
+    """Format of weights and activations."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:N`, or `auto`: the local rank's GPU where there is one."""
-    attention: str = "sdpa"
-    """Attention implementation of transformers, without `paged|`; packages that it needs have to be installed."""
+    """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU of the local rank if there is one, else the CPU."""
+    attention: Annotated[str, rules.NOT_PAGED] = "sdpa"
+    """Attention implementation of transformers; packages that it needs must be installed."""
     quantization: Quantization | None = None
-    """Quantises the weights of a stored model as they are loaded, all but head and embedding; null: as they are stored."""
-    compile_shapes: list[str] = field(default_factory=list)
-    """Shapes, `BxT` each, that decoder layers are compiled for at the start; empty: nothing is compiled. Batches are cut and padded to
-    them, so name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
+    """Quantises the weights during loading, except head and embedding; null: weights as they are stored."""
+    compile_shapes: Annotated[list[str], rules.SHAPES] = field(default_factory=list)
+    """Shapes `BxT` that decoder layers are compiled for at start; empty: none. Batches are cut and padded to
+    them: name `train.batch_size` x each of `data.bucket_lengths`. Compiled and eager bits differ."""
     compile_packed: bool = False
-    """Compile the form for packed chats as well, in twice the time; without it a compiled target refuses them."""
+    """Also compiles the form for packed chats, in twice the time; else a compiled target refuses them."""
     compile_mode: CompileMode = CompileMode.default
-    aux_layer_ids: list[int] | None = None
+    """Mode of `torch.compile`."""
+    aux_layer_ids: Annotated[list[int], rules.THREE_LAYERS] | None = None
     """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
-    max_length: int | None = None
-    """Longest sequence accepted; null: the model's context."""
-    max_batch_tokens: int = 65536
-    """Largest B x T of one request (> 0)."""
-    chunk_rows: int = 2048
-    """Rows that are projected onto the whole vocabulary at a time (> 0); more of them keep a large GPU busier."""
+    max_length: Positive[int] | None = None
+    """Longest sequence in tokens; null: the model's context."""
+    max_batch_tokens: Positive[int] = 65536
+    """Largest B x T of one request, padding included."""
+    chunk_rows: Positive[int] = 2048
+    """Rows that are projected onto the whole vocabulary at a time; more rows use a large GPU better."""
     fused_rows: bool = True
-    """On a GPU: argmax, log-normaliser and draft-vocab columns of those rows by one Triton kernel; false: by torch, through an fp32
-    copy. On a CPU the two are the same."""
+    """On a GPU: one Triton kernel for argmax, log-normaliser and draft-vocab columns, not torch in fp32."""
     fused_mlp: bool = True
-    """On a Hopper GPU: the gate of SiLU-gated MLPs is applied by a Triton kernel inside the matrix product; false: by the model's own
-    modules. Elsewhere the two are the same."""
-    max_queued_requests: int = 64
-    """Requests that wait for the forward thread at most (> 0)."""
-    max_queued_per_session: int = 16
-    """Requests of one session that wait or run at a time at most (> 0): the credits of its trainer."""
-    max_reply_bytes: int = 8 * 2**30
-    """Bytes of replies that are promised or made but not yet sent at most (> 0), over all sessions."""
-    max_reply_bytes_per_session: int = 4 * 2**30
-    """The same for one session (> 0)."""
-    max_sessions: int = 256
-    """Sessions that are open at a time at most (> 0)."""
-    session_lease: float = 60.0
-    """Seconds without a heartbeat or request after which a session is closed and what it queued is dropped (> 0)."""
+    """On a Hopper GPU: a Triton kernel applies the gate of SiLU-gated MLPs inside the matrix product."""
+    max_queued_requests: Positive[int] = 64
+    """Requests that may wait for the forward thread."""
+    max_queued_per_session: Positive[int] = 16
+    """Requests of one session that may wait or run at a time: the credits of its trainer."""
+    max_reply_bytes: Positive[int] = 8 * 2**30
+    """Bytes of replies, over all sessions, that may be promised or made but not yet sent."""
+    max_reply_bytes_per_session: Positive[int] = 4 * 2**30
+    """The same limit for one session; at most `target.max_reply_bytes`."""
+    max_sessions: Positive[int] = 256
+    """Sessions that may be open at a time."""
+    session_lease: Positive[float] = 60.0
+    """Seconds without heartbeat or request after which a session is closed and its queue is dropped."""
 
 
 @dataclass(kw_only=True, slots=True)
 class SupervisionConfig:
+    """The answers of a target to training batches."""
+
     encoding: Encoding = Encoding.hidden
+    """Form in which supervision travels; chosen by `supervision=NAME`."""
     rows: Rows = Rows.position_mask
-    prefetch: int = 4
-    """Requests in flight for each trainer (> 0)."""
+    """Rows that carry a target distribution."""
+    prefetch: Positive[int] = 4
+    """Requests in flight for each trainer."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DraftConfig:
-    vocab_size: int = 8192
-    """Draft vocabulary K (> 0, at most the target's)."""
-    intermediate_size: int | None = None
+    """The draft: one Llama-style layer, shaped like the target, and its objective."""
+
+    vocab_size: Positive[int] = 8192
+    """Draft vocabulary K; at most the target's vocabulary."""
+    intermediate_size: Positive[int] | None = None
     """Width of the feed-forward block; null: the target's."""
-    num_attention_heads: int | None = None
-    """null: the target's."""
-    num_key_value_heads: int | None = None
-    """null: the target's."""
+    num_attention_heads: Positive[int] | None = None
+    """Attention heads; null: the target's."""
+    num_key_value_heads: Positive[int] | None = None
+    """Key-value heads; null: the target's."""
     norm_before_residual: bool = False
-    """Residual of the decoder layer after `hidden_norm` instead of before it."""
+    """The decoder layer's residual starts after `hidden_norm` instead of before it."""
     seed_head: bool = True
-    """The draft's head starts from the target's rows instead of from noise."""
-    ttt_steps: int = 7
-    """Steps the draft is unrolled in training (> 0)."""
-    step_decay: float = 0.8
-    """Weight of step k is `step_decay ** k`, normalised over the steps (0 < decay <= 1)."""
+    """The head starts from the target's rows instead of from noise."""
+    ttt_steps: Positive[int] = 7
+    """Steps that the draft is unrolled in training."""
+    step_decay: Annotated[float, rules.DECAY] = 0.8
+    """Step k weighs `step_decay ** k`, normalised over the steps."""
     loss: DraftLoss = DraftLoss.soft_cross_entropy
-    """`lk_alpha` and `lk_lambda` aim at acceptance; they need the target's true probabilities, which `probs` does not carry."""
+    """Loss of a row. `lk_alpha` and `lk_lambda` aim at acceptance and need another encoding than `probs`."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """Chats, and the rows that they fill."""
+
     train_path: str = MISSING
-    """JSONL of chats, one a line: `messages` or ShareGPT's `conversations`."""
+    """JSONL file with one chat a line: `messages`, or ShareGPT's `conversations`."""
     validation_path: str | None = None
-    """A second file; null: `validation_share` of the chats of `train_path`."""
-    validation_share: float = 0.02
-    """Share of the chats set aside by a hash of their content (0 <= share < 1)."""
-    max_length: int = 2048
-    """Longest sequence in tokens (> 2)."""
+    """A file of the same form; null: `data.validation_share` of the chats of `data.train_path`."""
+    validation_share: Annotated[float, rules.SHARE_BELOW_1] = 0.02
+    """Share of the chats that validate instead of train, chosen by a hash of their content."""
+    max_length: Annotated[int, rules.AT_LEAST_3] = 2048
+    """Longest chat in tokens."""
     overlong: Overlong = Overlong.truncate
+    """Whether a longer chat is cut or left out."""
     on_error: OnError = OnError.fail
-    bucket_lengths: list[int] = field(default_factory=list)
-    """Ascending lengths that batches are padded to; empty: the longest of the batch, rounded up to 64."""
+    """Whether a broken record ends the job or is counted and skipped."""
+    bucket_lengths: Annotated[list[int], rules.ASCENDING] = field(default_factory=list)
+    """Lengths that batches are padded to, up to `data.max_length` or more; empty: multiples of 64."""
     packing: bool = False
     """Fills each row with whole chats that do not see each other, instead of one chat and padding."""
-    row_length: int | None = None
-    """Tokens that packing fills a row up to (at least `max_length`); null: the last of `bucket_lengths`, or `max_length`."""
+    row_length: Positive[int] | None = None
+    """Tokens of a packed row, at least `data.max_length`; null: the last bucket, or `data.max_length`."""
     chat_template: str | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
     prompt_source: PromptSource = PromptSource.files
-    """`chitchat` writes the two prompt files from an installed package; `files` expects them."""
+    """Origin of the two prompt files."""
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row that a batch may have, padding included."""
+        """Tokens of the longest possible row, padding included."""
         return self.row_length or (self.bucket_lengths or [self.max_length])[-1]
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    max_steps: int = 1000
-    """Optimiser steps (> 0); the data repeat as needed."""
-    max_epochs: int | None = None
-    """Ends earlier when the data have been seen this often; null: `max_steps` alone decides."""
-    batch_size: int = 4
-    """Rows of one micro-batch of one trainer (> 0): each of them one chat, or with `data.packing` several."""
-    accumulation: int = 1
-    """Micro-batches of one optimiser step of one trainer (> 0)."""
-    learning_rate: float = 1e-3
-    min_learning_rate_share: float = 0.05
-    """The cosine ends at this share of `learning_rate` (0 <= share <= 1)."""
-    warmup_share: float = 0.05
-    """Share of the steps that the rate climbs linearly (0 <= share <= 1)."""
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm (> 0)."""
-    autocast: DType | None = DType.bfloat16
-    """Format of matrix products; weights stay fp32. null: fp32 throughout."""
+    """The training loop, the optimiser and checkpoints."""
+
+    max_steps: Positive[int] = 1000
+    """Optimiser steps; the data repeat as needed."""
+    max_epochs: Positive[int] | None = None
+    """Passes over the data after which training ends even before `train.max_steps`; null: no such limit."""
+    batch_size: Positive[int] = 4
+    """Rows of one micro-batch of one trainer; a row holds one chat, or several with `data.packing`."""
+    accumulation: Positive[int] = 1
+    """Micro-batches of one optimiser step of one trainer."""
+    learning_rate: Positive[float] = 1e-3
+    """Highest learning rate, reached after the warm-up."""
+    min_learning_rate_share: Share[float] = 0.05
+    """The cosine ends at this share of `train.learning_rate`."""
+    warmup_share: Share[float] = 0.05
+    """Share of the steps in which the learning rate climbs linearly."""
+    weight_decay: NotNegative[float] = 0.0
+    """Decoupled weight decay of AdamW."""
+    betas: Annotated[list[float], rules.TWO_SHARES] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of AdamW's two moments."""
+    max_grad_norm: Positive[float] = 1.0
+    """Larger gradients are scaled down to this norm."""
+    autocast: Annotated[DType, rules.NOT_FLOAT16] | None = DType.bfloat16
+    """Format of matrix products; weights stay fp32; null: fp32. float16 would need scaled gradients."""
     fused: bool = True
-    """On a GPU, with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
+    """On a GPU with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
     recompute_mlp: bool = False
-    """The fused step computes the feed-forward block again in the backward: two thirds of the memory for a tenth more time."""
+    """The fused step computes the feed-forward block again in the backward: 2/3 memory, 1/10 more time."""
     offload_supervision: bool = False
-    """With `accumulation` on a GPU: supervision waits in pinned host memory for the rest of its step, so that the GPU holds
-    no more of it with more micro-batches."""
+    """With `accumulation` on a GPU: supervision waits in pinned host memory, GPU memory does not grow."""
     sharding: Sharding = Sharding.none
-    """`state`: several trainers share out master weights, optimiser state and reduced gradients (FSDP2); `none`: each has all."""
+    """Training state that each of several trainers holds."""
     device: str = "auto"
-    validate_every: int = 100
-    """Optimiser steps between validations (>= 0; 0: only at the end)."""
-    validation_batches: int = 16
-    """Micro-batches of a validation (>= 0)."""
-    checkpoint_every: int = 200
-    """Optimiser steps between checkpoints (> 0)."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay (> 0)."""
-    log_every: int = 10
-    """Optimiser steps between lines of `metrics.jsonl` (> 0)."""
+    """Device of a trainer; values as for `target.device`."""
+    validate_every: NotNegative[int] = 100
+    """Optimiser steps between validations; 0: only at the end."""
+    validation_batches: NotNegative[int] = 16
+    """Micro-batches of a validation."""
+    checkpoint_every: Positive[int] = 200
+    """Optimiser steps between checkpoints."""
+    keep_checkpoints: Positive[int] = 2
+    """Newest checkpoints that are kept."""
+    log_every: Positive[int] = 10
+    """Optimiser steps between lines of `metrics.jsonl`."""
     resume: Resume = Resume.never
+    """`auto` continues from the newest checkpoint of the run directory if there is one."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ServingConfig:
+    """The export of a draft."""
+
     checkpoint: str | None = None
     """Checkpoint directory to export; null: the newest of the run."""
     dtype: DType = DType.bfloat16
     """Format of the exported weights."""
-    dir: str = MISSING
-    """Where the exported draft goes."""
+    dir: str = "${run.dir}/export"
+    """Directory that the draft is written to."""
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    draft: str = MISSING
+    """Decoding of held-out prompts with a draft."""
+
+    draft: str = "${serving.dir}"
     """Directory of an exported draft."""
-    prompts: str = MISSING
-    """JSONL of chats whose last user turn is answered; any assistant turns after it are ignored."""
-    num_prompts: int = 16
-    """Prompts that are decoded (> 0)."""
-    max_new_tokens: int = 64
-    """Tokens of an answer (> 0)."""
-    num_draft_tokens: int = 3
-    """Guesses k of each round (> 0)."""
+    prompts: str = "${run.cache_dir}/chitchat/heldout.jsonl"
+    """JSONL file of chats; the last user turn of each is answered, assistant turns after it are ignored."""
+    num_prompts: Positive[int] = 16
+    """Prompts that are decoded."""
+    max_new_tokens: Positive[int] = 64
+    """Tokens of an answer."""
+    num_draft_tokens: Positive[int] = 3
+    """Guesses k of each round."""
     dtype: DType = DType.float32
-    near_tie: float = 1e-4
-    """A differing token counts as a tie when the target's two best logits are closer than this."""
+    """Format of target and draft while they decode."""
+    near_tie: NotNegative[float] = 1e-4
+    """A differing token counts as a tie if the target's two best logits are closer than this."""
 
 
 @dataclass(kw_only=True, slots=True)
 class RegenerateConfig:
-    prompts: str = MISSING
-    """JSONL of chats: their user turns are asked, the target answers."""
-    output: str = MISSING
-    """JSONL that answers are appended to; a chat already in it is not asked again."""
-    num_prompts: int | None = None
-    """null: all."""
-    batch_size: int = 128
-    """Answers that are decoded at a time (> 0); a finished one makes room for the next prompt."""
-    max_new_tokens: int = 96
-    """Tokens of one answer, the end of turn included (> 0)."""
-    max_prompt_tokens: int = 512
+    """Answers of the target to prompts, which a draft then learns from."""
+
+    prompts: str = "${run.cache_dir}/chitchat/train.jsonl"
+    """JSONL file of chats; the target answers their user turns."""
+    output: str = "${run.dir}/answers.jsonl"
+    """JSONL file that answers are appended to; a chat that is already in it is not asked again."""
+    num_prompts: Positive[int] | None = None
+    """Prompts to answer; null: all."""
+    batch_size: Positive[int] = 128
+    """Answers that are decoded at a time; a finished one makes room for the next prompt."""
+    max_new_tokens: Positive[int] = 96
+    """Tokens of one answer, the end of turn included."""
+    max_prompt_tokens: Positive[int] = 512
     """Longer prompts are skipped and counted."""
-    temperature: float = 0.0
-    """0: greedy."""
+    temperature: NotNegative[float] = 0.0
+    """Sampling temperature; 0: greedy."""
     dtype: DType = DType.bfloat16
+    """Format of the target while it answers."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Config:
-    """The whole of a run."""
+    """All settings of a job."""
 
     job: JobConfig = field(default_factory=JobConfig)
     run: RunConfig = field(default_factory=RunConfig)

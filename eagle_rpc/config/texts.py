@@ -1,24 +1,43 @@
-"""Rules for texts that other rooms take from their peers as well: one place for each, so that config refuses what they would."""
+"""Forms of text that several rooms accept, defined once: the configuration refuses all that they refuse."""
 
 import re
 from typing import Any
 
 from eagle_rpc.errors import ConfigError
 
-# Names are kept, logged and shown.
-_LONGEST_NAME = 128
-NAME_RULE = f"at most {_LONGEST_NAME} printable characters"
+NAME_RULE = "at most 128 printable characters"
+ADDRESS_RULE = "host:port with a port in 1..65535"
+_PAIR = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 _ADDRESS = re.compile(r"([^\s:]+):([0-9]{1,5})")
 
 
 def is_name(value: Any) -> bool:
-    """Whether `value` is a short line of text, as `NAME_RULE` says; it may be empty."""
-    return isinstance(value, str) and len(value) <= _LONGEST_NAME and value.isprintable()
+    """Whether `value` is text as `NAME_RULE` says, and so safe to log and show; it may be empty."""
+    return isinstance(value, str) and len(value) <= 128 and value.isprintable()
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is an address as `ADDRESS_RULE` says."""
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match[2]) < 2**16
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`. Raises `ConfigError` if it is anything else."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None or not 0 < int(match[2]) < 2**16:
-        raise ConfigError(f"rpc.registry must be host:port with a port in 1..65535, got {text!r}")
-    return match[1], int(match[2])
+    """Host and port of `host:port`. Raises `ConfigError` for any other text."""
+    if not is_address(text):
+        raise ConfigError(f"rpc.registry must be {ADDRESS_RULE}, got {text!r}")
+    host, port = text.split(":")
+    return host, int(port)
+
+
+def is_pair(text: str) -> bool:
+    """Whether `text` is two positive numbers as in 4x2048."""
+    return _PAIR.fullmatch(text) is not None
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """Both numbers of `TARGETSxTRAINERS` or `SEQUENCESxTOKENS`. Raises `ConfigError` for any other text."""
+    if not is_pair(text):
+        raise ConfigError(f"a topology or shape must be two positive numbers as in 4x2048, got {text!r}")
+    first, second = text.split("x")
+    return int(first), int(second)

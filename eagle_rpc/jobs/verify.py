@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.checks import PAIR
 from eagle_rpc.config.choices import Resume, VerifySide
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.config.schema import TopologyConfig
+from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import TargetFailed, WaitTimeout
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.verify_worker import record_path, record_steps
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
 
 def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     """Raises `TargetFailed` with the log's name if a worker fails, `WaitTimeout` after `job.verify_timeout`."""
-    targets, trainers = map(int, PAIR.fullmatch(topology).groups())
+    targets, trainers = parse_pair(topology)
     directory = _side_directory(config, topology, side)
     # An earlier verification left its checkpoints here, and a run never writes over those.
     shutil.rmtree(directory, ignore_errors=True)
@@ -112,7 +112,7 @@ def _last_lines(log: Path, count: int = 15) -> str:
 
 
 def _compare(config: Config, topology: str) -> Iterator[Comparison]:
-    trainers = int(PAIR.fullmatch(topology).group(2))
+    _, trainers = parse_pair(topology)
     for encoding in config.job.verify_encodings:
         colocated, remote = (
             [

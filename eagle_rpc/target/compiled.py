@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, RecompileError, TorchDynamoException
 from torch.nn import functional as F
 
-from eagle_rpc.config.checks import PAIR
+from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
 from eagle_rpc.target.attention import ChatAttention, are_plain
 from eagle_rpc.target.capture import AuxStates
@@ -43,7 +43,7 @@ class Buckets:
 
     def __init__(self, shapes: Sequence[str]) -> None:
         """`shapes`: at least one, `BxT` each, as `target.compile_shapes`."""
-        sizes = (map(int, PAIR.fullmatch(shape).groups()) for shape in shapes)
+        sizes = map(parse_pair, shapes)
         # By length, then by batch: the first that holds a batch is the smallest.
         self.shapes = sorted(
             {Shape(batch, length) for batch, length in sizes}, key=lambda shape: (shape.length, shape.batch)

@@ -13,8 +13,8 @@ from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"
-# Workers open their logs before anyone claims the directory.
-_MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs"})
+# Workers open their logs before anyone claims the directory, and `job=regenerate` has left the answers that a run learns from.
+_MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs", "answers.jsonl"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A directory with a model, prompts and the target's answers to them, and the overrides that name them."""
+    """A directory with a model, prompts and the target's answers, and the overrides that name them."""
     directory = tmp_path_factory.mktemp("workplace")
     model = save_tiny_model(directory / "model")
     prompts = write_prompts(directory / "prompts.jsonl", 12)
@@ -114,6 +114,16 @@ def test_the_whole_path_from_answers_to_accept_length(workplace: tuple[Path, lis
     assert [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()][
         :4
     ] == [1, 2, 3, 4]
+
+
+def test_a_run_trains_on_the_answers_that_it_asked_for(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    same = ["topology=single", "run.name=own", "train.max_steps=2", *overrides]
+    same.remove("regenerate.output=answers.jsonl")
+    for job in ("regenerate", "train"):
+        done = run(PYTHON, directory, f"job={job}", *same)
+        assert done.returncode == 0, done.stderr
+    assert "runs/own/answers.jsonl: 12 chats" in done.stderr
 
 
 def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, list[str]]):
@@ -171,7 +181,7 @@ def test_training_killed_and_resumed_ends_with_the_same_weights(workplace: tuple
 
 
 def kill_at_step(directory: Path, overrides: list[str], metrics: Path, step: int) -> None:
-    """Starts a run and kills its launcher without warning when it has logged `step`; its workers must end by themselves."""
+    """Starts a run and kills its launcher when it has logged `step`; its workers must end by themselves."""
     with (directory / f"killed_{step}.log").open("w") as log:
         launcher = subprocess.Popen(
             [*torchrun(2), *overrides], cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log
@@ -240,12 +250,24 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def test_help_teaches_jobs_groups_and_examples(tmp_path: Path):
+    done = run(PYTHON, tmp_path, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("jobs (job=NAME", "topology    1x1, 1x2", "examples:", "--cfg job"):
+        assert text in done.stdout
+    composed = run(PYTHON, tmp_path, "--cfg", "job", "train.max_steps=7")
+    assert composed.returncode == 0 and "max_steps: 7" in composed.stdout
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["train.batch_size=0"], "ConfigError: train.batch_size must be positive, got 0"),
         (["topology=2x2"], "needs 4 workers, got 1: start it with torchrun --nproc-per-node=4"),
-        (["train.batchsize=1"], "Key 'batchsize' not in 'TrainConfig'"),
+        (
+            ["train.batchsize=1"],
+            "ConfigError: train.batchsize is not a setting; did you mean train.batch_size?",
+        ),
     ],
 )
 def test_mistakes_end_with_code_1_and_one_clear_message(tmp_path: Path, overrides: list[str], message: str):
@@ -269,7 +291,7 @@ def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path
     assert done.returncode == 0, done.stderr
     workers = [line.split()[:2] for line in done.stdout.splitlines()[1:4]]
     assert workers == [["target0", "target"], ["trainer0", "trainer"], ["trainer1", "trainer"]]
-    # Three hidden states and one more of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
+    # Four hidden states of 32 fp32 values, and 12 bytes of row index, log-normaliser and argmax.
     assert f"{4 * 32 * 4 + 12} bytes a supervised token" in done.stdout
     weights = next((directory / "model").glob("*.safetensors")).stat().st_size
     assert f"{weights / 4e6:.1f} M parameters" in done.stdout

@@ -1,6 +1,6 @@
 import pytest
 
-from eagle_rpc.config.texts import is_name, parse_address
+from eagle_rpc.config.texts import is_name, parse_address, parse_pair
 from eagle_rpc.errors import ConfigError
 
 
@@ -35,3 +35,10 @@ def test_anything_else_is_none(text: str):
 def test_a_name_is_a_short_line():
     assert all(is_name(text) for text in ("", "smollm2", "a run of \u00fc", "n" * 128))
     assert not any(is_name(value) for value in ("n" * 129, "two\nlines", "a\x1b[2J", None, 7))
+
+
+def test_a_pair_is_two_positive_numbers():
+    assert parse_pair("4x2048") == (4, 2048)
+    for text in ("", "4", "0x1", "1x0", "1x2x3", "1 x 2"):
+        with pytest.raises(ConfigError, match=r"two positive numbers as in 4x2048, got"):
+            parse_pair(text)

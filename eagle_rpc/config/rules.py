@@ -1,0 +1,65 @@
+"""Rules for single settings. A field's type carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.texts import ADDRESS_RULE, NAME_RULE, is_address, is_name, is_pair
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`text` continues "FIELD must"; `holds` judges a value that is not null; the type allows null or not."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Positive = Annotated[T, Rule("be positive", lambda value: value > 0)]
+NotNegative = Annotated[T, Rule("not be negative", lambda value: value >= 0)]
+Share = Annotated[T, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)]
+
+AT_LEAST_2 = Rule("be at least 2", lambda value: value >= 2)
+AT_LEAST_3 = Rule("be at least 3", lambda value: value >= 3)
+DECAY = Rule("lie in (0, 1]", lambda value: 0 < value <= 1)
+SHARE_BELOW_1 = Rule("lie in [0, 1)", lambda value: 0 <= value < 1)
+TWO_SHARES = Rule("be two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v))
+ASCENDING = Rule("ascend", lambda value: value == sorted(set(value)))
+THREE_LAYERS = Rule(
+    "be three distinct layers in ascending order", lambda v: len(v) == 3 and v == sorted(set(v))
+)
+NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
+NAME = Rule(f"be {NAME_RULE}", is_name)
+ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
+TOPOLOGIES = Rule(
+    "name at least one topology, targets x trainers as in 1x2", lambda v: len(v) > 0 and all(map(is_pair, v))
+)
+SHAPES = Rule("name shapes, sequences x tokens as in 4x2048", lambda value: all(map(is_pair, value)))
+UV_LAST = Rule("end with uv, whose address is checked", lambda value: value[-1:] == ["uv"])
+NOT_PAGED = Rule("be an implementation without pages", lambda value: not value.startswith("paged"))
+
+
+def rule_of(hint: Any) -> Rule | None:
+    """The rule that a field's type carries."""
+    for part in (hint, *get_args(hint)):
+        for extra in getattr(part, "__metadata__", ()):
+            if isinstance(extra, Rule):
+                return extra
+    return None
+
+
+def broken_rules(config: Any) -> Iterator[tuple[str, str]]:
+    """Each setting of `config`, a dataclass of sections, that breaks its rule: its path and a message."""
+    for section in fields(config):
+        settings = getattr(config, section.name)
+        for name, hint in get_type_hints(type(settings), include_extras=True).items():
+            rule, value = rule_of(hint), getattr(settings, name)
+            nullable = type(None) in get_args(hint)
+            if rule and not (nullable and value is None) and not rule.holds(value):
+                got = value.name if isinstance(value, Enum) else value
+                path = f"{section.name}.{name}"
+                yield path, f"{path} must {rule.text}{' or null' if nullable else ''}, got {got}"
