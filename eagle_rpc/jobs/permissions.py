@@ -1,58 +1,49 @@
-"""What RPC may call and unpickle: in targets what trainers ask for, in trainers the answers."""
+"""What RPC may call and unpickle: in targets the requests of trainers, in trainers the answers."""
 
+from typing import Any
+
+from eagle_rpc import supervision
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.rpc import Permissions
+from eagle_rpc.rpc import WORLD_FUNCTIONS, Permissions
 from eagle_rpc.rpc.elastic import introduce
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
-from eagle_rpc.supervision import (
-    DraftHead,
-    EncodedSupervision,
-    GenerateRequest,
-    ModelInfo,
-    OpenedSession,
-    Pulse,
-    SessionSpec,
-    TargetExpectation,
-    TokenBatch,
-)
 
-_REQUESTS = frozenset([GenerateRequest, SessionSpec, TargetExpectation, TokenBatch])
-_REPLIES = frozenset([DraftHead, EncodedSupervision, Failure, ModelInfo, Ok, OpenedSession, Pulse])
+_SERVED = {TargetEndpoint: CONTROL_METHODS}
+_REQUESTS = frozenset(
+    [
+        supervision.GenerateRequest,
+        supervision.SessionSpec,
+        supervision.TargetExpectation,
+        supervision.TokenBatch,
+    ]
+)
+_ANSWERS = [supervision.ModelInfo, supervision.OpenedSession, supervision.Pulse, supervision.DraftHead]
+_REPLIES = frozenset([Ok, Failure, supervision.EncodedSupervision, *_ANSWERS])
 
 
 def target_permissions(config: RpcConfig) -> Permissions:
-    """Of a target that trainers of other jobs find: it never asks anybody anything."""
-    return Permissions(
-        functions=frozenset([introduce, hosted_rref, call_hosted]),
-        methods={TargetEndpoint: CONTROL_METHODS},
-        types=_REQUESTS,
-        proxied=frozenset(),
-        max_pickle_bytes=config.max_pickle_bytes,
-        max_request_bytes=config.max_request_bytes,
-    )
+    """Of a target that trainers of other jobs find: it never sends a request."""
+    functions = frozenset([introduce, hosted_rref, call_hosted])
+    return Permissions(functions=functions, methods=_SERVED, types=_REQUESTS, **_limits(config))
 
 
 def trainer_permissions(config: RpcConfig) -> Permissions:
-    """Of a trainer: nobody may ask it anything; it takes answers of any size, since it has asked for them."""
-    return Permissions(
-        functions=frozenset(),
-        methods={},
-        types=_REPLIES,
-        proxied=frozenset([TargetEndpoint]),
-        max_pickle_bytes=config.max_pickle_bytes,
-        max_request_bytes=config.max_request_bytes,
-    )
+    """Of a trainer that joined by itself: it answers nothing."""
+    return Permissions(types=_REPLIES, proxied=frozenset(_SERVED), **_limits(config))
 
 
 def static_permissions(config: RpcConfig) -> Permissions:
     """Of every worker of a static world, where one process may be target and trainer."""
     return Permissions(
-        functions=frozenset([hosted_rref, call_hosted]),
-        methods={TargetEndpoint: CONTROL_METHODS},
+        functions=frozenset([*WORLD_FUNCTIONS, hosted_rref, call_hosted]),
+        methods=_SERVED,
         types=_REQUESTS | _REPLIES,
-        proxied=frozenset([TargetEndpoint]),
-        max_pickle_bytes=config.max_pickle_bytes,
-        max_request_bytes=config.max_request_bytes,
+        proxied=frozenset(_SERVED),
+        **_limits(config),
     )
+
+
+def _limits(config: RpcConfig) -> dict[str, Any]:
+    return {"max_pickle_bytes": config.max_pickle_bytes, "max_request_bytes": config.max_request_bytes}

@@ -15,7 +15,7 @@ from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process import bind_to_interface, interface_address
 from eagle_rpc.process.watchdog import watchdog
-from eagle_rpc.rpc.fence import Permissions, probe_fence, raise_fence
+from eagle_rpc.rpc.fence import Permissions, install_fence, probe_fence
 from eagle_rpc.rpc.internals import agent_options, bound_url
 
 _SCHEME = "eagle-rpc"
@@ -46,7 +46,7 @@ def running_agent(
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
-    raise_fence(permissions)
+    install_fence(permissions)
     options = agent_options(f"{_SCHEME}://", config, cuda=bool(device_maps))
     if device_maps:
         # An agent that finds CUDA uninitialised aborts the process.

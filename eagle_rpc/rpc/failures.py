@@ -1,37 +1,34 @@
-"""Reads torch RPC's error texts: of its own failures they are all there is, and a class that the peer raised says less.
+"""Reads the error texts of torch RPC: its own failures have nothing else, and it loses the class of most remote exceptions.
 
-Seen on torch 2.11 to 2.13; `tests/rpc` provokes each kind.
+Seen on torch 2.11 to 2.14; `tests/rpc` provokes each kind.
 """
 
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, PayloadRefused, TargetFailed, WaitTimeout
 
-_TIMEOUT_PREFIX = "RPCErr:1:"
-_CONNECTION_MARKS = (
+_TIMEOUT = "RPCErr:1:"
+_CONNECTION = (
     "this error originated at tensorpipe/",
     "pipe closed",
     "ECONNREFUSED",
     "could not find destination",
 )
-_REFUSAL_PREFIX = f"{PayloadRefused.__name__}: "
-_RAISED_PREFIX, _PYTHON_FRAMES = "RuntimeError: ", "\n\nAt:\n"  # around what was raised in a callback
-_FRAME_MARKS = ("frame #", "Exception raised from")
+_REFUSAL = f"{PayloadRefused.__name__}: "
+# Before and after the text of an error that a callback raised.
+_CALLBACK, _PYTHON_FRAMES = "RuntimeError: ", "\n\nAt:\n"
+_CPP_FRAMES = ("frame #", "Exception raised from")
 
 
 def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:
-    """The exception of this package for an error of an RPC call named `what` to `peer`."""
+    """The exception of this package for an error of the RPC `what` to `peer`."""
     # Some classes (KeyError) quote their text when printed.
-    text = (
-        str(error.args[0] if error.args else error)
-        .strip()
-        .partition(_PYTHON_FRAMES)[0]
-        .removeprefix(_RAISED_PREFIX)
-    )
-    if text.startswith(_TIMEOUT_PREFIX):
-        return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT_PREFIX)}")
-    if text.startswith(_REFUSAL_PREFIX):
-        return PayloadRefused(f"{peer} refused {what}: {text.removeprefix(_REFUSAL_PREFIX)}")
-    if any(mark in text for mark in _CONNECTION_MARKS):
+    text = str(error.args[0] if error.args else error).strip()
+    text = text.partition(_PYTHON_FRAMES)[0].removeprefix(_CALLBACK)
+    if text.startswith(_TIMEOUT):
+        return WaitTimeout(f"{peer} did not answer {what} in time: {text.removeprefix(_TIMEOUT)}")
+    if text.startswith(_REFUSAL):
+        return PayloadRefused(f"{peer} refused {what}: {text.removeprefix(_REFUSAL)}")
+    if any(mark in text for mark in _CONNECTION):
         return ConnectionLost(f"lost the connection to {peer} during {what}: {text.splitlines()[0]}")
-    # A remote exception's text is its traceback on the peer, which has logged it; the last line that is no frame names it.
-    said = [line for line in text.splitlines() if line.strip() and not line.startswith(_FRAME_MARKS)]
-    return TargetFailed(f"{peer} raised during {what}: {said[-1] if said else text}")
+    # The text is the peer's traceback. Its last line that is no C++ frame names the error; the peer's log has the rest.
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(_CPP_FRAMES)]
+    return TargetFailed(f"{peer} raised during {what}: {lines[-1] if lines else text}")

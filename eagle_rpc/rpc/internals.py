@@ -1,12 +1,13 @@
-"""Every private part of torch RPC that this package touches, each in one function, and a check that they are what they were.
+"""The private parts of torch RPC that this package uses. No other module knows them.
 
-torch promises nothing about them. `tests/unit/rpc/test_torch_internals.py` has a test for each, so that a new torch fails there.
+torch promises nothing about them. `check_internals` refuses a torch in which one of them has changed, and
+`tests/unit/rpc/test_torch_internals.py` has a test for the behaviour of each.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch.distributed import rpc
@@ -15,41 +16,64 @@ from torch.distributed.rpc import _utils, api, internal, rref_proxy
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, PayloadRefused
 
-
-def _part(module: Any, name: str) -> Any:
-    if not hasattr(module, name):
-        raise ConfigError(
-            f"{module.__name__} must have {name} for the fence around RPC, torch {torch.__version__} has it not"
-        )
-    return getattr(module, name)
+_PARAMETERS: dict[tuple[Any, str], str] = {}
 
 
-# A call as torch pickles it, and a failure as torch expects it in place of a value.
-Call = _part(internal, "PythonUDF")
-RemoteFailure = _part(internal, "RemoteException")
+def _part(owner: Any, name: str, parameters: str) -> Any:
+    """A part of torch with the parameters (or fields) that `check_internals` expects; None if this torch lacks it."""
+    _PARAMETERS[owner, name] = parameters
+    return getattr(owner, name, None)
 
-# Functions of torch that its own start and end, and RRef proxies, call at a peer.
-GATHER, BROADCAST = _part(api, "_gather_to_leader"), _part(api, "_broadcast_to_followers")
-UPDATE_MEMBERSHIP = _part(_utils, "_update_group_membership")
-TYPE_OF_RREF = _part(api, "_rref_typeof_on_owner")
-INVOKE_METHOD = _part(rref_proxy, "_local_invoke")
-INVOKE_ASYNC_METHOD = _part(rref_proxy, "_local_invoke_async_execution")
 
-# Tensors and RRefs are pickled as calls of these methods of torch's pickler, found with `getattr`.
-PICKLER = _part(internal, "_InternalRPCPickler")
+# What C++ calls with each message: one function reads it, the other one runs it.
+_part(internal, "deserialize", "binary_data, tensor_table")
+_part(internal, "_run_function", "python_udf")
+
+# A call as torch pickles it, and a failure that torch expects in place of a value.
+Call = _part(internal, "PythonUDF", "func, args, kwargs")
+RemoteFailure = _part(internal, "RemoteException", "msg, exception_type")
+
+# torch's pickler writes tensors and RRefs as calls of two of its methods, which it finds with `getattr`.
+PICKLER = _part(internal, "_InternalRPCPickler", "")
 TENSOR_RECEIVER, RREF_RECEIVER = "_tensor_receiver", "_py_rref_receiver"
+_part(PICKLER, TENSOR_RECEIVER, "tensor_index")
+_part(PICKLER, RREF_RECEIVER, "rref_fork_data")
+
+# Functions of torch that workers call at each other: at the start and end of a static world,
+WORLD_FUNCTIONS = (
+    _part(api, "_gather_to_leader", "sequence_id, worker_name, obj, worker_names"),
+    _part(api, "_broadcast_to_followers", "sequence_id, objects_map"),
+)
+# when a worker joins, and for a method call by RRef.
+_JOIN_PARAMETERS = "worker_info, my_devices, reverse_device_map, is_join"
+UPDATE_MEMBERSHIP = _part(_utils, "_update_group_membership", _JOIN_PARAMETERS)
+TYPE_OF_RREF = _part(api, "_rref_typeof_on_owner", "rref, blocking")
+INVOKE_METHOD = _part(rref_proxy, "_local_invoke", "rref, func_name, args, kwargs")
+INVOKE_ASYNC_METHOD = _part(rref_proxy, "_local_invoke_async_execution", "rref, func_name, args, kwargs")
 
 
-@dataclass(slots=True)
-class WorkerName:
-    """Stands for torch's `WorkerInfo` in a message: that one reads uninitialised memory if it comes without its values."""
+def check_internals() -> None:
+    """Raises `ConfigError` that names the first part of torch that has changed: no RPC is better than an open one."""
+    for (owner, name), expected in _PARAMETERS.items():
+        part = getattr(owner, name, None)
+        found = ", ".join(inspect.signature(part).parameters) if callable(part) else None
+        if found != expected:
+            raise ConfigError(
+                f"{owner.__name__}.{name} must take ({expected}) for the fence around RPC, torch {torch.__version__} has {found}"
+            )
 
-    name: str
-    id: int
+
+def replace_handlers(*, deserialize: Callable[[bytes, list[Any]], Any], run: Callable[[Any], Any]) -> None:
+    """Replaces the functions that torch's C++ looks up when the next agent starts."""
+    internal.deserialize = deserialize
+    internal._run_function = run
+
+
+# --- the agent
 
 
 def agent_options(init_method: str, config: RpcConfig, *, cuda: bool) -> rpc.TensorPipeRpcBackendOptions:
-    """Options of an agent that uses the configured transports and channels alone; `cuda`: it carries CUDA tensors."""
+    """Options of an agent with the configured transports and channels only; `cuda`: it sends CUDA tensors."""
     return rpc.TensorPipeRpcBackendOptions(
         init_method=init_method,
         num_worker_threads=config.worker_threads,
@@ -59,17 +83,48 @@ def agent_options(init_method: str, config: RpcConfig, *, cuda: bool) -> rpc.Ten
     )
 
 
+def _agent() -> rpc.TensorPipeAgent:
+    return cast(rpc.TensorPipeAgent, api._get_current_rpc_agent())
+
+
+def agent_runs() -> bool:
+    """Whether this process has an agent."""
+    return api._is_current_rpc_agent_set()
+
+
 def bound_url(name: str) -> str:
-    """Where the running agent listens, which has that RPC name: `transport://host:port` of the last of its transports."""
-    return api._get_current_rpc_agent().store.get(f"addrs/{name}").decode()
+    """Address of the running agent, whose RPC name is `name`: `transport://host:port` of its last transport."""
+    return _agent().store.get(f"addrs/{name}").decode()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerName:
+    """Replaces torch's `WorkerInfo` in messages: a `WorkerInfo` without its values reads uninitialised memory."""
+
+    name: str
+    id: int
+
+
+def my_name() -> WorkerName:
+    """Name and id of the running agent."""
+    info = _agent().get_worker_info()
+    return WorkerName(info.name, info.id)
+
+
+def in_static_world() -> bool:
+    """Whether the running agent has started together with others, and not alone."""
+    return _agent().is_static_group
+
+
+# --- the table of peers of an agent that is alone in its group
 
 
 def add_peer(name: str, worker_id: int, url: str, device_maps: Mapping[str, Mapping[str, str]]) -> None:
-    """Makes a peer known to an agent that is alone in its group.
+    """Adds a peer. A name or an id that the table has already stays as it is.
 
-    `device_maps`: for callers by name, from this process's device to the caller's, as `cuda:0`. A known name or id stays as it is.
+    `device_maps`: by the name of a caller, devices of this process to devices of the caller, as `cuda:0`.
     """
-    agent = api._get_current_rpc_agent()
+    agent = _agent()
     agent.store.set(f"addrs/{name}", url)
     maps = {
         caller: {torch.device(here): torch.device(there) for here, there in one.items()}
@@ -80,131 +135,35 @@ def add_peer(name: str, worker_id: int, url: str, device_maps: Mapping[str, Mapp
 
 
 def remove_peer(name: str, worker_id: int) -> None:
-    """Forgets a peer. torch keeps only those device maps and devices of the others that it is told to keep: all of them."""
-    agent = api._get_current_rpc_agent()
-    kept = {info.name: {} for info in agent.get_worker_infos() if info.name != name}
+    """Removes a peer. torch drops all device maps and devices that it is not given here, so it is given those of all others."""
+    agent = _agent()
+    kept: dict[str, dict[torch.device, torch.device]] = {
+        info.name: {} for info in agent.get_worker_infos() if info.name != name
+    }
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     agent._update_group_membership(rpc.WorkerInfo(name, worker_id), devices, kept, False)
 
 
-def join_alone(me: WorkerName, devices: list[torch.device], reverse_maps: dict[str, Any]) -> None:
-    """What an agent that starts alone calls at itself."""
-    api._get_current_rpc_agent()._update_group_membership(
-        rpc.WorkerInfo(me.name, me.id), devices, reverse_maps, True
-    )
-
-
-def my_name() -> WorkerName:
-    """Name and id of the running agent."""
-    info = api._get_current_rpc_agent().get_worker_info()
-    return WorkerName(info.name, info.id)
-
-
-def static_workers() -> frozenset[str]:
-    """Names of all workers of a static world; none if the running agent is not in one."""
-    agent = api._get_current_rpc_agent()
-    return frozenset(info.name for info in agent.get_worker_infos()) if agent.is_static_group else frozenset()
-
-
-def agent_runs() -> bool:
-    """Whether this process has an agent."""
-    return api._is_current_rpc_agent_set()
+# --- RRefs
 
 
 def rref_id(rref: Any) -> str:
-    """Identity of the object that an RRef refers to; every reference to it has the same."""
+    """Identity of the object that an RRef refers to; all references to one object have the same."""
     _, _, after = str(rref).partition("GloballyUniqueId(")
     return after.partition(")")[0]
 
 
-@dataclass(frozen=True, slots=True)
-class RRefFork:
-    """An RRef under way: what its `_serialize` gives."""
+def fork_identity(fork: Any) -> tuple[int, str]:
+    """The owner's worker id and the `rref_id` of an RRef in the form in which it travels.
 
-    owner: int  # worker id
-    created_on: int  # with `local_id`: identity of the object
-    local_id: int
-    fork_created_on: int
-    fork_local_id: int
-    parent: int  # worker id of the sender
-    type_name: str
-
-    @classmethod
-    def of(cls, parts: Any) -> "RRefFork":
-        """Raises `PayloadRefused` unless `parts` are well formed: torch's C++ would parse any type in them, however deep."""
-        if not (
-            type(parts) is tuple
-            and len(parts) == 7
-            and all(type(part) is int for part in parts[:6])
-            and parts[6] == "PyObject"
-        ):
-            raise PayloadRefused("an RRef must be six numbers and the type PyObject")
-        return cls(*parts)
-
-    @property
-    def id(self) -> str:
-        """As `rref_id` gives it."""
-        return f"created_on={self.created_on}, local_id={self.local_id}"
-
-    def receive(self) -> Any:
-        """The RRef; torch counts it and tells its owner."""
-        return rpc.PyRRef._deserialize(astuple(self))
+    Raises `PayloadRefused` for a malformed one: torch's C++ would parse any type in it, however deeply nested.
+    """
+    if type(fork) is not tuple or [type(part) for part in fork] != [int] * 6 + [str] or fork[6] != "PyObject":
+        raise PayloadRefused("an RRef must be six numbers and the type PyObject")
+    owner, created_on, local_id, *_ = fork
+    return owner, f"created_on={created_on}, local_id={local_id}"
 
 
-def replace_handlers(*, deserialize: Callable[[bytes, list[Any]], Any], run: Callable[[Any], Any]) -> None:
-    """Puts `deserialize` and `run` in place of the functions that torch's C++ looks up when the next agent starts."""
-    internal.deserialize = deserialize
-    internal._run_function = run
-
-
-# What `check_internals` compares: parameters of functions, fields of named tuples, methods of classes.
-_PARAMETERS = {
-    "internal.deserialize": (internal, "deserialize", ["binary_data", "tensor_table"]),
-    "internal._run_function": (internal, "_run_function", ["python_udf"]),
-    "api._gather_to_leader": (
-        api,
-        "_gather_to_leader",
-        ["sequence_id", "worker_name", "obj", "worker_names"],
-    ),
-    "api._broadcast_to_followers": (api, "_broadcast_to_followers", ["sequence_id", "objects_map"]),
-    "api._rref_typeof_on_owner": (api, "_rref_typeof_on_owner", ["rref", "blocking"]),
-    "rref_proxy._local_invoke": (rref_proxy, "_local_invoke", ["rref", "func_name", "args", "kwargs"]),
-    "_utils._update_group_membership": (
-        _utils,
-        "_update_group_membership",
-        ["worker_info", "my_devices", "reverse_device_map", "is_join"],
-    ),
-}
-_FIELDS = {"PythonUDF": ("func", "args", "kwargs"), "RemoteException": ("msg", "exception_type")}
-_METHODS = {
-    "TensorPipeAgent": (
-        rpc.TensorPipeAgent,
-        ["store", "is_static_group", "get_worker_infos", "_update_group_membership"],
-    ),
-    "PyRRef": (rpc.PyRRef, ["_serialize", "_deserialize", "local_value", "is_owner"]),
-    "_InternalRPCPickler": (PICKLER, [TENSOR_RECEIVER, RREF_RECEIVER]),
-}
-
-
-def check_internals() -> None:
-    """Raises `ConfigError` naming the first part of torch that is not as the fence requires: better no RPC than an open one."""
-    for name, (module, attribute, expected) in _PARAMETERS.items():
-        # Ours have replaced two of them after the first fence.
-        function = getattr(module, attribute, None)
-        found = list(inspect.signature(function).parameters) if callable(function) else None
-        if found != expected:
-            raise _unexpected(name, f"take {', '.join(expected)}", found)
-    for name, fields in _FIELDS.items():
-        found = getattr(getattr(internal, name, None), "_fields", None)
-        if found != fields:
-            raise _unexpected(f"internal.{name}", f"have fields {', '.join(fields)}", found)
-    for name, (cls, methods) in _METHODS.items():
-        missing = [method for method in methods if not hasattr(cls, method)]
-        if missing:
-            raise _unexpected(name, f"have {', '.join(methods)}", f"no {', '.join(missing)}")
-
-
-def _unexpected(name: str, rule: str, found: Any) -> ConfigError:
-    return ConfigError(
-        f"torch.distributed.rpc {name} must {rule} for the fence around RPC, torch {torch.__version__} has {found}"
-    )
+def receive_rref(fork: tuple[Any, ...]) -> Any:
+    """The RRef; torch counts it and tells its owner."""
+    return rpc.PyRRef._deserialize(fork)

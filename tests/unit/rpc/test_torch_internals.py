@@ -52,7 +52,7 @@ def test_another_torch_is_refused_with_the_name_of_the_part(
     else:
         monkeypatch.setattr(owner, name, replacement)
     with pytest.raises(
-        ConfigError, match=rf"torch\.distributed\.rpc .*{name}.* torch {torch.__version__[:4]}"
+        ConfigError, match=rf"{owner.__name__}\.{name} must take .* torch {torch.__version__[:4]}"
     ):
         internals.check_internals()
 
@@ -69,7 +69,7 @@ def test_options_take_transports(agent: Any):
 def test_whether_an_agent_runs_and_who_it_is_can_be_asked(agent: Any):
     assert internals.agent_runs()
     assert internals.my_name() == internals.WorkerName(ME, MY_ID)
-    assert internals.static_workers() == frozenset()
+    assert not internals.in_static_world()
 
 
 def test_without_an_agent_none_runs():
@@ -94,18 +94,18 @@ def test_forgetting_one_peer_keeps_the_others(agent: Any):
 
 def test_an_rref_names_its_object_in_its_text_and_when_it_travels(agent: Any):
     one, other = rpc.RRef(Hosted()), rpc.RRef(Hosted())
-    fork = internals.RRefFork.of(one._serialize())
-    assert fork.id == internals.rref_id(one) != internals.rref_id(other)
-    assert (fork.owner, fork.parent, fork.type_name) == (MY_ID, MY_ID, "PyObject")
-    assert internals.rref_id(fork.receive()) == fork.id
+    fork = one._serialize()
+    assert internals.fork_identity(fork) == (MY_ID, internals.rref_id(one))
+    assert internals.rref_id(one) != internals.rref_id(other)
+    assert internals.rref_id(internals.receive_rref(fork)) == internals.rref_id(one)
 
 
 @pytest.mark.parametrize(
-    "parts", [None, (), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, "List[int]"), (1, 2, 3, 4, 5, "6", "PyObject")]
+    "fork", [None, (), (1, 2, 3, 4, 5, 6), (1, 2, 3, 4, 5, 6, "List[int]"), (1, 2, 3, 4, 5, "6", "PyObject")]
 )
-def test_what_is_no_rref_is_refused_before_torch_reads_it(parts: Any):
+def test_a_malformed_rref_is_refused_before_torch_reads_it(fork: Any):
     with pytest.raises(PayloadRefused, match="six numbers and the type PyObject"):
-        internals.RRefFork.of(parts)
+        internals.fork_identity(fork)
 
 
 def globals_in(data: bytes) -> set[str]:
