@@ -20,6 +20,7 @@ from eagle_rpc.errors import ConfigError, PayloadRefused
 from eagle_rpc.jobs.permissions import target_permissions, trainer_permissions
 from eagle_rpc.rpc import PendingCall, Permissions, host, withdraw
 from eagle_rpc.rpc.agent import running_agent
+from eagle_rpc.rpc.envelope import Ok
 from eagle_rpc.rpc.failures import classify
 from eagle_rpc.rpc.fence import install_fence, probe_fence
 from eagle_rpc.rpc.link import Link, call_hosted, hosted_rref
@@ -73,8 +74,8 @@ def alone(permissions: Permissions) -> Any:
 class Greeter:
     """Hosted by these tests."""
 
-    def greet(self, whom: str) -> str:
-        return f"hello {whom}"
+    def greet(self, whom: str) -> Ok:
+        return Ok(f"hello {whom}")
 
     def forget(self) -> None:
         """Not permitted."""
@@ -85,7 +86,7 @@ def greeter_permissions(**changes: Any) -> Permissions:
         **{
             "functions": frozenset([hosted_rref, call_hosted]),
             "methods": {Greeter: frozenset(["greet"])},
-            "types": frozenset([SessionSpec, TargetExpectation]),
+            "types": frozenset([Ok, SessionSpec, TargetExpectation]),
             "proxied": frozenset([Greeter]),
             "max_pickle_bytes": 2**20,
             "max_request_bytes": 2**20,
