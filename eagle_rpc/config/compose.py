@@ -61,10 +61,8 @@ def to_config(composed: DictConfig) -> Config:
         missing = sorted(OmegaConf.missing_keys(composed))
         given = OmegaConf.merge(composed, OmegaConf.from_dotlist([f"{path}=''" for path in missing]))
         config = OmegaConf.to_object(given)
-    except (
-        OmegaConfBaseException,
-        AttributeError,
-    ) as error:  # AttributeError: a new setting, added by +NAME=VALUE
+    # AttributeError: a setting that the schema lacks, added by +NAME=VALUE.
+    except (OmegaConfBaseException, AttributeError) as error:
         raise refusal(error, ()) from None
     assert isinstance(config, Config)
     check(config, missing)

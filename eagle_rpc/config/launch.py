@@ -1,7 +1,7 @@
 """Answers for `launch.sh`: `python -m eagle_rpc.config.launch OVERRIDES` prints one line.
 
-The line holds the number of workers of `job=train`, then the names of the jobs to run. Without `job=` it names the
-whole path, with `regenerate` only if training reads the file that it writes.
+The line holds the number of workers of `job=train`, then the jobs to run. Without `job=` these are the whole
+path, with `regenerate` only if training reads the file that it writes.
 """
 
 import sys

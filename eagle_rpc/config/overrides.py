@@ -1,4 +1,4 @@
-"""What can be written on the command line, and the explanation of an override that cannot."""
+"""The names that overrides may use, and the explanation of an override that Hydra refuses."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -19,16 +19,15 @@ def groups(conf: Path) -> dict[str, list[str]]:
     return {name: sorted(path.stem for path in (conf / name).glob("*.yaml")) for name in names}
 
 
-def settings() -> dict[str, type]:
-    """The path of every setting with the dataclass of its section."""
-    sections = {section.name: type(getattr(Config(), section.name)) for section in fields(Config)}
-    return {f"{name}.{one.name}": section for name, section in sections.items() for one in fields(section)}
+def settings() -> list[str]:
+    """The path `SECTION.FIELD` of every setting."""
+    sections = [(section.name, getattr(Config(), section.name)) for section in fields(Config)]
+    return [f"{name}.{field.name}" for name, section in sections for field in fields(section)]
 
 
 def explain(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     """Each unknown name in `overrides` with the nearest known one; if all are known, Hydra's `error`."""
-    mistakes = list(_unknown_names(overrides, groups(conf)))
-    if mistakes:
+    if mistakes := list(_unknown_names(overrides, groups(conf))):
         return as_message(mistakes)
     cause = error.__cause__ or error
     field = getattr(cause, "full_key", None) or getattr(error, "override", None) or "the configuration"

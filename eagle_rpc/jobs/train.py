@@ -1,4 +1,4 @@
-"""Trains the draft. In a static job the workers of a torchrun are targets and trainers; in an elastic job all are trainers."""
+"""Trains the draft. The workers of a static job are targets and trainers, of an elastic one trainers."""
 
 import contextlib
 import threading

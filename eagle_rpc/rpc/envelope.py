@@ -1,7 +1,7 @@
 """The envelope of every answer of a service.
 
-torch RPC keeps the class of few exceptions. So an error travels as a value with a code, and the caller raises the
-exception of this code.
+torch RPC keeps the class of few exceptions. So an error travels as a value with a code, and the caller raises
+the exception of this code.
 """
 
 import logging
@@ -50,7 +50,7 @@ Reply = Ok | Failure
 
 
 def reply_of(run: Callable[[], Any]) -> Reply:
-    """The value of `run`, or the failure for the exception that it raised. An unforeseen exception is logged."""
+    """The value of `run`, or the failure for its exception; an unforeseen one is logged."""
     try:
         return Ok(run())
     except errors.EagleRpcError as error:
@@ -61,7 +61,7 @@ def reply_of(run: Callable[[], Any]) -> Reply:
 
 
 def failure_of(error: errors.EagleRpcError) -> Failure:
-    """The envelope of an error. Classes without a code of their own travel as `failed`, with their name in the message."""
+    """The envelope of an error. A class without a code travels as `failed`, its name in the message."""
     if not isinstance(error, _ERROR_OF_CODE[error.code]):
         return Failure(error.code, f"{type(error).__name__}: {error}")
     retry_after = error.retry_after if isinstance(error, errors.TargetBusy) else None

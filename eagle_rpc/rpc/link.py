@@ -1,7 +1,7 @@
 """The two ends of a call to a service: the object that a worker hosts, and the link of a peer to it.
 
-The host creates the only RRef to its object: torch never frees an object whose `rpc.remote` maker has died. Control
-calls go by name, since they may take a connection of their own; an RRef is bound to its owner's id.
+The host creates the only RRef to its object: torch never frees an object whose `rpc.remote` maker has died.
+Control calls go by name, since they may take a connection of their own; an RRef is bound to its owner's id.
 """
 
 import contextlib
@@ -77,11 +77,12 @@ class Link:
         between_gpus: bool,
         timeout: float,
     ) -> None:
-        """`peer`: the name for people; `data`, `control`: RPC names of the connections for tensors and for everything else.
+        """`peer`: the name for people; `data`, `control`: RPC names of the connections for tensors and for
+        everything else.
 
-        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA tensors.
-        Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if it cannot be reached
-        within `timeout` seconds.
+        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA
+        tensors. Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if
+        it cannot be reached within `timeout` seconds.
         """
         self.peer = peer
         self.incarnation = incarnation
@@ -130,13 +131,13 @@ class Link:
 
 
 def nudge(worker: str) -> None:
-    """Sends a call without waiting for it: torch keeps a broken connection's files open until a call on it has failed."""
+    """Sends a call and ignores it: torch keeps a broken connection's files open until a call on it fails."""
     with contextlib.suppress(RuntimeError):
         rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_NUDGE_TIMEOUT)
 
 
 def _send(send: Callable[[], Future[Any]]) -> Future[Any]:
-    """The future of a call. torch raises at once where it knows that a call cannot be sent; here every failure is in the future."""
+    """The future of a call. Where torch raises at once, the future holds the error."""
     try:
         return send()
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""The target service: server, queue, sessions and bounds, the endpoint that RPC calls, and the life of it all."""
+"""The target service: server, queue, sessions and bounds, the endpoint that RPC calls, and the lifecycle."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from eagle_rpc.config.texts import NAME_RULE, is_name
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision import TokenBatch, own_storage
+from eagle_rpc.supervision import GenerateRequest, SessionSpec, TargetExpectation, TokenBatch, own_storage
 
 
 def check_type(name: str, value: Any, wanted: type) -> None:
@@ -25,6 +25,25 @@ def check_seconds(name: str, value: Any) -> None:
     """Raises `InvalidRequest` unless `value` is a positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InvalidRequest(f"{name} must be a positive, finite number of seconds, got {value!r:.80}")
+
+
+def check_spec(spec: Any) -> None:
+    """Raises `InvalidRequest` unless `spec` is a `SessionSpec` with known settings and any ids."""
+    check_type("spec", spec, SessionSpec)
+    for name in ("encoding", "rows", "job", "trainer"):
+        check_name(name, getattr(spec, name))
+    check_type("expected", spec.expected, TargetExpectation)
+    check_type("through_host", spec.through_host, bool)
+    spec.check()
+
+
+def check_request(request: Any) -> None:
+    """Raises `InvalidRequest` unless `request` is a `GenerateRequest`, of any session and tokens."""
+    check_type("request", request, GenerateRequest)
+    check_name("request_id", request.request_id)
+    check_type("incarnation", request.incarnation, str)
+    check_type("tokens", request.tokens, TokenBatch)
+    check_seconds("seconds_left", request.seconds_left)
 
 
 def compact(tokens: TokenBatch) -> TokenBatch:

@@ -11,25 +11,26 @@ import torch
 from torch import Tensor
 from torch.distributed.rpc.functions import async_execution
 
-from eagle_rpc.rpc.envelope import Ok, Reply, reply_of
+from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.rpc.envelope import Ok, Reply, failure_of, reply_of
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import GenerateRequest, SessionSpec
 
 # The methods that peers may call. A server is drained and closed only by the process that started it.
 CONTROL_METHODS = frozenset(
-    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings probe_transfer "
-    "set_vocab_mapping status".split()
+    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings "
+    "probe_transfer set_vocab_mapping status".split()
 )
 
 
 class TargetEndpoint:
-    """Answers each call of a `TargetModelServer`'s method with a `Reply` or a torch future of one, and raises nothing."""
+    """Calls a `TargetModelServer`; answers with a `Reply` or a torch future of one, and raises nothing."""
 
     def __init__(self, server: TargetModelServer) -> None:
         self._server = server
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: an endpoint never travels, but with CUDA torch looks for tensors in an RRef's value by pickling it."""
+        """Empty: an endpoint never travels, but with CUDA torch pickles an RRef's value to find tensors."""
         return {}
 
     def model_info(self) -> Reply:
@@ -75,7 +76,7 @@ class TargetEndpoint:
         """Starts a call; returns the future of its reply, also where `start` raises."""
         reply, started = self._future(), reply_of(start)
         if isinstance(started, Ok):
-            started.value.add_done_callback(lambda done: reply.set_result(reply_of(done.result)))
+            started.value.add_done_callback(lambda done: reply.set_result(_reply_of_done(done)))
         else:
             reply.set_result(started)
         return reply
@@ -84,3 +85,12 @@ class TargetEndpoint:
         """A future that may hold tensors of the target's device."""
         device = self._server.device
         return torch.futures.Future(devices=[device] if device.type == "cuda" else None)
+
+
+def _reply_of_done(done: Future[Any]) -> Reply:
+    # `result` would raise, and a traceback keeps the request's tensors until the garbage collector runs.
+    error = done.exception()
+    if error is None:
+        return Ok(done.result())
+    assert isinstance(error, EagleRpcError), "the server completes futures with its own errors"
+    return failure_of(error)

@@ -1,4 +1,4 @@
-"""Fairness between jobs: turns in the queue of the forward thread, and the number of jobs that share the bounds."""
+"""Fairness between jobs: turns in the queue, and the number of jobs that share the target's bounds."""
 
 import threading
 from collections import OrderedDict
@@ -104,7 +104,8 @@ class FairQueue:
 
 
 class Demand:
-    """Counts the jobs that have asked recently. Each may take an equal share of the target's bounds, a sole job all of it.
+    """Counts the jobs that have asked recently. Each may take an equal share of the target's bounds, a sole
+    job all of it.
 
     Without it a job that fills the queue, and refills it as it empties, would leave no room for another.
     """
@@ -116,7 +117,7 @@ class Demand:
         self._asked: dict[str, float] = {}  # job -> when
 
     def note(self, job: str) -> int:
-        """Notes that `job` asks now. The number of jobs that asked in the last two seconds, this one included."""
+        """Notes that `job` asks now; the number of jobs that asked in the last two seconds, with this one."""
         now = self._clock()
         with self._lock:
             self._asked[job] = now

@@ -37,8 +37,8 @@ class PassRequest:
 class ForwardPass:
     """Runs the target on requests.
 
-    A GPU runs the target on a stream of its own, so that replies are encoded, copied to the host and sent while the next
-    pass runs. Nothing here waits for the GPU before `StartedPass.finish`.
+    A GPU runs the target on a stream of its own, so that replies are encoded, copied to the host and sent
+    while the next pass runs. Nothing here waits for the GPU before `StartedPass.finish`.
     """
 
     def __init__(self, target: Any, config: TargetConfig) -> None:
@@ -93,7 +93,8 @@ class StartedPass:
     def finish(self) -> EncodedSupervision:
         """The supervision, on the target's device, or on the CPU where RPC cannot take it from there.
 
-        To be called once: the target's output is dropped. On a GPU the tensors are ready in the order of the current stream.
+        To be called once: the target's output is dropped. On a GPU the tensors are ready in the order of the
+        current stream.
         """
         read, self._read = self._read, None
         assert read is not None, "a pass is finished once"

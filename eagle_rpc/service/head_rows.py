@@ -23,9 +23,9 @@ class _Copy:
 
 
 class HeadRows:
-    """One copy for each mapping, shared by the trainers of a job, which ask at about the same time; dropped soon after.
+    """One copy for each mapping; the trainers of a job ask at about the same time and share it.
 
-    A copy counts as an unsent reply for as long as it is kept.
+    It is dropped two seconds after its last use, and counts as an unsent reply until then.
     """
 
     def __init__(self, target: Any, info: ModelInfo, budget: ReplyBudget, clock: Callable[[], float]) -> None:
@@ -41,7 +41,7 @@ class HeadRows:
     def get(self, session: Session, *, num_jobs: int) -> DraftHead:
         """The head's rows of the session's draft vocabulary [K, H], on the CPU.
 
-        Raises `UnsupportedTarget` if the target offers none; `TargetBusy` and `InvalidRequest` as `ReplyBudget.promise`.
+        Raises `UnsupportedTarget` if the target offers none, and the errors of `ReplyBudget.promise`.
         """
         with self._lock:
             kept = self._copies.get(session.mapping_digest)

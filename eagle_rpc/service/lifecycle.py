@@ -44,10 +44,10 @@ class TargetLifecycle:
     """Seconds without a session, after the first one, that end the target; None: it goes on."""
 
     def run(self) -> None:
-        """Serves until it is told to stop, the trainers are done, or the target is unused; then drains and closes.
+        """Serves until it is told to stop, the trainers are done, or no trainer is left; drains and closes.
 
-        Raises after draining `NameTaken` if the target is superseded; `ConnectionLost` if it is unreachable, or if the
-        trainers of a static job, which may run on another host, are silent and not done.
+        Raises after draining `NameTaken` if the target is superseded; `ConnectionLost` if it is unreachable,
+        or if the trainers of a static job, which may run on another host, are silent and not done.
         """
         with self.hosted():
             self.when_serving()
@@ -59,7 +59,7 @@ class TargetLifecycle:
 
     @contextlib.contextmanager
     def hosted(self) -> Iterator[None]:
-        """Trainers reach the server while the body runs; then it is drained and closed, whatever the body raised."""
+        """Trainers reach the server while the body runs. Then it drains and closes, after errors as well."""
         server, seconds = self.server, self.config.drain_timeout
         host(self.service, TargetEndpoint(server), CONTROL_METHODS)
         logger.info("serving %s", server.model_info().architecture)
@@ -84,8 +84,8 @@ class TargetLifecycle:
             return "told to stop"
         if not self.reachable():
             raise ConnectionLost(
-                "RPC no longer listens on this target's port: torch gives a port up when a peer connects and says nothing, "
-                "as a port scan does; start this target again"
+                "RPC no longer listens on this target's port: torch gives a port up when a peer connects and "
+                "says nothing, as a port scan does; start this target again"
             )
         if self.superseded():
             raise NameTaken("another process serves under this target's name now: this one drains and ends")
@@ -98,7 +98,7 @@ class TargetLifecycle:
         )
 
     def _wait_for_trainers(self, wait: BoundedWait) -> None:
-        """Keeps the connection for the trainers of a static job until they are done or silent: they cannot connect again."""
+        """Stays for the trainers of a static job, who cannot connect again, until they are done or silent."""
         silence = self.config.heartbeat_interval * self.config.heartbeat_misses
         while self.trainers_done is not None and not wait.over:
             if self.trainers_done() or not self.server.heard_within(silence):

@@ -1,7 +1,7 @@
 """The memory of replies: promised when a request is accepted, held until RPC has dropped the tensors.
 
-RPC copies no tensor. A reply's storages live until they are on the wire; a receiver that stands still keeps them alive.
-Nothing tells when a storage is freed, so weak references are looked at.
+RPC copies no tensor. A reply's storages live until they are on the wire; a receiver that stands still keeps
+them alive. Nothing tells when a storage is freed, so weak references are looked at.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class ReplyBytes:
 
 
 class ReplyBudget:
-    """Bytes of replies that were promised, or made and not yet sent, bounded for each session and for all together."""
+    """Bytes of replies that were promised, or made and not yet sent; bounded for each session and in all."""
 
     def __init__(self, *, max_bytes: int, max_bytes_per_session: int) -> None:
         self._max_bytes = max_bytes
@@ -58,9 +58,9 @@ class ReplyBudget:
     def promise(self, num_bytes: int, *, job: str, session: str, num_jobs: int) -> ReplyBytes:
         """Reserves `num_bytes` for a reply; `fulfil` or `release` must follow.
 
-        Raises `InvalidRequest` if a bound is smaller than `num_bytes`. Raises `TargetBusy` if too little is free at the
-        moment of the session's bound, of the bound of all, or, among `num_jobs`, of the job's equal share. A job that holds
-        nothing may exceed its share.
+        Raises `InvalidRequest` if a bound is smaller than `num_bytes`. Raises `TargetBusy` if too little is
+        free at the moment of the session's bound, of the bound of all, or, among `num_jobs`, of the job's
+        equal share. A job that holds nothing may exceed its share.
         """
         for name, bound in (
             ("max_reply_bytes_per_session", self._max_bytes_per_session),
@@ -68,7 +68,8 @@ class ReplyBudget:
         ):
             if num_bytes > bound:
                 raise InvalidRequest(
-                    f"the reply would need {num_bytes} bytes, target.{name} is {bound}; send fewer tokens at a time"
+                    f"the reply would need {num_bytes} bytes, target.{name} is {bound}; send fewer tokens "
+                    "at a time"
                 )
         promised = ReplyBytes(session, job, num_bytes)
         with self._lock:
@@ -98,7 +99,7 @@ class ReplyBudget:
         return f"{whose} unsent replies take {held} bytes, this one would take {wanted.num_bytes}, {bound}"
 
     def fulfil(self, promised: ReplyBytes, value: Any) -> None:
-        """Counts the reply, from now on, for the memory of the tensors in the dataclass `value`, while they live."""
+        """Counts, from now on, the memory of the tensors in the dataclass `value`, while they live."""
         fields = (getattr(value, field.name) for field in dataclasses.fields(value))
         used = (field.untyped_storage() for field in fields if isinstance(field, Tensor))
         storages = {storage._cdata: storage for storage in used}

@@ -1,4 +1,4 @@
-"""One thread that runs forward passes, fed from a bounded queue that is fair between jobs and their sessions."""
+"""One thread that runs forward passes, and its bounded queue, fair between jobs and their sessions."""
 
 import logging
 import threading
@@ -52,7 +52,7 @@ class _Begun:
 
 
 class ForwardScheduler:
-    """Runs submitted requests. Each accepted request is answered exactly once, by a value or by an `EagleRpcError`."""
+    """Runs requests. Each accepted one is answered exactly once, by a value or by an `EagleRpcError`."""
 
     def __init__(
         self, passes: ForwardPass, *, max_queued: int, max_queued_per_session: int, clock: Callable[[], float]
@@ -107,9 +107,9 @@ class ForwardScheduler:
     def submit(self, work: Work, *, num_jobs: int) -> None:
         """Queues `work`, to be run before its deadline or not at all.
 
-        A request of the same session and id that still waits is replaced, and answered with `RequestExpired`. Raises
-        `TargetDraining`, or `TargetBusy` where the queue, the session's share of it or, among `num_jobs`, the job's equal
-        share of it is full.
+        A request of the same session and id that still waits is replaced, and answered with `RequestExpired`.
+        Raises `TargetDraining`, or `TargetBusy` where the queue, the session's share of it or, among
+        `num_jobs`, the job's equal share of it is full.
         """
         with self._changed:
             if self._draining:
@@ -141,7 +141,7 @@ class ForwardScheduler:
             )
 
     def submit_first(self, run: Callable[[], Any]) -> Future[Any]:
-        """Queues `run` before all requests; the future of its value. Raises `TargetBusy`, `TargetDraining`."""
+        """Queues `run` before all requests. Raises `TargetBusy`, `TargetDraining`."""
         urgent = _Urgent(run, Future())
         with self._changed:
             if self._draining:

@@ -1,7 +1,7 @@
-"""The target service: checks requests, keeps sessions, queues forward passes, and bounds the memory that it holds for trainers.
+"""The target service: checks requests, keeps sessions, queues forward passes, bounds memory and queues.
 
-Plain logic without transport: methods return values or futures of them, and raise the errors of `eagle_rpc.errors`. The
-module loads no model code.
+Plain logic without transport: methods return values or futures of them, and raise the errors of
+`eagle_rpc.errors`. The module loads no model code.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
-from eagle_rpc.service.arguments import check_name, check_seconds, check_type, compact
+from eagle_rpc.service.arguments import check_request, check_spec, check_type, compact
 from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
@@ -34,8 +34,6 @@ from eagle_rpc.supervision import (
     OpenedSession,
     Pulse,
     SessionSpec,
-    TargetExpectation,
-    TokenBatch,
     VocabMapping,
     own_storage,
 )
@@ -107,7 +105,7 @@ class TargetModelServer:
         return self._embeddings
 
     def output_embeddings(self, session: str) -> DraftHead:
-        """The head's rows of the session's draft vocabulary [K, H], in ascending order of target ids, on the CPU.
+        """The head's rows of the session's draft vocabulary [K, H], ascending by target id, on the CPU.
 
         Raises `UnknownSession`, `UnsupportedTarget`, `TargetBusy` as `generate`.
         """
@@ -115,27 +113,22 @@ class TargetModelServer:
         return self._heads.get(opened, num_jobs=self._demand.note(opened.spec.job))
 
     def probe_transfer(self) -> Tensor:
-        """0, 1, 2, ... as int32 [65536] on the target's device: shows a trainer whether tensors arrive whole."""
+        """0, 1, 2, ... as int32 [65536] on the target's device: to test the transport."""
         return torch.arange(_PROBE_ELEMENTS, dtype=torch.int32, device=self.device)
 
     def open_session(self, spec: SessionSpec) -> Future[OpenedSession]:
-        """Registers a trainer. The future is done at once, unless the head has to be probed, before all waiting requests.
+        """Registers a trainer: at once, or after a probe of the head, which runs before waiting requests.
 
-        Raises `InvalidRequest` for the mapping or a setting, `TargetMismatch` if the trainer expects another target,
-        `TargetDraining`, `TargetBusy`; from the future also `UnsupportedTarget` if the encoding would not be exact.
+        Raises `InvalidRequest` for the mapping or a setting, `TargetMismatch`, `TargetDraining`,
+        `TargetBusy`; from the future also `UnsupportedTarget` if the encoding would not be exact.
         """
-        check_type("spec", spec, SessionSpec)
-        for name in ("encoding", "rows", "job", "trainer"):
-            check_name(name, getattr(spec, name))
-        check_type("expected", spec.expected, TargetExpectation)
-        check_type("through_host", spec.through_host, bool)
-        spec.check()
+        check_spec(spec)
         if self._scheduler.draining:
             raise TargetDraining("the target is shutting down and takes no new sessions")
         mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
         spec.expected.check(self._info)
         if spec.encoding == "hidden" and not self._sessions.serves(mapping.digest, spec.encoding):
-            # A probe of the head is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
+            # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
             spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
             return self._scheduler.submit_first(functools.partial(self._probe_and_open, spec, mapping))
         opened: Future[OpenedSession] = Future()
@@ -159,11 +152,10 @@ class TargetModelServer:
         )
 
     def generate(self, request: GenerateRequest) -> Future[EncodedSupervision]:
-        """The supervision of one batch. On a GPU its tensors are ready in the order of the device's default stream.
+        """The supervision of one batch; on a GPU ready in the order of the device's default stream.
 
-        Raises `InvalidRequest`, `StaleIncarnation`, `UnknownSession`, `TargetDraining`, or `TargetBusy` with the seconds to
-        wait before the next try. From the future come `RequestExpired`, `TargetOutOfMemory`, `TargetFailed`, and the same
-        errors again.
+        Raises `InvalidRequest`, `StaleIncarnation`, `UnknownSession`, `TargetDraining`, `TargetBusy` with the
+        seconds until the next try; from the future `RequestExpired`, `TargetOutOfMemory`, `TargetFailed` too.
         """
         try:
             return self._accept(request)
@@ -172,11 +164,7 @@ class TargetModelServer:
             raise
 
     def _accept(self, request: GenerateRequest) -> Future[EncodedSupervision]:
-        check_type("request", request, GenerateRequest)
-        check_name("request_id", request.request_id)
-        check_type("incarnation", request.incarnation, str)
-        check_type("tokens", request.tokens, TokenBatch)
-        check_seconds("seconds_left", request.seconds_left)
+        check_request(request)
         info = self._info
         if request.incarnation != info.incarnation:
             raise StaleIncarnation(
@@ -231,7 +219,7 @@ class TargetModelServer:
             self._throughput.answered(num_tokens, outcome.num_bytes)
 
     def cancel(self, session: str, request_ids: list[str]) -> int:
-        """Drops the session's waiting requests of these ids, which end with `RequestExpired`; returns their number."""
+        """Ends the session's waiting requests of these ids with `RequestExpired`; returns their number."""
         check_type("request_ids", request_ids, list)
         for request_id in request_ids:
             check_type("request_id", request_id, str)
@@ -250,7 +238,8 @@ class TargetModelServer:
     def status(self) -> dict[str, Any]:
         """Identity, load and memory of this replica, in types that JSON has.
 
-        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo` and `describe_load`.
+        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo` and
+        `describe_load`.
         """
         info = self._info
         return {
@@ -275,11 +264,11 @@ class TargetModelServer:
 
     @property
     def seconds_unused(self) -> float:
-        """Seconds since the last open session ended; 0 while a session is open, and before the first."""
+        """As `SessionTable.seconds_unused`."""
         return self._sessions.seconds_unused
 
     def heard_within(self, seconds: float) -> bool:
-        """Whether a trainer with an open session has given a sign of life in the last `seconds`."""
+        """As `SessionTable.heard_within`."""
         return self._sessions.heard_within(seconds)
 
     def _expire_regularly(self) -> None:
@@ -287,29 +276,23 @@ class TargetModelServer:
             self.expire()
 
     def expire(self) -> None:
-        """Ends silent sessions, late requests and unused copies of the head; a thread calls it at least every second."""
+        """Ends silent sessions, late requests and unused copies; a thread calls it every second."""
         for session in self._sessions.close_silent():
             self._scheduler.drop_session(session.id, "fell silent")
         self._scheduler.drop_expired()
         self._heads.drop_unused()
 
     def drain(self, timeout: float) -> bool:
-        """Refuses new sessions and requests, as heartbeats report, and waits up to `timeout` seconds for the queue.
-
-        Whether all requests were answered.
-        """
+        """Refuses new work and waits up to `timeout` seconds for the queue; whether all was answered."""
         return self._scheduler.drain(timeout)
 
     def wait_sent(self, timeout: float) -> bool:
-        """Waits up to `timeout` seconds until RPC has written the tensors of all replies; whether it has.
-
-        A reply that is not sent when RPC shuts down is lost.
-        """
+        """Waits up to `timeout` seconds until RPC has sent all replies; whether it has."""
         self._heads.drop_unused(at_once=True)
         return self._budget.wait_sent(timeout)
 
     def close(self) -> bool:
-        """Ends the server's threads; waiting requests end with `TargetDraining`. Whether the threads ended within 30 s."""
+        """Ends the threads, and waiting requests with `TargetDraining`. Whether they ended within 30 s."""
         self._closed.set()
         ended = self._scheduler.stop(_STOP_TIMEOUT)
         self._expiry.join(_STOP_TIMEOUT)

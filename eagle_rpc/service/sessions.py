@@ -61,12 +61,6 @@ class Registration:
     num_tokens: int = 0  # in them, without padding
 
 
-@dataclass(slots=True)
-class _SharedVocab:
-    on_device: DraftVocabOnDevice
-    num_sessions: int = 0
-
-
 class SessionTable:
     """Open sessions by random id. A session lasts while its trainer renews the lease.
 
@@ -74,14 +68,13 @@ class SessionTable:
     """
 
     def __init__(self, *, max_sessions: int, lease: float, device: torch.device, clock: Callable[[], float]):
-        """`lease`: seconds without a sign of life after which a session ends; `clock`: seconds, as `time.monotonic`."""
+        """`lease`: seconds of silence that end a session; `clock`: seconds, as `time.monotonic`."""
         self._max_sessions = max_sessions
         self._lease = lease
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()
         self._registered: dict[str, Registration] = {}
-        self._vocabs: dict[str, _SharedVocab] = {}
         self._empty_since: float | None = None  # None before the first session
 
     def open(self, spec: SessionSpec, mapping: VocabMapping) -> Session:
@@ -94,12 +87,11 @@ class SessionTable:
                 )
                 busy.retry_after = LONGEST_RETRY
                 raise busy
-            if digest not in self._vocabs:
-                self._vocabs[digest] = _SharedVocab(DraftVocabOnDevice.of(mapping, self._device))
-            shared = self._vocabs[digest]
-            shared.num_sessions += 1
-            spec = dataclasses.replace(spec, selected_token_ids=shared.on_device.selected_token_ids)
-            session = Session(secrets.token_hex(16), spec, digest, shared.on_device)
+            sessions = (one.session for one in self._registered.values())
+            shared = next((session.vocab for session in sessions if session.mapping_digest == digest), None)
+            vocab = shared or DraftVocabOnDevice.of(mapping, self._device)
+            spec = dataclasses.replace(spec, selected_token_ids=vocab.selected_token_ids)
+            session = Session(secrets.token_hex(16), spec, digest, vocab)
             self._registered[session.id] = Registration(session, renewed=self._clock())
         logger.info(
             "%s opened, job %s: %d of %d tokens, encoding %s, rows %s",
@@ -109,7 +101,7 @@ class SessionTable:
         return session
 
     def serves(self, mapping_digest: str, encoding: str) -> bool:
-        """Whether an open session has this mapping and encoding, so that both were found right for the target."""
+        """Whether an open session has this mapping and encoding: both were checked at the target then."""
         return any(
             one.session.mapping_digest == mapping_digest and one.session.spec.encoding == encoding
             for one in self.registrations()
@@ -151,10 +143,6 @@ class SessionTable:
         with self._lock:
             if self._registered.pop(session.id, None) is None:
                 return False
-            shared = self._vocabs[session.mapping_digest]
-            shared.num_sessions -= 1
-            if shared.num_sessions == 0:
-                del self._vocabs[session.mapping_digest]
             if not self._registered:
                 self._empty_since = self._clock()
             return True

@@ -95,8 +95,9 @@ def describe_load(
 ) -> dict[str, Any]:
     """A target's work, under way and done.
 
-    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real tokens of the
-    batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and not yet sent;
+    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real
+    tokens of the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made
+    and not yet sent;
     `lease_left`: seconds.
     """
     held = budget.held
@@ -125,7 +126,7 @@ def describe_load(
 
 
 def describe_memory(device: torch.device) -> dict[str, int]:
-    """`resident_bytes`: physical memory of this process, as Linux reports it; `device_bytes`: allocated on a GPU, else 0."""
+    """`resident_bytes`: physical memory, by Linux; `device_bytes`: allocated on a GPU, else 0."""
     return {
         "resident_bytes": int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
         "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,

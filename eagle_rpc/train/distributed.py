@@ -134,7 +134,7 @@ class TrainerGroup:
         """Every trainer's digests, [size, n, 32] uint8, from one's own [n, 32]."""
         everyone = mine.new_empty(self.size, *mine.shape)
         with self.bounded(what):
-            dist.all_gather_into_tensor(everyone.flatten(0, 1), mine)
+            dist.all_gather(list(everyone), mine)
         return everyone
 
     @contextlib.contextmanager
