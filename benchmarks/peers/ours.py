@@ -22,7 +22,7 @@ from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.trainer_worker import connect_target
+from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping

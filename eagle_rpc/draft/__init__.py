@@ -1,9 +1,8 @@
-"""The draft: its shape, its layer, its attention, and the loss that trains it."""
+"""The draft: its configuration, model, attention and losses, and the training-time test that unrolls it."""
 
-from eagle_rpc.draft.attention import AttentionMemory, DraftCache, UnrollMemory, ttt_attention
+from eagle_rpc.draft.attention_memory import DraftCache, UnrollMemory
 from eagle_rpc.draft.config import Eagle3DraftConfig
-from eagle_rpc.draft.loss import soft_cross_entropy
-from eagle_rpc.draft.losses import ACCEPTANCE_LOSSES, LOSSES
+from eagle_rpc.draft.losses import LOSSES
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import (
     Objective,
@@ -17,9 +16,7 @@ from eagle_rpc.draft.ttt import (
 )
 
 __all__ = [
-    "ACCEPTANCE_LOSSES",
     "LOSSES",
-    "AttentionMemory",
     "DraftCache",
     "Eagle3Draft",
     "Eagle3DraftConfig",
@@ -30,8 +27,6 @@ __all__ = [
     "UnrollMemory",
     "count_rows",
     "simulated_accept_length",
-    "soft_cross_entropy",
     "step_weights",
-    "ttt_attention",
     "ttt_loss",
 ]

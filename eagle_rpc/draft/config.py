@@ -1,4 +1,4 @@
-"""The shape of a draft, and how it follows from its target's."""
+"""The dimensions of a draft, and how they follow from the target's."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -70,22 +70,24 @@ class Eagle3DraftConfig:
         num_key_value_heads: int | None = None,
         norm_before_residual: bool = False,
     ) -> "Eagle3DraftConfig":
-        """The draft of a target with this `transformers` config; null arguments take the target's value.
+        """The draft of a target with this `transformers` config; None takes the target's value.
 
-        The draft is Llama-style whatever the target is: what a Gemma or Qwen target adds (norms of queries and keys,
-        soft caps, sliding windows, other activations) is left out.
+        The draft is Llama-style for every target: norms of queries and keys, soft caps, sliding windows and
+        other activations of a Gemma or Qwen target are left out.
         """
+
+        def or_else(setting: int | None, of_target: int) -> int:
+            return of_target if setting is None else setting
+
         target_heads = target_config.num_attention_heads
         head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_heads
         target_kv_heads = getattr(target_config, "num_key_value_heads", None) or target_heads
         rope_theta, rope_scaling = _rope_of(target_config)
         return cls(
             hidden_size=target_config.hidden_size,
-            intermediate_size=target_config.intermediate_size
-            if intermediate_size is None
-            else intermediate_size,
-            num_attention_heads=target_heads if num_attention_heads is None else num_attention_heads,
-            num_key_value_heads=target_kv_heads if num_key_value_heads is None else num_key_value_heads,
+            intermediate_size=or_else(intermediate_size, target_config.intermediate_size),
+            num_attention_heads=or_else(num_attention_heads, target_heads),
+            num_key_value_heads=or_else(num_key_value_heads, target_kv_heads),
             head_dim=head_dim,
             vocab_size=target_config.vocab_size,
             draft_vocab_size=draft_vocab_size,
@@ -98,14 +100,14 @@ class Eagle3DraftConfig:
 
 
 def _rope_of(target_config: Any) -> tuple[float, dict[str, Any] | None]:
-    """`rope_theta` and `rope_scaling` from either form that transformers has used."""
+    """`rope_theta` and `rope_scaling`, from either form that transformers has used."""
     parameters = getattr(target_config, "rope_parameters", None)
     if parameters is None:
         parameters = getattr(target_config, "rope_scaling", None) or {}
-    # Targets that mix attention kinds hold one set for each; the draft attends to everything.
+    # Targets that mix kinds of attention have one set a kind; the draft's attention is full.
     parameters = dict(parameters.get("full_attention") or parameters)
     theta = parameters.pop("rope_theta", None) or getattr(target_config, "rope_theta", None) or 10000.0
-    # A rotary embedding of part of each head belongs to the target's attention, not to the draft's.
+    # The draft rotates whole heads even if its target rotates only a share of each.
     parameters.pop("partial_rotary_factor", None)
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)

@@ -1,51 +1,115 @@
-"""The loss family: what one row of draft logits costs, and the gradient of that.
+"""The registry of losses: the cost of one row of draft logits against the target's, and its gradient.
 
-With p the target's distribution over the draft vocabulary, P its true probabilities (over the full vocabulary, so they sum to
-less than 1 here), q the draft's and a = sum_j min(P_j, q_j) the chance that rejection sampling accepts the draft's token:
+Notation, per row and over the draft vocabulary: p the target's distribution; P its probabilities over the
+full vocabulary, which sum to less than 1 here; q the draft's distribution; a = sum_j min(P_j, q_j) the
+probability that rejection sampling accepts the draft's token.
 
-* `soft_cross_entropy`: -sum_j p_j log q_j.
-* `kl`: sum_j p_j log(p_j / q_j); the same gradient, zero when the draft is right.
-* `lk_alpha`: -log a, and `lk_lambda`: w KL + (1 - w) (1 - a) with w = exp(-3 a) of the row, taken as constant: the likelihood
-  and the hybrid form of "LK Losses" (arXiv 2602.23881), which aim at acceptance itself.
+A new loss takes four steps; tests compare 1 with the definition and 3 with 1:
+
+1. here, a function such as `_kl` and its entry in `LOSSES`;
+2. `config/choices.py`: its name in `DraftLoss`, from which `draft.loss` is chosen;
+3. `fused/triton_losses.py`: the same formula for GPUs, under a flag that the entry names;
+4. `tests/unit/draft/test_losses.py`: the definition, in `by_hand`.
 
 Legend: n rows, S steps, K draft vocab.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-LOSSES = ("soft_cross_entropy", "kl", "lk_alpha", "lk_lambda")
-# Those that read the true probabilities, hence need the target's logits and log-normaliser.
-ACCEPTANCE_LOSSES = ("lk_alpha", "lk_lambda")
 # How fast `lk_lambda` turns from KL to acceptance as acceptance grows.
 LAMBDA_DECAY = 3.0
+
+LossAndGradient = tuple[Tensor, Tensor]  # [n, S, 1] and, by the logits, [n, S, K]
+
+
+class _Distributions:
+    """Draft and target at n rows and S steps, with the terms that losses share."""
+
+    def __init__(self, logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor) -> None:
+        log_sums_nS1 = logits_nSK.logsumexp(dim=-1, keepdim=True)
+        self.draft_nSK = (logits_nSK - log_sums_nS1).exp()  # q
+        self.target_n1K = target_logits_nK.softmax(dim=-1).unsqueeze(1)  # p
+        self.cross_entropy_nS1 = log_sums_nS1 - (self.target_n1K * logits_nSK).sum(dim=-1, keepdim=True)
+        self.cross_entropy_gradient_nSK = self.draft_nSK - self.target_n1K
+        self._target_logits_nK, self._log_normalizer_n = target_logits_nK, log_normalizer_n
+
+    def acceptance(self) -> LossAndGradient:
+        """a and its gradient. Only tokens with q < P gain acceptance when q grows."""
+        true_n1K = (self._target_logits_nK - self._log_normalizer_n.unsqueeze(-1)).exp().unsqueeze(1)  # P
+        acceptance_nS1 = torch.minimum(true_n1K, self.draft_nSK).sum(dim=-1, keepdim=True)
+        short_nSK = self.draft_nSK * (self.draft_nSK < true_n1K)
+        return acceptance_nS1, short_nSK - self.draft_nSK * short_nSK.sum(dim=-1, keepdim=True)
+
+
+def _soft_cross_entropy(rows: _Distributions) -> LossAndGradient:
+    """-sum_j p_j log q_j, the classification loss of EAGLE (arXiv 2401.15077)."""
+    return rows.cross_entropy_nS1, rows.cross_entropy_gradient_nSK
+
+
+def _kl(rows: _Distributions) -> LossAndGradient:
+    """sum_j p_j log(p_j / q_j): the gradient of the soft cross entropy, and 0 where q = p."""
+    target_entropy_n11 = torch.special.entr(rows.target_n1K).sum(dim=-1, keepdim=True)
+    return rows.cross_entropy_nS1 - target_entropy_n11, rows.cross_entropy_gradient_nSK
+
+
+def _lk_alpha(rows: _Distributions) -> LossAndGradient:
+    """-log a: the likelihood form of "LK Losses" (arXiv 2602.23881)."""
+    acceptance_nS1, gradient_nSK = rows.acceptance()
+    return -acceptance_nS1.log(), -gradient_nSK / acceptance_nS1
+
+
+def _lk_lambda(rows: _Distributions) -> LossAndGradient:
+    """w KL + (1 - w) (1 - a) with a constant w = exp(-3 a): the hybrid form of "LK Losses"."""
+    divergence_nS1, divergence_gradient_nSK = _kl(rows)
+    acceptance_nS1, acceptance_gradient_nSK = rows.acceptance()
+    weight_nS1 = (-LAMBDA_DECAY * acceptance_nS1).exp()
+    losses_nS1 = weight_nS1 * divergence_nS1 + (1 - weight_nS1) * (1 - acceptance_nS1)
+    return losses_nS1, weight_nS1 * divergence_gradient_nSK - (1 - weight_nS1) * acceptance_gradient_nSK
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One loss: the reference and the flags of the Triton kernel that compute it.
+
+    A loss with the flag ACCEPTANCE reads P, so it needs logits and log-normaliser of the target; the encoding
+    `probs` has none.
+    """
+
+    reference: Callable[[_Distributions], LossAndGradient]
+    kernel_flags: tuple[str, ...] = ()  # of `fused.triton_losses.FLAGS`
+
+
+LOSSES = {
+    "soft_cross_entropy": Loss(_soft_cross_entropy),
+    "kl": Loss(_kl, ("KL",)),
+    "lk_alpha": Loss(_lk_alpha, ("ACCEPTANCE",)),
+    "lk_lambda": Loss(_lk_lambda, ("KL", "ACCEPTANCE", "HYBRID")),
+}
 
 
 def row_losses(
     loss: str, logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Losses [n, S] and their gradients by the logits [n, S, K], in the logits' dtype (fp32 or wider).
+    """Losses [n, S] and their gradients by the logits [n, S, K], in the logits' dtype (fp32 or fp64).
 
-    `log_normalizer` is the target's over the full vocabulary; acceptance losses alone read it.
+    `log_normalizer` is the target's over the full vocabulary.
     """
-    log_sums_nS1 = logits_nSK.logsumexp(dim=-1, keepdim=True)
-    draft_nSK = (logits_nSK - log_sums_nS1).exp()
-    target_n1K = target_logits_nK.softmax(dim=-1).unsqueeze(1)
-    losses_nS1 = log_sums_nS1 - (target_n1K * logits_nSK).sum(dim=-1, keepdim=True)
-    gradient_nSK = draft_nSK - target_n1K
-    if loss == "soft_cross_entropy":
-        return losses_nS1.squeeze(-1), gradient_nSK
-    losses_nS1 = losses_nS1 - torch.special.entr(target_n1K).sum(dim=-1, keepdim=True)
-    if loss == "kl":
-        return losses_nS1.squeeze(-1), gradient_nSK
-    true_n1K = (target_logits_nK - log_normalizer_n.unsqueeze(-1)).exp().unsqueeze(1)
-    acceptance_nS1 = torch.minimum(true_n1K, draft_nSK).sum(dim=-1, keepdim=True)
-    # More of q is accepted where q is the smaller of the two.
-    short_nSK = draft_nSK * (draft_nSK < true_n1K)
-    acceptance_gradient_nSK = short_nSK - draft_nSK * short_nSK.sum(dim=-1, keepdim=True)
-    if loss == "lk_alpha":
-        return -acceptance_nS1.log().squeeze(-1), -acceptance_gradient_nSK / acceptance_nS1
-    assert loss == "lk_lambda", f"loss must be one of {LOSSES}, got {loss}"
-    weight_nS1 = (-LAMBDA_DECAY * acceptance_nS1).exp()
-    losses_nS1 = weight_nS1 * losses_nS1 + (1 - weight_nS1) * (1 - acceptance_nS1)
-    return losses_nS1.squeeze(-1), weight_nS1 * gradient_nSK - (1 - weight_nS1) * acceptance_gradient_nSK
+    rows = _Distributions(logits_nSK, target_logits_nK, log_normalizer_n)
+    losses_nS1, gradient_nSK = LOSSES[loss].reference(rows)
+    return losses_nS1.squeeze(-1), gradient_nSK
+
+
+def cross_entropy_from_probs(logits_nSK: Tensor, probs_nK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`soft_cross_entropy` arranged for a CPU: losses [n, S], most likely ids [n, S], gradients [n, S, K]."""
+    draft_probs_nSK = logits_nSK.softmax(dim=-1)
+    predicted_nS1 = logits_nSK.argmax(dim=-1, keepdim=True)
+    # One exact log a row instead of K: the largest probability never underflows.
+    largest_nS1 = logits_nSK.gather(-1, predicted_nS1)
+    log_sums_nS1 = largest_nS1 - draft_probs_nSK.gather(-1, predicted_nS1).log()
+    expected_logit_nS1 = logits_nSK @ probs_nK.unsqueeze(-1)
+    losses_nS1 = log_sums_nS1 * probs_nK.sum(-1)[:, None, None] - expected_logit_nS1
+    return losses_nS1.squeeze(-1), predicted_nS1.squeeze(-1), draft_probs_nSK.sub_(probs_nK.unsqueeze(1))

@@ -1,13 +1,14 @@
-"""The EAGLE-3 draft: one Llama decoder layer that reads token embeddings beside hidden states.
+"""The EAGLE-3 draft (arXiv 2503.01840): one Llama layer over token embeddings and hidden states.
 
-Parameter names are those of the exported checkpoint. Legend: B batch, T sequence, S new tokens, H hidden, K draft vocab.
+Parameters have the names of the exported checkpoint. Legend: B batch, T sequence, S new tokens, H hidden, K
+draft vocab.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eagle_rpc.draft.attention import AttentionMemory, DraftCache
+from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache
 from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.draft.norm import RMSNorm
 from eagle_rpc.draft.rope import RopeTables, RotaryEmbedding, rotate
@@ -17,7 +18,7 @@ INITIAL_STD = 0.02
 
 
 class DraftAttention(nn.Module):
-    """Grouped-query attention over concatenated embeddings and hidden states."""
+    """Grouped-query attention whose input is the concatenation of embeddings and hidden states."""
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class DraftMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Attention and feed-forward; the residual is the hidden state, before its norm unless configured otherwise."""
+    """Attention and feed-forward. `norm_before_residual`: the residual is the normed hidden state."""
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         super().__init__()
@@ -76,8 +77,8 @@ class DraftLayer(nn.Module):
 class Eagle3Draft(nn.Module):
     """The draft as serving engines compute it. Call `initialise`, or load a state dict, before use.
 
-    `input_embeddings` is the target's token embedding [V, H]; the draft keeps a frozen copy in its dtype. Raises
-    `ConfigError` if its shape is not the config's.
+    `input_embeddings` [V, H] is the target's token embedding, of which the draft keeps a frozen copy in the
+    same dtype. Raises `ConfigError` if its shape differs from the config's.
     """
 
     def __init__(self, config: Eagle3DraftConfig, input_embeddings: Tensor) -> None:
@@ -97,7 +98,7 @@ class Eagle3Draft(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draws all trainable weights; the same on every rank and device for the same seed."""
+        """Draws all trainable weights: equal seeds give equal weights on every trainer and device."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if not parameter.requires_grad:
@@ -105,14 +106,12 @@ class Eagle3Draft(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-                    std=INITIAL_STD, generator=generator
-                )
-                parameter.copy_(drawn)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                parameter.copy_(drawn.normal_(std=INITIAL_STD, generator=generator))
 
     @torch.no_grad()
     def seed_lm_head(self, weight_KH: Tensor) -> None:
-        """Starts the head from the target's draft rows [K, H], which saves it from learning the vocabulary anew."""
+        """Starts with the target's head, its rows of the draft vocabulary [K, H]."""
         if weight_KH.shape != self.lm_head.weight.shape:
             raise ConfigError(
                 f"weight_KH must have shape {list(self.lm_head.weight.shape)}, got {list(weight_KH.shape)}"
@@ -120,7 +119,7 @@ class Eagle3Draft(nn.Module):
         self.lm_head.weight.copy_(weight_KH)
 
     def fuse(self, aux_BT3H: Tensor) -> Tensor:
-        """The target's three hidden states as one, [B, T, H]; any floating dtype."""
+        """Projects the target's three hidden states, of any floating dtype, to one [B, T, H]."""
         if not torch.is_autocast_enabled(aux_BT3H.device.type):
             aux_BT3H = aux_BT3H.to(self.fc.weight.dtype)
         return self.fc(aux_BT3H)
@@ -128,19 +127,18 @@ class Eagle3Draft(nn.Module):
     def advance(
         self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory
     ) -> Tensor:
-        """One pass: the pre-norm output [B, T, H] that the next step carries.
+        """One pass; returns the output before the norm [B, T, H], the hidden states of the next step.
 
-        Token ids follow the hidden states by one: slot t pairs the hidden state of token t with the id of token t + 1.
-        Positions are [B or 1, T].
+        Slot t pairs the hidden state of token t with the id of token t + 1. Positions are [B or 1, T].
         """
         embeds_BTH = self.embed_tokens(ids_BT).to(hidden_BTH.dtype)
         return self.midlayer(embeds_BTH, hidden_BTH, self.rotary.tables(positions_BT), memory)
 
     def decode_step(self, ids_BS: Tensor, hidden_BSH: Tensor, cache: DraftCache) -> tuple[Tensor, Tensor]:
-        """Appends S slots to the cache; returns their pre-norm outputs [B, S, H] and the last slot's logits [B, K].
+        """Appends S slots; returns their outputs before the norm [B, S, H] and the last one's logits [B, K].
 
-        After the target's tokens pass fused hidden states, then one guess at a time the draft's own last output; before
-        the next round truncate the cache to the slots of verified tokens.
+        First pass the fused hidden states of the target's tokens, then one guess at a time with the draft's
+        last output. Before the next round truncate the cache to the slots of verified tokens.
         """
         positions_1S = torch.arange(cache.length, cache.length + ids_BS.shape[1], device=ids_BS.device)[None]
         output_BSH = self.advance(ids_BS, hidden_BSH, positions_1S, cache)

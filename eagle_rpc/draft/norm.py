@@ -1,11 +1,11 @@
-"""Root-mean-square norm, in fp32 as Llama's."""
+"""Root-mean-square norm, computed in fp32 as in Llama."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """`weight * x / rms(x)`; computed in fp32, returned in the dtype of `x`."""
+    """`weight * x / rms(x)`, computed in fp32 (fp64 for fp64 inputs) and returned in the dtype of `x`."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Rotary position embedding in Llama's rotate-half form, angles and tables in fp32.
+"""Rotary position embedding in Llama's rotate-half form (arXiv 2104.09864), with angles and tables in fp32.
 
 Legend: B batch, T sequence, D head width.
 """
@@ -16,7 +16,7 @@ RopeTables = tuple[Tensor, Tensor]  # cosines and sines, each [B or 1, 1, T, D/2
 
 
 def check_rope_scaling(scaling: dict[str, Any] | None) -> None:
-    """Raises `ConfigError` unless `scaling` is null or a kind that the draft computes, with all its numbers positive."""
+    """Raises `ConfigError` unless `scaling` is None or of a supported `rope_type` with positive numbers."""
     if scaling is None:
         return
     rope_type = scaling.get("rope_type")
@@ -37,16 +37,15 @@ def check_rope_scaling(scaling: dict[str, Any] | None) -> None:
 
 
 class RotaryEmbedding:
-    """Tables of cosines and sines. Not a module: casting the draft to bf16 must not round its frequencies."""
+    """Tables of cosines and sines. Not a module: casting the draft to bf16 must not round the frequencies."""
 
     def __init__(self, head_dim: int, theta: float, scaling: dict[str, Any] | None) -> None:
-        frequencies = 1.0 / theta ** (
-            torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
-        )
+        exponents = torch.arange(0, head_dim, 2, device="cpu", dtype=torch.float32) / head_dim
+        frequencies = 1.0 / theta**exponents
         if scaling is not None:
             scale, _ = _SCALINGS[scaling["rope_type"]]
             frequencies = scale(frequencies, scaling)
-        self._frequencies = frequencies  # [D/2], radians a position
+        self._frequencies = frequencies  # [D/2], radians per position
 
     def tables(self, positions_BT: Tensor) -> RopeTables:
         """Tables for integer positions [B or 1, T], on their device."""
@@ -57,7 +56,7 @@ class RotaryEmbedding:
 
 
 def rotate(x: Tensor, tables: RopeTables) -> Tensor:
-    """Turns heads [B, heads, T, D] by the tables' angles; same dtype."""
+    """Rotates heads [B, heads, T, D] by the angles of the tables; same dtype."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -68,7 +67,7 @@ def _scale_linear(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
 
 
 def _scale_llama3(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Llama 3.1's: long wavelengths slowed by `factor`, short ones kept, a linear blend of both between."""
+    """Llama 3.1's: stretches long wavelengths by `factor`, keeps short ones, blends in between."""
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     kept_share = ((turns - low) / (high - low)).clamp(0, 1)

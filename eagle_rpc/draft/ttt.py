@@ -1,7 +1,8 @@
-"""Training-time test: the draft unrolled over its own outputs, as it will be in decoding.
+"""Training-time test (TTT): the draft unrolled over its own outputs, as in decoding.
 
-Step k at slot t reads the id of token t + k + 1 and the draft's own output of step k - 1, and is judged against row t + k.
-Legend: B batch, T sequence, N supervised rows, S steps, H hidden.
+Step k at slot t reads the id of token t + k + 1 and the draft's own output of step k - 1; row t + k judges
+it.
+Legend: B batch, T sequence, N rows, S steps, H hidden.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,54 +11,54 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft.attention import UnrollMemory
-from eagle_rpc.draft.loss import head_loss
+from eagle_rpc.draft.attention_memory import UnrollMemory
+from eagle_rpc.draft.chunked_loss import head_loss
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """What training minimises: `sum_k w_k * (losses of step k) / max(1, denominators[k])`.
+    """The quantity that training minimises: `sum_k w_k * (losses of step k) / max(1, denominators[k])`.
 
-    `denominators` are `count_rows` summed over all batches of the optimiser step on all trainers, so that losses of those
-    batches add up to the mean over all of them, however the work is split.
+    `denominators` [S] are `count_rows` summed over all batches of the optimiser step on all trainers. So the
+    losses of those batches add up to one mean over all their rows, however the work is split.
     """
 
     steps: int  # S
-    step_decay: float  # w_k is proportional to `step_decay ** k`, the sum of all is 1
+    step_decay: float  # w_k is proportional to `step_decay ** k`; the weights sum to 1
     loss: str = "soft_cross_entropy"  # one of `losses.LOSSES`
 
     def scales(self, denominators_S: Tensor) -> Tensor:
-        """Factor of every step's losses, [S] fp32."""
+        """Factor of each step's losses, [S] fp32."""
         return step_weights(self.steps, self.step_decay, denominators_S.device) / denominators_S.clamp(min=1)
 
 
 @dataclass(kw_only=True, slots=True)
 class TTTResult:
-    """The objective and what it was made of; all but `loss` are without gradient and add up over batches."""
+    """The objective and its figures. All but `loss` are without gradient and may be added over batches."""
 
     loss: Tensor  # scalar fp32
-    loss_sums: Tensor  # [S] fp32, unweighted sums of losses
+    loss_sums: Tensor  # [S] fp32, sums of losses without weights
     rows: Tensor  # [S] int64, rows in those sums
-    correct: Tensor  # [S] int64, rows where draft and target agree on the most likely token
+    correct: Tensor  # [S] int64, rows where draft and target have the same most likely token
     accepted: Tensor  # [S] int64, slots whose steps 0..i were all correct
-    drafts: Tensor  # [S] int64, slots whose rows t..t+i all lie in the loss mask
+    drafts: Tensor  # [S] int64, slots whose rows t..t+i are all in the loss mask
 
 
 def simulated_accept_length(accepted: Tensor, drafts: Tensor) -> Tensor:
-    """Tokens per target call if every slot began a draft, the target's own token included; scalar fp64."""
+    """Tokens per target call if each slot began a draft, with the target's own token; scalar fp64."""
     return 1 + (accepted.double() / drafts.clamp(min=1)).sum()
 
 
 def step_weights(steps: int, step_decay: float, device: torch.device | None = None) -> Tensor:
-    """Weight of each step in the objective, proportional to `step_decay ** k` and of sum 1; [S] fp32."""
+    """Weight of each step in the objective, proportional to `step_decay ** k`, with sum 1; [S] fp32."""
     weights_S = step_decay ** torch.arange(steps, dtype=torch.float32, device=device)
     return weights_S / weights_S.sum()
 
 
 def count_rows(batch: Eagle3TargetBatch, steps: int) -> Tensor:
-    """Rows that each step is judged at, [S] int64; known before the draft runs."""
+    """Rows that judge each step, [S] int64. It does not depend on the draft."""
     _, valid_NS = judged_slots(batch, steps)
     return valid_NS.sum(dim=0)
 
@@ -71,16 +72,11 @@ def ttt_loss(
     denominators: Tensor,
     loss: str = "soft_cross_entropy",
 ) -> TTTResult:
-    """The `Objective` of one batch, with the graph that leads to the draft's parameters."""
+    """The `Objective` of one batch, differentiable by the draft's parameters."""
     outputs_SBTH = _unroll(draft, batch, steps)
     slots_NS, valid_NS = judged_slots(batch, steps)
-    judged_NSH = torch.stack(
-        [
-            output_BTH.flatten(0, 1)[slots_N]
-            for output_BTH, slots_N in zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
-        ],
-        dim=1,
-    )
+    pairs = zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
+    judged_NSH = torch.stack([output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in pairs], dim=1)
     scales_S = Objective(steps=steps, step_decay=step_decay).scales(denominators)
     total, losses_NS, predicted_NS = head_loss(
         draft.norm(judged_NSH),
@@ -97,20 +93,23 @@ class TTTStep(Protocol):
     """Computes the objective and its gradients for one micro-batch at a time."""
 
     reads_draft: bool
-    """Whether the draft's own parameters have to be whole when a batch is computed, or copies of them are read."""
+    """Whether it reads the draft's own parameters, which then have to be whole, or keeps copies of them."""
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
-        """The objective, whose gradients are added to those of the draft's parameters; no graph is left."""
+        """The objective, without graph; adds its gradients to those of the draft's parameters."""
 
     def judge(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
         """The objective alone."""
 
     def refresh_weights(self) -> None:
-        """Must be called after the draft's weights have changed."""
+        """Has to be called after the draft's weights have changed."""
 
 
 class ReferenceStep:
-    """The `TTTStep` that autograd makes of `ttt_loss`, with matrix products in `autocast` (null: in the weights' dtype)."""
+    """The `TTTStep` by autograd over `ttt_loss`.
+
+    Matrix products run in the dtype `autocast`; None: in the dtype of the weights.
+    """
 
     reads_draft = True
 
@@ -130,9 +129,8 @@ class ReferenceStep:
         """Nothing to do: the draft's own weights are read."""
 
     def _loss(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
-        with torch.autocast(
-            batch.input_ids.device.type, dtype=self._autocast, enabled=self._autocast is not None
-        ):
+        device_type, enabled = batch.input_ids.device.type, self._autocast is not None
+        with torch.autocast(device_type, dtype=self._autocast, enabled=enabled):
             return ttt_loss(self._draft, batch, denominators=denominators, **asdict(self._objective))
 
 
@@ -144,9 +142,9 @@ def result_of(
     slots_NS: Tensor,
     valid_NS: Tensor,
 ) -> TTTResult:
-    """Figures of rows judged at `slots` where `valid`, from their losses and the draft's most likely ids."""
+    """The result from each row's losses and most likely draft ids at the slots of `judged_slots`."""
     correct_NS = valid_NS & (predicted_NS == batch.argmax.unsqueeze(1))
-    accepted_S, drafts_S = _simulate(batch, slots_NS, correct_NS)
+    accepted_S, drafts_S = _simulate_decoding(batch, slots_NS, correct_NS)
     return TTTResult(
         loss=loss,
         loss_sums=(losses_NS * valid_NS).sum(dim=0),
@@ -158,7 +156,7 @@ def result_of(
 
 
 def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Tensor]:
-    """Pre-norm outputs [B, T, H] of every step."""
+    """Outputs before the norm [B, T, H] of each step."""
     memory = UnrollMemory(batch.tokens.segment_ids)
     positions_BT = positions_of(batch)
     ids_BT, hidden_BTH = batch.input_ids, draft.fuse(batch.aux_hidden_states)
@@ -171,7 +169,7 @@ def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Te
 
 
 def positions_of(batch: Eagle3TargetBatch) -> Tensor:
-    """Rotary phases of step 0, [B or 1, T]; they restart at every segment."""
+    """Rotary positions of step 0, [B or 1, T]; they restart with every packed chat."""
     positions_1T = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
     segment_ids = batch.tokens.segment_ids
     if segment_ids is None:
@@ -182,9 +180,9 @@ def positions_of(batch: Eagle3TargetBatch) -> Tensor:
 
 
 def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
-    """For every supervised row and step the flat slot b*T + t that is judged there, and whether there is one; [N, S] each.
+    """The flat slot b * T + t that each row judges at each step, and whether there is one; [N, S] each.
 
-    Where there is none the slot is some slot of the batch.
+    Where there is none, the slot is an arbitrary slot of the batch.
     """
     rows_N1 = batch.supervised_rows.unsqueeze(1)
     steps_1S = torch.arange(steps, device=rows_N1.device)[None]
@@ -192,17 +190,20 @@ def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
     slots_NS = (rows_N1 - steps_1S).clamp(min=0)
     if batch.tokens.segment_ids is not None:
         segments = batch.tokens.segment_ids.flatten()
-        # Row r is judged by token r + 1; a supervised row is never the last of its sequence.
+        # Row r judges the guess of token r + 1, which exists: a row is never the last position of its
+        # sequence.
         valid_NS &= segments[rows_N1 + 1] == segments[slots_NS]
     return slots_NS, valid_NS
 
 
-def _simulate(batch: Eagle3TargetBatch, slots_NS: Tensor, correct_NS: Tensor) -> tuple[Tensor, Tensor]:
+def _simulate_decoding(
+    batch: Eagle3TargetBatch, slots_NS: Tensor, correct_NS: Tensor
+) -> tuple[Tensor, Tensor]:
     """`accepted` and `drafts` of `TTTResult`."""
     steps = slots_NS.shape[1]
     inside_BT = batch.loss_mask
     flat_correct = torch.zeros(steps, inside_BT.numel(), dtype=torch.int32, device=inside_BT.device)
-    # Added, not assigned: rows without a slot at a step point at some other row's slot, and bring zero.
+    # Added, not assigned: a row without a slot at a step names the slot of another row, and adds 0.
     flat_correct.scatter_add_(1, slots_NS.t(), correct_NS.t().int())
     accepted_S = flat_correct.cumprod(dim=0).sum(dim=1)
     drafts_S, possible_BT = [], inside_BT

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft.attention import DraftCache
+from eagle_rpc.draft.attention_memory import DraftCache
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import VocabMapping
 

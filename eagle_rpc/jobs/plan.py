@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
-from eagle_rpc.jobs.trainer_worker import draft_config
+from eagle_rpc.jobs.assembly import draft_config
 from eagle_rpc.serving.export import weight_shapes
 from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.capture import aux_layers

@@ -19,7 +19,7 @@ from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record, plan_batches
+from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
 from eagle_rpc.rpc import attempt_store, join_static
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle_rpc.errors import DataError
-from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.report.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

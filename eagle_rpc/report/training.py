@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from eagle_rpc.report.metrics import Figure, MetricsLog
+from eagle_rpc.report.metrics_log import Figure, MetricsLog
 from eagle_rpc.report.progress import TrainingProgress
 
 Figures = Mapping[str, Figure]

@@ -19,8 +19,8 @@ from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch
 from eagle_rpc.train.distributed import TrainerGroup, tensors_digest
-from eagle_rpc.train.masters import MasterWeights, ReplicatedWeights
-from eagle_rpc.train.metrics import RunningSums
+from eagle_rpc.train.master_weights import MasterWeights, ReplicatedWeights
+from eagle_rpc.train.figures import RunningSums
 from eagle_rpc.train.optimiser import (
     learning_rate,
     load_optimiser_tensors,
@@ -29,7 +29,7 @@ from eagle_rpc.train.optimiser import (
     set_learning_rate,
     trainable_parameters,
 )
-from eagle_rpc.train.sharded import ShardedWeights
+from eagle_rpc.train.sharded_weights import ShardedWeights
 from eagle_rpc.train.step_supervision import StepSupervision
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,7 @@ from eagle_rpc.train.checkpoint import (
 )
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.learner import Learner
-from eagle_rpc.train.metrics import Pace, RunningSums, figures_of
+from eagle_rpc.train.figures import Pace, RunningSums, figures_of
 from eagle_rpc.train.record import RunRecord, require_same_run
 from eagle_rpc.train.rundir import RunDirectory
 

@@ -14,7 +14,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Sharding
 from eagle_rpc.rpc import StaticMembership
 from eagle_rpc.train import TrainerGroup, learner
-from eagle_rpc.train.sharded import ShardedWeights
+from eagle_rpc.train.sharded_weights import ShardedWeights
 
 pytestmark = [
     pytest.mark.gpu,

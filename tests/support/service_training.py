@@ -17,7 +17,7 @@ from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, Trai
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import planned_devices
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft
+from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.loading import load_target_config

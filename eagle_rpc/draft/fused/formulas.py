@@ -1,14 +1,15 @@
-"""What stands between the matrix products of the fused unroll, row by row.
+"""The operations between the matrix products of the fused unroll.
 
-Each formula runs as it is written on the CPU. On a GPU the Triton kernel of its name in `kernels` takes its place; formula
-and kernel compute in fp32 (fp64 for fp64 inputs) and round when they store. Tensors are contiguous unless said.
-Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of queries, keys and
-values side by side, Q of queries, J of keys, D head width, n supervised rows, K draft vocab.
+The CPU runs the formulas as written here, a GPU the Triton kernel of the same name in `triton_formulas`. Both
+compute in fp32 (fp64 for fp64 inputs) and round on storing. Tensors are contiguous unless the docstring says
+otherwise. Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, Q
+width of all queries, J of all keys, P = Q + 2 J of queries, keys and values side by side, D head width, n
+rows, K draft vocab.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,25 +18,27 @@ from torch.nn import functional as F
 from eagle_rpc.draft.losses import row_losses
 from eagle_rpc.draft.rope import RopeTables
 
+Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in fp32, or in fp64 if it is."""
+    """`x` in fp32, or in fp64 if it is fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def with_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
-    """The formula on the CPU, the kernel of its name on a GPU."""
+def with_kernel(formula: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Replaces the formula by the kernel of the same name where the first argument is on a GPU."""
 
     @functools.wraps(formula)
-    def run(first: Tensor, *others: Any) -> Any:
-        if not first.is_cuda:
-            return formula(first, *others)
-        # Only torch for CUDA brings Triton.
-        from eagle_rpc.draft.fused import kernels
+    def run(*arguments: Any) -> Any:
+        if not arguments[0].is_cuda:
+            return formula(*arguments)  # type: ignore[call-arg]
+        # Only torch for CUDA comes with Triton.
+        from eagle_rpc.draft.fused import triton_formulas
 
-        return getattr(kernels, formula.__name__)(first, *others)
+        return getattr(triton_formulas, formula.__name__)(*arguments)
 
-    return run
+    return cast("Callable[Parameters, Result]", run)
 
 
 @with_kernel
@@ -54,10 +57,11 @@ def rms_norm_backward(
     passed_NH: Tensor | None,
     out_NH: Tensor,
 ) -> None:
-    """Backward of `rms_norm`, whose weight and eps are `norm`, and of the residual connection around it.
+    """Backward of `rms_norm` (`norm` are its weight and eps) and of the residual connection around it.
 
-    Adds to `weight_grad_H`; stores the gradient of `x`, plus `passed_NH` if given, in `out_NH`, which may be one of the two
-    gradients given; and replaces `x_NH` by `rms_norm(x_NH)`, which the weights of the product after it need.
+    Adds to `weight_grad_H`. Stores the gradient of `x`, plus `passed_NH` if given, in `out_NH`, which may be
+    one of the two gradients given. Replaces `x_NH` by `rms_norm(x_NH)`, the input of the product whose weight
+    gradient comes next.
     """
     weight_H, eps = norm
     grad_NH, wide_NH = widened(normed_grad_NH), widened(x_NH)
@@ -93,28 +97,28 @@ def swiglu_backward(gated_grad_NI: Tensor, gate_up_NI2: Tensor, gated_out_NI: Te
 def add_and_rotate(
     hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor
 ) -> None:
-    """Queries, keys and values from the two parts of their projection; all but the last `value_width` columns turn in heads.
+    """Adds both parts of the projection and rotates all columns but the last `value_width`, head by head.
 
     `embed_part` may be a slice in T.
     """
     sum_BTP = widened(hidden_part_BTP) + widened(embed_part_BTP)
-    turning, values = sum_BTP.split((sum_BTP.shape[-1] - value_width, value_width), dim=-1)
-    out_BTP.copy_(torch.cat((_rotate(turning, *tables), values), dim=-1))
+    rotated, values = sum_BTP.split((sum_BTP.shape[-1] - value_width, value_width), dim=-1)
+    out_BTP.copy_(torch.cat((_rotate(rotated, *tables), values), dim=-1))
 
 
 @with_kernel
 def rotate_back(
     query_grad_BTQ: Tensor, key_value_grad_BTJ2: Tensor, tables: RopeTables, out_BTP: Tensor
 ) -> None:
-    """Backward of `add_and_rotate` for either part: gradients of queries, keys and values side by side, turned back."""
+    """Backward of `add_and_rotate` for either part: the gradients side by side, rotated back."""
     key_grad, value_grad = widened(key_value_grad_BTJ2).chunk(2, dim=-1)
-    turning = torch.cat((widened(query_grad_BTQ), key_grad), dim=-1)
+    rotated = torch.cat((widened(query_grad_BTQ), key_grad), dim=-1)
     cos, sin = tables
-    out_BTP.copy_(torch.cat((_rotate(turning, cos, -sin), value_grad), dim=-1))
+    out_BTP.copy_(torch.cat((_rotate(rotated, cos, -sin), value_grad), dim=-1))
 
 
 def _rotate(x_BTP: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
-    """Heads side by side in the last dimension, each turned in rotate-half form; tables [B or 1, 1, T, D/2]."""
+    """Rotates heads side by side in the last dimension (rotate-half form); tables [B or 1, 1, T, D/2]."""
     cos, sin = cos_B1TD.transpose(1, 2), sin_B1TD.transpose(1, 2)
     first, second = x_BTP.unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
@@ -122,7 +126,7 @@ def _rotate(x_BTP: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
 
 @with_kernel
 def sum_shifted(steps_SBTP: Tensor) -> Tensor:
-    """[B, U, P]: place u holds the sum of step k's slot u - k over all steps k."""
+    """[B, U, P]: entry u is the sum over all steps k of slot u - k of step k."""
     steps = steps_SBTP.shape[0]
     padded = (F.pad(widened(steps_SBTP[step]), (0, 0, step, steps - 1 - step)) for step in range(steps))
     return functools.reduce(torch.add, padded).to(steps_SBTP.dtype)
@@ -132,7 +136,7 @@ def sum_shifted(steps_SBTP: Tensor) -> Tensor:
 def judge_rows_(
     logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """Losses and most likely ids, [n, S] each; replaces logits by the gradient of coefficient times loss."""
+    """Losses and most likely ids, [n, S] each; logits become the gradients of coefficient times loss."""
     wide_nSK = widened(logits_nSK)
     losses_nS, gradient_nSK = row_losses(loss, wide_nSK, widened(target_logits_nK), log_normalizer_n)
     predicted_nS = wide_nSK.argmax(dim=-1)

@@ -1,8 +1,9 @@
 """Keys and values of later TTT steps at a query's own slot, merged into causal attention.
 
-With o the causal output and l the log of its softmax's sum, and s_j the scaled score against step j's key:
-l' = logaddexp(l, s_1, .., s_k) and o' = exp(l - l') o + sum_j exp(s_j - l') v_j.
-Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, G query heads of one key head, D head width, S steps.
+Let o be the causal output, l its log-sum, and s_j the scaled score against the key of step j. Then l' =
+logaddexp(l, s_1, .., s_k) and o' = exp(l - l') o + sum_j exp(s_j - l') v_j (the merge of FlashAttention's
+blocks). Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, G query heads of one key
+head, D head width, S steps.
 """
 
 from dataclasses import dataclass
@@ -15,26 +16,26 @@ from eagle_rpc.draft.fused.formulas import widened
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepHeads:
-    """Attention of one step: what it reads, and what comes out. The heads of a slot lie side by side."""
+    """Inputs and outputs of one step's attention. The heads of a slot are adjacent in memory."""
 
     step: int
     scale: float  # of scores
     queries: Tensor  # [N, Q, D]
-    keys: Tensor  # [S, N, J, D], of steps 0 to `step` at least
+    keys: Tensor  # [S, N, J, D], filled up to `step`
     values: Tensor  # [S, N, J, D]
     out: Tensor  # [N, Q, D]
     log_sums: Tensor  # [B, Q, T] or, packed, [1, Q, N]; fp32, fp64 for fp64 heads
 
 
 def merge(heads: StepHeads) -> None:
-    """Extends `out` and `log_sums` in place from step 0's keys to those of later steps at the same slot."""
+    """Extends `out` and `log_sums` in place from step 0's keys to later steps' at the same slot."""
     if heads.step == 0:
         return
     if heads.out.is_cuda:
-        # Only torch for CUDA brings Triton.
-        from eagle_rpc.draft.fused import own_slots_kernels
+        # Only torch for CUDA comes with Triton.
+        from eagle_rpc.draft.fused import triton_own_slots
 
-        own_slots_kernels.merge(heads)
+        triton_own_slots.merge(heads)
         return
     queries_NJGD, out_NJGD = _grouped(heads.queries, heads), _grouped(heads.out, heads)
     causal_NJG1 = _by_slot(heads)
@@ -50,13 +51,13 @@ def merge(heads: StepHeads) -> None:
 def merge_backward(
     heads: StepHeads, out_grads_NQD: Tensor, query_grads_NQD: Tensor, key_value_grads: tuple[Tensor, Tensor]
 ) -> None:
-    """Adds what flows through the later steps' keys and values to the gradients, the latter two [S, N, J, D]."""
+    """Adds the gradients through later steps to those of queries [N, Q, D], keys and values [S, N, J, D]."""
     if heads.step == 0:
         return
     if heads.out.is_cuda:
-        from eagle_rpc.draft.fused import own_slots_kernels
+        from eagle_rpc.draft.fused import triton_own_slots
 
-        own_slots_kernels.merge_backward(heads, out_grads_NQD, query_grads_NQD, key_value_grads)
+        triton_own_slots.merge_backward(heads, out_grads_NQD, query_grads_NQD, key_value_grads)
         return
     key_grads_SNJD, value_grads_SNJD = key_value_grads
     queries_NJGD, out_grads_NJGD = _grouped(heads.queries, heads), _grouped(out_grads_NQD, heads)
@@ -64,9 +65,8 @@ def merge_backward(
     expected_NJG1 = (widened(out_grads_NJGD) * widened(_grouped(heads.out, heads))).sum(-1, keepdim=True)
     for later in range(1, heads.step + 1):
         shares_NJG1 = (heads.scale * _dot(queries_NJGD, heads.keys[later]) - log_sums_NJG1).exp()
-        score_grads_NJG1 = (
-            heads.scale * shares_NJG1 * (_dot(out_grads_NJGD, heads.values[later]) - expected_NJG1)
-        )
+        value_gap_NJG1 = _dot(out_grads_NJGD, heads.values[later]) - expected_NJG1
+        score_grads_NJG1 = heads.scale * shares_NJG1 * value_gap_NJG1
         query_grads_NQD += (score_grads_NJG1 * widened(heads.keys[later]).unsqueeze(2)).flatten(1, 2)
         key_grads_SNJD[later] += (score_grads_NJG1 * widened(queries_NJGD)).sum(dim=2)
         value_grads_SNJD[later] += (shares_NJG1 * widened(out_grads_NJGD)).sum(dim=2)
@@ -78,7 +78,7 @@ def _grouped(heads_NQD: Tensor, heads: StepHeads) -> Tensor:
 
 
 def _by_slot(heads: StepHeads) -> Tensor:
-    """The log-sums as [N, J, G, 1], a copy."""
+    """A copy of the log-sums as [N, J, G, 1]."""
     return heads.log_sums.transpose(1, 2).reshape(len(heads.queries), heads.keys.shape[2], -1, 1)
 
 

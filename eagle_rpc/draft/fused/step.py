@@ -1,6 +1,6 @@
-"""One micro-batch through the fused TTT step: the loss, and gradients added where parameters keep them.
+"""One micro-batch through the fused TTT step: the loss, and its gradients added to those of the parameters.
 
-Legend: B batch, T sequence, U = T + S - 1, N supervised rows, S steps, H hidden.
+Legend: B batch, T sequence, N rows, S steps, H hidden.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle_rpc.draft.fused.causal import MAX_HEAD_DIM, Segments
-from eagle_rpc.draft.fused.head import JudgedRows, judge
+from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM, PackedChats
+from eagle_rpc.draft.fused.judging import JudgedRows, judge
 from eagle_rpc.draft.fused.unroll import FusedUnroll
 from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft
@@ -19,12 +19,12 @@ from eagle_rpc.supervision import Eagle3TargetBatch
 
 
 class FusedStep:
-    """`ttt_loss` and its backward in one, for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
+    """The `TTTStep` for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
 
-    Matrix products run in `dtype` on copies of the weights, gradients are summed in the parameters' dtype. `recompute_mlp`
-    saves a third of the memory of a batch for a tenth more time. `gradients` are whole ones by parameter name that are
-    added to; null: those of the parameters. The draft's parameters may be DTensors: then all trainers have to construct
-    and refresh at the same time.
+    Matrix products run in `dtype` on copies of the weights; gradients are summed in the dtype of the
+    parameters. `recompute_mlp` needs a third less memory for a batch and a tenth more time. `gradients` are
+    the tensors, by parameter name, to which gradients are added; None: the parameters' own. If the draft's
+    parameters are DTensors, all trainers have to construct and refresh together.
     """
 
     reads_draft = False
@@ -43,31 +43,24 @@ class FusedStep:
 
     @staticmethod
     def supports(draft: Eagle3Draft, dtype: torch.dtype) -> bool:
-        """Whether flash attention runs this draft where it is, in this format."""
+        """Whether flash attention can run this draft on its device in `dtype`."""
         head_dim = draft.config.head_dim
-        return (
-            draft.fc.weight.is_cuda
-            and dtype is torch.bfloat16
-            and head_dim % 8 == 0
-            and head_dim <= MAX_HEAD_DIM
-        )
+        on_gpu_in_bf16 = draft.fc.weight.is_cuda and dtype is torch.bfloat16
+        return on_gpu_in_bf16 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
     def refresh_weights(self) -> None:
-        """To be called when the draft has changed."""
         self._weights.refresh()
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
-        """`ttt_loss` without graph; its gradients are added to the `gradients`."""
         with self._on_device():
             return self._run(batch, denominators_S, with_gradients=True)
 
     def judge(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
-        """`ttt_loss` alone."""
         with self._on_device():
             return self._run(batch, denominators_S, with_gradients=False)
 
     def _on_device(self) -> torch.cuda.device_of:
-        """Triton launches on the current device, wherever its tensors are."""
+        """Triton launches on the current device, not on that of its tensors."""
         return torch.cuda.device_of(self._weights.head)
 
     @torch.no_grad()
@@ -89,18 +82,17 @@ class FusedStep:
         )
         if hidden_grads_SNH is not None:
             unroll.backward(hidden_grads_SNH)
-        return result_of(
-            batch, (losses_NS * coefficients_NS).sum(), losses_NS, predicted_NS, slots_NS, valid_NS
-        )
+        loss = (losses_NS * coefficients_NS).sum()
+        return result_of(batch, loss, losses_NS, predicted_NS, slots_NS, valid_NS)
 
     def _unroll(self, batch: Eagle3TargetBatch, with_gradients: bool) -> FusedUnroll:
-        """All steps, run forward."""
+        """The forward pass of all steps."""
         steps = self._objective.steps
         segment_ids = batch.tokens.segment_ids
-        segments = None if segment_ids is None else Segments.of(segment_ids)
-        # Without a backward there is nothing to keep gate and up for.
+        chats = None if segment_ids is None else PackedChats.of(segment_ids)
+        # Only the backward pass reads gate and up again.
         recompute_mlp = self._recompute_mlp or not with_gradients
-        unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, segments, recompute_mlp)
+        unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, chats, recompute_mlp)
         positions_BT = positions_of(batch)
         unroll.forward(
             batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SNH.dtype),
@@ -111,9 +103,9 @@ class FusedStep:
 
 
 def _places(slots_NS: Tensor, valid_NS: Tensor, batch: Eagle3TargetBatch) -> Tensor:
-    """Where the hidden state of each row and step stands in [(S + 1) B T]: step k's output is entry k + 1.
+    """Index into [(S + 1) B T] of the state that each row judges at each step; step k is entry k + 1.
 
-    Pairs that are not judged go to place 0, which no loss reads.
+    Pairs without a slot get index 0, which no loss reads.
     """
     steps_1S = torch.arange(1, slots_NS.shape[1] + 1, device=slots_NS.device)[None]
     return (steps_1S * batch.input_ids.numel() + slots_NS) * valid_NS

@@ -1,15 +1,15 @@
-"""The draft layer unrolled over TTT steps, forward and backward, with one buffer for all steps of each kept tensor.
+"""The draft layer over all TTT steps, forward and backward; each kept tensor has one buffer for all steps.
 
-Three things set it apart from autograd over `Eagle3Draft.advance`, which it equals to rounding:
+It equals autograd over `Eagle3Draft.advance` to rounding. Three differences make it fast:
 
-* Step k embeds the tokens of step 0, k places on. So embeddings are normed and projected to queries, keys and values once,
-  and each step adds its slice to the projection of its hidden states.
-* A weight's gradient is one product over the rows of many steps, added to the parameter's gradient inside the product.
-* Backward overwrites what forward kept as soon as it is used: gate and up by their gradients, queries, keys and values by
-  theirs, hidden states by what their norm makes of them.
+* Step k embeds the tokens of step 0, shifted by k. So embeddings are normed and projected to queries, keys,
+  and values once, and each step adds its slice to the projection of its hidden states.
+* A weight gradient is one product over the slots of several steps, added to the gradient inside the product.
+* Backward overwrites each kept tensor after its last use: gate and up, and queries, keys and values, by their
+  gradients, hidden states by their norms.
 
-Legend: B batch, T sequence, N = B T slots, S steps, H hidden, Q width of all queries, J of all keys, P = Q + 2 J,
-I feed-forward width, D head width, U = T + S - 1, M = B U.
+Legend: B batch, T sequence, N = B T slots, S steps, H hidden, Q width of all queries, J of all keys, P = Q +
+2 J, I feed-forward width, D head width, U = T + S - 1, M = B U.
 """
 
 import torch
@@ -17,21 +17,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused import formulas
-from eagle_rpc.draft.fused.attention import StepAttention
-from eagle_rpc.draft.fused.causal import Segments
+from eagle_rpc.draft.fused.causal_attention import PackedChats
+from eagle_rpc.draft.fused.step_attention import StepAttention
 from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.rope import RopeTables
 
-# Rows that keep a GPU busy in one product; with fewer in a step, weight gradients of some steps are formed together.
-_ROWS_OF_A_PRODUCT = 32768
+# Slots that keep a GPU busy in one product. If a step has fewer, the weight gradients of several steps are
+# one product.
+_SLOTS_OF_A_PRODUCT = 32768
 
 
 class FusedUnroll:
-    """One batch on its way through all steps: `forward`, then `backward` once.
+    """One batch through all steps: `forward`, then `backward` once.
 
-    `hidden_SNH` [S + 1, N, H] holds the fused input and every step's output until `backward` begins. With `recompute_mlp`
-    gate and up are computed again in the backward instead of kept for every step.
+    `hidden_SNH` [S + 1, N, H] holds the fused input and the output of each step until `backward` begins. With
+    `recompute_mlp` the backward computes gate and up again instead of keeping those of all steps.
     """
 
     def __init__(
@@ -40,15 +41,16 @@ class FusedUnroll:
         weights: FusedWeights,
         shape: tuple[int, int],
         steps: int,
-        segments: Segments | None,
+        chats: PackedChats | None,
         recompute_mlp: bool,
     ) -> None:
         self._draft, self._weights = draft, weights
         self._layer, self._eps = draft.midlayer, draft.config.rms_norm_eps
         self._gradient_of = weights.gradient_of
         self._shape, self._steps = shape, steps
-        self._rows = shape[0] * shape[1]
-        self._together = 1 if recompute_mlp else min(steps, -(-_ROWS_OF_A_PRODUCT // self._rows))
+        self._slots = shape[0] * shape[1]
+        # Steps whose weight gradients are computed in one product.
+        self._together = 1 if recompute_mlp else min(steps, -(-_SLOTS_OF_A_PRODUCT // self._slots))
         self._recompute_mlp = recompute_mlp
         hidden_size, query_width = weights.output.shape
         self._query_width, self._key_width = query_width, (len(weights.qkv_of_hidden) - query_width) // 2
@@ -58,10 +60,10 @@ class FusedUnroll:
         self._middle = self._empty(steps, hidden_size)  # between attention and feed-forward
         self._gate_up = self._empty(1 if recompute_mlp else steps, len(weights.gate_up))
         keys, values = self._in_heads(self._qkv[..., query_width:]).chunk(2, dim=2)
-        self._attention = StepAttention(shape, segments, keys, values)
+        self._attention = StepAttention(shape, chats, keys, values)
 
     def forward(self, aux_NH3: Tensor, ids_BU: Tensor, tables: list[RopeTables]) -> None:
-        """Runs all steps. `ids` [B, T + S - 1] are those of step 0 and what follows; `tables` are each step's."""
+        """Runs all steps. `ids` [B, T + S - 1] start with those of step 0; `tables` has one entry a step."""
         self._aux, self._ids, self._tables = aux_NH3, ids_BU, tables
         torch.mm(aux_NH3, self._weights.fuse.t(), out=self.hidden_SNH[0])
         embeds_MH = formulas.rms_norm(self._embeds(), self._weights.embeds_norm, self._eps)
@@ -73,14 +75,9 @@ class FusedUnroll:
         layer, weights = self._layer, self._weights
         hidden_NH, middle_NH = self.hidden_SNH[step], self._middle[step]
         normed_NH = formulas.rms_norm(hidden_NH, weights.hidden_norm, self._eps)
-        hidden_part_NP = normed_NH @ weights.qkv_of_hidden.t()
-        formulas.add_and_rotate(
-            hidden_part_NP.view(*self._shape, -1),
-            embed_part_BTP,
-            self._tables[step],
-            self._key_width,
-            self._qkv_of(step),
-        )
+        hidden_part_BTP = (normed_NH @ weights.qkv_of_hidden.t()).view(*self._shape, -1)
+        tables, qkv_BTP = self._tables[step], self._qkv_of(step)
+        formulas.add_and_rotate(hidden_part_BTP, embed_part_BTP, tables, self._key_width, qkv_BTP)
         self._attention.forward(self._queries_of(step), self._in_heads(self._attended[step]))
         residual_NH = normed_NH if layer.norm_before_residual else hidden_NH
         torch.addmm(residual_NH, self._attended[step], weights.output.t(), out=middle_NH)
@@ -90,9 +87,9 @@ class FusedUnroll:
         torch.addmm(middle_NH, formulas.swiglu(gate_up_NI2), weights.down.t(), out=self.hidden_SNH[step + 1])
 
     def backward(self, hidden_grads_SNH: Tensor) -> None:
-        """Adds to the gradients of all parameters before the last norm.
+        """Adds to the gradients of all parameters that come before the last norm.
 
-        `hidden_grads_SNH` [S + 1, N, H] are those of `hidden_SNH`, as far as the loss reads it; they are overwritten.
+        `hidden_grads_SNH` [S + 1, N, H] are the gradients of the loss by `hidden_SNH`; they are overwritten.
         """
         self._hidden_grads = hidden_grads_SNH
         self._middle_grads = self._empty(self._together, self.hidden_SNH.shape[-1])
@@ -109,11 +106,8 @@ class FusedUnroll:
         layer, weights = self._layer, self._weights
         middle_NH, gate_up_NI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
         if self._recompute_mlp:
-            torch.mm(
-                formulas.rms_norm(middle_NH, weights.middle_norm, self._eps),
-                weights.gate_up.t(),
-                out=gate_up_NI2,
-            )
+            normed_NH = formulas.rms_norm(middle_NH, weights.middle_norm, self._eps)
+            torch.mm(normed_NH, weights.gate_up.t(), out=gate_up_NI2)
         out_grads_NH = self._hidden_grads[step + 1]
         formulas.swiglu_backward(out_grads_NH @ weights.down, gate_up_NI2, self._gated[step % self._together])
         formulas.rms_norm_backward(
@@ -129,8 +123,8 @@ class FusedUnroll:
         layer, weights = self._layer, self._weights
         middle_grads_NH = self._middle_grads[step % self._together]
         attended_grads_NQD = self._in_heads(middle_grads_NH @ weights.output)
-        key_value_heads = self._in_heads(self._key_value_grads).chunk(2, dim=2)
-        query_grads_NQD = self._attention.backward(attended_grads_NQD, key_value_heads)
+        key_grads, value_grads = self._in_heads(self._key_value_grads).chunk(2, dim=2)
+        query_grads_NQD = self._attention.backward(attended_grads_NQD, (key_grads, value_grads))
         key_value_grads_BTJ2 = self._key_value_grads[step].view(*self._shape, -1)
         query_grads_BTQ = query_grads_NQD.reshape(*self._shape, -1)
         formulas.rotate_back(query_grads_BTQ, key_value_grads_BTJ2, self._tables[step], self._qkv_of(step))
@@ -141,57 +135,50 @@ class FusedUnroll:
         else:
             passed_NH += middle_grads_NH
         norm, norm_grad = (weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
-        formulas.rms_norm_backward(
-            normed_grads_NH, self.hidden_SNH[step], norm, norm_grad, passed_NH, passed_NH
-        )
+        hidden_NH = self.hidden_SNH[step]
+        formulas.rms_norm_backward(normed_grads_NH, hidden_NH, norm, norm_grad, passed_NH, passed_NH)
 
     def _add_weight_gradients(self, first: int) -> None:
-        """Of the steps from `first` on whose gradients wait; their hidden states are normed by now."""
+        """For the steps from `first` on; their kept hidden states are normed by now."""
         steps = slice(first, min(first + self._together, self._steps))
         waiting = slice(0, steps.stop - first)
         attention, mlp = self._layer.self_attn, self._layer.mlp
         normed_NH = self.hidden_SNH[steps].flatten(0, 1)
-        for layer, grads in zip(
-            self._weights.projections, self._split_qkv(self._qkv[steps].flatten(0, 1)), strict=True
-        ):
-            add_weight_gradient(
-                self._gradient_of(layer.weight)[:, self._weights.hidden_size :], grads, normed_NH
-            )
-        middle_grads_NH, attended_NQ = (
-            self._middle_grads[waiting].flatten(0, 1),
-            self._attended[steps].flatten(0, 1),
-        )
+        qkv_grads = self._split_qkv(self._qkv[steps].flatten(0, 1))
+        for layer, grads in zip(self._weights.projections, qkv_grads, strict=True):
+            gradient = self._gradient_of(layer.weight)[:, self._weights.hidden_size :]
+            add_weight_gradient(gradient, grads, normed_NH)
+        middle_grads_NH = self._middle_grads[waiting].flatten(0, 1)
+        attended_NQ = self._attended[steps].flatten(0, 1)
         add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_NH, attended_NQ)
         normed_NH = self._middle[steps].flatten(0, 1)
         gate_up_NI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
         for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_NI2.chunk(2, dim=-1), strict=True):
             add_weight_gradient(self._gradient_of(layer.weight), grads, normed_NH)
-        out_grads_NH = self._hidden_grads[1:][steps].flatten(0, 1)
-        add_weight_gradient(
-            self._gradient_of(mlp.down_proj.weight), out_grads_NH, self._gated[waiting].flatten(0, 1)
+        out_grads_NH, gated_NI = (
+            self._hidden_grads[1:][steps].flatten(0, 1),
+            self._gated[waiting].flatten(0, 1),
         )
+        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_NH, gated_NI)
 
     def _backward_inputs(self) -> None:
-        """What all steps share: the fused hidden states and the embeddings."""
+        """The inputs that all steps share: the fused hidden states and the embeddings."""
         add_weight_gradient(self._gradient_of(self._draft.fc.weight), self._hidden_grads[0], self._aux)
         grads_MP = formulas.sum_shifted(self._qkv.unflatten(1, self._shape)).flatten(0, 1)
         embeds_MH, embed_grads_MH = self._embeds(), grads_MP @ self._weights.qkv_of_embeds
-        norm, norm_grad = (
-            (self._weights.embeds_norm, self._eps),
-            self._gradient_of(self._layer.input_layernorm.weight),
-        )
+        norm = (self._weights.embeds_norm, self._eps)
+        norm_grad = self._gradient_of(self._layer.input_layernorm.weight)
         formulas.rms_norm_backward(embed_grads_MH, embeds_MH, norm, norm_grad, None, embed_grads_MH)
         for layer, grads in zip(self._weights.projections, self._split_qkv(grads_MP), strict=True):
-            add_weight_gradient(
-                self._gradient_of(layer.weight)[:, : self._weights.hidden_size], grads, embeds_MH
-            )
+            gradient = self._gradient_of(layer.weight)[:, : self._weights.hidden_size]
+            add_weight_gradient(gradient, grads, embeds_MH)
 
     def _embeds(self) -> Tensor:
-        """[B U, H], a fresh tensor."""
+        """[B U, H], a new tensor, which the caller may overwrite."""
         return F.embedding(self._ids.flatten(), self._draft.embed_tokens.weight).to(self.hidden_SNH.dtype)
 
     def _empty(self, steps: int, width: int) -> Tensor:
-        return self._weights.fuse.new_empty(steps, self._rows, width)
+        return self._weights.fuse.new_empty(steps, self._slots, width)
 
     def _qkv_of(self, step: int) -> Tensor:
         return self._qkv[step].view(*self._shape, -1)

@@ -1,28 +1,29 @@
-"""The draft's weights as the fused unroll reads them, and the product that forms their gradients.
+"""Copies of the draft's weights for the fused unroll, and the product that computes weight gradients.
 
-Legend: H hidden, Q width of all queries, J of all keys, P = Q + 2 J, I feed-forward width, K draft vocab, N rows.
+Legend: H hidden, Q width of all queries, J of all keys, P = Q + 2 J, I feed-forward width, K draft vocab, N
+slots, O and I also output and input width of one weight.
 """
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from eagle_rpc.draft.model import Eagle3Draft
 
 
 class FusedWeights:
-    """Copies of a draft's matrices in the compute dtype, joined where one product serves several, and of its norms' weights.
+    """Copies of a draft's matrices in the compute dtype, some joined for one product, and of its norms.
 
-    They go stale when the draft changes: `refresh` then. `gradients` are as of `FusedStep`.
+    Call `refresh` when the draft has changed. `gradients` are those of `FusedStep`.
     """
 
     def __init__(
         self, draft: Eagle3Draft, dtype: torch.dtype, gradients: Mapping[str, Tensor] | None
     ) -> None:
         self._draft = draft
-        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._gradients: dict[Tensor, Tensor] = {}  # by parameter
         if gradients is not None:
             self._gradients = {draft.get_parameter(name): gradient for name, gradient in gradients.items()}
         attention, mlp = draft.midlayer.self_attn, draft.midlayer.mlp
@@ -30,8 +31,8 @@ class FusedWeights:
         self.hidden_size = draft.config.hidden_size
         heights = sum(projection.out_features for projection in self.projections)
 
-        def empty(rows: int, columns: int) -> Tensor:
-            return torch.empty(rows, columns, dtype=dtype, device=draft.fc.weight.device)
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=draft.fc.weight.device)
 
         self.fuse = empty(*draft.fc.weight.shape)  # [H, 3H]
         self.qkv_of_embeds = empty(heights, self.hidden_size)  # [P, H], the columns that read embeddings
@@ -50,31 +51,28 @@ class FusedWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Takes over the draft's present weights, one after the other, from all trainers where each holds a part."""
+        """Copies the draft's weights, one after the other; sharded ones are gathered from all trainers."""
         attention, mlp = self._draft.midlayer.self_attn, self._draft.midlayer.mlp
         _copy_whole(self.fuse, self._draft.fc.weight)
-        for layer, embed_rows, hidden_rows in zip(
-            self.projections,
-            self._rows_of(self.qkv_of_embeds),
-            self._rows_of(self.qkv_of_hidden),
-            strict=True,
-        ):
+        copies = self._split(self.qkv_of_embeds), self._split(self.qkv_of_hidden)
+        for layer, of_embeds, of_hidden in zip(self.projections, *copies, strict=True):
             weight = _whole(layer.weight, self.fuse.dtype)
-            embed_rows.copy_(weight[:, : self.hidden_size])
-            hidden_rows.copy_(weight[:, self.hidden_size :])
+            of_embeds.copy_(weight[:, : self.hidden_size])
+            of_hidden.copy_(weight[:, self.hidden_size :])
         _copy_whole(self.output, attention.o_proj.weight)
-        for layer, rows in zip((mlp.gate_proj, mlp.up_proj), self.gate_up.chunk(2), strict=True):
-            _copy_whole(rows, layer.weight)
+        for layer, copy in zip((mlp.gate_proj, mlp.up_proj), self.gate_up.chunk(2), strict=True):
+            _copy_whole(copy, layer.weight)
         _copy_whole(self.down, mlp.down_proj.weight)
         _copy_whole(self.head, self._draft.lm_head.weight)
         for copy, norm in zip(self._norm_weights, self._norms, strict=True):
             _copy_whole(copy, norm.weight)
 
-    def _rows_of(self, qkv: Tensor) -> Sequence[Tensor]:
-        return qkv.split([projection.out_features for projection in self.projections])
+    def _split(self, qkv_PH: Tensor) -> Sequence[Tensor]:
+        """Views of the copy for queries, keys and values."""
+        return qkv_PH.split([projection.out_features for projection in self.projections])
 
-    def gradient_of(self, parameter: nn.Parameter) -> Tensor:
-        """Where the parameter's gradient is summed up; zeros at first."""
+    def gradient_of(self, parameter: Tensor) -> Tensor:
+        """The tensor to which gradients of the parameter are added; zeros at first."""
         if self._gradients:
             return self._gradients[parameter]
         if parameter.grad is None:
@@ -82,17 +80,19 @@ class FusedWeights:
         return parameter.grad
 
 
-def _copy_whole(copy: Tensor, weight: nn.Parameter) -> None:
+def _copy_whole(copy: Tensor, weight: Tensor) -> None:
     copy.copy_(_whole(weight, copy.dtype))
 
 
-def _whole(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """The weight, gathered in `dtype` where trainers hold parts of it."""
-    return weight.to(dtype).full_tensor() if isinstance(weight, DTensor) else weight
+def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight; a sharded one is converted to `dtype` and gathered."""
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.to(dtype).full_tensor()  # type: ignore[attr-defined]
 
 
 def add_weight_gradient(gradient_OI: Tensor, output_grads_NO: Tensor, inputs_NI: Tensor) -> None:
-    """`gradient += output_grads.T @ inputs`, added inside the product and in the gradient's dtype: nothing is rounded between."""
+    """`gradient += output_grads.T @ inputs`, added in the gradient's dtype without rounding in between."""
     if gradient_OI.dtype == inputs_NI.dtype:
         gradient_OI.addmm_(output_grads_NO.t(), inputs_NI)
     else:

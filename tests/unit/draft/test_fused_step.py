@@ -5,7 +5,7 @@ import torch
 from support.ttt_cases import Case, case_batch, case_draft, gradients
 
 from eagle_rpc.draft import LOSSES, Objective, ReferenceStep, count_rows
-from eagle_rpc.draft.fused import FusedStep, head, unroll
+from eagle_rpc.draft.fused import FusedStep, judging, unroll
 
 CASES = [
     Case(),
@@ -57,7 +57,7 @@ def test_every_loss(loss):
 
 @pytest.mark.parametrize("steps_of_a_product", [1, 2, 3])
 def test_weight_gradients_may_be_formed_after_any_number_of_steps(monkeypatch, steps_of_a_product):
-    monkeypatch.setattr(unroll, "_ROWS_OF_A_PRODUCT", steps_of_a_product * CASES[0].batch * CASES[0].length)
+    monkeypatch.setattr(unroll, "_SLOTS_OF_A_PRODUCT", steps_of_a_product * CASES[0].batch * CASES[0].length)
     assert_equal(both(CASES[0], steps=5))
 
 
@@ -67,7 +67,7 @@ def test_the_feed_forward_block_may_be_recomputed():
 
 def test_rows_may_come_in_any_chunks(monkeypatch):
     for rows in (1, 5):
-        monkeypatch.setattr(head, "_CHUNK_BYTES", rows * 4 * 61 * 8)
+        monkeypatch.setattr(judging, "_CHUNK_BYTES", rows * 4 * 61 * 8)
         assert_equal(both(CASES[0]))
 
 

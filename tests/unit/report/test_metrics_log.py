@@ -2,7 +2,7 @@ import json
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eagle_rpc.report.metrics import MetricsLog, read_metrics, truncate_after
+from eagle_rpc.report.metrics_log import MetricsLog, read_metrics, truncate_after
 
 
 def write_steps(path, steps, *, last_step=0, loss=lambda step: step / 2):

@@ -23,7 +23,7 @@ from training_cases import (
 
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
 from eagle_rpc.errors import CheckpointError
-from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
 
 SETTINGS = train_config(max_steps=10, accumulation=2, log_every=2, checkpoint_every=3, validate_every=5)

@@ -25,7 +25,7 @@ from eagle_rpc.config.choices import Sharding
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import ConfigError, TargetFailed, TargetUnavailable
 from eagle_rpc.process import bind_to_interface
-from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
 from eagle_rpc.train.distributed import join_trainers
 from eagle_rpc.train.learner import Learner

@@ -19,7 +19,7 @@ from training_cases import (
 
 from eagle_rpc.errors import ConfigError, ConnectionLost, WaitTimeout
 from eagle_rpc.process import bind_to_interface
-from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers
 
 MICRO_BATCHES_PER_STEP = 6

@@ -16,7 +16,7 @@ from training_cases import (
 
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError, TrainingDiverged
-from eagle_rpc.report.metrics import read_metrics
+from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
 from eagle_rpc.train.loop import planned_steps
 

@@ -1,8 +1,8 @@
-"""Which keys a draft's queries see: in training, unrolled over steps, and in decoding, from a cache.
+"""The keys and values that a draft's queries attend to: in training of all steps, in decoding of all tokens.
 
-Both sides are an `AttentionMemory`, so one decoder layer serves both. Faster kernels take `ttt_attention`'s place.
-Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G query heads of one key head, J key heads,
-D head width.
+The decoder layer is the same for both; it gets one or the other `AttentionMemory`. `fused.step_attention` is
+the fast form of `ttt_attention`. Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G
+query heads of one key head, J key heads, D head width.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,23 @@ from torch.nn import functional as F
 
 
 class AttentionMemory(Protocol):
-    """Keeps the keys and values of earlier calls of one decoder layer."""
+    """The keys and values of earlier calls of one decoder layer."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Adds keys and values [B, J, T, D] to the memory and answers the queries [B, Q, T, D]; same shape as those."""
+        """Stores keys and values [B, J, T, D]; returns what queries [B, Q, T, D] attend to, same shape."""
 
 
 class UnrollMemory:
     """Training-time test: each call is one step over the same T slots.
 
-    `segment_ids` [B, T] keep packed chats apart: each attends by itself, so scores between chats are never computed.
+    With `segment_ids` [B, T] each packed chat attends to itself alone, and scores between chats are never
+    computed.
     """
 
     def __init__(self, segment_ids: Tensor | None) -> None:
         self._chat_lengths = None if segment_ids is None else _chat_lengths(segment_ids)
-        self._step_keys: list[list[Tensor]] = []  # of every step those of every chat, or of the whole batch
+        # One list a step, with one entry a chat, or a single one for the whole batch.
+        self._step_keys: list[list[Tensor]] = []
         self._step_values: list[list[Tensor]] = []
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -46,25 +48,24 @@ class UnrollMemory:
     def _split(self, heads: Tensor) -> list[Tensor]:
         if self._chat_lengths is None:
             return [heads]
-        rows = zip(heads.split(1), self._chat_lengths, strict=True)
-        return [chat for row, lengths in rows for chat in row.split(lengths, dim=2)]
+        sequences = zip(heads.split(1), self._chat_lengths, strict=True)
+        return [chat for sequence, lengths in sequences for chat in sequence.split(lengths, dim=2)]
 
     def _join(self, chats: list[Tensor]) -> Tensor:
         if self._chat_lengths is None:
             return chats[0]
-        left = iter(chats)
-        return torch.cat(
-            [torch.cat(list(islice(left, len(lengths))), dim=2) for lengths in self._chat_lengths]
-        )
+        rest = iter(chats)
+        sequences = [torch.cat(list(islice(rest, len(lengths))), dim=2) for lengths in self._chat_lengths]
+        return torch.cat(sequences)
 
 
 def _chat_lengths(segment_ids: Tensor) -> list[list[int]]:
-    """Slots of each chat of each row; padding counts as a chat where its id says so."""
-    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in segment_ids]
+    """Slots of each chat of each sequence; padding with an id of its own counts as a chat."""
+    return [ids.unique_consecutive(return_counts=True)[1].tolist() for ids in segment_ids]
 
 
 class DraftCache:
-    """Decoding: each call appends tokens; a token sees itself and everything before it."""
+    """Decoding: each call appends tokens; a token attends to itself and to all earlier ones."""
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None  # [B, J, C, D]
@@ -76,7 +77,7 @@ class DraftCache:
         return 0 if self._keys is None else self._keys.shape[2]
 
     def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens (0 <= length <= self.length)."""
+        """Keeps only the first `length` tokens (0 <= length <= self.length)."""
         assert 0 <= length <= self.length, f"length must lie in [0, {self.length}], got {length}"
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
@@ -89,16 +90,18 @@ class DraftCache:
         new, total = queries.shape[2], keys.shape[2]
         visible_SC = None
         if new > 1:
-            # SDPA's own causal flag aligns the first query with the first key; ours is aligned with the last.
+            # The causal flag of SDPA aligns the first query with the first key; here the last ones have to
+            # align.
             visible_SC = torch.ones(new, total, dtype=torch.bool, device=keys.device).tril(total - new)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible_SC, enable_gqa=True)
 
 
 def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor]) -> Tensor:
-    """One step of the unrolled draft: causal over step 0, plus the same slot in every later step so far.
+    """Attention of one step: causal over step 0, plus the query's own slot in every later step so far.
 
-    `queries` [B, Q, T, D] belong to the last of the steps whose keys and values [B, J, T, D] are given, all rotated to
-    their phases. Returns [B, Q, T, D]. Padding on the right needs no mask: no real slot looks to the right.
+    `queries` [B, Q, T, D] are those of the last step; keys and values [B, J, T, D] are those of all steps up
+    to it. Queries and keys are rotated already. Returns [B, Q, T, D]. Padding on the right needs no mask: no
+    real slot attends to later slots.
     """
     key_heads, length, width = step_keys[0].shape[1:]
     queries_BJGTD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
@@ -112,7 +115,7 @@ def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Seq
 
 
 def _causal_bias(queries: Tensor) -> Tensor:
-    """0 where a slot may look, -inf at later slots; [T, T] in the queries' dtype."""
+    """[T, T] in the queries' dtype: 0 where a slot may attend, -inf at later slots."""
     length = queries.shape[2]
     visible = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril()
     return queries.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))

@@ -1,7 +1,8 @@
 """Triton kernels of `formulas`, by the same names, which say what they compute.
 
-Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of queries, keys and
-values side by side, A heads in P, D half of a head's width. Blocks are rounded up to powers of two and masked.
+Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of
+queries, keys and values side by side, A heads in P, D half of a head's width. Blocks are rounded up to powers
+of two and masked.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagle_rpc.draft.fused.loss_kernel import judge_rows_
+from eagle_rpc.draft.fused.triton_losses import judge_rows_
 from eagle_rpc.draft.rope import RopeTables
 
 __all__ = [
@@ -25,7 +26,8 @@ __all__ = [
 
 _BLOCK = 1024  # columns of a program where columns are independent
 _HEADS_OF_A_PROGRAM = 16
-# Programs that share the rows where sums over rows are kept: some for each of a large GPU's 132 multiprocessors.
+# Programs that divide the slots among them and keep partial sums: four for each of the 132 multiprocessors of
+# an H100.
 _PROGRAMS_OF_SUMS = 528
 
 
@@ -41,34 +43,25 @@ def _rms_norm_kernel(x, weight, out, width, eps, BLOCK: tl.constexpr):
 
 
 def rms_norm(x_NH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    rows, width = x_NH.shape
+    slots, width = x_NH.shape
     out_NH = torch.empty_like(x_NH)
-    block, num_warps = _row_block(width)
-    _rms_norm_kernel[(rows,)](x_NH, weight_H, out_NH, width, eps, BLOCK=block, num_warps=num_warps)
+    block, num_warps = _whole_width_block(width)
+    _rms_norm_kernel[(slots,)](x_NH, weight_H, out_NH, width, eps, BLOCK=block, num_warps=num_warps)
     return out_NH
 
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    normed_grads,
-    x,
-    weight,
-    passed,
-    out,
-    weight_grads,
-    rows,
-    width,
-    eps,
-    HAS_PASSED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    normed_grads, x, weight, passed, out, weight_grads, num_slots, width, eps,
+    HAS_PASSED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     columns_H = tl.arange(0, BLOCK)
     mask_H = columns_H < width
     weight_H = tl.load(weight + columns_H, mask_H, other=0.0).to(tl.float32)
     weight_grad_H = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
-        places_H = row * width + columns_H
+    for slot in range(program, num_slots, tl.num_programs(0)):
+        places_H = slot * width + columns_H
         x_H = tl.load(x + places_H, mask_H, other=0.0).to(tl.float32)
         grad_H = tl.load(normed_grads + places_H, mask_H, other=0.0).to(tl.float32)
         inverse_rms = tl.rsqrt(tl.sum(x_H * x_H) / width + eps)
@@ -91,48 +84,46 @@ def rms_norm_backward(
     passed_NH: Tensor | None,
     out_NH: Tensor,
 ) -> None:
-    """As `formulas.rms_norm_backward`."""
     assert normed_grad_NH.is_contiguous() and x_NH.is_contiguous() and out_NH.is_contiguous()
     assert x_NH.numel() < 2**31, "offsets are 32 bits wide"
-    rows, width = x_NH.shape
+    slots, width = x_NH.shape
     weight_H, eps = norm
-    programs = min(rows, _PROGRAMS_OF_SUMS)
+    programs = min(slots, _PROGRAMS_OF_SUMS)
     partial_sums = torch.empty(programs, width, dtype=torch.float32, device=x_NH.device)
-    block, num_warps = _row_block(width)
+    block, num_warps = _whole_width_block(width)
     has_passed = passed_NH is not None
     tensors = (normed_grad_NH, x_NH, weight_H, passed_NH if has_passed else x_NH, out_NH, partial_sums)
     _rms_norm_backward_kernel[(programs,)](
-        *tensors, rows, width, eps, HAS_PASSED=has_passed, BLOCK=block, num_warps=num_warps
+        *tensors, slots, width, eps, HAS_PASSED=has_passed, BLOCK=block, num_warps=num_warps
     )
     weight_grad_H.add_(partial_sums.sum(dim=0))
 
 
 @triton.jit
 def _swiglu_kernel(gate_up, out, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
     columns_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_I = columns_I < width
-    gates = gate_up + row * 2 * width + columns_I
+    gates = gate_up + slot * 2 * width + columns_I
     gate_I = tl.load(gates, mask_I).to(tl.float32)
     up_I = tl.load(gates + width, mask_I).to(tl.float32)
-    tl.store(
-        out + row * width + columns_I, (gate_I * tl.sigmoid(gate_I) * up_I).to(out.dtype.element_ty), mask_I
-    )
+    gated_I = gate_I * tl.sigmoid(gate_I) * up_I
+    tl.store(out + slot * width + columns_I, gated_I.to(out.dtype.element_ty), mask_I)
 
 
 def swiglu(gate_up_NI2: Tensor) -> Tensor:
-    rows, width = gate_up_NI2.shape[0], gate_up_NI2.shape[1] // 2
-    out_NI = gate_up_NI2.new_empty(rows, width)
-    _swiglu_kernel[rows, triton.cdiv(width, _BLOCK)](gate_up_NI2, out_NI, width, BLOCK=_BLOCK)
+    slots, width = gate_up_NI2.shape[0], gate_up_NI2.shape[1] // 2
+    out_NI = gate_up_NI2.new_empty(slots, width)
+    _swiglu_kernel[slots, triton.cdiv(width, _BLOCK)](gate_up_NI2, out_NI, width, BLOCK=_BLOCK)
     return out_NI
 
 
 @triton.jit
 def _swiglu_backward_kernel(gated_grads, gate_up, gated_out, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
     columns_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_I = columns_I < width
-    gates, gated = gate_up + row * 2 * width + columns_I, row * width + columns_I
+    gates, gated = gate_up + slot * 2 * width + columns_I, slot * width + columns_I
     grad_I = tl.load(gated_grads + gated, mask_I).to(tl.float32)
     gate_I = tl.load(gates, mask_I).to(tl.float32)
     up_I = tl.load(gates + width, mask_I).to(tl.float32)
@@ -146,15 +137,14 @@ def _swiglu_backward_kernel(gated_grads, gate_up, gated_out, width, BLOCK: tl.co
 
 def swiglu_backward(gated_grad_NI: Tensor, gate_up_NI2: Tensor, gated_out_NI: Tensor) -> None:
     assert gated_grad_NI.is_contiguous() and gate_up_NI2.is_contiguous() and gated_out_NI.is_contiguous()
-    rows, width = gated_out_NI.shape
-    _swiglu_backward_kernel[rows, triton.cdiv(width, _BLOCK)](
-        gated_grad_NI, gate_up_NI2, gated_out_NI, width, BLOCK=_BLOCK
-    )
+    slots, width = gated_out_NI.shape
+    grid = (slots, triton.cdiv(width, _BLOCK))
+    _swiglu_backward_kernel[grid](gated_grad_NI, gate_up_NI2, gated_out_NI, width, BLOCK=_BLOCK)
 
 
 @triton.jit
 def _heads_of_program(length, heads, half, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Slot, sequence and position of this program, its heads, offsets of their first halves in a row, and the mask."""
+    """This program's slot, sequence, position and heads, offsets of their first halves, and the mask."""
     slot = tl.program_id(0).to(tl.int64)
     heads_A = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns_D = tl.arange(0, BLOCK_D)
@@ -164,37 +154,34 @@ def _heads_of_program(length, heads, half, HEADS: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _angles(
-    cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D: tl.constexpr
-):
-    """Cosines and sines [A, D] of a slot; heads from `turning` on do not turn."""
+def _angles(cos, sin, sequence, position, table_stride, half, heads_A, rotated_heads, BLOCK_D: tl.constexpr):
+    """Cosines and sines [A, D] of a slot; heads from `rotated_heads` on are not rotated."""
     columns_D = tl.arange(0, BLOCK_D)
     places_D = sequence * table_stride + position * half + columns_D
     cos_D = tl.load(cos + places_D, columns_D < half, other=0.0)
     sin_D = tl.load(sin + places_D, columns_D < half, other=0.0)
-    turns_A1 = (heads_A < turning)[:, None]
-    return tl.where(turns_A1, cos_D[None, :], 1.0), tl.where(turns_A1, sin_D[None, :], 0.0)
+    rotated_A1 = (heads_A < rotated_heads)[:, None]
+    return tl.where(rotated_A1, cos_D[None, :], 1.0), tl.where(rotated_A1, sin_D[None, :], 0.0)
 
 
 @triton.jit
 def _add_and_rotate_kernel(
-    hidden_part, embed_part, cos, sin, out, embed_stride, table_stride, length, heads, half, turning,
+    hidden_part, embed_part, cos, sin, out, embed_stride, table_stride, length, heads, half, rotated_heads,
     HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(
         length, heads, half, HEADS, BLOCK_D
     )
     cos_AD, sin_AD = _angles(
-        cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D
+        cos, sin, sequence, position, table_stride, half, heads_A, rotated_heads, BLOCK_D
     )
     width = 2 * half * heads
     hidden_part += slot * width + places_AD
     embed_part += sequence * embed_stride + position * width + places_AD
     out += slot * width + places_AD
     first_AD = tl.load(hidden_part, mask_AD).to(tl.float32) + tl.load(embed_part, mask_AD).to(tl.float32)
-    second_AD = tl.load(hidden_part + half, mask_AD).to(tl.float32) + tl.load(embed_part + half, mask_AD).to(
-        tl.float32
-    )
+    second_AD = tl.load(hidden_part + half, mask_AD).to(tl.float32)
+    second_AD += tl.load(embed_part + half, mask_AD).to(tl.float32)
     kind = out.dtype.element_ty
     tl.store(out, (first_AD * cos_AD - second_AD * sin_AD).to(kind), mask_AD)
     tl.store(out + half, (second_AD * cos_AD + first_AD * sin_AD).to(kind), mask_AD)
@@ -203,28 +190,23 @@ def _add_and_rotate_kernel(
 def add_and_rotate(
     hidden_part_BTP: Tensor, embed_part_BTP: Tensor, tables: RopeTables, value_width: int, out_BTP: Tensor
 ) -> None:
-    assert (
-        hidden_part_BTP.is_contiguous()
-        and out_BTP.is_contiguous()
-        and embed_part_BTP.stride(1) == out_BTP.shape[-1]
-    )
+    assert hidden_part_BTP.is_contiguous() and out_BTP.is_contiguous()
+    assert embed_part_BTP.stride(1) == out_BTP.shape[-1]
     grid, table_stride, sizes, blocks = _rotation(tables, out_BTP, value_width)
-    strides = (embed_part_BTP.stride(0), table_stride)
-    _add_and_rotate_kernel[grid](
-        hidden_part_BTP, embed_part_BTP, *tables, out_BTP, *strides, *sizes, **blocks
-    )
+    tensors = (hidden_part_BTP, embed_part_BTP, *tables, out_BTP)
+    _add_and_rotate_kernel[grid](*tensors, embed_part_BTP.stride(0), table_stride, *sizes, **blocks)
 
 
 @triton.jit
 def _rotate_back_kernel(
-    query_grads, key_value_grads, cos, sin, out, query_heads, table_stride, length, heads, half, turning,
-    HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    query_grads, key_value_grads, cos, sin, out, query_heads, table_stride, length, heads, half,
+    rotated_heads, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slot, sequence, position, heads_A, places_AD, mask_AD = _heads_of_program(
         length, heads, half, HEADS, BLOCK_D
     )
     cos_AD, sin_AD = _angles(
-        cos, sin, sequence, position, length, table_stride, half, heads_A, turning, BLOCK_D
+        cos, sin, sequence, position, table_stride, half, heads_A, rotated_heads, BLOCK_D
     )
     query_width, width = 2 * half * query_heads, 2 * half * heads
     of_query_AD = mask_AD & (heads_A < query_heads)[:, None]
@@ -254,35 +236,30 @@ def rotate_back(
 def _rotation(
     tables: RopeTables, out_BTP: Tensor, value_width: int
 ) -> tuple[tuple[int, int], int, tuple[int, ...], dict[str, int]]:
-    """Grid, the tables' batch stride, sizes and blocks of either rotation."""
+    """Grid, batch stride of the tables, sizes and blocks of both rotations."""
     batch, length, width = out_BTP.shape
     half = tables[0].shape[-1]
-    heads, turning = width // (2 * half), (width - value_width) // (2 * half)
+    heads, rotated_heads = width // (2 * half), (width - value_width) // (2 * half)
+    grid = (batch * length, triton.cdiv(heads, _HEADS_OF_A_PROGRAM))
     table_stride = tables[0].stride(0) if len(tables[0]) > 1 else 0
     blocks = {"HEADS": _HEADS_OF_A_PROGRAM, "BLOCK_D": triton.next_power_of_2(half)}
-    return (
-        (batch * length, triton.cdiv(heads, _HEADS_OF_A_PROGRAM)),
-        table_stride,
-        (length, heads, half, turning),
-        blocks,
-    )
+    return grid, table_stride, (length, heads, half, rotated_heads), blocks
 
 
 @triton.jit
 def _sum_shifted_kernel(steps, out, num_steps, length, batch, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
     columns_P = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_P = columns_P < width
     places = length + num_steps - 1
-    sequence, place = row // places, row % places
+    sequence, place = program // places, program % places
     sum_P = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(num_steps):
         slot = place - step
         inside_P = mask_P & (slot >= 0) & (slot < length)
-        sum_P += tl.load(
-            steps + ((step * batch + sequence) * length + slot) * width + columns_P, inside_P, other=0.0
-        ).to(tl.float32)
-    tl.store(out + row * width + columns_P, sum_P.to(out.dtype.element_ty), mask_P)
+        offset = ((step * batch + sequence) * length + slot) * width
+        sum_P += tl.load(steps + offset + columns_P, inside_P, other=0.0).to(tl.float32)
+    tl.store(out + program * width + columns_P, sum_P.to(out.dtype.element_ty), mask_P)
 
 
 def sum_shifted(steps_SBTP: Tensor) -> Tensor:
@@ -293,7 +270,7 @@ def sum_shifted(steps_SBTP: Tensor) -> Tensor:
     return out_BUP
 
 
-def _row_block(width: int) -> tuple[int, int]:
-    """Block and warps of a program that holds whole rows."""
+def _whole_width_block(width: int) -> tuple[int, int]:
+    """Block and warps of a program that holds the whole width of a slot."""
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // 512))

@@ -1,7 +1,8 @@
-"""Triton kernels of `own_slots`: a query's keys of later steps at its own slot, merged into causal attention and back.
+"""Triton kernels of `own_slots`, by the same names, which say what they compute.
 
-One program takes a block of slots and one key head with its group of query heads, so that keys and values are read once.
-Legend: N slots of a block, G query heads of one key head, D head width; G and D are rounded up to powers of two.
+One program takes a block of slots and one key head with its group of query heads, and reads keys and values
+once. Legend: N slots of a block, G query heads of one key head, D head width; G and D are rounded up to
+powers of two.
 """
 
 import triton
@@ -16,25 +17,18 @@ _BLOCK_N, _NUM_WARPS = 8, 4
 
 @triton.jit
 def _places(
-    num_slots,
-    length,
-    key_heads,
-    group,
-    head_dim,
-    BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """This program's slots, offsets inside a row for queries and for keys, offsets of log-sums, and masks of each."""
+    num_slots, length, key_heads, group, head_dim,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """This program's slots, offsets of queries and keys within a slot, of log-sums, and masks."""
     slots_N = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     heads_G, columns_D = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     query_heads_G = tl.program_id(1) * group + heads_G
     query_columns_GD = query_heads_G[:, None] * head_dim + columns_D[None, :]
     key_columns_D = tl.program_id(1) * head_dim + columns_D
     sequence_N, position_N = slots_N // length, slots_N % length
-    sums_NG = (sequence_N[:, None] * (key_heads * group) + query_heads_G[None, :]) * length + position_N[
-        :, None
-    ]
+    sums_NG = (sequence_N[:, None] * (key_heads * group) + query_heads_G[None, :]) * length
+    sums_NG += position_N[:, None]
     mask_NG = (slots_N < num_slots)[:, None] & (heads_G < group)[None, :]
     mask_ND = (slots_N < num_slots)[:, None] & (columns_D < head_dim)[None, :]
     mask_NGD = mask_NG[:, :, None] & mask_ND[:, None, :]
@@ -45,7 +39,8 @@ def _places(
 def _own_slots_kernel(
     queries, keys, values, out, log_sums,
     step, num_slots, length, key_heads, scale, query_stride, key_step_stride, key_stride, out_stride,
-    group: tl.constexpr, head_dim: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    group: tl.constexpr, head_dim: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slots_N, columns_GD, key_columns_D, sums_NG, mask_NG, mask_ND, mask_NGD = _places(
         num_slots, length, key_heads, group, head_dim, BLOCK_N, BLOCK_G, BLOCK_D
@@ -58,7 +53,7 @@ def _own_slots_kernel(
     merged_NGD = tl.load(out + out_places_NGD, mask_NGD, other=0.0).to(tl.float32)
     log_sums_NG = tl.load(log_sums + sums_NG, mask_NG, other=0.0)
     for _ in range(step):
-        # Pointers go on by one step at a time: some steps' strides together may not fit 32 bits.
+        # One step at a time: the stride of several steps may not fit 32 bits.
         keys += key_step_stride
         values += key_step_stride
         keys_ND = tl.load(keys + key_places_ND, mask_ND, other=0.0).to(tl.float32)
@@ -78,7 +73,8 @@ def _own_slots_backward_kernel(
     queries, keys, values, out, out_grads, log_sums, query_grads, key_grads, value_grads,
     step, num_slots, length, key_heads, scale, query_stride, key_step_stride, key_stride, out_stride,
     query_grad_stride, key_grad_step_stride, key_grad_stride,
-    group: tl.constexpr, head_dim: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    group: tl.constexpr, head_dim: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     slots_N, columns_GD, key_columns_D, sums_NG, mask_NG, mask_ND, mask_NGD = _places(
         num_slots, length, key_heads, group, head_dim, BLOCK_N, BLOCK_G, BLOCK_D
@@ -115,7 +111,6 @@ def _own_slots_backward_kernel(
 
 
 def merge(heads: StepHeads) -> None:
-    """As `own_slots.merge`."""
     grid, sizes, blocks = _launch(heads)
     tensors = (heads.queries, heads.keys, heads.values, heads.out, heads.log_sums)
     _own_slots_kernel[grid](*tensors, *sizes, *_strides(heads), **blocks)
@@ -124,8 +119,7 @@ def merge(heads: StepHeads) -> None:
 def merge_backward(
     heads: StepHeads, out_grads_NQD: Tensor, query_grads_NQD: Tensor, key_value_grads: tuple[Tensor, Tensor]
 ) -> None:
-    """As `own_slots.merge_backward`."""
-    assert out_grads_NQD.stride() == heads.out.stride(), "one set of offsets serves both"
+    assert out_grads_NQD.stride() == heads.out.stride(), "both are read at the same offsets"
     grid, sizes, blocks = _launch(heads)
     tensors = (heads.queries, heads.keys, heads.values, heads.out, out_grads_NQD, heads.log_sums)
     key_grads_SNJD = key_value_grads[0]
@@ -136,7 +130,7 @@ def merge_backward(
 
 
 def _launch(heads: StepHeads) -> tuple[tuple[int, int], tuple[int | float, ...], dict[str, int]]:
-    """Grid, sizes and block shapes of either kernel."""
+    """Grid, sizes and blocks of both kernels."""
     num_slots, query_heads, head_dim = heads.queries.shape
     key_heads = heads.keys.shape[2]
     group = query_heads // key_heads

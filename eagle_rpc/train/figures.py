@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.draft import TTTResult, simulated_accept_length, step_weights
 from eagle_rpc.errors import CheckpointError
-from eagle_rpc.report.metrics import Figure
+from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 
 

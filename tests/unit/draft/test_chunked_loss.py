@@ -1,7 +1,7 @@
 import torch
 
-import eagle_rpc.draft.loss as loss_module
-from eagle_rpc.draft import soft_cross_entropy
+from eagle_rpc.draft import chunked_loss
+from eagle_rpc.draft.chunked_loss import head_loss
 from eagle_rpc.supervision import StoredLogits, StoredProbs
 
 
@@ -20,12 +20,17 @@ def plain_loss(hidden_NSH, head_KH, targets, coefficients_NS):
     return (losses_NS * coefficients_NS).sum(), losses_NS
 
 
+def soft_cross_entropy(hidden_NSH, head_KH, targets, coefficients_NS):
+    unread_N = torch.empty(len(hidden_NSH))
+    return head_loss(hidden_NSH, head_KH, targets, coefficients_NS, "soft_cross_entropy", unread_N)
+
+
 def test_equals_the_plain_formula_whatever_the_chunks(monkeypatch):
     inputs = case()
     expected, expected_losses = plain_loss(*inputs)
     expected_grads = torch.autograd.grad(3 * expected, inputs[:2])
     for rows_per_chunk in (1, 4, 100):
-        monkeypatch.setattr(loss_module, "_CHUNK_BYTES", rows_per_chunk * 4 * 3 * 7)
+        monkeypatch.setattr(chunked_loss, "_CHUNK_BYTES", rows_per_chunk * 4 * 3 * 7)
         loss, losses, predicted = soft_cross_entropy(*inputs)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(losses, expected_losses.detach())

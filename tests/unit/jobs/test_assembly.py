@@ -6,7 +6,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.schema import DataConfig, DraftConfig, TrainConfig
 from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.jobs.trainer_worker import log_padding, make_draft, plan_batches, require_room
+from eagle_rpc.jobs.assembly import log_padding, make_draft, plan_batches, require_room
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,29 @@
-"""The draft's last norm, its head and the loss, over chunks of supervised rows, with gradients formed beside the loss.
+"""The draft's last norm, its head and the loss, with their gradients, over chunks of rows.
 
-Logits of one chunk exist at a time, in the compute dtype; their gradients take their place. The target's probabilities
-are derived where they are read.
-Legend: N supervised rows, n rows of a chunk, S steps, M rows and steps, H hidden, K draft vocab.
+Only the logits of one chunk exist, in the compute dtype; their gradients replace them. Legend: N rows, n rows
+of a chunk, S steps, M = n S pairs of a chunk's row and a step, H hidden, K draft vocab.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eagle_rpc.draft.chunked_loss import row_chunks
 from eagle_rpc.draft.fused import formulas
 from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import DraftTargets
 
-# Bytes of a chunk's logits: long matrix products, and little memory beside the unroll's.
+# Logits of a chunk in bytes: large matrix products, and little memory compared with that of the unroll.
 _CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedRows:
-    """Supervised rows of a batch: where the draft's hidden states stand that they judge, and with what weight."""
+    """The rows of a batch: the hidden states that they judge, the weights of losses, the target's side."""
 
-    places: Tensor  # [N, S] int64, rows of the flat hidden states; shared only where coefficients are zero
+    places: Tensor  # [N, S] int64, indices into flat hidden states; equal only where coefficients are 0
     coefficients: Tensor  # [N, S] fp32 (fp64 for fp64 weights), factors of the losses
     targets: DraftTargets
     log_normalizer: Tensor  # [N] fp32
@@ -40,13 +39,14 @@ def judge(
 ) -> tuple[Tensor, Tensor]:
     """Losses [N, S] and most likely draft ids [N, S].
 
-    With `hidden_grads` (zeros, shaped like `hidden`) stores there the gradient of the sum of coefficient times loss, and
-    adds to those of norm and head.
+    If `hidden_grads` (zeros in the shape of `hidden`) is given, it receives the gradients of the sum of
+    coefficient times loss, and those of norm and head are added to theirs.
     """
     hidden_MH = hidden_SNH.flatten(0, 1)
     losses_NS, predicted_NS = torch.empty_like(rows.coefficients), torch.empty_like(rows.places)
     norm = (weights.last_norm, draft.config.rms_norm_eps)
-    for chunk in _row_chunks(rows.places, weights.head):
+    steps, vocab = rows.places.shape[1], len(weights.head)
+    for chunk in row_chunks(len(rows.places), weights.head.element_size() * vocab * steps, _CHUNK_BYTES):
         places_M = rows.places[chunk].flatten()
         judged_MH = hidden_MH[places_M]
         normed_MH = formulas.rms_norm(judged_MH, *norm)
@@ -58,15 +58,7 @@ def judge(
             logit_grads_MK = logits_nSK.flatten(0, 1)
             add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
             grads_MH = logit_grads_MK @ weights.head
-            formulas.rms_norm_backward(
-                grads_MH, judged_MH, norm, weights.gradient_of(draft.norm.weight), None, grads_MH
-            )
+            norm_grad = weights.gradient_of(draft.norm.weight)
+            formulas.rms_norm_backward(grads_MH, judged_MH, norm, norm_grad, None, grads_MH)
             hidden_grads_SNH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
     return losses_NS, predicted_NS
-
-
-def _row_chunks(places_NS: Tensor, head_KH: Tensor) -> Iterator[slice]:
-    rows, steps = places_NS.shape
-    size = max(1, _CHUNK_BYTES // (head_KH.element_size() * len(head_KH) * steps))
-    for start in range(0, rows, size):
-        yield slice(start, start + size)

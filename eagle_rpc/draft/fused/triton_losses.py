@@ -1,6 +1,7 @@
-"""Triton kernel of `formulas.judge_rows_`: `losses.row_losses` in two passes over a row's logits, three for acceptance losses.
+"""Triton kernel of `formulas.judge_rows_`: the losses of `draft/losses.py` and their gradients.
 
-One program takes one row at one step. Legend: K block of the draft vocabulary.
+It reads a row's logits twice, and three times with ACCEPTANCE. One program takes one row at one step.
+Legend: n rows, S steps, K draft vocab and block of it.
 """
 
 import torch
@@ -8,10 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagle_rpc.draft.losses import ACCEPTANCE_LOSSES, LAMBDA_DECAY
+from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES
 
+# Of `_judge_kernel`: subtract the target's entropy, read the acceptance, blend both by `lk_lambda`'s weight.
+FLAGS = ("KL", "ACCEPTANCE", "HYBRID")
 _BLOCK, _NUM_WARPS = 4096, 8
-# Stands for minus infinity, which would make NaN of differences.
+# Replaces minus infinity, whose differences would be NaN.
 _LOWEST = tl.constexpr(-1.0e30)
 
 
@@ -31,9 +34,8 @@ def _judge_kernel(
     for start in range(0, vocab, BLOCK):
         mask_K = start + columns_K < vocab
         logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-        targets_K = tl.maximum(
-            tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32), _LOWEST
-        )
+        targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        targets_K = tl.maximum(targets_K, _LOWEST)
         block_largest = tl.max(logits_K)
         if block_largest > largest:
             best = start + tl.argmax(logits_K, axis=0)
@@ -41,9 +43,8 @@ def _judge_kernel(
         new_largest_target = tl.maximum(largest_target, tl.max(targets_K))
         target_scale = tl.exp(largest_target - new_largest_target)
         target_weights_K = tl.where(mask_K, tl.exp(targets_K - new_largest_target), 0.0)
-        sums_K = sums_K * tl.exp(largest - new_largest) + tl.where(
-            mask_K, tl.exp(logits_K - new_largest), 0.0
-        )
+        weights_K = tl.where(mask_K, tl.exp(logits_K - new_largest), 0.0)
+        sums_K = sums_K * tl.exp(largest - new_largest) + weights_K
         target_sums_K = target_sums_K * target_scale + target_weights_K
         cross_K = cross_K * target_scale + target_weights_K * logits_K
         if KL:
@@ -94,21 +95,13 @@ def _judge_kernel(
 def judge_rows_(
     logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
 ) -> tuple[Tensor, Tensor]:
-    """As `formulas.judge_rows_`."""
     assert logits_nSK.is_contiguous() and target_logits_nK.is_contiguous() and coefficients_nS.is_contiguous()
     rows, steps, vocab = logits_nSK.shape
     losses_nS = torch.empty_like(coefficients_nS)
     predicted_nS = torch.empty(rows, steps, dtype=torch.int64, device=logits_nSK.device)
     tensors = (logits_nSK, target_logits_nK, log_normalizer_n, coefficients_nS, losses_nS, predicted_nS)
+    flags = {flag: flag in LOSSES[loss].kernel_flags for flag in FLAGS}
     _judge_kernel[(rows * steps,)](
-        *tensors,
-        steps,
-        vocab,
-        LAMBDA_DECAY,
-        KL=loss in ("kl", "lk_lambda"),
-        ACCEPTANCE=loss in ACCEPTANCE_LOSSES,
-        HYBRID=loss == "lk_lambda",
-        BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS,
+        *tensors, steps, vocab, LAMBDA_DECAY, **flags, BLOCK=_BLOCK, num_warps=_NUM_WARPS
     )
     return losses_nS, predicted_nS

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eagle_rpc.train.distributed import TrainerGroup, tensors_digest
-from eagle_rpc.train.masters import all_finite, flat_buffer
+from eagle_rpc.train.master_weights import all_finite, flat_buffer
 from eagle_rpc.train.optimiser import trainable_parameters
 
 
