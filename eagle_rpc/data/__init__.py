@@ -1,4 +1,4 @@
-"""From chat files to batches of tokens, and to the draft vocabulary."""
+"""From chat files to batches of tokens, and the draft vocabulary."""
 
 from eagle_rpc.data.batches import BatchPlan
 from eagle_rpc.data.chats import Chat, ChatFile, ChatWriter, Message, content_hash, read_chats

@@ -1,7 +1,8 @@
 """Chat files: JSON lines, one chat each.
 
-A record holds its turns under `messages` or `conversations`; a turn is `{"role", "content"}` or ShareGPT's `{"from", "value"}`.
-`"truncated": true` beside them says that the last answer breaks off. Other keys are ignored.
+A record holds its turns under `messages` or `conversations`. A turn is `{"role", "content"}` or ShareGPT's
+`{"from", "value"}`. `"truncated": true` in a record says that its last answer is incomplete. Other keys are
+ignored.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from eagle_rpc.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# A chat of a million tokens fits; a file that is not lines of text does not fill the memory.
+# Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 
 _ROLES = {
@@ -44,27 +45,27 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """The turns of one record: an optional system turn, then the user's first."""
+    """The turns of one record: an optional system turn, then the user's first turn."""
 
     messages: list[Message]
     line: int  # counted from 1
-    truncated: bool = False  # the last answer stopped for want of tokens, not because it was complete
+    truncated: bool = False  # whether the last answer ended at a limit of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ChatFile:
-    """The usable chats of a file in its order."""
+    """The usable chats of a file, in the order of the file."""
 
     path: Path
     chats: list[Chat]
-    skipped: Counter[str]  # records left out, by what is wrong with them
+    skipped: Counter[str]  # records left out, by kind of fault
 
 
 def read_chats(path: str | Path, *, on_error: OnError, needed_role: str = "assistant") -> ChatFile:
-    """Reads and checks every chat; each must have a turn of `needed_role` (`user` suffices for prompts).
+    """Reads and checks all chats; each must have a turn of `needed_role` (`user` suffices for prompts).
 
-    Raises `DataError` naming file, line and fault for the first broken record unless `on_error` is skip, and for a file
-    that cannot be read or holds no usable chat. Blank lines are no records.
+    Raises `DataError` naming file, line and fault for the first broken record unless `on_error` is skip, and
+    for a file that cannot be read or has no usable chat. Blank lines are ignored.
     """
     path = Path(path)
     problems = RecordProblems(path, on_error)
@@ -84,15 +85,16 @@ def read_chats(path: str | Path, *, on_error: OnError, needed_role: str = "assis
 
 
 def content_hash(messages: Sequence[Message]) -> str:
-    """Hash of roles and contents: equal for equal chats, wherever they stand."""
+    """Hash of roles and contents, equal for equal chats."""
     content = json.dumps([[message.role, message.content] for message in messages])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 class ChatWriter:
-    """Appends chats to a file, each as one whole line that is on its way to the disk when `write` returns.
+    """Appends chats to a file; the operating system has a chat's whole line when `write` returns.
 
-    A last line that a killed process left unfinished is removed on opening, so that the file can be read and continued.
+    Opening removes an incomplete last line, which a killed process may have left, so that the file can be
+    continued.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -124,7 +126,7 @@ class ChatWriter:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank; of one that is too long only the beginning, still longer than `MAX_LINE_BYTES`."""
+    """Numbers (from 1) and contents of lines that are not blank, cut to just over `MAX_LINE_BYTES`."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -203,6 +205,6 @@ def _parse_turn(turn: Any, number: int) -> Message:
 
 
 def _show(value: Any) -> str:
-    """A value in an error message, cut short."""
+    """A value for an error message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Rows of chats as padded tensors.
+"""Sequences of chats as padded tensors.
 
 Legend: B batch, T sequence.
 """
@@ -11,26 +11,26 @@ from eagle_rpc.data.dataset import Example
 from eagle_rpc.supervision.tokens import TokenBatch
 
 
-def collate(rows: Sequence[Sequence[Example]], length: int, *, packed: bool) -> TokenBatch:
-    """[B, `length`] tokens: the chats of each row one after the other, then padding.
+def collate(sequences: Sequence[Sequence[Example]], length: int, *, packed: bool) -> TokenBatch:
+    """A batch [B, `length`]: the chats of each sequence one after the other, then padding.
 
-    With `packed` segment ids number the chats of each row from 0, and its padding as one more.
+    With `packed` the segment ids number the chats of a sequence from 0, and its padding as one more.
     """
-    shape = (len(rows), length)
+    shape = (len(sequences), length)
     input_ids_BT = torch.zeros(shape, dtype=torch.int64)
     attention_mask_BT = torch.zeros(shape, dtype=torch.bool)
     loss_mask_BT = torch.zeros(shape, dtype=torch.bool)
     segment_ids_BT = torch.zeros(shape, dtype=torch.int64)
-    for b, row in enumerate(rows):
+    for b, examples in enumerate(sequences):
         start = 0
-        for segment, example in enumerate(row):
+        for segment, example in enumerate(examples):
             chat = slice(start, start + len(example.input_ids))
             input_ids_BT[b, chat] = example.input_ids
             attention_mask_BT[b, chat] = True
             loss_mask_BT[b, chat] = example.loss_mask
             segment_ids_BT[b, chat] = segment
             start = chat.stop
-        segment_ids_BT[b, start:] = len(row)
+        segment_ids_BT[b, start:] = len(examples)
     return TokenBatch(
         input_ids=input_ids_BT,
         attention_mask=attention_mask_BT,

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eagle_rpc.config.choices import Overlong
 from eagle_rpc.config.schema import DataConfig
@@ -21,13 +21,14 @@ from eagle_rpc.data.chats import ChatFile, read_chats
 from eagle_rpc.data.problems import RecordProblems, describe
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.errors import DataError
+from eagle_rpc.report.progress import with_progress
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One chat. `loss_mask` is true at tokens that the assistant says, at least once after the first token."""
+    """One chat. `loss_mask` is true at the assistant's tokens, at least once after the first token."""
 
     input_ids: Tensor  # [L] int64
     loss_mask: Tensor  # [L] bool
@@ -51,12 +52,11 @@ class ChatDataset(Sequence[Example]):
     ) -> "ChatDataset":
         """Reads and tokenises a chat file.
 
-        Chats over `config.max_length` are cut or dropped, and those that a cut leaves without a supervised token are dropped.
-        Raises `DataError` naming file, line and fault unless `config.on_error` is skip, and if no chat is left. The
-        progress bar appears on terminals only.
+        Chats over `config.max_length` are cut or dropped (`config.overlong`); a chat that a cut leaves
+        without supervised token is dropped. Raises `DataError` naming file, line and fault unless
+        `config.on_error` is skip, and if no chat is left.
         """
-        file = read_chats(path, on_error=config.on_error)
-        tokenising = _Tokenising(file, template, config)
+        tokenising = _Tokenising(read_chats(path, on_error=config.on_error), template, config)
         examples = list(tokenising.examples(show_progress))
         if not examples:
             raise DataError(f"{path} must leave at least one chat, got {tokenising.summary(examples)}")
@@ -66,7 +66,11 @@ class ChatDataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> Example:
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         return self._examples[index]
 
     @cached_property
@@ -75,10 +79,10 @@ class ChatDataset(Sequence[Example]):
         return hashlib.sha256("".join(example.digest for example in self).encode()).hexdigest()
 
     def split(self, validation_share: float) -> tuple["ChatDataset", "ChatDataset"]:
-        """Training and validation examples, told apart by a hash of their content alone: equal chats stay together.
+        """Training and validation examples, chosen by a hash of their content: equal chats stay together.
 
-        Of two different chats at least one is for validation, unless `validation_share` is 0. Raises `DataError` if
-        nothing is left to train on.
+        If two chats differ, at least one is for validation, unless `validation_share` is 0. Raises
+        `DataError` if no chat is left for training.
         """
         places = [int(example.digest[:16], 16) / 2**64 for example in self]
         threshold = validation_share
@@ -88,31 +92,28 @@ class ChatDataset(Sequence[Example]):
         validation = [example for example, place in zip(self, places, strict=True) if place < threshold]
         if not train:
             raise DataError(
-                f"data.validation_share must leave chats to train on, got {validation_share} of {len(self)} chats"
+                f"data.validation_share must leave chats to train on, got {validation_share} of {len(self)} "
+                "chats"
             )
-        return ChatDataset(train, max_length=self.max_length), ChatDataset(
-            validation, max_length=self.max_length
-        )
+        train_set, validation_set = (ChatDataset(p, max_length=self.max_length) for p in (train, validation))
+        return train_set, validation_set
 
 
 def load_datasets(
     config: DataConfig, template: ChatTemplate, *, show_progress: bool = True
 ) -> tuple[ChatDataset, ChatDataset]:
     """Training and validation examples; the second may be empty. Raises `DataError`."""
-    dataset = ChatDataset.load(config.train_path, template, config, show_progress=show_progress)
+    train = ChatDataset.load(config.train_path, template, config, show_progress=show_progress)
     if config.validation_path is None:
-        train, validation = dataset.split(config.validation_share)
+        train, validation = train.split(config.validation_share)
     else:
-        train, validation = (
-            dataset,
-            ChatDataset.load(config.validation_path, template, config, show_progress=show_progress),
-        )
+        validation = ChatDataset.load(config.validation_path, template, config, show_progress=show_progress)
     logger.info("%d chats to train on, %d to validate on", len(train), len(validation))
     return train, validation
 
 
 class _Tokenising:
-    """One pass over a chat file, and what happened to its chats."""
+    """One pass over a chat file, and the counts of truncated and dropped chats."""
 
     def __init__(self, file: ChatFile, template: ChatTemplate, config: DataConfig) -> None:
         self._file = file
@@ -123,11 +124,8 @@ class _Tokenising:
         self._dropped = 0
 
     def examples(self, show_progress: bool) -> Iterator[Example]:
-        # `None` leaves it to tqdm to see whether somebody is watching.
-        hidden = None if show_progress else True
-        for chat in tqdm(
-            self._file.chats, desc=f"tokenising {self._file.path.name}", unit="chat", disable=hidden
-        ):
+        title = f"tokenising {self._file.path.name}"
+        for chat in with_progress(self._file.chats, "chat", title=title, shown=show_progress):
             with self._problems.record(chat.line):
                 ids, mask = self._template.supervised_ids(chat.messages, truncated=chat.truncated)
                 if len(ids) > self._config.max_length:
@@ -139,13 +137,13 @@ class _Tokenising:
         tokens = sum(len(example.input_ids) for example in examples)
         supervised = sum(int(example.loss_mask.sum()) for example in examples)
         return (
-            f"{len(examples)} chats, {tokens} tokens, {supervised} of them supervised; {self._truncated} chats truncated to "
-            f"{self._config.max_length} tokens, {self._dropped} dropped as too long, "
-            f"{describe(self._file.skipped + self._problems.skipped)}"
+            f"{len(examples)} chats, {tokens} tokens, {supervised} of them supervised; "
+            f"{self._truncated} chats truncated to {self._config.max_length} tokens, "
+            f"{self._dropped} dropped as too long, {describe(self._file.skipped + self._problems.skipped)}"
         )
 
     def _shorten(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-        """What the policy leaves of an overlong chat; nothing if it is dropped."""
+        """The beginning of an overlong chat, or nothing if it is dropped."""
         length = self._config.max_length
         if self._config.overlong is Overlong.drop or not any(mask[1:length]):
             self._dropped += 1

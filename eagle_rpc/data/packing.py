@@ -1,65 +1,70 @@
-"""Which chats share a row: best fit, longest first, never cut."""
+"""Packing: which chats share a sequence. Best fit, longest chat first; no chat is cut.
+
+A sequence here is one line of a batch [B, T]: one chat or, packed, several.
+"""
 
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-Row = tuple[int, ...]  # chats by number in the dataset, from left to right
+ChatIds = tuple[int, ...]  # the chats of one sequence from left to right, as indices into the dataset
 
 
-class RowLayout:
-    """Rows of at most `capacity` tokens for chats of the given lengths, a multiple of `multiple` of them if the chats suffice.
+class PackedLayout:
+    """Sequences of at most `capacity` tokens for chats of the given lengths.
 
-    Whatever order equally long chats come in, the lengths in each row are the same: so every epoch has as many rows, and only
-    who sits in them changes. Every chat has one seat.
+    The layout fixes only the lengths in each sequence, so all epochs have the same number of sequences.
+    `assign` puts the chats in their places. If there are enough chats, the number of sequences is a multiple
+    of `multiple`.
     """
 
     def __init__(self, lengths: Sequence[int], *, capacity: int, multiple: int = 1) -> None:
         """No length may exceed `capacity`."""
         self._lengths = lengths
-        self._rows = _best_fit(sorted(lengths, reverse=True), capacity)
-        _split_rows(self._rows, multiple)
+        self._sequences = _best_fit(sorted(lengths, reverse=True), capacity)
+        _split_sequences(self._sequences, multiple)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
-    def seat(self, rng: random.Random) -> list[Row]:
-        """The rows of one epoch in random order: each chat takes a seat of its length."""
+    def assign(self, rng: random.Random) -> list[ChatIds]:
+        """The sequences of one epoch in random order; each chat takes a random place of its length."""
         waiting = defaultdict(list)
         for chat in rng.sample(range(len(self._lengths)), len(self._lengths)):
             waiting[self._lengths[chat]].append(chat)
-        rows = [tuple(waiting[length].pop() for length in row) for row in self._rows]
-        rng.shuffle(rows)
-        return rows
+        sequences = [tuple(waiting[length].pop() for length in lengths) for lengths in self._sequences]
+        rng.shuffle(sequences)
+        return sequences
 
 
 def _best_fit(falling_lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Each length goes to the row that it leaves the least room in, or begins one."""
-    rows: list[list[int]] = []
-    by_room = defaultdict(list)
-    # Bit r is set while some row has room for exactly r tokens more: the least that suffices is one shift away.
+    """Adds each length to the sequence where it leaves the least room, or starts a new one."""
+    sequences: list[list[int]] = []
+    by_room: defaultdict[int, list[list[int]]] = defaultdict(list)
+    # Bit r is set while some sequence has room for exactly r more tokens: one shift finds the least room that
+    # suffices.
     rooms = 0
     for length in falling_lengths:
-        roomier = rooms >> length
-        if roomier:
-            room = length + (roomier & -roomier).bit_length() - 1
-            row = by_room[room].pop()
+        sufficient = rooms >> length
+        if sufficient:
+            room = length + (sufficient & -sufficient).bit_length() - 1
+            lengths = by_room[room].pop()
             if not by_room[room]:
                 rooms ^= 1 << room
         else:
-            room, row = capacity, []
-            rows.append(row)
-        row.append(length)
-        by_room[room - length].append(row)
+            room, lengths = capacity, []
+            sequences.append(lengths)
+        lengths.append(length)
+        by_room[room - length].append(lengths)
         rooms |= 1 << (room - length)
-    return rows
+    return sequences
 
 
-def _split_rows(rows: list[list[int]], multiple: int) -> None:
-    """Halves rows until their number divides evenly: the batches that are computed anyway then repeat no chat."""
-    while len(rows) % multiple:
-        fullest = max(rows, key=len)
+def _split_sequences(sequences: list[list[int]], multiple: int) -> None:
+    """Halves sequences until their number is a multiple: the last batch then need not repeat chats."""
+    while len(sequences) % multiple:
+        fullest = max(sequences, key=len)
         if len(fullest) == 1:
             return
-        rows.append(fullest[1::2])
+        sequences.append(fullest[1::2])
         del fullest[1::2]

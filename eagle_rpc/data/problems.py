@@ -1,4 +1,4 @@
-"""What happens to a record that cannot be used: the first one ends the run, or all are counted."""
+"""Records that cannot be used: the first one ends the job, or all are counted (`data.on_error`)."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from eagle_rpc.errors import DataError
 
 
 class RecordProblem(DataError):
-    """One record's fault. Where file and line are known, `RecordProblems` adds them or counts the fault under its `kind`."""
+    """The fault of one record; `RecordProblems` adds file and line to it, or counts it under its `kind`."""
 
     def __init__(self, detail: str, *, kind: str = "broken") -> None:
         super().__init__(detail)
@@ -27,9 +27,9 @@ class RecordProblems:
 
     @contextmanager
     def record(self, line: int) -> Iterator[None]:
-        """Surrounds the handling of one record; what is left of it does not run after a `RecordProblem`.
+        """Counts a `RecordProblem` of the body, which processes one record, or raises `DataError`.
 
-        Raises `DataError` naming file, line and fault when the policy is to fail.
+        The error, with `data.on_error=fail`, names file, line and fault.
         """
         try:
             yield
@@ -42,6 +42,6 @@ class RecordProblems:
 
 
 def describe(skipped: Counter[str]) -> str:
-    """How many records were left out, and for what."""
+    """How many records were skipped, and why."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
     return f"{skipped.total()} skipped ({kinds})" if skipped else "none skipped"

@@ -1,8 +1,9 @@
-"""Chats as token ids, with the loss mask on what the assistant says.
+"""Chats as token ids, with a loss mask on the assistant's tokens.
 
-Two ways to find the assistant's tokens. A template with `{% generation %}` markers names them itself. Without markers
-each assistant turn is what the rendering up to and including the turn adds to the rendering of its prompt, which holds
-only if every such rendering is a prefix of the whole (Qwen3's removes earlier thoughts, for example: refused).
+There are two ways to find these tokens. A template with `{% generation %}` markers marks them. Without
+markers, an assistant turn consists of the tokens that the rendering up to the turn's end adds to the
+rendering of its prompt. That requires each of these renderings to be a prefix of the whole; chats where it is
+not are refused (Qwen3's template, for example, removes earlier thoughts).
 """
 
 import re
@@ -22,20 +23,20 @@ _GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ChatTemplate:
-    """A tokenizer together with the chat template that it is used with."""
+    """A tokenizer and its chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
-        """`path` is a Jinja file that replaces the tokenizer's own template.
+        """`path` is a Jinja file that replaces the tokenizer's template.
 
-        Raises `ConfigError` if there is no template, or if it does not render.
+        Raises `ConfigError` if there is no template, or if it cannot be rendered.
         """
         self.tokenizer = tokenizer
         self._template = _own_template(tokenizer) if path is None else _read_template(path)
         self._marks_answers = _GENERATION_MARKER.search(self._template) is not None
         if self._marks_answers and not tokenizer.is_fast:
             raise ConfigError(
-                f"a template with generation markers must go with a fast tokenizer, got {type(tokenizer).__name__}; "
-                "give one without markers as data.chat_template"
+                "a template with generation markers must go with a fast tokenizer, "
+                f"got {type(tokenizer).__name__}; give one without markers as data.chat_template"
             )
         self._special_ids = special_token_ids(tokenizer)
         try:
@@ -44,21 +45,22 @@ class ChatTemplate:
             raise ConfigError(f"data.chat_template must render a question, got: {problem}") from problem
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids after which the assistant's answer to `messages` begins. Raises `RecordProblem`."""
+        """Token ids of the prompt for the assistant's answer to `messages`. Raises `RecordProblem`."""
         return self._tokenise([self._render(messages, add_generation_prompt=True)])[0]
 
     def supervised_ids(
         self, messages: Sequence[Message], *, truncated: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a chat and their loss mask, equally long and ending with the last supervised token.
+        """Token ids of a chat and their loss mask, both up to the last supervised token.
 
-        The mask is true on each assistant turn's content and on the token that ends the turn. White space that the
-        template writes after that token is not supervised: the target never emits it. With generation markers the mask
-        is what they enclose. A `truncated` chat loses the token that ends its last turn: the target would have gone on.
-        Raises `RecordProblem` if the template refuses the chat or is not prefix-stable on it, or if no token is supervised.
+        The mask is true on the content of each assistant turn and on the token that ends the turn, not on
+        white space that the template writes after it, which the target never emits. With generation markers
+        the mask covers the marked text. A `truncated` chat loses the token that ends its last turn, since the
+        target had not finished. Raises `RecordProblem` if the template refuses the chat or is not
+        prefix-stable on it, or if no token is supervised.
         """
         ids, mask = self._marked_ids(messages) if self._marks_answers else self._ids_by_prefix(messages)
-        # The first token is nothing's successor, so supervising it alone teaches nothing.
+        # No token precedes the first one, so it cannot be predicted.
         if not any(mask[1:]):
             raise RecordProblem(
                 "the template leaves no supervised token in the chat", kind="without supervised token"
@@ -73,7 +75,7 @@ class ChatTemplate:
         return encoded["input_ids"], [bool(marked) for marked in encoded["assistant_masks"]]
 
     def _ids_by_prefix(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """What follows the last answer is left out."""
+        """Without the turns after the last answer."""
         answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
         prompts = self._tokenise(
             [self._render(messages[:index], add_generation_prompt=True) for index in answers]
@@ -84,9 +86,9 @@ class ChatTemplate:
         for index, prompt, turn in zip(answers, prompts, turns, strict=True):
             if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
                 raise RecordProblem(
-                    f"the chat template renders what leads to message {index + 1} differently once more follows, so the "
-                    "answer's tokens cannot be told apart; mark them with {% generation %} in a template of your own "
-                    "(data.chat_template)",
+                    f"the chat template renders the chat up to message {index + 1} differently when more "
+                    "messages follow, so the answer's tokens cannot be found; mark them with {% generation %} in a "
+                    "template of your own (data.chat_template)",
                     kind="not prefix-stable",
                 )
             for position in range(len(prompt), self._end_of_turn(turn, len(prompt))):
@@ -94,15 +96,14 @@ class ChatTemplate:
         return ids, mask
 
     def _end_of_turn(self, turn: list[int], start: int) -> int:
-        """Where supervision of a turn that begins at `start` ends: after its last special token if only white space follows."""
+        """End of a turn's supervision: after its last special token if only white space follows."""
         end = len(turn)
-        while (
-            end > start
-            and turn[end - 1] not in self._special_ids
-            and self.tokenizer.decode([turn[end - 1]]).isspace()
-        ):
+        while end > start and turn[end - 1] not in self._special_ids and self._is_space(turn[end - 1]):
             end -= 1
         return end if end > start and turn[end - 1] in self._special_ids else len(turn)
+
+    def _is_space(self, token_id: int) -> bool:
+        return str(self.tokenizer.decode([token_id])).isspace()
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -121,7 +122,7 @@ class ChatTemplate:
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of all special tokens: those with a role, and added ones that are flagged as special."""
+    """Ids of all special tokens: those with a role, and added tokens with the flag `special`."""
     flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return flagged.union(tokenizer.all_special_ids)
 
@@ -131,7 +132,8 @@ def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise ConfigError(
-            f"data.chat_template must name a Jinja file: the tokenizer {tokenizer.name_or_path!r} has no chat template"
+            "data.chat_template must name a Jinja file: "
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
         ) from error
 
 

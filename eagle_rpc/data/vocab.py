@@ -6,7 +6,6 @@ Legend: V target vocab, K draft vocab.
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from eagle_rpc.data.dataset import ChatDataset
 from eagle_rpc.data.template import special_token_ids
 from eagle_rpc.errors import ConfigError, DataError, InvalidRequest
+from eagle_rpc.process.files import replaced_file
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
 from eagle_rpc.supervision.vocab import VocabMapping
 
@@ -31,23 +31,27 @@ def build_vocab_mapping(
     draft_vocab_size: int,
     cache_dir: str | Path,
 ) -> tuple[VocabMapping, float]:
-    """The K tokens that the draft can emit, and the share of predicted tokens that are among them.
+    """The K tokens of the draft vocabulary, and the share of predicted tokens that they cover.
 
-    All special tokens of the tokenizer, then the most frequent tokens that `dataset` has the draft predict, then the lowest
-    unused ids. Kept in `cache_dir` under a hash of everything it depends on; a damaged file is built anew. Raises `ConfigError` if
-    sizes cannot work, `DataError` if the data hold ids that the target does not know.
+    They are all special tokens of the tokenizer, then the most frequent predicted tokens of `dataset`, then
+    the lowest unused ids. The mapping is kept in `cache_dir` under a hash of all its inputs; a damaged file
+    is built anew. Raises `ConfigError` for impossible sizes, `DataError` for ids outside the target's
+    vocabulary.
     """
     if not 0 < draft_vocab_size <= target_vocab_size:
         raise ConfigError(
-            f"draft.vocab_size must lie in [1, {target_vocab_size}] (the target's vocabulary), got {draft_vocab_size}"
+            f"draft.vocab_size must lie in [1, {target_vocab_size}] (the target's vocabulary), "
+            f"got {draft_vocab_size}"
         )
-    # A tokenizer may know tokens that its model has no row for.
+    # A tokenizer may have tokens beyond its model's vocabulary.
     special = sorted(token_id for token_id in special_token_ids(tokenizer) if token_id < target_vocab_size)
     if len(special) > draft_vocab_size:
         raise ConfigError(
-            f"draft.vocab_size must have room for the tokenizer's {len(special)} special tokens, got {draft_vocab_size}"
+            f"draft.vocab_size must have room for the tokenizer's {len(special)} special tokens, "
+            f"got {draft_vocab_size}"
         )
-    identity = f"{dataset.digest} {tokenizer_fingerprint(tokenizer)} {special} {target_vocab_size} {draft_vocab_size}"
+    sizes = f"{target_vocab_size} {draft_vocab_size}"
+    identity = f"{dataset.digest} {tokenizer_fingerprint(tokenizer)} {special} {sizes}"
     path = Path(cache_dir) / f"vocab-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
     found = _read(path, target_vocab_size, draft_vocab_size)
     if found is None:
@@ -65,10 +69,10 @@ def build_vocab_mapping(
 
 
 def count_predicted_tokens(dataset: ChatDataset, target_vocab_size: int) -> Tensor:
-    """How often each token is what the draft has to guess, [V] int64.
+    """How often the draft has to guess each token, [V] int64.
 
-    The target's output at a supervised token is judged, and that predicts the token after it. Raises `DataError` on ids
-    outside the vocabulary.
+    A supervised token is judged by the target's output there, which predicts the token after it. Raises
+    `DataError` for ids outside the vocabulary.
     """
     counts_V = torch.zeros(target_vocab_size, dtype=torch.int64)
     for example in dataset:
@@ -96,13 +100,13 @@ def _build(
 
 
 def _read(path: Path, target_vocab_size: int, draft_vocab_size: int) -> tuple[VocabMapping, float] | None:
-    """The kept mapping; None if there is none that can be trusted."""
+    """The kept mapping; None if there is none or it is damaged."""
     try:
         kept = json.loads(path.read_bytes())
         mapping = VocabMapping.from_token_ids(torch.tensor(kept["selected_token_ids"]), target_vocab_size)
         coverage = float(kept["coverage"])
         if mapping.digest != kept["digest"] or len(mapping) != draft_vocab_size:
-            raise ValueError("its digest does not fit its content")
+            raise ValueError("its digest or size does not fit its content")
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, InvalidRequest) as error:
@@ -112,15 +116,11 @@ def _read(path: Path, target_vocab_size: int, draft_vocab_size: int) -> tuple[Vo
 
 
 def _write(path: Path, mapping: VocabMapping, coverage: float) -> None:
-    """Atomic: trainers of one job may do this at the same time."""
+    """Several trainers may write the same file at the same time."""
     kept = {
         "selected_token_ids": mapping.selected_token_ids.tolist(),
         "coverage": coverage,
         "digest": mapping.digest,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, suffix=".tmp", delete=False
-    ) as file:
-        json.dump(kept, file)
-    Path(file.name).replace(path)
+    with replaced_file(path) as fresh:
+        fresh.write_text(json.dumps(kept), encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What a run tells people: figures, progress, log lines, plots."""
+"""Figures of a run for people: metrics, progress, plots, the status of a service."""

@@ -1,18 +1,20 @@
-"""Where figures of a run are kept: `metrics.jsonl`, one JSON object a line, and TensorBoard."""
+"""The metrics of a run on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eagle_rpc.process.files import replaced_file
+
 Figure = float | int | Sequence[float]
+Figures = Mapping[str, Figure]
 
 
 class MetricsLog:
-    """Appends figures to both sinks; what an earlier run wrote after `last_step` is dropped first.
+    """Appends figures to both; first drops the lines of an earlier run after `last_step`.
 
-    A line reaches the operating system before `write` returns, so killing the process loses none.
+    The operating system has a line when `write` returns, so a kill of the process loses none.
     """
 
     def __init__(self, metrics_path: Path, tensorboard_dir: Path, *, last_step: int = 0) -> None:
@@ -23,8 +25,8 @@ class MetricsLog:
         self._file = metrics_path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=last_step + 1)
 
-    def write(self, step: int, figures: Mapping[str, Figure]) -> None:
-        """One line `{"step": step, ...}`. Lists become one TensorBoard curve an element."""
+    def write(self, step: int, figures: Figures) -> None:
+        """One line `{"step": step, ...}`. A list becomes one TensorBoard curve per element."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
         for name, value in figures.items():
@@ -41,17 +43,16 @@ class MetricsLog:
 
 
 def read_metrics(metrics_path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    """The lines of a metrics file, without an incomplete last line, which a kill may leave."""
     for line in metrics_path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             yield json.loads(line)
 
 
 def truncate_after(metrics_path: Path, step: int) -> None:
-    """Drops the lines of later steps and a torn last line; a file that is absent stays absent."""
+    """Drops the lines of later steps and an incomplete last line; does nothing if there is no file."""
     if not metrics_path.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_metrics(metrics_path) if line["step"] <= step]
-    fresh = metrics_path.with_name(f".{metrics_path.name}.fresh")
-    fresh.write_text("".join(kept), encoding="utf-8")
-    os.replace(fresh, metrics_path)
+    with replaced_file(metrics_path) as fresh:
+        fresh.write_text("".join(kept), encoding="utf-8")

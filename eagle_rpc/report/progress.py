@@ -1,71 +1,90 @@
-"""Training as someone watches it: a bar on a terminal, a log line every few seconds elsewhere."""
+"""Progress of one piece of work: a bar on a terminal, elsewhere a log line every ten seconds."""
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 _BAR_SECONDS = 0.5
 _LINE_SECONDS = 10.0
 
 
-class TrainingProgress:
-    """Advances by one optimiser step a call, and asks for figures only when they are about to be shown.
+class Progress:
+    """Shows "title: unit 40/100: text". The caller reports units of work that are done, and closes it.
 
-    `clock` gives seconds; figures are those of the training metrics.
+    Args:
+        unit: name of one unit of work in the singular.
+        total: number of units, those done earlier included; None: unknown.
+        done: units that were done earlier.
+        title: name of the work.
+        shown: False shows nothing, for all workers but one.
+        stream: decides between bar and lines, and gets the bar; None: standard error.
+        clock: seconds.
     """
 
     def __init__(
         self,
-        total_steps: int,
-        first_step: int = 0,
+        unit: str,
+        total: int | None,
         *,
+        done: int = 0,
+        title: str = "",
+        shown: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         stream = sys.stderr if stream is None else stream
-        self._total = total_steps
-        self._step = first_step
-        self._clock = clock
+        self._unit, self._total, self._done = unit, total, done
+        self._title, self._shown, self._clock = title, shown, clock
         self._last_shown = clock()
         self._bar: tqdm[Any] | None = None
-        if stream.isatty():
+        if shown and stream.isatty():
+            title_or_none = title or None
             self._bar = tqdm(
-                total=total_steps, initial=first_step, unit="step", file=stream, dynamic_ncols=True
+                total=total, initial=done, unit=unit, desc=title_or_none, file=stream, dynamic_ncols=True
             )
 
-    def advance(self, figures: Callable[[], Mapping[str, Any]]) -> None:
-        """One more step is done; `figures` may have to wait for the accelerator, so it is called seldom."""
-        self._step += 1
+    def advance(self, describe: Callable[[], str] | None = None, *, count: int = 1) -> None:
+        """`count` more units are done. `describe` gives the text; it is called only if the text is shown now.
+
+        The last unit is shown at once if it has a text.
+        """
+        self._done += count
+        if not self._shown:
+            return
         now = self._clock()
-        due = (
-            now - self._last_shown >= (_LINE_SECONDS if self._bar is None else _BAR_SECONDS)
-            or self._step == self._total
-        )
-        text = summary(figures()) if due else None
-        if due:
+        interval = _LINE_SECONDS if self._bar is None else _BAR_SECONDS
+        last = describe is not None and self._done == self._total
+        text = None
+        if last or now - self._last_shown >= interval:
             self._last_shown = now
+            text = "" if describe is None else describe()
         if self._bar is not None:
-            if text is not None:
+            if text:
                 self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update()
+            self._bar.update(count)
         elif text is not None:
-            logger.info("step %d/%d: %s", self._step, self._total, text)
+            of_total = "" if self._total is None else f"/{self._total}"
+            parts = (self._title, f"{self._unit} {self._done}{of_total}", text)
+            logger.info("%s", ": ".join(filter(None, parts)))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
 
-def summary(figures: Mapping[str, Any]) -> str:
-    """Loss, first-step accuracy, simulated accept length, throughput and waiting in one short line."""
-    return (
-        f"loss {figures['loss']:.3f}, accuracy {figures['accuracy'][0]:.3f}, "
-        f"accept length {figures['simulated_accept_length']:.2f}, {figures['tokens_per_second']:.0f} tok/s, "
-        f"waiting {figures['wait_share']:.0%}"
-    )
+def with_progress(items: Collection[Item], unit: str, *, title: str, shown: bool = True) -> Iterator[Item]:
+    """Yields the items and shows how many are done."""
+    progress = Progress(unit, len(items), title=title, shown=shown)
+    try:
+        for item in items:
+            yield item
+            progress.advance()
+    finally:
+        progress.close()

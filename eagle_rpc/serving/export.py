@@ -1,13 +1,12 @@
 """The plain EAGLE-3 directory that vLLM and SGLang serve: `config.json` and `model.safetensors`.
 
-Each engine has its own traps, so names and keys are the ones that every version of both reads: `midlayer.*` without a
-`model.` prefix (older SGLang skips what it does not know, and serves random weights), one layer, an untied head, rotary
-settings written out, and `d2t` as offsets.
-Legend: H hidden, I feed-forward width, A width of all query heads, E width of all key heads, V target vocab, K draft vocab.
+Names and keys are those that all versions of both engines read: `midlayer.*` without a `model.` prefix (older
+SGLang skips unknown names and serves random weights), one layer, an untied head, explicit rotary settings,
+`d2t` as offsets. Legend: H hidden, I feed-forward width, A width of all query heads, E width of all key
+heads, V target vocab, K draft vocab.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, ConfigError, InvalidRequest
+from eagle_rpc.process.files import replaced_directory
 from eagle_rpc.supervision import VocabMapping
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -30,12 +30,12 @@ _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedDraft:
-    """An export as read back."""
+    """The content of an export."""
 
     config: Eagle3DraftConfig
-    weights: dict[str, Tensor]  # of `weight_shapes`, in the dtype they were exported in
+    weights: dict[str, Tensor]  # those of `weight_shapes`, in the exported dtype
     mapping: VocabMapping
-    aux_layer_ids: tuple[int, ...] | None  # counted after the layer; null: the target's default layers
+    aux_layer_ids: tuple[int, ...] | None  # counted after the layer; None: the target's default layers
 
 
 def export_draft(
@@ -51,25 +51,24 @@ def export_draft(
     bos_token_id: int | None,
     eos_token_id: int | list[int] | None,
 ) -> list[Path]:
-    """Writes the plain form to `output_dir` and returns the files; an export that is there already is replaced.
+    """Writes the plain form to `output_dir`, replacing an earlier export, and returns the files.
 
     Args:
-        weights: the draft's parameters by name (`weight_shapes`); its embedding may be missing.
+        weights: the draft's parameters by name (`weight_shapes`); the embedding may be missing.
         dtype: format of the exported weights.
         aux_layer_ids: decoder layers whose outputs the draft reads, counted after the layer.
         target_embedding: [V, H], exported as the draft's.
 
     Raises:
-        CheckpointError: a weight is missing, unknown, or of another shape than the config says.
-        ConfigError: mapping and config disagree, the layers do not ascend, or `output_dir` holds something else.
+        CheckpointError: a weight is missing, unknown, or has another shape than the config says.
+        ConfigError: mapping and config disagree, the layers do not ascend, or `output_dir` holds other files.
     """
     if list(aux_layer_ids) != sorted(aux_layer_ids):
         raise ConfigError(
-            f"target.aux_layer_ids must ascend: serving engines join hidden states in layer order, got {list(aux_layer_ids)}"
+            "target.aux_layer_ids must ascend: serving engines join hidden states in layer order, "
+            f"got {list(aux_layer_ids)}"
         )
-    tensors = {name: weight for name, weight in weights.items() if name != EMBEDDING} | {
-        EMBEDDING: target_embedding
-    }
+    tensors = {**weights, EMBEDDING: target_embedding}
     _check_shapes(tensors, draft_config)
     if (len(mapping), mapping.target_vocab_size) != (draft_config.draft_vocab_size, draft_config.vocab_size):
         raise ConfigError(
@@ -79,15 +78,14 @@ def export_draft(
     stored = {
         name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()
     }
-    if (
-        len(mapping) < mapping.target_vocab_size
-    ):  # engines take a missing map as the identity, and vLLM refuses an identity map
+    # Engines read a missing map as the identity, and vLLM refuses an identity map.
+    if len(mapping) < mapping.target_vocab_size:
         stored |= {"d2t": mapping.d2t, "t2d": mapping.t2d}
     config = _serving_config(draft_config, dtype, aux_layer_ids, num_target_layers) | {
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
     }
-    return _replace_directory(output_dir, config, stored)
+    return _write(output_dir, config, stored)
 
 
 def weight_shapes(config: Eagle3DraftConfig) -> dict[str, tuple[int, ...]]:
@@ -113,21 +111,18 @@ def weight_shapes(config: Eagle3DraftConfig) -> dict[str, tuple[int, ...]]:
 
 
 def load_export(directory: Path) -> ExportedDraft:
-    """Reads what `export_draft` wrote. Raises `CheckpointError` naming the file, the rule and the value."""
-    raw = _read_config(directory / _CONFIG_FILE)
-    known = {field.name for field in fields(Eagle3DraftConfig)}
+    """Reads an export of `export_draft`. Raises `CheckpointError` naming file, rule and value."""
+    config_path, weights_path = directory / _CONFIG_FILE, directory / _WEIGHTS_FILE
+    raw = _read_config(config_path)
+    known = {field.name for field in fields(Eagle3DraftConfig)} & raw.keys()
     try:
-        config = Eagle3DraftConfig(
-            **{"rope_scaling": None, **{name: value for name, value in raw.items() if name in known}}
-        )
+        config = Eagle3DraftConfig(**{"rope_scaling": None, **{name: raw[name] for name in known}})
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{directory / _CONFIG_FILE} must describe an EAGLE-3 draft: {error}"
-        ) from error
+        raise CheckpointError(f"{config_path} must describe an EAGLE-3 draft: {error}") from error
     try:
-        tensors = load_file(directory / _WEIGHTS_FILE)
+        tensors = load_file(weights_path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / _WEIGHTS_FILE} must be a safetensors file: {error}") from error
+        raise CheckpointError(f"{weights_path} must be a safetensors file: {error}") from error
     offsets = tensors.pop("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
     membership = tensors.pop("t2d", None)
     _check_shapes(tensors, config)
@@ -135,17 +130,15 @@ def load_export(directory: Path) -> ExportedDraft:
         mapping = VocabMapping.from_token_ids(offsets + torch.arange(len(offsets)), config.vocab_size)
     except InvalidRequest as error:
         raise CheckpointError(
-            f"{directory / _WEIGHTS_FILE}: d2t must hold offsets to distinct target ids: {error}"
+            f"{weights_path}: d2t must hold offsets to distinct target ids: {error}"
         ) from error
-    if len(mapping) != config.draft_vocab_size or (
-        membership is not None and not torch.equal(membership, mapping.t2d)
-    ):
+    same_tokens = membership is None or torch.equal(membership, mapping.t2d)
+    if len(mapping) != config.draft_vocab_size or not same_tokens:
         raise CheckpointError(
-            f"{directory / _WEIGHTS_FILE}: d2t and t2d must name the same {config.draft_vocab_size} tokens"
+            f"{weights_path}: d2t and t2d must name the same {config.draft_vocab_size} tokens"
         )
-    return ExportedDraft(
-        config=config, weights=tensors, mapping=mapping, aux_layer_ids=_read_aux_layers(raw, directory)
-    )
+    layers = _read_aux_layers(raw, config_path)
+    return ExportedDraft(config=config, weights=tensors, mapping=mapping, aux_layer_ids=layers)
 
 
 def _serving_config(
@@ -164,7 +157,7 @@ def _serving_config(
     }
     default_layers = [1, num_target_layers // 2 - 1, num_target_layers - 4]
     if list(aux_layer_ids) != default_layers:
-        # vLLM reads the outer key and counts before the layer; SGLang reads the inner one and adds one to it.
+        # vLLM reads the outer key and counts before the layer; SGLang reads the inner one and adds 1.
         config[_AUX_LAYERS] = [layer + 1 for layer in aux_layer_ids]
         config["eagle_config"] = {_AUX_LAYERS: list(aux_layer_ids), "use_aux_hidden_state": True}
     return config
@@ -179,32 +172,23 @@ def _check_shapes(tensors: Mapping[str, Tensor], config: Eagle3DraftConfig) -> N
             raise CheckpointError(
                 f"the draft's weights must be those of one EAGLE-3 layer, got {name} as well"
             )
-        if tuple(tensors[name].shape) != expected[name]:
-            raise CheckpointError(
-                f"{name} must have shape {list(expected[name])}, got {list(tensors[name].shape)}"
-            )
+        shape = tuple(tensors[name].shape)
+        if shape != expected[name]:
+            raise CheckpointError(f"{name} must have shape {list(expected[name])}, got {list(shape)}")
 
 
-def _replace_directory(output_dir: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Path]:
-    """Writes beside `output_dir`, then renames: whoever looks sees a whole export or none."""
-    files = [_CONFIG_FILE, _WEIGHTS_FILE]
+def _write(output_dir: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[Path]:
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / _CONFIG_FILE).is_file():
         raise ConfigError(
             f"serving.dir must be free or hold an earlier export, got {output_dir}, which holds other files"
         )
-    fresh, stale = (output_dir.with_name(f".{output_dir.name}.{kind}") for kind in ("fresh", "stale"))
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    (fresh / _CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(tensors, fresh / _WEIGHTS_FILE, metadata={"format": "pt"})
-    # safetensors makes files that only their owner reads; whoever serves the draft may be someone else.
-    (fresh / _WEIGHTS_FILE).chmod((fresh / _CONFIG_FILE).stat().st_mode)
-    if output_dir.exists():
-        output_dir.rename(stale)
-    fresh.rename(output_dir)
-    shutil.rmtree(stale, ignore_errors=True)
-    return [output_dir / name for name in files]
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    with replaced_directory(output_dir) as fresh:
+        (fresh / _CONFIG_FILE).write_text(content, encoding="utf-8")
+        save_file(tensors, fresh / _WEIGHTS_FILE, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read, but another user may serve the draft.
+        (fresh / _WEIGHTS_FILE).chmod((fresh / _CONFIG_FILE).stat().st_mode)
+    return [output_dir / name for name in (_CONFIG_FILE, _WEIGHTS_FILE)]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -219,7 +203,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_aux_layers(raw: dict[str, Any], directory: Path) -> tuple[int, ...] | None:
+def _read_aux_layers(raw: dict[str, Any], config_path: Path) -> tuple[int, ...] | None:
     before_layer = raw.get(_AUX_LAYERS)
     after_layer = (raw.get("eagle_config") or {}).get(_AUX_LAYERS)
     if before_layer is None:
@@ -227,6 +211,7 @@ def _read_aux_layers(raw: dict[str, Any], directory: Path) -> tuple[int, ...] | 
     aux_layer_ids = tuple(layer - 1 for layer in before_layer)
     if after_layer is not None and tuple(after_layer) != aux_layer_ids:
         raise CheckpointError(
-            f"{directory / _CONFIG_FILE}: eagle_config.{_AUX_LAYERS} must be one less than {before_layer}, got {after_layer}"
+            f"{config_path}: eagle_config.{_AUX_LAYERS} must be one less than {before_layer}, "
+            f"got {after_layer}"
         )
     return aux_layer_ids

@@ -1,4 +1,4 @@
-"""The training of a draft: loop, optimiser, trainers' group, checkpoints, run directory."""
+"""The training of a draft: loop, optimiser step, trainers' group, checkpoints, run directory."""
 
 from eagle_rpc.train.checkpoint import Checkpoint, latest_checkpoint, load_target_embedding, read_checkpoint
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers

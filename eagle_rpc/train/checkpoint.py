@@ -1,15 +1,12 @@
-"""Checkpoints on disk: `checkpoints/step_N/`, whole or not there at all.
+"""Checkpoints on disk: `checkpoints/step_N/`, complete or absent.
 
-A checkpoint is written under a hidden name, forced to the disk and renamed, so whatever is called `step_N` is complete.
-The learning rate follows from the step, and training draws no random numbers once the draft is initialised (the data's
-order follows from the seed), so neither needs a state of its own.
+The learning rate follows from the step, the data order from seed and position, and training draws no random
+numbers after the draft is initialised: so none of them needs a state of its own.
 """
 
 import json
 import logging
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_rpc.errors import CheckpointError, EagleRpcError
+from eagle_rpc.process.files import remove_directory, remove_unfinished, replaced_directory, replaced_file
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.train.record import RunRecord
 
@@ -28,32 +26,24 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d+)")
 _FACTS, _WEIGHTS, _OPTIMISER = "checkpoint.json", "draft.safetensors", "optimiser.safetensors"
 _MAPPING = "vocab_mapping.safetensors"
-_PARTIAL, _REMOVED = ".partial", ".removed"
 _EMBEDDING_KEY = "embed_tokens.weight"
 
 
 @dataclass(kw_only=True, slots=True)
 class Checkpoint:
-    """All that a run needs to go on bit for bit. Tensors are on the CPU when read."""
+    """The state from which a run continues bit for bit. Tensors are on the CPU after reading."""
 
     step: int  # optimiser steps done
-    micro_batches: int  # consumed by each trainer, prefetched ones not counted
+    micro_batches: int  # consumed by each trainer, without prefetched ones
     record: RunRecord
-    weights: dict[str, Tensor]  # of the draft, without frozen embeddings
-    optimiser: dict[str, Tensor]  # as `optimiser_tensors` gives it
+    weights: dict[str, Tensor]  # of the draft, without the frozen embedding
+    optimiser: dict[str, Tensor]  # in the form of `optimiser_tensors`
     running_sums: list[float]  # figures since the last line of metrics
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Adds `directory/step_N`, then removes all but the `keep` newest. A kill at any moment leaves the old ones usable."""
+    """Adds `directory/step_N`, keeps the `keep` newest. A kill at any moment leaves the old ones usable."""
     final = directory / f"step_{checkpoint.step}"
-    partial = directory / f".{final.name}{_PARTIAL}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    mapping = checkpoint.record.mapping
-    _save_tensors(partial / _WEIGHTS, checkpoint.weights)
-    _save_tensors(partial / _OPTIMISER, checkpoint.optimiser)
-    _save_tensors(partial / _MAPPING, {"selected_token_ids": mapping.selected_token_ids})
     facts = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
@@ -61,30 +51,28 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> P
         "running_sums": checkpoint.running_sums,
         **checkpoint.record.to_json(),
     }
-    (partial / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    _force_to_disk(partial / _FACTS)
-    _force_to_disk(partial)
-    partial.rename(final)
-    _force_to_disk(directory)
+    selected = checkpoint.record.mapping.selected_token_ids
+    with replaced_directory(final) as fresh:
+        _save_tensors(fresh / _WEIGHTS, checkpoint.weights)
+        _save_tensors(fresh / _OPTIMISER, checkpoint.optimiser)
+        _save_tensors(fresh / _MAPPING, {"selected_token_ids": selected})
+        (fresh / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     for _, path in _complete(directory)[:-keep]:
-        _remove(path)
+        remove_directory(path)
     logger.info("saved %s", final)
     return final
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint, null if there is none."""
+    """The newest complete checkpoint; None if there is none."""
     complete = _complete(directory)
     return complete[-1][1] if complete else None
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Clears what a killed write or removal left behind. Only the process that writes checkpoints may call this."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        if path.suffix in (_PARTIAL, _REMOVED):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what killed processes left unfinished. Only the process that writes checkpoints may call it."""
+    if directory.is_dir():
+        remove_unfinished(directory)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -92,9 +80,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     facts = _read_facts(path / _FACTS)
     selected = _load_tensors(path / _MAPPING)
     try:
-        mapping = VocabMapping.from_token_ids(
-            selected["selected_token_ids"], facts["draft_config"]["vocab_size"]
-        )
+        target_vocab_size = facts["draft_config"]["vocab_size"]
+        mapping = VocabMapping.from_token_ids(selected["selected_token_ids"], target_vocab_size)
         if mapping.digest != facts["mapping_digest"]:
             raise CheckpointError(
                 f"{path / _MAPPING} must have digest {facts['mapping_digest']}, got {mapping.digest}"
@@ -114,16 +101,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_target_embedding(path: Path, embedding: Tensor) -> None:
-    """Keeps the target's token embedding [V, H] once for all checkpoints of a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    _save_tensors(partial, {_EMBEDDING_KEY: embedding})
-    partial.replace(path)
-    _force_to_disk(path.parent)
+    """Writes the target's token embedding [V, H] once for all checkpoints of a run."""
+    with replaced_file(path) as fresh:
+        _save_tensors(fresh, {_EMBEDDING_KEY: embedding})
 
 
 def load_target_embedding(path: Path) -> Tensor:
-    """[V, H] in the target's dtype. Raises `CheckpointError` if it is absent or damaged."""
+    """[V, H] in the target's dtype. Raises `CheckpointError` if it is missing or damaged."""
     tensors = _load_tensors(path)
     if _EMBEDDING_KEY not in tensors:
         raise CheckpointError(f"{path} must hold {_EMBEDDING_KEY}, got {sorted(tensors)}")
@@ -136,13 +120,6 @@ def _complete(directory: Path) -> list[tuple[int, Path]]:
         return []
     named = [(_NAME.fullmatch(path.name), path) for path in directory.iterdir()]
     return sorted((int(match[1]), path) for match, path in named if match)
-
-
-def _remove(path: Path) -> None:
-    """Takes the name away first: a half removed directory must not look like a checkpoint."""
-    doomed = path.with_name(f".{path.name}{_REMOVED}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -158,7 +135,6 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _force_to_disk(path)
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -166,12 +142,3 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
-
-
-def _force_to_disk(path: Path) -> None:
-    """A rename may reach the disk before what was written, unless that is waited for."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,11 +1,12 @@
-"""Figures of training and validation, from sums that stay on the device until someone looks.
+"""Figures of training and validation, computed from sums that stay on the device until a figure is needed.
 
 Legend: S steps of training-time test.
 """
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 
 
 class RunningSums:
-    """What figures are made of, added up over batches, trainers and optimiser steps.
+    """Sums over batches, trainers and optimiser steps, from which figures follow.
 
-    All of it lies in one fp64 vector, so adding over trainers is one call, looking at it is one, and counts stay exact.
+    All are in one fp64 vector: one collective sums it over trainers, one copy reads it, and counts stay
+    exact.
     """
 
     _OF_STEPS = ("loss_sums", "rows", "correct", "accepted", "drafts")  # as in `TTTResult`
@@ -27,9 +29,8 @@ class RunningSums:
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self._steps = steps
-        self.flat = torch.zeros(
-            len(self._OF_STEPS) * steps + len(self._SCALARS), dtype=torch.float64, device=device
-        )
+        size = len(self._OF_STEPS) * steps + len(self._SCALARS)
+        self.flat = torch.zeros(size, dtype=torch.float64, device=device)
         columns, scalars = self.flat[: -len(self._SCALARS)].view(-1, steps), self.flat[-len(self._SCALARS) :]
         self._named = dict(zip(self._OF_STEPS + self._SCALARS, (*columns, *scalars), strict=True))
 
@@ -39,9 +40,9 @@ class RunningSums:
         self._named["tokens"] += batch.tokens.attention_mask.sum()
         self._named["supervised_tokens"] += batch.loss_mask.sum()
 
-    def add_step(self, of_all_trainers: "RunningSums", grad_norm: Tensor) -> None:
-        """One optimiser step."""
-        self.flat += of_all_trainers.flat
+    def add_step(self, step_sums: "RunningSums", grad_norm: Tensor) -> None:
+        """Adds one optimiser step; `step_sums` are over all trainers."""
+        self.flat += step_sums.flat
         self._named["optimiser_steps"] += 1
         self._named["grad_norms"] += grad_norm
 
@@ -49,7 +50,7 @@ class RunningSums:
         self.flat.zero_()
 
     def load(self, values: list[float]) -> None:
-        """Puts back what `flat.tolist()` gave. Raises `CheckpointError` for another number of steps."""
+        """Restores the result of `flat.tolist()`. Raises `CheckpointError` for another number of steps."""
         if len(values) != self.flat.numel():
             raise CheckpointError(f"running_sums must hold {self.flat.numel()} numbers, got {len(values)}")
         self.flat.copy_(torch.tensor(values, dtype=torch.float64))
@@ -58,17 +59,17 @@ class RunningSums:
         return bool(self.flat.isfinite().all())
 
     def on_host(self) -> dict[str, Tensor]:
-        """The sums by name, on the CPU; waits for the device once."""
+        """The sums by name, on the CPU; it waits for the device once."""
         copy = RunningSums(self._steps, torch.device("cpu"))
         copy.flat.copy_(self.flat)
         return copy._named
 
 
 def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:
-    """What training and validation have in common.
+    """The figures that training and validation share.
 
-    `loss` weights the steps as the objective does; `accuracy` and `acceptance_per_position` are lists [S]. Acceptance
-    takes every slot as the start of a draft, so it is simulated.
+    `loss` weights the steps as the objective does; `accuracy` and `acceptance_per_position` are lists [S].
+    Acceptance is simulated: each slot counts as the start of a draft.
     """
     rows_S, drafts_S = sums["rows"].clamp(min=1), sums["drafts"].clamp(min=1)
     weights_S = step_weights(len(rows_S), step_decay).double()
@@ -82,7 +83,7 @@ def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:
 
 
 class Pace:
-    """Seconds of training, and of waiting for the target in them, since the last `restart`."""
+    """Seconds of training since the last `restart`, and the share of them spent waiting for the target."""
 
     def __init__(self, backend: Eagle3TargetBackend) -> None:
         self._backend = backend
@@ -94,14 +95,23 @@ class Pace:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What the body takes does not count."""
+        """Leaves the time of the body out."""
         started, waited_before = time.monotonic(), self._backend.seconds_waited
         yield
         self._started += time.monotonic() - started
         self._waited_before += self._backend.seconds_waited - waited_before
 
     def figures(self, tokens: float) -> dict[str, Figure]:
-        """Real tokens of all trainers a second, and the share of this trainer's time spent waiting for the target."""
+        """`tokens` (of all trainers, without padding) per second, and this trainer's share of waiting."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         waited = self._backend.seconds_waited - self._waited_before
         return {"tokens_per_second": tokens / seconds, "wait_share": min(1.0, waited / seconds)}
+
+
+def in_one_line(figures: Mapping[str, Any]) -> str:
+    """Loss, accuracy of the first step, simulated accept length, throughput and waiting."""
+    return (
+        f"loss {figures['loss']:.3f}, accuracy {figures['accuracy'][0]:.3f}, "
+        f"accept length {figures['simulated_accept_length']:.2f}, {figures['tokens_per_second']:.0f} tok/s, "
+        f"waiting {figures['wait_share']:.0%}"
+    )

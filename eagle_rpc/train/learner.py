@@ -1,4 +1,4 @@
-"""The draft in training: one optimiser step from supervision, and the state that a checkpoint keeps.
+"""The draft in training: one optimiser step from supervision, and the state for a checkpoint.
 
 Legend: S steps of training-time test.
 """
@@ -18,9 +18,10 @@ from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, TTTStep, coun
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch
-from eagle_rpc.train.distributed import TrainerGroup, tensors_digest
-from eagle_rpc.train.master_weights import MasterWeights, ReplicatedWeights
+from eagle_rpc.train.digests import tensors_digest
+from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.figures import RunningSums
+from eagle_rpc.train.master_weights import MasterWeights, ReplicatedWeights
 from eagle_rpc.train.optimiser import (
     learning_rate,
     load_optimiser_tensors,
@@ -45,10 +46,11 @@ class StepOutcome:
 
 
 class Learner:
-    """The draft with its optimiser, alike on every trainer of `group`, or a part on each with `config.sharding`.
+    """The draft with its optimiser: equal on each trainer of `group`, or sharded with `config.sharding`.
 
-    Weights are fp32, matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another dtype, and with
-    sharding as `ShardedWeights`. Every trainer has to construct one and to call all but `judge` alike.
+    Weights are fp32; matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another
+    dtype, and as `ShardedWeights` does. All methods but `judge` are collective: all trainers call them in the
+    same order.
     """
 
     def __init__(
@@ -74,15 +76,14 @@ class Learner:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimiser steps, by name; DTensors where weights are sharded."""
+        """The trained parameters by name; DTensors if weights are sharded."""
         return self._masters.parameters
 
     def learn(self, batches: Iterable[Eagle3TargetBatch]) -> StepOutcome:
-        """One optimiser step on this trainer's share of the micro-batches, which are waited for before anything else."""
+        """One optimiser step on this trainer's share of the micro-batches; waits for all of them first."""
+        steps, offload = self._objective.ttt_steps, self._config.offload_supervision
         with self._group.together("the supervision of a step"):
-            supervision = StepSupervision(
-                batches, self._objective.ttt_steps, offload=self._config.offload_supervision
-            )
+            supervision = StepSupervision(batches, steps, offload=offload)
         denominators_S = self._group.sum_(supervision.row_counts, "supervised rows")
         sums = self.empty_sums()
         self._masters.zero_gradients()
@@ -103,11 +104,11 @@ class Learner:
         sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
 
     def ready_to_judge(self) -> contextlib.AbstractContextManager[None]:
-        """While the body runs `judge` may be called, as often as each trainer likes."""
+        """While the body runs, each trainer may call `judge` any number of times."""
         return self._masters.whole() if self._ttt.reads_draft else contextlib.nullcontext()
 
     def judge(self, batch: Eagle3TargetBatch, sums: RunningSums) -> None:
-        """Adds one batch's figures to `sums` and changes nothing else."""
+        """Adds the figures of one batch to `sums` and changes nothing else."""
         sums.add_batch(batch, self._ttt.judge(batch, count_rows(batch, self._objective.ttt_steps)))
 
     def empty_sums(self) -> RunningSums:
@@ -122,46 +123,46 @@ class Learner:
         return tensors_digest(itertools.chain(self.weights(), self.optimiser_state(), [steps_done]))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole, by name, one after the other; every trainer has to take them all."""
-        return ((name, self._masters.whole_of(parameter)) for name, parameter in self.parameters.items())
+        """Whole weights by name, one after the other; each trainer has to iterate to the end."""
+        return ((name, self._masters.gathered(parameter)) for name, parameter in self.parameters.items())
 
     def optimiser_state(self) -> Iterator[tuple[str, Tensor]]:
-        """As `optimiser_tensors`, but whole; every trainer has to take it all."""
+        """Whole `optimiser_tensors`, one after the other; each trainer has to iterate to the end."""
         tensors = optimiser_tensors(self._optimiser, self.parameters)
-        return ((name, self._masters.whole_of(tensor)) for name, tensor in tensors.items())
+        return ((name, self._masters.gathered(tensor)) for name, tensor in tensors.items())
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimiser state as a checkpoint keeps them; of use on the primary trainer only."""
+        """Weights and optimiser state for a checkpoint; complete on the primary trainer only."""
         tensors = optimiser_tensors(self._optimiser, self.parameters)
         return self._masters.snapshot(self.parameters), self._masters.snapshot(tensors)
 
     @property
     def can_snapshot(self) -> bool:
-        """Whether all that a checkpoint needs is here, or can still be asked of the other trainers."""
-        return not (self._masters.in_parts and self._group.broken)
+        """Whether this trainer holds all weights, or can still gather them from the other trainers."""
+        return not (self._masters.sharded and self._group.broken)
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], optimiser: dict[str, Tensor], steps_done: int) -> None:
-        """Puts a checkpoint's state in place. Raises `CheckpointError` if its weights are not this draft's."""
+        """Restores a checkpoint's state. Raises `CheckpointError` if its weights do not fit this draft."""
         if weights.keys() != self.parameters.keys():
             differing = sorted(weights.keys() ^ self.parameters.keys())
             raise CheckpointError(
                 f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}"
             )
-        self._masters.require_alike({**weights, **optimiser}, "the checkpoint to resume from")
+        self._masters.require_equal({**weights, **optimiser}, "the checkpoint to resume from")
         for name, parameter in self.parameters.items():
             if weights[name].shape != parameter.shape:
                 raise CheckpointError(
                     f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}"
                 )
-            parameter.copy_(self._masters.part_of(weights[name], parameter))
-        load_optimiser_tensors(self._optimiser, self.parameters, optimiser, self._masters.part_of)
+            parameter.copy_(self._masters.shard_of(weights[name], parameter))
+        load_optimiser_tensors(self._optimiser, self.parameters, optimiser, self._masters.shard_of)
         self._ttt.refresh_weights()
         self.steps_done = steps_done
 
 
 def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -> MasterWeights:
-    """A copy or a part of the draft's weights, as the configuration says; a single trainer has all of them either way."""
+    """A copy of the draft's weights, or with `train.sharding=state` and several trainers a shard of them."""
     if config.sharding is Sharding.state and group.size > 1:
         return ShardedWeights(draft, group)
     return ReplicatedWeights(draft, group)
@@ -170,13 +171,14 @@ def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -
 def make_ttt_step(
     draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]
 ) -> TTTStep:
-    """The fused step where a GPU and the configuration allow it, else the reference. Both add to `gradients`."""
+    """The fused step if device and configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)
     if config.fused and FusedStep.supports(draft, dtype):
         return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp, gradients=gradients)
     if config.recompute_mlp:
         logger.warning(
-            "train.recompute_mlp has no effect: it belongs to the fused step, which needs a GPU and train.autocast=bfloat16"
+            "train.recompute_mlp has no effect: only the fused step reads it, "
+            "which needs a GPU and train.autocast=bfloat16"
         )
     return ReferenceStep(draft, rule, autocast=None if dtype is torch.float32 else dtype)

@@ -1,13 +1,14 @@
-"""The training loop: supervision in, optimiser steps, figures, validation, checkpoints.
+"""The training loop: supervision, optimiser steps, figures, validation, checkpoints.
 
-The stream from the target runs ahead of training, so the data position is counted in micro-batches that were consumed.
+Supervision is requested ahead of training; the data position counts the micro-batches that training has
+consumed.
 """
 
 import contextlib
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,8 +17,9 @@ from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.data import BatchPlan
 from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import EagleRpcError, TrainingDiverged
-from eagle_rpc.report.training import Figures, SilentReport, TrainingReport, WrittenReport
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
+from eagle_rpc.report.metrics_log import Figures, MetricsLog
+from eagle_rpc.report.progress import Progress
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch
 from eagle_rpc.train.checkpoint import (
     Checkpoint,
     latest_checkpoint,
@@ -27,8 +29,8 @@ from eagle_rpc.train.checkpoint import (
     write_checkpoint,
 )
 from eagle_rpc.train.distributed import TrainerGroup
+from eagle_rpc.train.figures import Pace, RunningSums, figures_of, in_one_line
 from eagle_rpc.train.learner import Learner
-from eagle_rpc.train.figures import Pace, RunningSums, figures_of
 from eagle_rpc.train.record import RunRecord, require_same_run
 from eagle_rpc.train.rundir import RunDirectory
 
@@ -36,17 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One trainer of a run. Construct it and call `train` on every trainer of `group` alike.
+    """One trainer of a run. Each trainer of `group` constructs one and calls `train`.
 
     Args:
         config, objective: the sections `train` and `draft` of the configuration.
         draft: initialised, on this trainer's device, weights in fp32.
         backend: the target, with an open session.
         batches: this trainer's share of the training data.
-        validation: all of the validation data, the same on every trainer; null: none.
+        validation: all of the validation data, the same on every trainer; None: no validation.
         run: the run directory; the caller has claimed it.
-        record: what checkpoints belong to.
-        stop: once set, training ends after the step under way, with a checkpoint.
+        record: the identity of the run, for checkpoints.
+        stop: when set, training ends after the current step, with a checkpoint.
     """
 
     def __init__(
@@ -79,30 +81,34 @@ class Trainer:
         self._micro_batches = 0  # consumed by this trainer
         self._learning_rate = 0.0
         self._last_saved = 0  # optimiser steps
+        self._metrics: MetricsLog | None = None  # of the primary trainer
         self._pace = Pace(backend)
         self._latest_pace: Figures = {}
 
     def train(self) -> None:
-        """Runs to the last step, from the newest checkpoint on where `train.resume` says so, or until it is told to stop.
+        """Trains to the last step or until `stop`, from the newest checkpoint if `train.resume` is auto.
 
-        Raises `TrainingDiverged` before anything that is not finite is saved, `CheckpointError` if the checkpoint is of
-        another run, `ConfigError` if trainers do not start alike. What the target's backend or the other trainers raise
-        passes through after a checkpoint of the last whole step; without one where a part of the weights is gone with a trainer.
+        Raises `TrainingDiverged` before a value that is not finite is saved, `CheckpointError` if the
+        checkpoint is of another run, `ConfigError` if trainers start with different states. Errors of the
+        backend or of the other trainers are raised after a checkpoint of the last complete step; there is
+        none if a trainer with a shard of the weights is gone.
         """
         self._start()
-        if self.learner.steps_done >= self.total_steps:
-            logger.info(
-                "nothing left to train: the run has done %d of %d steps",
-                self.learner.steps_done,
-                self.total_steps,
-            )
-        report = self._open_report()
-        ahead = self._backend.stream(self._batches.batches(self._micro_batches))
-        with contextlib.closing(report), contextlib.closing(ahead) as stream:
+        done, total = self.learner.steps_done, self.total_steps
+        if done >= total:
+            logger.info("nothing left to train: the run has done %d of %d steps", done, total)
+        with contextlib.ExitStack() as stack:
+            if self._group.is_primary:
+                metrics = MetricsLog(self._run.metrics, self._run.tensorboard, last_step=done)
+                self._metrics = stack.enter_context(contextlib.closing(metrics))
+            progress = Progress("step", total, done=done, shown=self._group.is_primary)
+            stack.enter_context(contextlib.closing(progress))
+            batches = self._batches.batches(self._micro_batches)
+            stream = stack.enter_context(_stream(self._backend, batches))
             self._pace.restart()
             try:
-                while self.learner.steps_done < self.total_steps and not self._told_to_stop():
-                    self._train_step(stream, report)
+                while self.learner.steps_done < total and not self._told_to_stop():
+                    self._train_step(stream, progress)
             except TrainingDiverged:
                 raise
             except EagleRpcError as error:
@@ -111,12 +117,12 @@ class Trainer:
         self._group.barrier("the other trainers to finish")
 
     def status(self) -> dict[str, Any]:
-        """Where training stands, as JSON takes it; for other threads."""
+        """Progress and pace as JSON values; other threads may call it."""
         return {"step": self.learner.steps_done, "total_steps": self.total_steps, **self._latest_pace}
 
     def _told_to_stop(self) -> bool:
-        """Whether any trainer was; all stop after the same step."""
-        if not self._group.any_(self._stop.is_set(), "the wish to stop"):
+        """Whether any trainer was told to stop; all stop after the same step."""
+        if not self._group.any_(self._stop.is_set(), "the request to stop"):
             return False
         self._save_unless_saved("told to stop")
         return True
@@ -127,36 +133,39 @@ class Trainer:
                 self._save()
             else:
                 logger.warning(
-                    "no checkpoint of step %d: another trainer is gone, with its part of it",
+                    "no checkpoint of step %d: another trainer is gone, with its shard of the weights",
                     self.learner.steps_done,
                 )
         if self._group.is_primary:
             logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
-    def _train_step(self, stream: Iterator[Eagle3TargetBatch], report: TrainingReport) -> None:
+    def _train_step(self, stream: Iterator[Eagle3TargetBatch], progress: Progress) -> None:
         outcome = self.learner.learn(islice(stream, self._config.accumulation))
         self._micro_batches += self._config.accumulation
         self._sums.add_step(outcome.sums, outcome.grad_norm)
         self._learning_rate = outcome.learning_rate
-        report.advance(self._training_figures)
-        step = self.learner.steps_done
+        progress.advance(lambda: in_one_line(self._training_figures()))
         if self._due(self._config.log_every):
             self._require_finite(self._sums, "loss or gradient norm")
             figures = self._training_figures()
-            report.write(step, figures)
+            self._write_metrics(figures)
             self._latest_pace = {name: figures[name] for name in ("tokens_per_second", "wait_share")}
             self._sums.zero_()
             self._pace.restart()
         with self._pace.paused():
             if self._due(self._config.validate_every):
-                self._validate(report)
+                self._validate()
             if self._due(self._config.checkpoint_every):
                 self._save()
 
     def _due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens now; 0: only at the end."""
+        """Whether an action is due that runs every `every` steps (0: never) and after the last one."""
         step = self.learner.steps_done
         return step == self.total_steps or (every > 0 and step % every == 0)
+
+    def _write_metrics(self, figures: Figures) -> None:
+        if self._metrics is not None:
+            self._metrics.write(self.learner.steps_done, figures)
 
     def _training_figures(self) -> Figures:
         sums = self._sums.on_host()
@@ -167,8 +176,8 @@ class Trainer:
             **self._pace.figures(float(sums["tokens"])),
         }
 
-    def _validate(self, report: TrainingReport) -> None:
-        """Each trainer takes every `size`-th batch; the figures are those of one trainer that takes all."""
+    def _validate(self) -> None:
+        """Each trainer takes every `size`-th batch; the figures equal those of a single trainer."""
         if self._validation is None:
             return
         count = min(self._config.validation_batches, self._validation.batches_per_epoch)
@@ -177,11 +186,11 @@ class Trainer:
         mine = (self._validation.batch(index) for index in range(self._group.rank, count, self._group.size))
         sums = self.learner.empty_sums()
         self._draft.eval()
-        # What needs every trainer comes before the first wait for the target, and after the last.
+        # Collectives run before the first wait for the target and after the last one.
         with (
             self.learner.ready_to_judge(),
             self._group.together("the supervision of a validation"),
-            contextlib.closing(self._backend.stream(mine)) as stream,
+            _stream(self._backend, mine) as stream,
         ):
             for batch in stream:
                 self.learner.judge(batch, sums)
@@ -189,12 +198,11 @@ class Trainer:
         self._group.sum_(sums.flat, "validation losses")
         self._require_finite(sums, "validation loss")
         figures = figures_of(sums.on_host(), self._objective.step_decay)
-        step = self.learner.steps_done
-        report.write(step, {f"validation/{name}": value for name, value in figures.items()})
+        self._write_metrics({f"validation/{name}": value for name, value in figures.items()})
         if self._group.is_primary:
             logger.info(
                 "step %d: validation loss %.3f, accept length %.2f",
-                step,
+                self.learner.steps_done,
                 figures["loss"],
                 figures["simulated_accept_length"],
             )
@@ -203,7 +211,7 @@ class Trainer:
         if not sums.is_finite():
             raise TrainingDiverged(
                 f"the {what} must be finite, it is not at or shortly before step {self.learner.steps_done}; "
-                "checkpoints so far are kept, train.learning_rate may be too high"
+                "earlier checkpoints are kept, train.learning_rate may be too high"
             )
 
     def _save(self) -> None:
@@ -227,7 +235,7 @@ class Trainer:
         write_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.keep_checkpoints)
 
     def _start(self) -> None:
-        """Brings draft, optimiser and sums to where the run stands, and makes sure that all trainers stand there."""
+        """Restores the newest checkpoint if the run resumes; checks that trainers have the same state."""
         if self._group.is_primary:
             remove_leftovers(self._run.checkpoints)
         newest = latest_checkpoint(self._run.checkpoints) if self._config.resume is Resume.auto else None
@@ -245,19 +253,22 @@ class Trainer:
             {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}
         )
 
-    def _open_report(self) -> TrainingReport:
-        if not self._group.is_primary:
-            return SilentReport()
-        return WrittenReport(
-            self._run.metrics,
-            self._run.tensorboard,
-            total_steps=self.total_steps,
-            first_step=self.learner.steps_done,
-        )
+
+@contextlib.contextmanager
+def _stream(
+    backend: Eagle3TargetBackend, batches: Iterable[TokenBatch]
+) -> Iterator[Iterator[Eagle3TargetBatch]]:
+    """Supervision of the batches; requests that are in flight when the body ends are given up."""
+    stream = backend.stream(batches)
+    try:
+        yield stream
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()
 
 
 def planned_steps(config: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimiser steps of the run; `batches_per_epoch` are one trainer's micro-batches."""
+    """Optimiser steps of the run; `batches_per_epoch` counts the micro-batches of one trainer."""
     if config.max_epochs is None:
         return config.max_steps
     return min(config.max_steps, math.ceil(config.max_epochs * batches_per_epoch / config.accumulation))

@@ -1,6 +1,6 @@
-"""The fp32 master weights of a draft in training and their gradients: a copy on every trainer, or a part on each.
+"""The fp32 master weights of a draft in training and their gradients: a copy on each trainer, or a shard.
 
-`MasterWeights` is what the learner needs of either. Here is the copy; the parts are in `sharded`.
+The learner uses the protocol `MasterWeights`. The copy is here, the shards are in `sharded_weights`.
 """
 
 import contextlib
@@ -16,47 +16,48 @@ from eagle_rpc.train.optimiser import trainable_parameters
 
 
 class MasterWeights(Protocol):
-    """A draft's trainable weights as the optimiser sees them, and where their gradients come together."""
+    """A draft's trainable weights as the optimiser sees them, and the sum of their gradients."""
 
-    in_parts: bool  # whether this trainer holds less than all of them
-    parameters: dict[str, nn.Parameter]  # with the reduced gradient as `.grad` when the optimiser steps
+    sharded: bool  # whether this trainer holds a shard of them
+    parameters: dict[str, nn.Parameter]  # when the optimiser steps, `.grad` is the reduced gradient
     gradients: dict[str, Tensor]  # whole, of this trainer alone, fp32
 
     def whole(self) -> contextlib.AbstractContextManager[None]:
-        """While the body runs the draft's own parameters are whole and autograd adds to `gradients`. All trainers enter it."""
+        """In the body the draft's parameters are whole, and autograd adds to `gradients`. Collective."""
 
     def zero_gradients(self) -> None:
         """Before the first micro-batch of an optimiser step."""
 
     def reduce_gradients(self) -> None:
-        """Adds up the gradients of all trainers; the objective is normalised already."""
+        """Sums the gradients of all trainers; the objective is normalised already."""
 
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scales the reduced gradients down to a global norm of at most `max_norm`; returns the norm before, a scalar."""
+        """Scales the reduced gradients to a global norm of at most `max_norm`; returns the norm before."""
 
-    def whole_of(self, tensor: Tensor) -> Tensor:
-        """All of a parameter or of a tensor of its optimiser state; every trainer asks for the same one."""
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The whole of a parameter or of a tensor of its optimiser state. Collective, for the same tensor."""
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of `whole_of` for all `tensors`, on the primary trainer; every trainer asks."""
+        """`gathered` of all `tensors`, on the primary trainer; empty elsewhere if sharded. Collective."""
 
-    def part_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
-        """What of `whole` this trainer keeps beside `parameter`, on its device."""
+    def shard_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The part of `whole` that this trainer keeps for `parameter`, on its device."""
 
-    def require_alike(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Raises `ConfigError` where trainers are about to keep parts of wholes that differ."""
+    def require_equal(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Raises `ConfigError` if trainers would take shards of tensors that differ."""
 
     def are_finite(self) -> bool:
-        """Whether all weights are, the same answer on all trainers."""
+        """Whether all weights are finite; the same answer on all trainers."""
 
 
 class ReplicatedWeights:
-    """All weights on every trainer. The sum of gradients is one call over one buffer, and trainers stay alike bit for bit.
+    """All weights on each trainer, bitwise equal. One collective sums the one buffer of all gradients.
 
-    One buffer also makes the sum's rounding a matter of layout alone; buckets that depend on timing would not.
+    With one buffer the rounding of the sum depends on its layout alone; with buckets it would depend on
+    timing.
     """
 
-    in_parts = False
+    sharded = False
 
     def __init__(self, draft: nn.Module, group: TrainerGroup) -> None:
         self.parameters = trainable_parameters(draft)
@@ -79,39 +80,32 @@ class ReplicatedWeights:
         self._flat.mul_((max_norm / norm).clamp(max=1.0))
         return norm
 
-    def whole_of(self, tensor: Tensor) -> Tensor:
+    def gathered(self, tensor: Tensor) -> Tensor:
         return tensor
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
 
-    def part_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    def shard_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         return whole.to(parameter.device, copy=True)
 
-    def require_alike(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Nothing is mixed here: whoever wants to know compares digests."""
+    def require_equal(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        """Nothing to check: no tensor is assembled from several trainers."""
 
     def are_finite(self) -> bool:
         return all_finite(self.parameters.values())
 
 
-def flat_buffer(parameters: Mapping[str, nn.Parameter], parts: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Zeros in fp32 for each parameter one after the other, and views of them by name.
+def flat_buffer(parameters: Mapping[str, nn.Parameter], shards: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """A flat fp32 buffer of zeros for all parameters, and views of it by name.
 
-    Each view has as many rows as the parameter, rounded up to a multiple of `parts`.
+    Each view has the parameter's shape, with dim 0 rounded up to a multiple of `shards`.
     """
-    shapes = {
-        name: (rounded_up(len(parameter), parts), *parameter.shape[1:])
-        for name, parameter in parameters.items()
-    }
+    shapes = {name: (-(-len(p) // shards) * shards, *p.shape[1:]) for name, p in parameters.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     flat = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(parameters.values())).device)
     views = (piece.view(shape) for piece, shape in zip(flat.split(sizes), shapes.values(), strict=True))
     return flat, dict(zip(shapes, views, strict=True))
-
-
-def rounded_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -12,19 +12,18 @@ _FUSED_DEVICES = ("cpu", "cuda")
 
 
 def trainable_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, in the model's order; frozen embeddings are not among them."""
+    """By name, in the model's order, without the frozen embedding."""
     return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
 
 
 def make_optimiser(draft: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Matrices decay by `config.weight_decay`, norm weights do not."""
     parameters = list(trainable_parameters(draft).values())
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    norms = [parameter for parameter in parameters if parameter.dim() <= 1]
     groups = [
-        {
-            "params": [parameter for parameter in parameters if parameter.dim() > 1],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
     ]
     first_beta, second_beta = config.betas
     fused = parameters[0].device.type in _FUSED_DEVICES
@@ -34,7 +33,7 @@ def make_optimiser(draft: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     """Rate of optimiser step `step` (0 <= step < total_steps).
 
-    Climbs linearly to `config.learning_rate`, then falls along a cosine and reaches its lowest value in the last step.
+    It rises linearly to `config.learning_rate`, then falls as a cosine and is lowest in the last step.
     """
     warmup_steps = round(config.warmup_share * total_steps)
     if step < warmup_steps:
@@ -52,11 +51,11 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 def optimiser_tensors(
     optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Moments and step counts as `exp_avg/NAME` and so on; all that AdamW keeps. Empty before the first step."""
+    """AdamW's state, moments and step counts, as `exp_avg/NAME` and so on. Empty before the first step."""
     return {
-        f"{slot}/{name}": value
+        f"{key}/{name}": value
         for name, parameter in parameters.items()
-        for slot, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
@@ -64,10 +63,10 @@ def load_optimiser_tensors(
     optimiser: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
     tensors: dict[str, Tensor],
-    part_of: Callable[[Tensor, nn.Parameter], Tensor],
+    shard_of: Callable[[Tensor, nn.Parameter], Tensor],
 ) -> None:
-    """Puts back what `optimiser_tensors` gave, as `MasterWeights.part_of` keeps it beside each parameter."""
-    for key, tensor in tensors.items():
-        slot, _, name = key.partition("/")
+    """Restores the result of `optimiser_tensors`, sharded by `MasterWeights.shard_of`."""
+    for path, tensor in tensors.items():
+        key, _, name = path.partition("/")
         parameter = parameters[name]
-        optimiser.state[parameter][slot] = part_of(tensor, parameter)
+        optimiser.state[parameter][key] = shard_of(tensor, parameter)

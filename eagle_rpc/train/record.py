@@ -1,4 +1,4 @@
-"""What a checkpoint belongs to: compared when a run resumes, read when a draft is exported."""
+"""The identity of a run, kept in each checkpoint: compared on resuming, read on exporting a draft."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from eagle_rpc.supervision import ModelInfo, VocabMapping
 
 logger = logging.getLogger(__name__)
 
-# A change of these would give the saved data position, or the saved moments, another meaning.
+# The saved data position and optimiser state are valid only for the same values of these.
 _FIXED_SETTINGS = (
     "run.seed",
     "topology.trainers",
@@ -45,18 +45,18 @@ _TARGET_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """One run's draft, vocabulary, target and configuration. Enough to export without loading the target."""
+    """Draft, draft vocab, target and configuration of one run. Exporting needs nothing else of the target."""
 
     draft_config: Eagle3DraftConfig
     mapping: VocabMapping
     target: ModelInfo
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
-    config: dict[str, Any]  # as `plain` gives it
-    data_digest: str | None = None  # of the training examples in order; null: they follow from the seed
+    config: dict[str, Any]  # the result of `plain`
+    data_digest: str | None = None  # of the training examples in order; None: the seed determines them
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the mapping, of which only the digest is in it."""
+        """All fields, with the digest of the mapping instead of the mapping."""
         return {
             "draft_config": asdict(self.draft_config),
             "mapping_digest": self.mapping.digest,
@@ -69,7 +69,7 @@ class RunRecord:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that is the same on every trainer: they may talk to different processes of one target."""
+        """SHA-256 of all fields but the target's incarnation: trainers may use different replicas."""
         content = replace(self, target=replace(self.target, incarnation="")).to_json()
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -89,7 +89,7 @@ class RunRecord:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The configuration as JSON keeps it, enum members by name."""
+    """The configuration as JSON values, enum members by name."""
     return _plain(asdict(config))
 
 
@@ -102,32 +102,26 @@ def _plain(value: Any) -> Any:
 
 
 def require_same_run(saved: RunRecord, current: RunRecord) -> None:
-    """Raises `CheckpointError` naming the first field that differs, with both values.
+    """Raises `CheckpointError` naming the first field that differs and must not, with both values.
 
-    Settings that may change between runs (rates, steps, intervals) are logged where they did.
+    Changes of other settings (rates, steps, intervals) are logged.
     """
     for field in fields(Eagle3DraftConfig):
-        _require_equal(
-            f"draft.{field.name}",
-            getattr(saved.draft_config, field.name),
-            getattr(current.draft_config, field.name),
-        )
+        before, now = (getattr(record.draft_config, field.name) for record in (saved, current))
+        _require_equal(f"draft.{field.name}", before, now)
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
     _require_equal("the training data's digest", saved.data_digest, current.data_digest)
-    # A checkpoint of an earlier version lacks settings that came later; their defaults are what it was made with.
-    before, now = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)
+    # A checkpoint of an earlier version lacks newer settings; it was made with what are their defaults now.
+    old, new = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)
     for path in _FIXED_SETTINGS:
-        _require_equal(path, before.get(path), now.get(path))
-    for path in sorted(before.keys() | now.keys()):
-        if (
-            path.partition(".")[0] in _WATCHED_SECTIONS
-            and path != "train.resume"
-            and before.get(path) != now.get(path)
-        ):
+        _require_equal(path, old.get(path), new.get(path))
+    for path in sorted(old.keys() | new.keys()):
+        watched = path.partition(".")[0] in _WATCHED_SECTIONS and path != "train.resume"
+        if watched and old.get(path) != new.get(path):
             logger.warning(
-                "resuming with %s=%s; the checkpoint was made with %s", path, now.get(path), before.get(path)
+                "resuming with %s=%s; the checkpoint was made with %s", path, new.get(path), old.get(path)
             )
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what lies where, and that one run at a time uses it."""
+"""The directory of a run: its paths, and the lock that admits one run at a time."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"
-# Workers open their logs before anyone claims the directory, and `job=regenerate` has left the answers that a run learns from.
+# Workers open their logs before the directory is claimed, and `job=regenerate` may have written answers to it.
 _MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs", "answers.jsonl"})
 
 
@@ -41,7 +41,7 @@ class RunDirectory:
 
     @property
     def target_embedding(self) -> Path:
-        """The target's token embedding, which every checkpoint leaves out and an export needs."""
+        """The target's token embedding, which exports need and checkpoints leave out."""
         return self.path / "checkpoints" / "target_embedding.safetensors"
 
     @property
@@ -69,9 +69,10 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claimed(self, resume: Resume) -> Iterator[None]:
-        """Keeps other runs out while the body runs; ends with the process, however that ends.
+        """Locks the directory while the body runs; the lock ends with the process, also if it is killed.
 
-        Raises `ConfigError` at once if another process has it, or if it holds an earlier run and `resume` is `never`.
+        Raises `ConfigError` at once if another process holds the lock, or if the directory holds an earlier
+        run and `resume` is `never`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / _LOCK)
@@ -83,9 +84,8 @@ class RunDirectory:
             ) from None
         try:
             self._require_usable(resume)
-            (self.path / _HOLDER).write_text(
-                f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8"
-            )
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            (self.path / _HOLDER).write_text(holder, encoding="utf-8")
             yield
         finally:
             lock.release()

@@ -1,15 +1,22 @@
-"""Master weights, optimiser state and reduced gradients in parts, one on each trainer, by torch's FSDP2.
+"""Master weights, optimiser state and reduced gradients in shards, one on each trainer, by torch's FSDP2.
 
-`fully_shard` makes the draft's parameters DTensors that hold a part of the rows, and gives and takes back whole ones by
-`unshard` and `reshard`. Its hooks are not used. They would gather before a module's `forward` and reduce after its
-backward, but a step of training-time test calls several methods of the draft many times and reads the head's weight
-without calling it, the fused step has no autograd to hook into, and a reduction per backward would cost traffic for every
-micro-batch. So the collectives stand where the learner calls them: one gather before the micro-batches (none for the fused
-step, which gathers its copies in the compute dtype after the optimiser's step), one reduction after them.
+`fully_shard` turns the draft's parameters into DTensors; `unshard` and `reshard` make them whole and sharded
+again. Its hooks, which gather before a module's `forward` and reduce after its backward, are not used,
+because
 
-On each trainer lie, for P parameters and n trainers: 12 P / n bytes of weights and moments, 4 P / n of reduced gradients,
-4 P of gradients that micro-batches add to, and the weights as the step reads them: 2 P for the fused step, 4 P during a
-step for the reference.
+* a step of training-time test calls several methods of the draft many times, and reads the head's weight;
+* the fused step has no autograd that could run hooks;
+* a reduction per backward would cost traffic for each micro-batch.
+
+The learner calls the collectives instead: one gather before the micro-batches (the fused step instead gathers
+its copies, in the compute dtype, after the optimiser step) and one reduction after them.
+
+Bytes on each of n trainers, for P parameters:
+
+    weights and moments             12 P / n
+    reduced gradients                4 P / n
+    gradients of micro-batches       4 P
+    weights that the step reads      2 P (fused step), 4 P during a step (reference)
 """
 
 import contextlib
@@ -20,47 +27,48 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from eagle_rpc.train.distributed import TrainerGroup, tensors_digest
+from eagle_rpc.train.digests import tensors_digest
+from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.master_weights import all_finite, flat_buffer
 from eagle_rpc.train.optimiser import trainable_parameters
 
 
 class ShardedWeights:
-    """`MasterWeights` of which each trainer holds the rows that `torch.chunk` would give it.
+    """`MasterWeights` sharded along dim 0 as by `torch.chunk`.
 
-    Trainers end with the weights that replicated ones end with, but for the rounding of the global norm, whose sum runs
-    over parts. Raises `ConfigError` if drafts differ, or if trainers share a GPU.
+    Training gives the weights of `ReplicatedWeights` but for the rounding of the global norm, which is summed
+    over shards. Raises `ConfigError` if drafts differ, or if trainers share a GPU.
     """
 
-    in_parts = True
+    sharded = True
 
     def __init__(self, draft: nn.Module, group: TrainerGroup) -> None:
         self._group = group
         trainable = trainable_parameters(draft)
-        self.require_alike(trainable, "the draft at the start")
+        self.require_equal(trainable, "the draft at the start")
         frozen = {parameter for parameter in draft.parameters() if not parameter.requires_grad}
-        # FSDP2 works on the current device, wherever the parameters are.
+        # FSDP2 works on the current device, not on that of the parameters.
         with torch.cuda.device_of(next(iter(trainable.values()))):
             self._mesh = group.mesh(next(iter(trainable.values())).device)
             self._draft: FSDPModule = fully_shard(
                 draft, mesh=self._mesh, reshard_after_forward=False, ignored_params=frozen
             )
+        self._module = draft
         self.parameters = trainable_parameters(draft)
         self._flat, self._padded = flat_buffer(self.parameters, group.size)
-        self.gradients = {
-            name: self._padded[name][: len(parameter)] for name, parameter in self.parameters.items()
-        }
-        # The n-th part of every padded gradient.
+        self.gradients = {name: self._padded[name][: len(p)] for name, p in self.parameters.items()}
+        # This trainer's shard of each padded gradient.
         self._reduced = torch.zeros(len(self._flat) // group.size, device=self._flat.device)
         sizes = [padded.numel() // group.size for padded in self._padded.values()]
-        self._parts = dict(zip(self._padded, self._reduced.split(sizes), strict=True))
+        self._shards = dict(zip(self._padded, self._reduced.split(sizes), strict=True))
         for name, parameter in self.parameters.items():
-            parameter.grad = self._as_gradient(self._parts[name], parameter)
+            parameter.grad = self._as_gradient(self._shards[name], parameter)
 
-    def _as_gradient(self, part: Tensor, parameter: DTensor) -> DTensor:
+    def _as_gradient(self, shard: Tensor, parameter: nn.Parameter) -> DTensor:
+        assert isinstance(parameter, DTensor)
         local = parameter.to_local()
         return DTensor.from_local(
-            part[: local.numel()].view_as(local),
+            shard[: local.numel()].view_as(local),
             self._mesh,
             parameter.placements,
             run_check=False,
@@ -73,7 +81,7 @@ class ShardedWeights:
         with self._group.bounded("the gathering of weights"), torch.cuda.device_of(self._flat):
             self._draft.unshard()
         try:
-            for name, parameter in trainable_parameters(self._draft).items():
+            for name, parameter in trainable_parameters(self._module).items():
                 parameter.grad = self.gradients[name]
             yield
         finally:
@@ -83,8 +91,8 @@ class ShardedWeights:
         self._flat.zero_()
 
     def reduce_gradients(self) -> None:
-        for name, part in self._parts.items():
-            self._group.sum_parts(part, self._padded[name].view(-1), f"gradients of {name}")
+        for name, shard in self._shards.items():
+            self._group.sum_shards(shard, self._padded[name].view(-1), f"gradients of {name}")
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         squared = torch.linalg.vector_norm(self._reduced).double().square()
@@ -92,30 +100,31 @@ class ShardedWeights:
         self._reduced.mul_((max_norm / norm).clamp(max=1.0))
         return norm
 
-    def whole_of(self, tensor: Tensor) -> Tensor:
+    def gathered(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
         with self._group.bounded("the gathering of a checkpoint"):
-            return tensor.detach().full_tensor()
+            return tensor.detach().full_tensor()  # type: ignore[attr-defined]
 
     def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One whole tensor at a time lies on the device."""
+        """The device holds only one whole tensor at a time."""
         kept = {}
         for name, tensor in tensors.items():
-            whole = self.whole_of(tensor)
+            whole = self.gathered(tensor)
             if self._group.is_primary:
                 kept[name] = whole.cpu()
         return kept
 
-    def part_of(self, whole: Tensor, parameter: DTensor) -> Tensor:
+    def shard_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
+        assert isinstance(parameter, DTensor)
         whole = whole.to(parameter.device, copy=True)
-        if whole.shape != parameter.shape:  # a count of steps
+        if whole.shape != parameter.shape:  # the optimiser's count of steps
             return whole
         return distribute_tensor(whole, self._mesh, parameter.placements, src_data_rank=None)
 
-    def require_alike(self, tensors: Mapping[str, Tensor], what: str) -> None:
+    def require_equal(self, tensors: Mapping[str, Tensor], what: str) -> None:
         self._group.require_equal({what: tensors_digest(tensors.items())})
 
     def are_finite(self) -> bool:
-        mine = all_finite(parameter.to_local() for parameter in self.parameters.values())
-        return not self._group.any_(not mine, "whether weights are finite")
+        shards = [p.to_local() for p in self.parameters.values() if isinstance(p, DTensor)]
+        return not self._group.any_(not all_finite(shards), "whether weights are finite")

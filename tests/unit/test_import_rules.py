@@ -19,7 +19,7 @@ ALLOWED = {
     "target": {"config", "demo", "process", "supervision"},
     "service": {"config", "process", "rpc", "supervision", "target"},
     "client": {"process", "rpc", "supervision"},
-    "data": {"config", "process", "supervision"},
+    "data": {"config", "process", "report", "supervision"},
     "answers": {"config", "data", "process", "report", "supervision", "target"},
     "draft": {"supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},

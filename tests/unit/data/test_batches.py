@@ -25,7 +25,7 @@ def chats_of(batch):
 
 def chats(plan, number):
     """Of a micro-batch with one chat a row."""
-    return [chat for (chat,) in plan.rows(number)]
+    return [chat for (chat,) in plan.sequences(number)]
 
 
 def epoch(plan, number=0):
@@ -155,7 +155,7 @@ def test_rounding_does_not_pass_the_longest_allowed_length():
         ({"rank": 2, "num_ranks": 2}, r"rank must lie in \[0, 2\), got 2"),
         (
             {"bucket_lengths": [64, 128]},
-            r"data\.bucket_lengths must reach the longest row of 192 tokens, got 128",
+            r"data\.bucket_lengths must reach the longest sequence of 192 tokens, got 128",
         ),
     ],
 )

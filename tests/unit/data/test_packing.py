@@ -7,7 +7,7 @@ import torch
 from data_cases import dataset_of_lengths
 
 from eagle_rpc.data import BatchPlan
-from eagle_rpc.data.packing import RowLayout
+from eagle_rpc.data.packing import PackedLayout
 from eagle_rpc.errors import ConfigError
 
 LENGTHS = [3 + (number * 37) % 190 for number in range(203)]
@@ -32,12 +32,12 @@ def epoch(plan, number=0):
     return range(number * plan.batches_per_epoch, (number + 1) * plan.batches_per_epoch)
 
 
-def all_rows(ranks, number=0):
-    return [row for plan in ranks for i in epoch(plan, number) for row in plan.rows(i)]
+def all_sequences(ranks, number=0):
+    return [sequence for plan in ranks for i in epoch(plan, number) for sequence in plan.sequences(i)]
 
 
-def tokens_in(row):
-    return sum(LENGTHS[chat] for chat in row)
+def tokens_in(sequence):
+    return sum(LENGTHS[chat] for chat in sequence)
 
 
 def same(batch, other):
@@ -48,29 +48,29 @@ def same(batch, other):
 @pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 4), (3, 5), (7, 1), (1, 200)])
 @pytest.mark.parametrize("number", [0, 1, 5])
 def test_every_epoch_shows_the_ranks_together_each_chat_exactly_once(num_ranks, batch_size, number):
-    rows = all_rows(plans(num_ranks=num_ranks, batch_size=batch_size), number)
-    assert len(rows) % (num_ranks * batch_size) == 0
-    assert Counter(chat for row in rows for chat in row) == Counter(range(len(LENGTHS)))
-    assert max(map(tokens_in, rows)) <= 256
+    sequences = all_sequences(plans(num_ranks=num_ranks, batch_size=batch_size), number)
+    assert len(sequences) % (num_ranks * batch_size) == 0
+    assert Counter(chat for sequence in sequences for chat in sequence) == Counter(range(len(LENGTHS)))
+    assert max(map(tokens_in, sequences)) <= 256
 
 
-def test_fewer_chats_than_rows_are_repeated():
+def test_fewer_chats_than_sequences_are_repeated():
     plan = plans(dataset_of_lengths(9, 8, 7), batch_size=5)[0]
     assert plan.batches_per_epoch == 1
-    assert sorted(chat for row in plan.rows(0) for chat in row) in (
+    assert sorted(chat for sequence in plan.sequences(0) for chat in sequence) in (
         [0, 0, 1, 1, 2],
         [0, 0, 1, 2, 2],
         [0, 1, 1, 2, 2],
     )
 
 
-def test_rows_of_a_batch_hold_whole_chats_side_by_side():
+def test_sequences_of_a_batch_hold_whole_chats_side_by_side():
     plan = plans(num_ranks=2)[1]
     batch = plan.batch(3)
-    for b, row in enumerate(plan.rows(3)):
-        assert len(row) > 1
+    for b, sequence in enumerate(plan.sequences(3)):
+        assert len(sequence) > 1
         start = 0
-        for segment, chat in enumerate(row):
+        for segment, chat in enumerate(sequence):
             example, place = DATASET[chat], slice(start, start + LENGTHS[chat])
             assert torch.equal(batch.input_ids[b, place], example.input_ids)
             assert torch.equal(batch.loss_mask[b, place], example.loss_mask)
@@ -79,7 +79,7 @@ def test_rows_of_a_batch_hold_whole_chats_side_by_side():
         assert batch.attention_mask[b].sum() == start
         assert batch.attention_mask[b, :start].all()
         assert not batch.loss_mask[b, start:].any() and not batch.input_ids[b, start:].any()
-        assert batch.segment_ids[b, start:].eq(len(row)).all()
+        assert batch.segment_ids[b, start:].eq(len(sequence)).all()
     batch.check(vocab_size=len(LENGTHS) + 8, max_length=256, max_tokens=4 * 256)
 
 
@@ -96,12 +96,12 @@ def test_a_packed_batch_is_a_function_of_the_arguments_and_its_number():
 def test_every_epoch_and_every_seed_packs_other_chats_together():
     plan, other = plans()[0], plans(seed=1)[0]
     packings = [
-        set(map(frozenset, all_rows([source], number))) for source in (plan, other) for number in (0, 1)
+        set(map(frozenset, all_sequences([source], number))) for source in (plan, other) for number in (0, 1)
     ]
     for i in range(4):
         for j in range(i):
             assert packings[i] != packings[j]
-    orders = [[LENGTHS[row[0]] for row in all_rows([plan], number)] for number in (0, 1)]
+    orders = [[LENGTHS[sequence[0]] for sequence in all_sequences([plan], number)] for number in (0, 1)]
     assert orders[0] != orders[1]
 
 
@@ -109,7 +109,7 @@ def test_the_number_of_micro_batches_is_the_same_in_every_epoch_and_on_every_ran
     ranks = plans(num_ranks=3, batch_size=2)
     assert len({plan.batches_per_epoch for plan in ranks}) == 1
     for number in range(4):
-        assert len(all_rows(ranks, number)) == 6 * ranks[0].batches_per_epoch
+        assert len(all_sequences(ranks, number)) == 6 * ranks[0].batches_per_epoch
 
 
 def test_little_of_a_packed_epoch_is_padding():
@@ -125,36 +125,40 @@ def test_little_of_a_packed_epoch_is_padding():
 
 def test_the_ranks_get_about_as_many_tokens():
     ranks = plans(num_ranks=4, batch_size=2)
-    shares = [sum(map(tokens_in, all_rows([plan]))) for plan in ranks]
+    shares = [sum(map(tokens_in, all_sequences([plan]))) for plan in ranks]
     assert max(shares) / min(shares) < 1.03
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rows"),
+    ("lengths", "sequences"),
     [
         ([2, 3, 4, 6, 7, 8], 3),  # 8 + 2, 7 + 3, 6 + 4
         ([10, 10], 2),
         ([1] * 21, 3),
     ],
 )
-def test_no_more_rows_are_opened_than_needed(lengths, rows):
-    layout = RowLayout(lengths, capacity=10)
-    seated = layout.seat(random.Random(0))
-    assert len(layout) == len(seated) == rows
-    assert all(sum(lengths[chat] for chat in row) <= 10 for row in seated)
+def test_no_more_sequences_are_opened_than_needed(lengths, sequences):
+    layout = PackedLayout(lengths, capacity=10)
+    assigned = layout.assign(random.Random(0))
+    assert len(layout) == len(assigned) == sequences
+    assert all(sum(lengths[chat] for chat in sequence) <= 10 for sequence in assigned)
 
 
-def test_the_tightest_row_that_suffices_is_chosen():
+def test_the_tightest_sequence_that_suffices_is_chosen():
     """The 2 fits beside the 6 and beside the 8; beside the 8 it leaves nothing."""
-    rows = RowLayout([8, 6, 2], capacity=10).seat(random.Random(0))
-    assert set(map(frozenset, rows)) == {frozenset({0, 2}), frozenset({1})}
+    sequences = PackedLayout([8, 6, 2], capacity=10).assign(random.Random(0))
+    assert set(map(frozenset, sequences)) == {frozenset({0, 2}), frozenset({1})}
 
 
 def test_equally_long_chats_swap_seats_and_lengths_stay_together():
     lengths = [6, 4] * 20
-    packings = [RowLayout(lengths, capacity=10).seat(random.Random(seed)) for seed in range(3)]
-    assert all(sorted(lengths[chat] for chat in row) == [4, 6] for rows in packings for row in rows)
-    assert len({frozenset(map(frozenset, rows)) for rows in packings}) == 3
+    packings = [PackedLayout(lengths, capacity=10).assign(random.Random(seed)) for seed in range(3)]
+    assert all(
+        sorted(lengths[chat] for chat in sequence) == [4, 6]
+        for sequences in packings
+        for sequence in sequences
+    )
+    assert len({frozenset(map(frozenset, sequences)) for sequences in packings}) == 3
 
 
 @pytest.mark.parametrize(
@@ -163,15 +167,15 @@ def test_equally_long_chats_swap_seats_and_lengths_stay_together():
         ({"packed_length": 191}, r"data\.row_length must reach the longest chat of 192 tokens, got 191"),
         (
             {"bucket_lengths": [64, 200]},
-            r"data\.bucket_lengths must reach the longest row of 256 tokens, got 200",
+            r"data\.bucket_lengths must reach the longest sequence of 256 tokens, got 200",
         ),
     ],
 )
-def test_rows_that_cannot_hold_the_chats_are_refused(options, message):
+def test_sequences_that_cannot_hold_the_chats_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         plans(**options)
 
 
-def test_a_batch_of_half_empty_rows_is_padded_less():
+def test_a_batch_of_half_empty_sequences_is_padded_less():
     plan = plans(dataset_of_lengths(*[30] * 4), batch_size=2, bucket_lengths=[64, 128, 256])[0]
     assert plan.batch(0).shape == (2, 64)

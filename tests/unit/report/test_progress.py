@@ -1,16 +1,9 @@
 import io
 import logging
 
-from eagle_rpc.report.progress import TrainingProgress
+from eagle_rpc.report.progress import Progress, with_progress
 
-FIGURES = {
-    "loss": 2.3456,
-    "accuracy": [0.25, 0.1],
-    "simulated_accept_length": 1.5,
-    "tokens_per_second": 812.4,
-    "wait_share": 0.125,
-}
-LINE = "loss 2.346, accuracy 0.250, accept length 1.50, 812 tok/s, waiting 12%"
+TEXT = "loss 2.346"
 
 
 class Clock:
@@ -29,32 +22,58 @@ class Terminal(io.StringIO):
 def test_without_a_terminal_a_line_comes_every_ten_seconds_and_at_the_end(caplog):
     caplog.set_level(logging.INFO, logger="eagle_rpc")
     clock, asked = Clock(), []
-    progress = TrainingProgress(9, first_step=4, stream=io.StringIO(), clock=clock)
+    progress = Progress("step", 9, done=4, stream=io.StringIO(), clock=clock)
     for _ in range(5):
         clock.seconds += 4.0
-        progress.advance(lambda: asked.append(clock.seconds) or FIGURES)
+        progress.advance(lambda: asked.append(clock.seconds) or TEXT)
     progress.close()
     assert asked == [12.0, 20.0]
-    assert caplog.messages == [f"step 7/9: {LINE}", f"step 9/9: {LINE}"]
+    assert caplog.messages == [f"step 7/9: {TEXT}", f"step 9/9: {TEXT}"]
 
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes():
     clock, terminal = Clock(), Terminal()
-    progress = TrainingProgress(9, first_step=7, stream=terminal, clock=clock)
+    progress = Progress("step", 9, done=7, stream=terminal, clock=clock)
     for _ in range(2):
         clock.seconds += 1.0
-        progress.advance(lambda: FIGURES)
+        progress.advance(lambda: TEXT)
     progress.close()
     shown = terminal.getvalue()
     assert "7/9" in shown and "9/9" in shown
-    assert LINE in shown
+    assert TEXT in shown
 
 
-def test_figures_are_not_asked_for_faster_than_they_can_be_read():
+def test_a_text_is_not_asked_for_faster_than_they_can_be_read():
     clock, asked = Clock(), []
-    progress = TrainingProgress(1000, stream=Terminal(), clock=clock)
+    progress = Progress("step", 1000, stream=Terminal(), clock=clock)
     for _ in range(100):
         clock.seconds += 0.01
-        progress.advance(lambda: asked.append(1) or FIGURES)
+        progress.advance(lambda: asked.append(1) or TEXT)
     progress.close()
     assert len(asked) <= 2
+
+
+def test_nothing_is_shown_or_asked_for_by_workers_that_show_nothing(caplog):
+    caplog.set_level(logging.INFO, logger="eagle_rpc")
+    clock, terminal, asked = Clock(), Terminal(), []
+    progress = Progress("step", 2, shown=False, stream=terminal, clock=clock)
+    for _ in range(2):
+        clock.seconds += 60.0
+        progress.advance(lambda: asked.append(1) or TEXT)
+    progress.close()
+    assert (terminal.getvalue(), caplog.messages, asked) == ("", [], [])
+
+
+def test_work_of_unknown_size_is_named_and_counted(caplog):
+    caplog.set_level(logging.INFO, logger="eagle_rpc")
+    clock = Clock()
+    progress = Progress("chat", None, title="reading chats.jsonl", stream=io.StringIO(), clock=clock)
+    clock.seconds += 10.0
+    progress.advance(count=300)
+    assert caplog.messages == ["reading chats.jsonl: chat 300"]
+
+
+def test_items_pass_through_and_short_work_adds_no_line(caplog):
+    caplog.set_level(logging.INFO, logger="eagle_rpc")
+    assert list(with_progress([3, 1, 2], "chat", title="tokenising")) == [3, 1, 2]
+    assert caplog.messages == []

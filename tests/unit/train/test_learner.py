@@ -7,6 +7,7 @@ from training_cases import OBJECTIVE, RandomPlan, TableTarget, random_draft, tra
 from eagle_rpc.config.choices import DraftLoss
 from eagle_rpc.config.schema import DraftConfig
 from eagle_rpc.train import TrainerGroup
+from eagle_rpc.train.figures import in_one_line
 from eagle_rpc.train.learner import Learner
 
 
@@ -41,3 +42,15 @@ def test_a_judgement_changes_neither_weights_nor_gradients():
     assert learner.digest() == before
     for parameter, gradient in zip(learner.parameters.values(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_a_progress_line_has_loss_accuracy_accept_length_and_pace():
+    figures = {
+        "loss": 2.3456,
+        "accuracy": [0.25, 0.1],
+        "simulated_accept_length": 1.5,
+        "tokens_per_second": 812.4,
+        "wait_share": 0.125,
+    }
+    line = "loss 2.346, accuracy 0.250, accept length 1.50, 812 tok/s, waiting 12%"
+    assert in_one_line(figures) == line

@@ -23,8 +23,8 @@ from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.figures import figures_of
+from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import require_same_run
 
 SETTINGS = train_config(max_steps=10, accumulation=2, log_every=2, checkpoint_every=3, validate_every=5)

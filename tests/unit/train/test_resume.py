@@ -123,8 +123,8 @@ def die_at(function):
 if event == "fsync":
     os.fsync = die_at(os.fsync)
 elif event == "removal":
-    import eagle_rpc.train.checkpoint as checkpoint
-    checkpoint.shutil.rmtree = die_at(checkpoint.shutil.rmtree)
+    from eagle_rpc.process import files
+    files.shutil.rmtree = die_at(files.shutil.rmtree)
 else:
     TableTarget.deliver = die_at(TableTarget.deliver)
 make_trainer(path, SETTINGS).train()
@@ -144,7 +144,7 @@ def run_until_killed(path: Path, event: str, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("event", "number"), [("batch", 17), ("fsync", 9), ("fsync", 13), ("fsync", 14), ("removal", 4)]
+    ("event", "number"), [("batch", 17), ("fsync", 9), ("fsync", 13), ("fsync", 14), ("removal", 10)]
 )
 def test_a_killed_process_ends_as_one_left_alone(tmp_path, undisturbed, event, number):
     run_until_killed(tmp_path, event, number)

@@ -76,7 +76,7 @@ def test_where_a_part_of_the_weights_is_gone_with_a_trainer_the_last_checkpoint_
 
     settings = train_config(max_steps=9, checkpoint_every=2, accumulation=2)
     trainer = make_trainer(tmp_path, settings, group=group, target=EventfulTarget(7, lose))
-    trainer.learner._masters.in_parts = True
+    trainer.learner._masters.sharded = True
     with pytest.raises(ConnectionLost):
         trainer.train()
     assert checkpoint_name(tmp_path) == "step_2"
