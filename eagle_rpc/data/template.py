@@ -87,8 +87,8 @@ class ChatTemplate:
             if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
                 raise RecordProblem(
                     f"the chat template renders the chat up to message {index + 1} differently when more "
-                    "messages follow, so the answer's tokens cannot be found; mark them with {% generation %} in a "
-                    "template of your own (data.chat_template)",
+                    "messages follow, so the answer's tokens cannot be found; mark them with "
+                    "{% generation %} in a template of your own (data.chat_template)",
                     kind="not prefix-stable",
                 )
             for position in range(len(prompt), self._end_of_turn(turn, len(prompt))):
