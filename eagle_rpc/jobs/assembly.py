@@ -1,90 +1,38 @@
-"""A worker that trains the draft."""
+"""The parts of a trainer, each built from the configuration: target, group, batches, draft, record."""
 
-import contextlib
 import logging
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
+from eagle_rpc.data import BatchPlan, ChatDataset
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.jobs.setting import run_directory
-from eagle_rpc.rpc import ElasticMembership, Membership
+from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import Eagle3TargetBackend, TargetExpectation, VocabMapping, tokenizer_fingerprint
 from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
+from eagle_rpc.train import RunRecord, TrainerGroup, join_trainers, plain
 
 logger = logging.getLogger(__name__)
-
-
-def train_until_done(
-    config: Config,
-    device: torch.device,
-    cast: Cast,
-    membership: Membership,
-    store: dist.Store,
-    stop: threading.Event,
-) -> None:
-    """The whole life of a trainer: data, target, draft, training. `store` is where the trainers of this job find each other."""
-    index = cast.me.index
-    tokenizer = load_tokenizer(config.target, cache_dir=config.run.cache_dir)
-    if tokenizer is None:
-        raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    training, validation = load_datasets(
-        config.data, ChatTemplate(tokenizer, config.data.chat_template), show_progress=index == 0
-    )
-    if index == 0:
-        log_padding(config, training, len(cast.trainer_names))
-    mapping, _ = build_vocab_mapping(
-        training,
-        tokenizer=tokenizer,
-        target_vocab_size=target_config.vocab_size,
-        draft_vocab_size=config.draft.vocab_size,
-        cache_dir=config.run.cache_dir,
-    )
-    with contextlib.closing(
-        connect_target(config, target_config, tokenizer, device, cast, membership, stop)
-    ) as backend:
-        require_room(config, backend.model_info().max_length)
-        backend.open_session(mapping)
-        with join_group(config, cast, store, device) as group:
-            trainer = Trainer(
-                config.train,
-                config.draft,
-                draft=make_draft(config, target_config, backend, device),
-                backend=backend,
-                batches=plan_batches(config, training, rank=index, num_ranks=group.size),
-                validation=plan_batches(config, validation) if len(validation) else None,
-                group=group,
-                run=run_directory(config),
-                record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
-                stop=stop,
-            )
-            if isinstance(membership, ElasticMembership):
-                membership.report(lambda: {**trainer.status(), **backend.status()})
-            trainer.train()
 
 
 def connect_target(
     config: Config,
     target_config: PretrainedConfig,
-    tokenizer: Any | None,
+    tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     cast: Cast,
     membership: Membership,
     stop: threading.Event,
 ) -> RemoteEagle3TargetModel:
-    """Waits for a target that serves, and refuses those that are not the one that the draft expects."""
+    """Waits for a target that serves, and refuses targets other than `expectation`."""
     settings = ClientSettings(
         trainer=cast.me.name,
         index=cast.me.index,
@@ -102,16 +50,19 @@ def connect_target(
 
 
 def require_room(config: Config, limit: int) -> None:
-    """Raises `ConfigError` if a batch may be longer than the target accepts: better now than in the middle of a run."""
+    """Raises `ConfigError` if a batch may be longer than `limit`, the tokens that the target accepts."""
     longest = config.data.longest_row
     if longest > limit:
         raise ConfigError(
-            f"data.max_length (and data.bucket_lengths, data.row_length) must be at most the target's {limit} tokens, got {longest}"
+            "data.max_length (and data.bucket_lengths, data.row_length) must be at most the target's "
+            f"{limit} tokens, got {longest}"
         )
 
 
-def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any | None) -> TargetExpectation:
-    """What this configuration's draft requires of a target."""
+def expectation(
+    config: Config, target_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> TargetExpectation:
+    """The requirements of the draft on its target."""
     return TargetExpectation(
         vocab_size=target_config.vocab_size,
         hidden_size=target_config.hidden_size,
@@ -121,8 +72,10 @@ def expectation(config: Config, target_config: PretrainedConfig, tokenizer: Any 
     )
 
 
-def join_group(config: Config, cast: Cast, store: dist.Store, device: torch.device) -> Any:
-    """The trainers' process group. A wait in it may include another trainer's request to the target."""
+def join_group(
+    config: Config, cast: Cast, store: dist.Store, device: torch.device
+) -> AbstractContextManager[TrainerGroup]:
+    """The trainers' process group. Its time-out allows for another trainer's request to the target."""
     return join_trainers(
         dist.PrefixStore("trainers", store),
         cast.me.index,
@@ -133,6 +86,7 @@ def join_group(config: Config, cast: Cast, store: dist.Store, device: torch.devi
 
 
 def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ranks: int = 1) -> BatchPlan:
+    """The micro-batches of one trainer."""
     return BatchPlan(
         dataset,
         batch_size=config.train.batch_size,
@@ -145,15 +99,14 @@ def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ran
 
 
 def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
-    """What packing saves, or would save."""
+    """Logs the share of padding with packing and without it."""
     packed, padded = (
-        plan_batches(
-            replace(config, data=replace(config.data, packing=packing)), dataset, num_ranks=num_ranks
-        )
-        for packing in (True, False)
+        plan_batches(replace(config, data=replace(config.data, packing=on)), dataset, num_ranks=num_ranks)
+        for on in (True, False)
     )
     logger.info(
-        "data.packing=%s: padding is %.1f %% of the tokens with packing and %.1f %% without it, in %d and %d micro-batches an epoch",
+        "data.packing=%s: padding is %.1f %% of the tokens with packing and %.1f %% without it, "
+        "in %d and %d micro-batches an epoch",
         str(config.data.packing).lower(),
         100 * packed.padding_share,
         100 * padded.padding_share,
@@ -165,7 +118,7 @@ def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
 def make_draft(
     config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, device: torch.device
 ) -> Eagle3Draft:
-    """The draft at its start, equal on all trainers."""
+    """The initial draft, equal on all trainers."""
     draft = Eagle3Draft(draft_config(config, target_config), backend.input_embeddings())
     draft.initialise(config.run.seed)
     if config.draft.seed_head:
@@ -173,13 +126,13 @@ def make_draft(
             draft.seed_lm_head(backend.output_embeddings().weight.cpu())
         except UnsupportedTarget as error:
             raise UnsupportedTarget(
-                f"draft.seed_head must be false for a head that is no plain matrix: {error}"
+                f"draft.seed_head must be false for a head that is not a plain matrix: {error}"
             ) from error
     return draft.to(device)
 
 
 def draft_config(config: Config, target_config: PretrainedConfig) -> Eagle3DraftConfig:
-    """The draft that the configuration asks for, for a target of this transformers configuration."""
+    """The draft of this configuration, for a target with this transformers configuration."""
     return Eagle3DraftConfig.from_target(
         target_config,
         draft_vocab_size=config.draft.vocab_size,
@@ -198,7 +151,7 @@ def make_record(
     *,
     data_digest: str | None = None,
 ) -> RunRecord:
-    """What this run's checkpoints belong to."""
+    """The identity of this run, for its checkpoints."""
     return RunRecord(
         draft_config=draft_config(config, target_config),
         mapping=mapping,

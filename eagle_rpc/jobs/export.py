@@ -1,4 +1,4 @@
-"""A checkpoint as the directory that serving engines load."""
+"""Exports a checkpoint to the directory that serving engines load."""
 
 import logging
 from pathlib import Path
@@ -18,11 +18,8 @@ def run(config: Config) -> int:
     """Writes `serving.dir`; always 0. Raises `CheckpointError` if there is nothing to export."""
     start_worker(config, "export")
     directory = run_directory(config)
-    path = (
-        Path(config.serving.checkpoint)
-        if config.serving.checkpoint
-        else latest_checkpoint(directory.checkpoints)
-    )
+    named = config.serving.checkpoint
+    path = Path(named) if named else latest_checkpoint(directory.checkpoints)
     if path is None:
         raise CheckpointError(
             f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"

@@ -1,7 +1,9 @@
-"""Prints what a configuration would start and cost, without starting anything."""
+"""Prints the workers, traffic and memory of a configuration, without starting a worker."""
 
+import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -9,15 +11,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.jobs.assembly import draft_config
-from eagle_rpc.serving.export import weight_shapes
+from eagle_rpc.process import read_world
+from eagle_rpc.serving.export import EMBEDDING, weight_shapes
 from eagle_rpc.supervision import bytes_per_token
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config
-from eagle_rpc.topology import resolve_device
+from eagle_rpc.topology import Role, assign_roles, plan_devices
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30
-# AdamW keeps two moments beside each fp32 weight and its gradient.
+# Of a trained parameter: fp32 weight, gradient and AdamW's two moments.
 _TRAINED_BYTES = 4 * 4
 
 
@@ -34,86 +37,63 @@ def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]
     yield "run directory", config.run.dir
     for name, role, device in _workers(config):
         yield name, f"{role} on {device}"
-    yield (
-        "target",
-        f"{config.target.model}, {target.model_type}, {target.num_hidden_layers} layers, hidden {target.hidden_size}",
-    )
+    shape = f"{target.num_hidden_layers} layers, hidden {target.hidden_size}"
+    yield "target", f"{config.target.model}, {target.model_type}, {shape}"
     yield "captured layers", str(aux_layers(target.num_hidden_layers, config.target.aux_layer_ids))
-    yield (
-        "draft",
-        f"{_count(draft) / 1e6:.1f} M trained parameters, vocabulary {draft.draft_vocab_size} of {draft.vocab_size}",
-    )
-    yield (
-        "encoding",
-        f"{config.supervision.encoding.value}, {config.supervision.prefetch} requests in flight a trainer",
-    )
+    vocabulary = f"vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
+    yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, {vocabulary}"
+    encoding, prefetch = config.supervision.encoding.value, config.supervision.prefetch
+    yield "encoding", f"{encoding}, {prefetch} requests in flight a trainer"
     yield from _traffic(config, draft)
     yield from _memory(config, target, draft)
 
 
 def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Name, role and device of each worker, as on one host with this one's GPUs."""
-    topology, num_gpus = config.topology, torch.cuda.device_count()
-    if topology.single:
-        yield (
-            "single0",
-            "target and trainer",
-            resolve_device(config.train.device, local_rank=0, num_gpus=num_gpus),
-        )
-        return
-    targets = [(f"target{index}", "target", config.target.device) for index in range(topology.targets)]
-    trainers = [(f"trainer{index}", "trainer", config.train.device) for index in range(topology.trainers)]
-    for local_rank, (name, role, setting) in enumerate(targets + trainers):
-        yield name, role, resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
+    """Name, roles and device of each worker if all run on this host."""
+    size = 1 if config.topology.single else config.topology.targets + config.topology.trainers
+    target, trainer = config.target.device, config.train.device
+    for rank in range(size):
+        world = replace(read_world({}), rank=rank, size=size, local_rank=rank, local_size=size)
+        cast = assign_roles(config.topology, world)
+        num_gpus = torch.cuda.device_count()
+        devices = plan_devices(cast, world, target=target, trainer=trainer, num_gpus=num_gpus)
+        yield cast.me.name, " and ".join(role.value for role in Role if cast.me.has(role)), devices.device
 
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
-    dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     for encoding in ("probs", "logits", "hidden"):
-        size = bytes_per_token(
-            encoding,
-            hidden_size=draft.hidden_size,
-            draft_vocab_size=draft.draft_vocab_size,
-            dtype_bytes=dtype_bytes,
-        )
-        yield (
-            f"wire, {encoding}",
-            f"{size:,.0f} bytes a supervised token, {size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s",
-        )
+        size = _bytes_per_token(config, draft, encoding)
+        rate = f"{size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
+        yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {rate}"
+
+
+def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) -> float:
+    return bytes_per_token(
+        encoding,
+        hidden_size=draft.hidden_size,
+        draft_vocab_size=draft.draft_vocab_size,
+        dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],
+    )
 
 
 def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     with torch.device("meta"):
         num_parameters = AutoModelForCausalLM.from_config(target).num_parameters()
-    yield (
-        "target, weights",
-        f"{num_parameters * dtype_bytes / _GIB:.2f} GiB ({num_parameters / 1e6:.1f} M parameters)",
-    )
-    # A GPU without the fused kernel reads logits through an fp32 copy; a CPU copies few rows at a time.
+    weights = f"{num_parameters * dtype_bytes / _GIB:.2f} GiB"
+    yield "target, weights", f"{weights} ({num_parameters / 1e6:.1f} M parameters)"
+    # Without the fused kernel a GPU copies logits to fp32; a CPU copies few rows at a time.
     copied = torch.cuda.is_available() and not config.target.fused_rows
     chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4 * copied)
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"
     tokens = config.train.batch_size * config.data.longest_row
-    reply = tokens * bytes_per_token(
-        config.supervision.encoding.value,
-        hidden_size=draft.hidden_size,
-        draft_vocab_size=draft.draft_vocab_size,
-        dtype_bytes=dtype_bytes,
-    )
+    reply = tokens * _bytes_per_token(config, draft, config.supervision.encoding.value)
     in_flight = config.supervision.prefetch + config.train.accumulation
     yield "trainer, replies", f"{in_flight * reply / _GIB:.2f} GiB at most: {in_flight} of {tokens} tokens"
 
 
 def _count(draft: Eagle3DraftConfig) -> int:
-    """Trained parameters."""
-    sizes = 0
-    for name, shape in weight_shapes(draft).items():
-        if name != "embed_tokens.weight":
-            size = 1
-            for dimension in shape:
-                size *= dimension
-            sizes += size
-    return sizes
+    """Number of trained parameters."""
+    return sum(math.prod(shape) for name, shape in weight_shapes(draft).items() if name != EMBEDDING)

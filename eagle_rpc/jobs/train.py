@@ -13,7 +13,7 @@ from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.setting import ended_by, planned_devices, run_directory, start_worker
-from eagle_rpc.jobs.assembly import train_until_done
+from eagle_rpc.jobs.trainer import train_until_done
 from eagle_rpc.process import World, read_world, stop_signals
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle

@@ -1,42 +1,40 @@
-"""A worker of one side of `job=verify`: trains a few steps on synthetic chats and records the bits it saw."""
+"""A worker of one side of `job=verify`: trains a few steps on synthetic chats and records all bits."""
 
 import contextlib
-import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.data import ChatDataset, Example
+from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
+from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.rpc import attempt_store, join_static
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
+from eagle_rpc.supervision import Eagle3TargetBackend, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Cast, Role, Worker, assign_roles, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
+from eagle_rpc.train.recording import RecordingBackend
 
 _SHORTEST = 8  # tokens of a synthetic chat
 _SUPERVISED_SHARE = 0.7
-# Both sides sum over gloo: over NCCL, which co-located trainers on one GPU cannot use, sums may have other bits.
+# Both sides sum over gloo: NCCL may give other bits, and co-located trainers on one GPU cannot use it.
 _GROUP_DEVICE = torch.device("cpu")
 
 
 def record_steps(config: Config) -> int:
-    """Plays this process's role on its side; returns 0."""
+    """Runs the role of this process on its side; returns 0."""
     with stop_signals() as stop:
         if config.job.verify_side is VerifySide.colocated:
             _record_colocated(config, stop)
@@ -69,7 +67,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
                 target, config.target, encoding=encoding.name, rows=config.supervision.rows.value
             )
             _train_and_record(config, encoding, target_config, backend, group, device, stop)
-        # Whoever hosts the store leaves last.
+        # The process that hosts the store has to end last.
         group.barrier("the other trainers to finish")
 
 
@@ -77,7 +75,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
-    # As the co-located ones, targets run where trainers do.
+    # Targets run on the devices of trainers, as on the co-located side.
     device_of_all, num_gpus = config.train.device, torch.cuda.device_count()
     devices = plan_devices(cast, world, target=device_of_all, trainer=device_of_all, num_gpus=num_gpus)
     device = torch.device(devices.device)
@@ -124,7 +122,7 @@ def _train_and_record(
             stop=stop,
         )
         trainer.train()
-    metrics = [json.loads(line) for line in run.metrics.read_text().splitlines()] if group.is_primary else []
+    metrics = list(read_metrics(run.metrics)) if group.is_primary else []
     used = config.job.verify_steps * config.train.accumulation
     record = {
         "supervision": recording.digests[:used],
@@ -137,18 +135,14 @@ def _train_and_record(
 
 
 def synthetic_chats(config: Config, vocab_size: int) -> ChatDataset:
-    """Chats of random tokens and lengths, a function of the seed, for about as many rows as are compared, packed or not."""
+    """Chats of random tokens and lengths, a function of the seed: about as many as the steps need."""
     draw = torch.Generator().manual_seed(config.run.seed)
-    longest = config.data.max_length
-    rows = (
-        config.job.verify_steps
-        * config.train.accumulation
-        * config.train.batch_size
-        * config.topology.trainers
-    )
+    longest, train = config.data.max_length, config.train
+    batches = config.job.verify_steps * train.accumulation * config.topology.trainers
+    sequences = batches * train.batch_size
     examples = []
-    # Chats have half of the longest length on average.
-    for _ in range(2 * rows * config.data.longest_row // longest):
+    # On average a chat has half of the longest length.
+    for _ in range(2 * sequences * config.data.longest_row // longest):
         length = int(torch.randint(_SHORTEST, longest + 1, (), generator=draw))
         supervised = torch.rand(length, generator=draw) < _SUPERVISED_SHARE
         examples.append(Example(torch.randint(0, vocab_size, (length,), generator=draw), supervised))
@@ -158,42 +152,3 @@ def synthetic_chats(config: Config, vocab_size: int) -> ChatDataset:
 def _random_mapping(vocab_size: int, draft_vocab_size: int, seed: int) -> VocabMapping:
     ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))[:draft_vocab_size]
     return VocabMapping.from_token_ids(ids, vocab_size)
-
-
-class RecordingBackend:
-    """Passes everything on and keeps a digest of every supervision tensor that passes."""
-
-    def __init__(self, backend: Eagle3TargetBackend) -> None:
-        self._backend = backend
-        self.digests: list[dict[str, str]] = []  # one dict a batch
-        self.rows: list[int] = []  # supervised rows of each batch
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
-        for batch in self._backend.stream(batches):
-            self.digests.append({name: _digest(tensor) for name, tensor in _tensors(batch).items()})
-            self.rows.append(batch.supervised_rows.numel())
-            yield batch
-
-
-def _tensors(batch: Eagle3TargetBatch) -> dict[str, Tensor]:
-    return {
-        "input_ids": batch.input_ids,
-        "loss_mask": batch.loss_mask,
-        "aux_hidden_states": batch.aux_hidden_states,
-        "supervised_rows": batch.supervised_rows,
-        "target_probs": batch.target_probs,
-        "position_mask": batch.position_mask,
-        "log_normalizer": batch.log_normalizer,
-        "argmax": batch.argmax,
-    }
-
-
-def _digest(tensor: Tensor) -> str:
-    """Over every bit."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(
-        f"{tuple(tensor.shape)} {tensor.dtype}".encode() + flat.view(torch.uint8).numpy().tobytes()
-    ).hexdigest()

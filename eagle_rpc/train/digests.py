@@ -12,5 +12,6 @@ def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()))
+        bits = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+        digest.update(bits)  # type: ignore[arg-type]
     return digest.hexdigest()

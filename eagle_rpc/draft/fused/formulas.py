@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from eagle_rpc.draft.losses import row_losses
 from eagle_rpc.draft.rope import RopeTables
 
-Parameters, Result = ParamSpec("Parameters"), TypeVar("Result")
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 def widened(x: Tensor) -> Tensor:

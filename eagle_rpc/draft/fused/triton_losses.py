@@ -77,7 +77,7 @@ def _judge_kernel(
             divergence_weight, acceptance_weight = 0.0, 1.0 / acceptance
             loss = -tl.log(acceptance)
     tl.store(losses + pair, loss)
-    tl.store(predicted + pair, best.to(tl.int64))
+    tl.store(predicted + pair, best.to(tl.int64))  # type: ignore[attr-defined]
 
     coefficient = tl.load(coefficients + pair)
     for start in range(0, vocab, BLOCK):

@@ -9,7 +9,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.choices import VerifySide
 from eagle_rpc.config.schema import RunConfig
 from eagle_rpc.jobs import verify
-from eagle_rpc.jobs.verify import compare_records
+from eagle_rpc.train.recording import compare_records
 
 RECORD = {
     "supervision": [{"argmax": "aa", "target_probs": "bb"}],
