@@ -168,7 +168,7 @@ def _messages(record: dict[str, Any]) -> list[Message]:
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     spoken = [message for message in messages if message.role != "system"]
     if not spoken or spoken[0].role != "user":
-        first = spoken[0].role if spoken else "nobody"
+        first = spoken[0].role if spoken else "no turn but the system's"
         raise RecordProblem(f"the user must speak first, got {first}", kind="not begun by the user")
     return messages
 

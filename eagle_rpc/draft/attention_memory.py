@@ -18,7 +18,7 @@ class AttentionMemory(Protocol):
     """The keys and values of earlier calls of one decoder layer."""
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Stores keys and values [B, J, T, D]; returns what queries [B, Q, T, D] attend to, same shape."""
+        """Stores keys and values [B, J, T, D]; returns attended values [B, Q, T, D]."""
 
 
 class UnrollMemory:

@@ -1,4 +1,4 @@
-"""The two pictures of a run. matplotlib is loaded when one is drawn."""
+"""The two plots of a run. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DPI = 150
 
 
 def plot_loss(metrics_path: Path, output: Path) -> None:
-    """Loss and simulated accept length over optimiser steps, of training and validation.
+    """Loss and simulated accept length of training and validation over optimiser steps.
 
     Raises `DataError` if the file is absent or holds no training line.
     """
@@ -42,7 +42,7 @@ def plot_loss(metrics_path: Path, output: Path) -> None:
 
 
 def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: float, output: Path) -> None:
-    """Share of drafts whose guess at each position was accepted, all earlier guesses included."""
+    """Share of drafts whose guesses up to each position were accepted, as bars."""
     figure = _figure(1.6 + 1.0 * max(4, len(acceptance_per_position)), 4.0)
     axes = figure.subplots()
     positions = [str(position + 1) for position in range(len(acceptance_per_position))]
@@ -62,31 +62,26 @@ def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
     validation = [
         (line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line
     ]
-    axes.plot(
-        *zip(*training, strict=True),
-        color=_TRAINING,
-        linewidth=1.4,
-        label="training",
-        marker=_marker(training),
-    )
+    style = {"color": _TRAINING, "linewidth": 1.4, "label": "training", "marker": _marker(training)}
+    axes.plot(*zip(*training, strict=True), **style)
     if validation:
-        axes.plot(
-            *zip(*validation, strict=True),
-            color=_VALIDATION,
-            linewidth=1.4,
-            marker="o",
-            markersize=4,
-            label="validation",
-        )
+        style = {
+            "color": _VALIDATION,
+            "linewidth": 1.4,
+            "label": "validation",
+            "marker": "o",
+            "markersize": 4,
+        }
+        axes.plot(*zip(*validation, strict=True), **style)
 
 
 def _marker(points: list[tuple[int, float]]) -> str | None:
-    """A single point makes no line."""
+    """A single point has no line."""
     return "." if len(points) == 1 else None
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Inches. Drawn without pyplot, whose state is global and whose backend may want a display."""
+    """Size in inches. Not from pyplot: its state is global, and its backend may need a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")

@@ -113,7 +113,7 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
     _require_equal("the training data's digest", saved.data_digest, current.data_digest)
-    # A checkpoint of an earlier version lacks newer settings; it was made with what are their defaults now.
+    # A checkpoint of an earlier version lacks newer settings; it was made with their present defaults.
     old, new = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)
     for path in _FIXED_SETTINGS:
         _require_equal(path, old.get(path), new.get(path))

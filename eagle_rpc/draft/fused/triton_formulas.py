@@ -1,4 +1,4 @@
-"""Triton kernels of `formulas`, by the same names, which say what they compute.
+"""Triton kernels of `formulas`, under the same names.
 
 Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of
 queries, keys and values side by side, A heads in P, D half of a head's width. Blocks are rounded up to powers

@@ -1,4 +1,4 @@
-"""Triton kernels of `own_slots`, by the same names, which say what they compute.
+"""Triton kernels of `own_slots`, under the same names.
 
 One program takes a block of slots and one key head with its group of query heads, and reads keys and values
 once. Legend: N slots of a block, G query heads of one key head, D head width; G and D are rounded up to

@@ -1,14 +1,7 @@
 import copy
-import subprocess
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from eagle_rpc.config import Config
-from eagle_rpc.config.choices import VerifySide
-from eagle_rpc.config.schema import RunConfig
-from eagle_rpc.jobs import verify
 from eagle_rpc.train.recording import compare_records
 
 RECORD = {
@@ -43,16 +36,3 @@ def test_one_differing_bit_of_one_trainer_fails_and_is_named(quantity: str, valu
 def test_nothing_recorded_is_no_pass():
     empty = {**RECORD, "rows": 0}
     assert not compare_records("1x1", "hidden", [empty], [empty]).passed
-
-
-def test_what_an_earlier_verification_left_is_gone_before_a_side_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(verify, "write_config", lambda config, path: None)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **settings: SimpleNamespace(returncode=0))
-    stale = tmp_path / "1x1" / "remote" / "probs" / "checkpoints" / "step_3"
-    stale.mkdir(parents=True)
-    verify._run_side(
-        Config(run=RunConfig(name="verify", dir=str(tmp_path), cache_dir="unused")), "1x1", VerifySide.remote
-    )
-    assert not stale.exists() and (tmp_path / "1x1" / "remote" / "workers.log").exists()
