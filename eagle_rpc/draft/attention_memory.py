@@ -1,8 +1,9 @@
 """The keys and values that a draft's queries attend to: in training of all steps, in decoding of all tokens.
 
 The decoder layer is the same for both; it gets one or the other `AttentionMemory`. `fused.step_attention` is
-the fast form of `ttt_attention`. Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G
-query heads of one key head, J key heads, D head width.
+the fast form of `ttt_attention`.
+Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G query heads of one key head, J
+key heads, D head width.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The EAGLE-3 draft (arXiv 2503.01840): one Llama layer over token embeddings and hidden states.
 
-Parameters have the names of the exported checkpoint. Legend: B batch, T sequence, S new tokens, H hidden, K
-draft vocab.
+Parameters have the names of the exported checkpoint.
+Legend: B batch, T sequence, S new tokens, H hidden, K draft vocab.
 """
 
 import torch

@@ -2,8 +2,9 @@
 
 Names and keys are those that all versions of both engines read: `midlayer.*` without a `model.` prefix (older
 SGLang skips unknown names and serves random weights), one layer, an untied head, explicit rotary settings,
-`d2t` as offsets. Legend: H hidden, I feed-forward width, A width of all query heads, E width of all key
-heads, V target vocab, K draft vocab.
+`d2t` as offsets.
+Legend: H hidden, I feed-forward width, A width of all query heads, E width of all key heads, V target vocab,
+K draft vocab.
 """
 
 import json

@@ -2,9 +2,10 @@
 
 The CPU runs the formulas as written here, a GPU the Triton kernel of the same name in `triton_formulas`. Both
 compute in fp32 (fp64 for fp64 inputs) and round on storing. Tensors are contiguous unless the docstring says
-otherwise. Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, Q
-width of all queries, J of all keys, P = Q + 2 J of queries, keys and values side by side, D head width, n
-rows, K draft vocab.
+otherwise.
+Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, Q width of all
+queries, J of all keys, P = Q + 2 J of queries, keys and values side by side, D head width, n rows, K draft
+vocab.
 """
 
 import functools

@@ -1,7 +1,8 @@
 """The draft's last norm, its head and the loss, with their gradients, over chunks of rows.
 
-Only the logits of one chunk exist, in the compute dtype; their gradients replace them. Legend: N rows, n rows
-of a chunk, S steps, M = n S pairs of a chunk's row and a step, H hidden, K draft vocab.
+Only the logits of one chunk exist, in the compute dtype; their gradients replace them.
+Legend: N rows, n rows of a chunk, S steps, M = n S pairs of a chunk's row and a step, H hidden, K draft
+vocab.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,9 @@
 
 Let o be the causal output, l its log-sum, and s_j the scaled score against the key of step j. Then l' =
 logaddexp(l, s_1, .., s_k) and o' = exp(l - l') o + sum_j exp(s_j - l') v_j (the merge of FlashAttention's
-blocks). Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, G query heads of one key
-head, D head width, S steps.
+blocks).
+Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, G query heads of one key head, D head
+width, S steps.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,9 @@
 """Triton kernels of `own_slots`, under the same names.
 
 One program takes a block of slots and one key head with its group of query heads, and reads keys and values
-once. Legend: N slots of a block, G query heads of one key head, D head width; G and D are rounded up to
-powers of two.
+once.
+Legend: N slots of a block, G query heads of one key head, D head width; G and D are rounded up to powers of
+two.
 """
 
 import triton
