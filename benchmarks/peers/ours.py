@@ -18,11 +18,11 @@ from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Membership
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
+from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping

@@ -16,11 +16,11 @@ from peers.ours import compose
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
+from eagle_rpc.jobs.assembly import connect_target, make_draft
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.setting import only_device, planned_devices, start_worker
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.jobs.assembly import connect_target, make_draft
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle

@@ -21,10 +21,10 @@ from peers.processes import Command, free_port, running, static_environment
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
+from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import planned_devices, start_worker
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import host, join_static, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint

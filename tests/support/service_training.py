@@ -14,10 +14,10 @@ from eagle_rpc.client.ticket import Ticket
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, TrainConfig
+from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.setting import planned_devices
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
-from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.loading import load_target_config
