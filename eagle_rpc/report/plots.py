@@ -62,7 +62,12 @@ def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
     validation = [
         (line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line
     ]
-    style = {"color": _TRAINING, "linewidth": 1.4, "label": "training", "marker": _marker(training)}
+    style: dict[str, Any] = {
+        "color": _TRAINING,
+        "linewidth": 1.4,
+        "label": "training",
+        "marker": _marker(training),
+    }
     axes.plot(*zip(*training, strict=True), **style)
     if validation:
         style = {
