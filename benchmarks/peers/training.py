@@ -25,7 +25,7 @@ from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Eagle3TargetBackend, TokenBatch, VocabMapping
+from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -104,7 +104,9 @@ def train_colocated(config: Config) -> None:
     train(
         config,
         ColocatedEagle3TargetModel(
-            target, config.target, encoding=supervision.encoding.value, rows=supervision.rows.value
+            target,
+            config.target,
+            SessionSettings(encoding=supervision.encoding.value, rows=supervision.rows.value),
         ),
         device,
     )

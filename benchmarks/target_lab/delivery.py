@@ -29,7 +29,7 @@ from eagle_rpc.process import read_world
 from eagle_rpc.rpc import host, join_static, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import bytes_per_token
+from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import assign_roles
@@ -151,8 +151,7 @@ def use_target(
             if number == _WARM_UP - 1:
                 started = time.perf_counter()
         seconds = time.perf_counter() - started
-        wire = bytes_per_token(
-            config.supervision.encoding.value,
+        wire = ENCODINGS[config.supervision.encoding.value].bytes_per_token(
             hidden_size=target_config.hidden_size,
             draft_vocab_size=len(mapping),
             dtype_bytes=2,

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_rpc.supervision.segments import chat_lengths
+
 
 class AttentionMemory(Protocol):
     """Keeps the keys and values of earlier calls of one decoder layer."""
@@ -28,7 +30,7 @@ class UnrollMemory:
     """
 
     def __init__(self, segment_ids: Tensor | None) -> None:
-        self._chat_lengths = None if segment_ids is None else _chat_lengths(segment_ids)
+        self._chat_lengths = None if segment_ids is None else chat_lengths(segment_ids)
         self._step_keys: list[list[Tensor]] = []  # of every step those of every chat, or of the whole batch
         self._step_values: list[list[Tensor]] = []
 
@@ -56,11 +58,6 @@ class UnrollMemory:
         return torch.cat(
             [torch.cat(list(islice(left, len(lengths))), dim=2) for lengths in self._chat_lengths]
         )
-
-
-def _chat_lengths(segment_ids: Tensor) -> list[list[int]]:
-    """Slots of each chat of each row; padding counts as a chat where its id says so."""
-    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in segment_ids]
 
 
 class DraftCache:

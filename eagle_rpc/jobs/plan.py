@@ -10,7 +10,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.jobs.trainer_worker import draft_config
 from eagle_rpc.serving.export import weight_shapes
-from eagle_rpc.supervision import bytes_per_token
+from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.topology import resolve_device
@@ -69,15 +69,14 @@ def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
-    for encoding in ("probs", "logits", "hidden"):
-        size = bytes_per_token(
-            encoding,
+    for name, encoding in ENCODINGS.items():
+        size = encoding.bytes_per_token(
             hidden_size=draft.hidden_size,
             draft_vocab_size=draft.draft_vocab_size,
             dtype_bytes=dtype_bytes,
         )
         yield (
-            f"wire, {encoding}",
+            f"wire, {name}",
             f"{size:,.0f} bytes a supervised token, {size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s",
         )
 
@@ -97,8 +96,7 @@ def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) 
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"
     tokens = config.train.batch_size * config.data.longest_row
-    reply = tokens * bytes_per_token(
-        config.supervision.encoding.value,
+    reply = tokens * ENCODINGS[config.supervision.encoding.value].bytes_per_token(
         hidden_size=draft.hidden_size,
         draft_vocab_size=draft.draft_vocab_size,
         dtype_bytes=dtype_bytes,

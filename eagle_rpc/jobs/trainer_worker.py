@@ -17,7 +17,13 @@ from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.setting import run_directory
 from eagle_rpc.rpc import ElasticMembership, Membership
-from eagle_rpc.supervision import Eagle3TargetBackend, TargetExpectation, VocabMapping, tokenizer_fingerprint
+from eagle_rpc.supervision import (
+    Eagle3TargetBackend,
+    SessionSettings,
+    TargetExpectation,
+    VocabMapping,
+    tokenizer_fingerprint,
+)
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
@@ -86,11 +92,13 @@ def connect_target(
 ) -> RemoteEagle3TargetModel:
     """Waits for a target that serves, and refuses those that are not the one that the draft expects."""
     settings = ClientSettings(
-        trainer=cast.me.name,
+        session=SessionSettings(
+            encoding=config.supervision.encoding.value,
+            rows=config.supervision.rows.value,
+            job=config.run.name,
+            trainer=cast.me.name,
+        ),
         index=cast.me.index,
-        job=config.run.name,
-        encoding=config.supervision.encoding.value,
-        rows=config.supervision.rows.value,
         prefetch=config.supervision.prefetch,
         request_timeout=config.rpc.request_timeout,
         reconnect_deadline=config.rpc.reconnect_deadline,

@@ -22,7 +22,13 @@ from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.jobs.trainer_worker import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
 from eagle_rpc.rpc import attempt_store, join_static
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, VocabMapping
+from eagle_rpc.supervision import (
+    Eagle3TargetBackend,
+    Eagle3TargetBatch,
+    SessionSettings,
+    TokenBatch,
+    VocabMapping,
+)
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -66,7 +72,9 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     with join_group(config, cast, store, _GROUP_DEVICE) as group:
         for encoding in config.job.verify_encodings:
             backend = ColocatedEagle3TargetModel(
-                target, config.target, encoding=encoding.name, rows=config.supervision.rows.value
+                target,
+                config.target,
+                SessionSettings(encoding=encoding.name, rows=config.supervision.rows.value),
             )
             _train_and_record(config, encoding, target_config, backend, group, device, stop)
         # Whoever hosts the store leaves last.

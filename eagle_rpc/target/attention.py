@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eagle_rpc.supervision import to_device
+from eagle_rpc.supervision.segments import chat_starts, positions_from
 from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.probes import packing_fault
 
@@ -139,10 +140,7 @@ def _sees_all(base: nn.Module) -> bool:
 
 def positions_within_chats(real_BT: Tensor, segment_ids_BT: Tensor) -> Tensor:
     """Positions [B, T] that restart at each segment, and at the padding after the last one."""
-    index_BT = torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT)
-    starts_BT = torch.zeros_like(real_BT)
-    starts_BT[:, 1:] = (segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]) | (real_BT[:, 1:] != real_BT[:, :-1])
-    return index_BT - (index_BT * starts_BT).cummax(dim=1).values
+    return positions_from(chat_starts(segment_ids_BT) | chat_starts(real_BT))
 
 
 def are_plain(positions_BT: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from support.tiny_target import DRAFT_VOCAB_SIZE, TINY_LLAMA, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC
 
-from eagle_rpc.client.ticket import Ticket
+from eagle_rpc.client.dispatcher import PendingRequest
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, TrainConfig
@@ -99,17 +99,17 @@ def _train(
 @contextlib.contextmanager
 def arrivals(membership: StaticMembership) -> Iterator[None]:
     """Leaves a mark in the store for every answer that this trainer gets."""
-    deliver, numbers = Ticket.deliver, itertools.count(1)
+    complete, numbers = PendingRequest.complete, itertools.count(1)
 
-    def marked(ticket, reply):
-        deliver(ticket, reply)
+    def marked(request, reply):
+        complete(request, reply)
         membership.mark(f"arrival {next(numbers)}")
 
-    Ticket.deliver = marked
+    PendingRequest.complete = marked
     try:
         yield
     finally:
-        Ticket.deliver = deliver
+        PendingRequest.complete = complete
 
 
 def hold_back(learner: Learner, membership: StaticMembership, step: int) -> None:

@@ -16,6 +16,7 @@ from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     GenerateRequest,
+    SessionSettings,
     SessionSpec,
     TokenBatch,
     VocabMapping,
@@ -185,7 +186,9 @@ def served_and_colocated(make_loaded, tokens, encoding):
     encoded = server.generate(request).result()
     served = decode_supervision(encoded, tokens, server.output_embeddings(session))
     server.close()
-    colocated = ColocatedEagle3TargetModel(make_loaded(), CONFIG, encoding=encoding, rows="loss_mask")
+    colocated = ColocatedEagle3TargetModel(
+        make_loaded(), CONFIG, SessionSettings(encoding=encoding, rows="loss_mask")
+    )
     colocated.open_session(MAPPING)
     here = colocated.generate_batch(
         tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
