@@ -44,18 +44,9 @@ from eagle_rpc.supervision.tensors import own_storage, shift_left, to_device, to
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mask
 from eagle_rpc.supervision.vocab import DraftVocabOnDevice, VocabMapping
 
-# Requests and sessions, at both ends.
-__all__ = [
-    "GenerateRequest",
-    "HeartbeatReply",
-    "ModelInfo",
-    "OpenedSession",
-    "SessionSettings",
-    "SessionSpec",
-]
-__all__ += ["BatchRows", "TargetExpectation", "TokenBatch", "VocabMapping", "shifted_loss_mask"]
-# Replies.
-__all__ += ["ENCODINGS", "EncodedSupervision", "Encoding"]
+# Requests and sessions.
+__all__ = ["BatchRows", "GenerateRequest", "HeartbeatReply", "ModelInfo", "OpenedSession", "SessionSettings"]
+__all__ += ["SessionSpec", "TargetExpectation", "TokenBatch", "VocabMapping", "shifted_loss_mask"]
 # The target's side.
 __all__ += [
     "DraftVocabOnDevice",
@@ -68,8 +59,9 @@ __all__ += [
 __all__ += ["check_encoding", "compute_supervision", "describe_target", "device_of", "encode_supervision"]
 __all__ += ["fused_rows_run", "read_rows", "read_rows_fused", "read_supervision", "run_target", "supervise"]
 __all__ += ["tokenizer_fingerprint", "weights_fingerprint"]
-# The trainer's side.
-__all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch", "decode_supervision"]
+# Replies, and the trainer's side.
+__all__ += ["ENCODINGS", "EncodedSupervision", "Encoding", "decode_supervision"]
+__all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]
 __all__ += ["ProjectedTargets", "StoredLogits", "StoredProbs"]
 # Tensors.
 __all__ += ["own_storage", "shift_left", "to_device", "to_host"]
