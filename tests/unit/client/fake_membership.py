@@ -1,4 +1,4 @@
-"""Targets that answer in the same process, and a membership that finds them, for tests of the client alone."""
+"""Targets that answer in the same process, and a membership that finds them."""
 
 import threading
 from collections.abc import Callable

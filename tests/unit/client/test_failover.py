@@ -41,7 +41,7 @@ def until_both_serve(backend: Any) -> None:
 
 
 def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, Callable[[], None]]) -> None:
-    """Streams everything, calls `after[n]` when batch n has been consumed, and compares bit by bit and in order."""
+    """Streams all batches, calls `after[n]` when batch n was consumed, and compares every bit in order."""
     batches = backend.stream(tiny_batch(seed) for seed in range(BATCHES))
     for number, batch in enumerate(batches):
         assert all(tensor.equal(expected[number][name]) for name, tensor in tensors_of(batch).items()), number
