@@ -1,6 +1,7 @@
-"""Prompts out of the PyPI package chitchat-dataset (MIT): what people asked each other in small talk.
+"""Prompts from the PyPI package chitchat-dataset (MIT): questions and statements of small talk.
 
-Only its data file is read. The package itself is never imported: it is old, and its dependencies are not needed.
+Only its data file is read. The package itself is never imported: it is old, and its dependencies are not
+needed.
 """
 
 import json
@@ -12,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from eagle_rpc.errors import DataError
+from eagle_rpc.process.files import replaced_file
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,8 @@ _DISTRIBUTION = "chitchat-dataset"
 _FILE = "chitchat_dataset/dataset.json"
 _INSTALL = "pip install --no-deps chitchat-dataset==0.9.0"
 _QUESTION = re.compile(
-    r"(what|how|why|who|where|when|which|whose|is|are|was|were|am|do|does|did|have|has|can|could|would|should|will|may)\b",
+    r"(what|how|why|who|where|when|which|whose|is|are|was|were|am|do|does|did|have|has|can|could|would|should"
+    r"|will|may)\b",
     re.IGNORECASE,
 )
 _SHORTEST, _LONGEST = 20, 200  # characters
@@ -30,16 +33,16 @@ def prepare_chitchat_prompts(
 ) -> tuple[Path, Path]:
     """Writes `train.jsonl` and `heldout.jsonl`, chats of one user turn each, and returns their paths.
 
-    The same arguments select the same prompts. No two prompts, in one file or across both, differ in case, white space or
-    punctuation alone, and the held-out ones do not depend on `num_train`. Nothing is done if both files exist. Raises `DataError`
-    if the package is not installed or holds too few prompts.
+    Nothing is done if both files exist. Equal arguments select equal prompts; the held-out ones do not depend on
+    `num_train`. Any two prompts, also across the files, differ in more than case, white space and punctuation.
+    Raises `DataError` if the package is not installed or holds too few prompts.
     """
     train_path, heldout_path = Path(output_dir) / "train.jsonl", Path(output_dir) / "heldout.jsonl"
     if train_path.exists() and heldout_path.exists():
         return train_path, heldout_path
     prompts = _select(_turns(_dataset_path()), num_heldout + num_train, seed)
-    for path, part in ((heldout_path, prompts[:num_heldout]), (train_path, prompts[num_heldout:])):
-        _write(path, part)
+    for path, texts in ((heldout_path, prompts[:num_heldout]), (train_path, prompts[num_heldout:])):
+        _write(path, texts)
     logger.info("wrote %d prompts to %s and %d to %s", num_train, train_path, num_heldout, heldout_path)
     return train_path, heldout_path
 
@@ -57,7 +60,7 @@ def _dataset_path() -> Path:
 
 
 def _turns(path: Path) -> Iterator[str]:
-    """Everything anybody said. A chat is a list of turns, a turn a list of messages by one person."""
+    """All messages. A chat is a list of turns, a turn is a list of messages by one person."""
     for chat in json.loads(path.read_bytes()).values():
         for turn in chat["messages"]:
             for message in turn:
@@ -65,7 +68,7 @@ def _turns(path: Path) -> Iterator[str]:
 
 
 def _select(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """`count` different texts in random order, those that are best understood alone before others."""
+    """`count` different texts, first those that depend least on earlier turns; otherwise in random order."""
     distinct: dict[str, str] = {}
     for text in texts:
         if text.isascii() and text[:1].isalpha() and _SHORTEST <= len(text) <= _LONGEST:
@@ -79,16 +82,13 @@ def _select(texts: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def _dependence(text: str) -> int:
-    """How much a text needs what was said before: a question from its first word on (0), another question (1), a statement (2)."""
+    """Dependence on earlier turns: 0 for a question from its first word on, 1 for other questions, else 2."""
     if not text.endswith("?"):
         return 2
     return 0 if _QUESTION.match(text) else 1
 
 
 def _write(path: Path, prompts: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", encoding="ascii") as file:
+    with replaced_file(path) as fresh, fresh.open("w", encoding="ascii") as file:
         for prompt in prompts:
             file.write(json.dumps({"messages": [{"role": "user", "content": prompt}]}) + "\n")
-    partial.replace(path)

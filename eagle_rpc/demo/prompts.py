@@ -10,9 +10,9 @@ NUM_TRAIN, NUM_HELDOUT = 8000, 200
 
 
 def ensure_prompts(config: Config) -> None:
-    """Writes `train.jsonl` and `heldout.jsonl` where `data.prompt_source` names a source; the halves share no prompt.
+    """Writes prompts for training and evaluation, without overlap, if `data.prompt_source` names a source.
 
-    Nothing is written, and no package needed, if both prompt files of the configuration exist.
+    Nothing is written, and no package is needed, if both prompt files of the configuration exist.
     """
     wanted = (config.regenerate.prompts, config.evaluate.prompts)
     if config.data.prompt_source is PromptSource.chitchat and not all(Path(path).exists() for path in wanted):
