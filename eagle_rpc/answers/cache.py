@@ -21,10 +21,8 @@ from transformers.cache_utils import CacheLayerMixin
 from eagle_rpc.errors import UnsupportedTarget
 
 _ATTENTION_NAME = "eagle_rpc_batch"
-# The length in use is rounded up: kernels are prepared anew for each shape, and odd ones are slower.
-_COLUMN_STEP = 16
-# The capacity grows in larger steps, since growing copies everything.
-_CAPACITY_STEP = 128
+# Columns in use are rounded up: a new shape prepares kernels. Capacity as well: growing copies everything.
+_COLUMN_STEP, _CAPACITY_STEP = 16, 128
 
 
 class BatchCache(Cache):
@@ -139,16 +137,13 @@ def _batch_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [N, A, T, D] queries over [N, G, L, D] keys, which are not copied for each of A/G queries.
 
-    With one new token a row, each key is read once. torch's fused kernel either needs the copies or is slower
-    on the CPU.
+    With one new token a row, each key is read once. torch's fused kernel needs copies or is slower on CPUs.
     """
-    if s_aux is not None or position_bias is not None:
+    if settings.get("s_aux") is not None or settings.get("position_bias") is not None:
         name = type(module).__name__
         raise UnsupportedTarget(
             f"to decode in batches, {name} must have neither attention sinks nor a position bias"

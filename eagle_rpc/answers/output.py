@@ -1,8 +1,7 @@
 """The file of regenerated chats: which prompts are in it, and whether its answers are of the same settings.
 
 A line is a chat with three more keys: `prompt`, a hash of its system and user turns; `settings`, all that its
-answers depend on; `truncated`, whether the last answer reached its limit, so that no end of turn may be
-learned from it.
+answers depend on; `truncated`, whether the last answer was cut, so that no end of turn is learned from it.
 """
 
 import hashlib
@@ -43,15 +42,14 @@ def finished_prompts(output: str | Path, settings: dict[str, Any]) -> set[str]:
             except (ValueError, KeyError, TypeError) as error:
                 rule = "regenerate.output must be absent or written by this job"
                 raise ConfigError(f"{rule}, got {output} with a foreign line {number}") from error
-            changes = [
-                f"{name} {found.get(name)}, now {value}"
-                for name, value in settings.items()
-                if found.get(name) != value
-            ]
-            if changes:
+            changed = {name: value for name, value in settings.items() if found.get(name) != value}
+            if changed:
+                changes = "; ".join(
+                    f"{name} {found.get(name)}, now {value}" for name, value in changed.items()
+                )
+                rule = "regenerate.output must have answers of the same settings"
                 raise ConfigError(
-                    f"regenerate.output must have answers of the same settings, got {output} with "
-                    f"{'; '.join(changes)}: name another file or remove this one"
+                    f"{rule}, got {output} with {changes}: name another file or remove this one"
                 )
             prompts.add(prompt)
     return prompts

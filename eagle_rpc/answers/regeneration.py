@@ -1,7 +1,6 @@
 """Chats in which the target gives the answers: from them a draft learns how this target writes.
 
-The assistant turns of the given chats are ignored. Each user turn is asked after the target's own earlier
-answers.
+Each user turn is asked after the target's own earlier answers; assistant turns of the input are ignored.
 """
 
 import logging
@@ -55,8 +54,9 @@ class Regeneration:
         self._problems = RecordProblems(Path(self._config.prompts), config.data.on_error)
         stop = stop_token_ids(model, template.tokenizer)
         if not stop:
-            places = "its config, generation config or tokenizer"
-            raise ConfigError(f"target.model must name an eos_token_id in {places}, got none")
+            raise ConfigError(
+                "target.model must have an eos_token_id in any of its configs or tokenizer, got none"
+            )
         self._engine = AnswerEngine(
             model,
             batch_size=self._config.batch_size,

@@ -17,7 +17,6 @@ from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer, Proposer
 from eagle_rpc.evaluate.speculative import (
     DecodingCounts,
-    GreedyText,
     check_fits,
     decode_greedily,
     decode_speculatively,
@@ -118,9 +117,9 @@ def evaluate_draft(
 ) -> Evaluation:
     """Decodes every prompt (token ids) by the target alone and with the draft.
 
-    Null `stop_ids` are those of model and tokenizer. With a tokenizer the result has prompts and texts in
-    words. Before anything is decoded, raises `ConfigError` if there is no prompt or one does not fit the
-    target's context, `TargetMismatch` if the draft does not fit the target.
+    Null `stop_ids`: those of model and tokenizer. With a tokenizer the result has prompts and texts in words.
+    Before anything is decoded, raises `ConfigError` if there is no prompt or one does not fit the target's
+    context, `TargetMismatch` if the draft does not fit the target.
     """
     if not prompts:
         raise ConfigError("evaluate.prompts must hold at least one prompt, got none")
@@ -129,14 +128,14 @@ def evaluate_draft(
     for prompt_ids in prompts:
         check_fits(target, prompt_ids, max_new_tokens + num_draft_tokens)
     stop = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
-    _decode_both(target, proposer, prompts[0], min(_WARM_UP_TOKENS, max_new_tokens), stop)
+    _decode_both(target, proposer, prompts[0], min(_WARM_UP_TOKENS, max_new_tokens), stop, None)
     counts = DecodingCounts([0] * num_draft_tokens)
     results = []
     with tqdm(prompts, desc="evaluate", unit="prompt") as progress:
         for prompt_ids in progress:
-            own, text_ids, drafts, seconds = _decode_both(target, proposer, prompt_ids, max_new_tokens, stop)
+            result, drafts = _decode_both(target, proposer, prompt_ids, max_new_tokens, stop, tokenizer)
             counts.add(drafts)
-            results.append(_prompt_result(prompt_ids, own, text_ids, drafts, seconds, tokenizer))
+            results.append(result)
             progress.set_postfix(accept_length=f"{counts.accept_length:.2f}")
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -156,29 +155,20 @@ def _decode_both(
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     stop: Collection[int],
-) -> tuple[GreedyText, list[int], DecodingCounts, tuple[float, float]]:
-    """The text of the target alone, the text and counts with the draft, and the seconds of both."""
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PromptResult, DecodingCounts]:
+    """Decodes the prompt by the target alone, then with the draft."""
     started = time.perf_counter()
     own = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop)
     between = time.perf_counter()
     token_ids, counts = decode_speculatively(
         target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop
     )
-    return own, token_ids, counts, (between - started, time.perf_counter() - between)
-
-
-def _prompt_result(
-    prompt_ids: Sequence[int],
-    own: GreedyText,
-    token_ids: list[int],
-    counts: DecodingCounts,
-    seconds: tuple[float, float],
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> PromptResult:
+    finished = time.perf_counter()
     # Neither text is a beginning of the other: both end at the same limit or at a stop token.
     pairs = enumerate(zip(own.token_ids, token_ids, strict=False))
     difference = next((index for index, (mine, theirs) in pairs if mine != theirs), None)
-    return PromptResult(
+    result = PromptResult(
         prompt="" if tokenizer is None else str(tokenizer.decode(list(prompt_ids))),
         text="" if tokenizer is None else str(tokenizer.decode(token_ids)),
         prompt_tokens=len(prompt_ids),
@@ -190,9 +180,10 @@ def _prompt_result(
         identical=difference is None,
         difference=difference,
         margin=None if difference is None else own.margins[difference],
-        seconds_without_draft=seconds[0],
-        seconds=seconds[1],
+        seconds=finished - between,
+        seconds_without_draft=between - started,
     )
+    return result, counts
 
 
 def _evaluation(

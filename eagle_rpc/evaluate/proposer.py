@@ -35,9 +35,8 @@ class Proposer(Protocol):
 class DraftProposer:
     """A chain of guesses of an EAGLE-3 draft, as vLLM makes it.
 
-    The first guess reads the target's hidden states; each later guess reads the draft's output for the guess
-    before. Guesses are removed from the cache: verified ones are computed again from the target's hidden
-    states.
+    The first guess reads the target's hidden states, each later one the draft's output for the guess before.
+    Guesses leave the cache again: verified ones are computed anew from the target's hidden states.
     """
 
     def __init__(self, draft: Eagle3Draft, mapping: VocabMapping, num_draft_tokens: int) -> None:

@@ -13,8 +13,7 @@ from eagle_rpc.target.loading import load_with_tokenizer
 def run(config: Config) -> int:
     """Appends to `regenerate.output` every chat of `regenerate.prompts` that is not in it; 0 if all are.
 
-    A run that was killed at any moment is continued from the last whole line. Raises the errors of
-    `Regeneration`.
+    After a kill at any moment the next run continues from the last whole line. Raises as `Regeneration` does.
     """
     start_worker(config, "regenerate")
     ensure_prompts(config)

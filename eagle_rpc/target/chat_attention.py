@@ -24,13 +24,10 @@ from eagle_rpc.target.probes import packing_fault
 # Names in transformers' registry: one chat a row without a mask; a loop over chats; one kernel for all chats.
 _WHOLE, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# Config fields whose names end so (`sliding_window`) limit what a layer sees; some models apply them in masks
-# only.
+# Ends of config fields that limit what a layer sees (`sliding_window`); some models apply them in masks only.
 _LIMITS = ("window", "window_size", "chunk_size")
 # Errors of a model's own code that meets an attention name or a kernel that it does not know.
-_FAILURES = (
-    AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+_FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 T = TypeVar("T")
 
@@ -59,10 +56,9 @@ _boundaries: ContextVar[_Boundaries] = ContextVar("_boundaries")
 class ChatAttention:
     """How one model attends to rows of one chat and to packed rows.
 
-    Only sdpa models are treated specially, each after a probe has shown equal results: on any device they run
-    without transformers' masks if their layers see all earlier tokens; packed rows run through one kernel on
-    a GPU and in a loop over chats on a CPU. Other models (eager, flex attention) keep their own way, masks
-    included.
+    Only sdpa models are treated specially, each way after a probe has shown equal results: without a mask if
+    layers see all earlier tokens; packed rows through one kernel on a GPU, in a loop over chats on a CPU.
+    Other models (eager, flex attention) keep transformers' masks.
     """
 
     def __init__(self, base: PreTrainedModel, probe_ids: Tensor) -> None:
@@ -211,22 +207,14 @@ def _(query_NQD: Tensor, key_NJD: Tensor, value_NJD: Tensor, scale: float) -> Te
 
 
 def _attend_varlen(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: heads [B, Q, T, D] in, [B, T, Q, D] out."""
-    if not (softcap is position_bias is s_aux is None):
+    if any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
         raise NotImplementedError(f"{type(module).__name__} needs more than flash attention for packed chats")
     batch, num_heads, length, width = query.shape
     heads = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    scaling = settings.get("scaling")
     out_NQD = _attend_within_chats(*heads, width**-0.5 if scaling is None else scaling)
     return out_NQD.view(batch, length, num_heads, width), None
 

@@ -125,8 +125,7 @@ class CompiledForward:
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, aux: AuxStates) -> Tensor:
         """Last hidden states [B, T, H]; arguments as in `ChatAttention.run`.
 
-        Raises `InvalidRequest` for a batch that fits no compiled shape, `TargetFailed` if torch would compile
-        again.
+        Raises `InvalidRequest` if no compiled shape fits, `TargetFailed` if torch would compile again.
         """
         batch, length = input_ids.shape
         pieces = []

@@ -14,8 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TILE_ROWS, _TILE_COLUMNS, _STEP = 128, 128, 64
-# Height, in tiles, of the groups that are computed one after the other: the second-level cache holds a
-# group's rows and columns.
+# Rows, in tiles, of the groups that are computed one after the other: a group fits the second-level cache.
 _GROUP = 16
 _NUM_STAGES, _NUM_WARPS = 3, 8
 
@@ -23,9 +22,8 @@ _NUM_STAGES, _NUM_WARPS = 3, 8
 # Without specialisation: the kernel is not compiled again for 1 row and for multiples of 16.
 @triton.jit(do_not_specialize=["rows"])
 def _gated_product_kernel(  # type: ignore[no-untyped-def]
-    hidden, weight, gated, rows, width, depth,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    hidden, weight, gated, rows, width, depth, TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     tiles_down, tiles_across = tl.cdiv(rows, TILE_ROWS), tl.cdiv(width, TILE_COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, PROGRAMS, flatten=True):

@@ -42,8 +42,7 @@ def locate_gguf(name: str) -> Path:
 def convert_gguf(source: Path, cache_dir: Path) -> Path:
     """The directory below `cache_dir` with fp32 safetensors, config and tokenizer; made by the first call.
 
-    Processes that start together convert once. Raises `WaitTimeout` if another one does not finish its
-    conversion.
+    Processes that start together convert once. Raises `WaitTimeout` if another conversion does not finish.
     """
     target = cache_dir / f"{source.stem}-{_content_hash(source)}"
     cache_dir.mkdir(parents=True, exist_ok=True)

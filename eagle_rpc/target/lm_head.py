@@ -22,8 +22,7 @@ _PROBE_LOGIT = 200.0
 class OwnHead:
     """The model's own code after its decoder, on given last hidden states.
 
-    It is the model's `forward` with the identity in the decoder's place, so scales, caps and casts are
-    included.
+    This is the model's `forward` with the identity in the decoder's place: scales, caps and casts included.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -89,8 +88,7 @@ def check_own_head(own_head: OwnHead, model: PreTrainedModel, ids_BT: Tensor, hi
 def probe_draft_head(rebuilt: DraftHead, own_head: OwnHead, selected_ids: Tensor, hidden_NH: Tensor) -> None:
     """Raises `UnsupportedTarget` if the rebuilt head differs from the model's own by more than rounding.
 
-    They are compared on the rows as they are, and scaled to large logits, because small logits hide a soft
-    cap.
+    They are compared on the rows as they are, and scaled to large logits: small ones hide a soft cap.
     """
     uncapped = DraftHead(weight=rebuilt.weight, bias=rebuilt.bias, scale=rebuilt.scale)
     largest = uncapped.project(hidden_NH).abs().max().float().clamp_min(1e-6)

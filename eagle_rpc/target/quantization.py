@@ -1,6 +1,5 @@
 """Quantised weights, by transformers' own means. Head and embedding keep the target's dtype."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,37 +11,8 @@ from eagle_rpc.errors import ConfigError
 
 # Compute capability of the first GPUs that multiply fp8.
 _FP8_CAPABILITY = (8, 9)
-# With torchao's own settings inductor would try kernels for minutes, and fp32 products change in the whole
-# process.
+# torchao's own settings make inductor try kernels for minutes, and change fp32 products in the whole process.
 _OWN_INDUCTOR = {"set_inductor_config": False}
-
-
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _int8(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _int8_weights(dtype: torch.dtype) -> TorchAoConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig(**_OWN_INDUCTOR))
-
-
-def _fp8(dtype: torch.dtype) -> TorchAoConfig:
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-
-    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **_OWN_INDUCTOR))
-
-
-_CONFIGS: dict[Quantization, Callable[[torch.dtype], BitsAndBytesConfig | TorchAoConfig]] = {
-    Quantization.fp8: _fp8,
-    Quantization.int8: _int8,
-    Quantization.int8_weights: _int8_weights,
-    Quantization.nf4: _nf4,
-}
 
 
 def is_quantised(config: TargetConfig, hf_config: PretrainedConfig) -> bool:
@@ -68,7 +38,7 @@ def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.de
     if wanted is None:
         return placed
     try:
-        quantised = {**placed, "quantization_config": _CONFIGS[wanted](dtype)}
+        quantised = {**placed, "quantization_config": _quantisation(wanted, dtype)}
     except ImportError as error:
         raise ConfigError(f"target.quantization={wanted.name} must find its package: {error}") from error
     if wanted is Quantization.fp8 and not _multiplies_fp8(device):
@@ -76,6 +46,19 @@ def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.de
         needed = ".".join(map(str, _FP8_CAPABILITY))
         raise ConfigError(f"{rule}, got fp8, which needs a GPU of compute capability {needed} or later")
     return quantised
+
+
+def _quantisation(wanted: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
+    if wanted is Quantization.nf4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if wanted is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao import quantization
+
+    if wanted is Quantization.int8_weights:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig(**_OWN_INDUCTOR))
+    by_row = {"granularity": quantization.PerRow(), **_OWN_INDUCTOR}
+    return TorchAoConfig(quantization.Float8DynamicActivationFloat8WeightConfig(**by_row))
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

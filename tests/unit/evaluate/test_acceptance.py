@@ -141,12 +141,8 @@ def test_prompts_are_checked_before_any_is_decoded(model, export, monkeypatch, p
         evaluate(model, export, prompts=prompts)
 
 
-def test_the_text_ends_at_the_models_own_stop_tokens_unless_others_are_given(model, export):
-    said = evaluate(model, export, prompts=[PROMPTS[0]]).num_tokens
+def test_the_text_ends_at_the_models_own_stop_tokens_unless_others_are_given(model, export, monkeypatch):
     first = int(model(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
-    model.generation_config.eos_token_id = [first, 0]
-    try:
-        assert evaluate(model, export, prompts=[PROMPTS[0]], stop_ids=None).num_tokens == 1
-        assert evaluate(model, export, prompts=[PROMPTS[0]], stop_ids=()).num_tokens == said == 10
-    finally:
-        model.generation_config.eos_token_id = None
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [first, 0])
+    assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=None).num_tokens == 1
+    assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=()).num_tokens == 10
