@@ -215,6 +215,7 @@ def test_colocated_and_served_supervision_are_the_same_bits(make_model, encoding
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the C++ compiler takes minutes where other work runs beside it
 def test_generated_code_gives_the_same_bits_colocated_and_served(tmp_path, monkeypatch):
     """With the compiler that users have, from the configuration, in bf16."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
