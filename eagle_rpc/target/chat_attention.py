@@ -210,7 +210,7 @@ def _attend_varlen(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: heads [B, Q, T, D] in, [B, T, Q, D] out."""
-    if any(settings.get(name) is not None for name in ("softcap", "position_bias", "s_aux")):
+    if not (settings.get("softcap") is settings.get("position_bias") is settings.get("s_aux") is None):
         raise NotImplementedError(f"{type(module).__name__} needs more than flash attention for packed chats")
     batch, num_heads, length, width = query.shape
     heads = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))

@@ -44,7 +44,7 @@ def test_layers_that_see_everything_need_no_mask(make_model, masks, family, chan
     assert target.model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_does_not_take_the_way_keeps_its_own(make_model, masks, monkeypatch):
+def test_a_model_that_refuses_an_attention_name_keeps_its_masks(make_model, masks, monkeypatch):
     def refuse(*args, **settings):
         raise KeyError("no such attention")
 
