@@ -16,7 +16,7 @@ ALLOWED = {
     "registry": {"config", "process"},
     "rpc": {"config", "process", "topology", "registry"},
     "supervision": set(),
-    "target": {"config", "demo", "process", "supervision"},
+    "target": {"config", "process", "supervision"},
     "service": {"config", "process", "rpc", "supervision", "target"},
     "client": {"process", "rpc", "supervision"},
     "data": {"config", "process", "supervision"},
@@ -24,7 +24,7 @@ ALLOWED = {
     "draft": {"supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},
     "serving": {"config", "process", "supervision", "draft"},
-    "evaluate": {"config", "supervision", "draft", "data", "serving", "target"},
+    "evaluate": {"config", "process", "supervision", "draft", "data", "serving", "target"},
     "demo": {"config", "process"},
 }
 ALLOWED["jobs"] = set(ALLOWED)

@@ -8,7 +8,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.data.collate import collate
 from eagle_rpc.data.dataset import Example
 from eagle_rpc.supervision import Eagle3TargetBatch, SessionSettings, TokenBatch, VocabMapping
-from eagle_rpc.target import attention
+from eagle_rpc.target import chat_attention
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -105,7 +105,7 @@ def test_sdpa_attends_within_chats_only(make_model, monkeypatch, changes):
     target.generate_batch(
         *[torch.ones(1, 16, dtype=torch.int64)] * 3, segment_ids=torch.tensor([[0] * 8 + [1] * 8])
     )
-    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(chat_attention, "sdpa_attention_forward", spy)
     tokens = collate(chats(), LENGTH, packed=True)
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
     padding = [LENGTH - sum(row) for row in ROWS]
