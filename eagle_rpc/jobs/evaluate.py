@@ -4,15 +4,19 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, read_chats
 from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate import Evaluation, evaluate_draft, stop_token_ids
-from eagle_rpc.jobs.setting import only_device, run_directory, start_worker
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
 from eagle_rpc.target.loading import load_model
+from eagle_rpc.topology import resolve_device
+from eagle_rpc.train import RunDirectory
 
 
 def run(config: Config) -> int:
@@ -22,7 +26,10 @@ def run(config: Config) -> int:
     export = load_export(Path(config.evaluate.draft))
     target = replace(config.target, dtype=config.evaluate.dtype)
     model, tokenizer = load_model(
-        target, only_device(config.target.device), cache_dir=config.run.cache_dir, seed=config.run.seed
+        target,
+        torch.device(resolve_device(config.target.device)),
+        cache_dir=config.run.cache_dir,
+        seed=config.run.seed,
     )
     if tokenizer is None:
         raise ConfigError(
@@ -56,7 +63,7 @@ def _prompt_ids(config: Config, template: ChatTemplate) -> list[list[int]]:
 
 
 def _write(config: Config, result: Evaluation) -> list[Path]:
-    directory = run_directory(config)
+    directory = RunDirectory.of(config)
     directory.evaluation.parent.mkdir(parents=True, exist_ok=True)
     result.write(directory.evaluation)
     files = [Path(config.evaluate.draft), directory.evaluation, directory.acceptance_plot]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -24,9 +25,10 @@ from eagle_rpc.data import ChatTemplate, ChatWriter, Message, content_hash, read
 from eagle_rpc.data.problems import RecordProblems
 from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.jobs.setting import only_device, start_worker
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.supervision.fingerprint import weights_fingerprint
 from eagle_rpc.target.loading import load_model
+from eagle_rpc.topology import resolve_device
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,9 @@ def run(config: Config) -> int:
     target = replace(config.target, dtype=settings.dtype)
     if target.random:
         raise ConfigError(f"regenerate must ask a target with a tokenizer, got target.random {target.random}")
-    model, tokenizer = load_model(target, only_device(target.device), cache_dir=config.run.cache_dir)
+    model, tokenizer = load_model(
+        target, torch.device(resolve_device(target.device)), cache_dir=config.run.cache_dir
+    )
     with ChatWriter(settings.output) as writer:
         regeneration = Regeneration(config, model, ChatTemplate(tokenizer, config.data.chat_template), writer)
         regeneration.run()

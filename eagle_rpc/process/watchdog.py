@@ -1,4 +1,4 @@
-"""An end for what torch may never end: start-up and shutdown of RPC have no bound of their own."""
+"""A bound for calls of torch that have none: start and shutdown of RPC."""
 
 import contextlib
 import faulthandler
@@ -14,7 +14,7 @@ EXIT_CODE = 70
 
 @contextlib.contextmanager
 def watchdog(seconds: float, what: str) -> Iterator[None]:
-    """Ends the process with code 70 and every thread's stack if the body takes longer than `seconds`."""
+    """Exits with code 70 and the stack of every thread if the body, named `what` in the log, takes over `seconds`."""
     timer = threading.Timer(seconds, _give_up, (seconds, what))
     timer.daemon = True
     timer.start()
@@ -25,6 +25,6 @@ def watchdog(seconds: float, what: str) -> Iterator[None]:
 
 
 def _give_up(seconds: float, what: str) -> None:
-    logger.critical("%s did not end within %.0f s; ending the process", what, seconds)
+    logger.critical("%s did not finish within %.0f s; ending the process", what, seconds)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(EXIT_CODE)
