@@ -9,6 +9,7 @@ import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
 from eagle_rpc.rpc import ElasticMembership, Permissions, join_elastic
@@ -48,5 +49,8 @@ def _load_token(config: RpcConfig, stop: threading.Event) -> bytes:
     if config.host_registry:
         # The first worker of this launch hosts the registry, but any of them may be here first.
         return load_or_create_token(path)
-    wait_until(path.exists, f"the registry to make {path}", seconds=config.start_timeout, stop=stop)
+    hint = "if another host has the registry, copy the file from there"
+    what = f"the registry to make {path}"
+    if not wait_until(path.exists, what, seconds=config.start_timeout, stop=stop, why=lambda: hint):
+        raise WaitTimeout(f"stopped before {path} was there")
     return load_token(path)

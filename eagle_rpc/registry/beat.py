@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, NameTaken, WaitTimeout
@@ -53,39 +53,30 @@ def _retry(
         stop.wait(_RETRY_SECONDS)
 
 
+@dataclass(kw_only=True, slots=True)
 class Beat:
     """Keeps `record` in the registry while the body of a `with` runs, renewed every `interval` seconds with `status()`.
 
-    Entering registers it and raises the errors of `register`; leaving withdraws it. An outage of the registry is logged
-    once when it begins and once when it ends. If another process takes the name over, `when_superseded` is called once,
-    from the beat's thread, and the beat ends.
+    Entering registers it, as `register` does with `patience` and `stop`; leaving withdraws it. An outage of the registry is
+    logged once when it begins and once when it ends. If another process takes the name over, `when_superseded` is called
+    once, from the beat's thread, and the beat ends.
     """
 
-    def __init__(
-        self,
-        client: RegistryClient,
-        record: Record,
-        *,
-        status: Callable[[], dict[str, Any]],
-        interval: float,
-        patience: float,
-        stop: threading.Event,
-        when_superseded: Callable[[], None],
-    ) -> None:
-        self._client = client
-        self._record = record
-        self._status = status
-        self._interval = interval
-        self._patience = patience
-        self._stop = stop
-        self._when_superseded = when_superseded
-        self._superseded = False
-        self._status_failed = False
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+    client: RegistryClient
+    record: Record  # as last announced
+    status: Callable[[], dict[str, Any]]
+    interval: float  # seconds
+    patience: float  # seconds
+    stop: threading.Event
+    when_superseded: Callable[[], None]
+    _superseded: bool = field(default=False, init=False)
+    _status_failed: bool = field(default=False, init=False)
+    _closing: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread = field(init=False)
 
     def __enter__(self) -> "Beat":
-        register(self._client, self._renewed(), self._patience, self._stop)
+        register(self.client, self._renewed(), self.patience, self.stop)
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
         self._thread.start()
         return self
 
@@ -95,46 +86,46 @@ class Beat:
     def close(self) -> None:
         """Ends the beat and withdraws the record; takes at most two of the client's time limits and raises nothing."""
         self._closing.set()
-        self._thread.join(self._client.timeout)
+        self._thread.join(self.client.timeout)
         if self._superseded:
             return
         try:
-            self._client.withdraw(self._record.incarnation)
+            self.client.withdraw(self.record.incarnation)
         except EagleRpcError as error:
             logger.warning(
-                "%s stays in the registry until its time to live is over: %s", self._record.name, error
+                "%s stays in the registry until its time to live is over: %s", self.record.name, error
             )
 
     def _run(self) -> None:
         reached = True
-        while not self._closing.wait(self._interval):
+        while not self._closing.wait(self.interval):
             try:
-                self._client.announce(self._renewed())
+                self.client.announce(self._renewed())
             except NameTaken as error:
                 self._superseded = True
                 logger.error("%s", error)
-                self._when_superseded()
+                self.when_superseded()
                 return
             except EagleRpcError as error:
                 if reached:
-                    logger.warning("%s is not announced for now: %s", self._record.name, error)
+                    logger.warning("%s is not announced for now: %s", self.record.name, error)
                 reached = False
             else:
                 if not reached:
-                    logger.info("%s is announced again", self._record.name)
+                    logger.info("%s is announced again", self.record.name)
                 reached = True
 
     def _renewed(self) -> Record:
         """The record with a new status, or with the last one if there is no new one."""
         try:
-            renewed = replace(self._record, status=self._status())
+            renewed = replace(self.record, status=self.status())
             encoded_record(renewed)
         except Exception as error:  # noqa: BLE001 - a worker whose status fails in any way still lives
             if not self._status_failed:
                 kind = type(error).__name__
-                logger.warning("%s announces an old status: %s: %s", self._record.name, kind, error)
+                logger.warning("%s announces an old status: %s: %s", self.record.name, kind, error)
             self._status_failed = True
         else:
-            self._record = renewed
+            self.record = renewed
             self._status_failed = False
-        return self._record
+        return self.record

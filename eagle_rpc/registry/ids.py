@@ -1,9 +1,7 @@
 """Worker ids: ascending and never used twice, since torch keeps a broken connection for its id."""
 
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
@@ -70,26 +68,20 @@ class IdFile:
 
     def _claim(self, number: int, deadline: float) -> range:
         """The next `number` ids, or as many as are left, once the disk has the last of them."""
-        with self._locked(deadline):
-            first = self.last() + 1
-            last = min(first + number - 1, LAST_WORKER_ID)
-            if last < first:
-                rule = f"all worker ids up to {LAST_WORKER_ID} are used"
-                raise ConfigError(f"{rule}: stop every worker and remove {self._path}")
-            with replaced_file(self._path) as fresh:
-                fresh.write_text(f"{last}\n", encoding="ascii")
-        return range(first, last + 1)
-
-    @contextlib.contextmanager
-    def _locked(self, deadline: float) -> Iterator[None]:
-        """Excludes other registries."""
+        others = filelock.FileLock(f"{self._path}.lock", timeout=max(0.0, deadline - time.monotonic()))
         try:
-            with filelock.FileLock(f"{self._path}.lock", timeout=max(0.0, deadline - time.monotonic())):
-                yield
+            with others, replaced_file(self._path) as fresh:
+                first = self.last() + 1
+                last = min(first + number - 1, LAST_WORKER_ID)
+                if last < first:
+                    rule = f"all worker ids up to {LAST_WORKER_ID} are used"
+                    raise ConfigError(f"{rule}: stop every worker and remove {self._path}")
+                fresh.write_text(f"{last}\n", encoding="ascii")
         except filelock.Timeout:
             raise self._not_free() from None
         except OSError as error:
             raise self._unusable(error) from None
+        return range(first, last + 1)
 
     def _not_free(self) -> WaitTimeout:
         return WaitTimeout(f"waited {self._lock_seconds:g} s for the lock of {self._path}")

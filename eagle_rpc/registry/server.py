@@ -32,11 +32,18 @@ _POLL_SECONDS = 0.25
 _REFUSAL_LINE_SECONDS = 5.0
 
 
-class RegistryServer:
-    """Serves `directory` at exactly `address`, in threads of its own, until it is closed.
+class RegistryServer(socketserver.ThreadingTCPServer):
+    """Serves `directory` at exactly `address`, with one thread per connection, until it is closed.
 
-    No message of a peer ends it. Raises `ConfigError` if it cannot listen at `address`.
+    No message of a peer ends it, and a peer that says nothing loses its connection after `message_seconds`. Raises
+    `ConfigError` if it cannot listen at `address`.
     """
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    # All workers of a service may start at once.
+    request_queue_size = 1024
 
     def __init__(
         self,
@@ -46,55 +53,37 @@ class RegistryServer:
         *,
         message_seconds: float = MESSAGE_SECONDS,
     ) -> None:
-        try:
-            self._listener = _Listener(address, token, directory, message_seconds)
-        except OSError as error:
-            rule = "rpc.registry must be a free address of this host"
-            found = f"{address[0]}:{address[1]} ({error.strerror or error})"
-            raise ConfigError(f"{rule}, got {found}") from None
-        self._thread = threading.Thread(
-            target=self._listener.serve_forever, args=(_POLL_SECONDS,), name="registry", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        """`host:port` where it listens."""
-        host, port = self._listener.socket.getsockname()
-        return f"{host}:{port}"
-
-    def close(self) -> None:
-        """Closes the socket. Requests under way still get their answers within their time limit."""
-        self._listener.shutdown()
-        self._listener.server_close()
-        self._thread.join()
-
-    def __enter__(self) -> "RegistryServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _Listener(socketserver.ThreadingTCPServer):
-    """One thread per connection, `MAX_CONNECTIONS` at most. A peer that says nothing loses its place after a while."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    # All workers of a service may start at once.
-    request_queue_size = 1024
-
-    def __init__(
-        self, address: tuple[str, int], token: bytes, directory: Directory, message_seconds: float
-    ) -> None:
         self._token = token
         self._directory = directory
         self._message_seconds = message_seconds
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self._refused = 0
         self._next_refusal_line = 0.0
-        super().__init__(address, socketserver.BaseRequestHandler)
+        try:
+            super().__init__(address, socketserver.BaseRequestHandler)
+        except OSError as error:
+            rule = "rpc.registry must be a free address of this host"
+            found = f"{address[0]}:{address[1]} ({error.strerror or error})"
+            raise ConfigError(f"{rule}, got {found}") from None
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(_POLL_SECONDS,), name="registry", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """`host:port` where it listens."""
+        host, port = self.socket.getsockname()
+        return f"{host}:{port}"
+
+    def close(self) -> None:
+        """Closes the socket. Requests under way still get their answers within their time limit."""
+        self.shutdown()
+        self.server_close()
+        self._thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def service_actions(self) -> None:
         """Called by socketserver after each round of accepting."""

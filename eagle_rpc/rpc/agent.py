@@ -48,7 +48,9 @@ def running_agent(
         # An agent that finds CUDA uninitialised aborts the process.
         torch.cuda.init()
     for peer, device_map in device_maps.items():
-        options.set_device_map(peer, {**device_map})
+        options.set_device_map(
+            peer, {torch.device(mine): torch.device(theirs) for mine, theirs in device_map.items()}
+        )
     _next_rendezvous.append((store, worker_id, world_size if world_size is not None else -1))
     with (
         watchdog(config.start_timeout, f"joining {world_size or 1} workers over RPC"),

@@ -247,8 +247,8 @@ def join_elastic(
         membership = ElasticMembership(me, registry)
         _memberships.append(membership)
         with Beat(
-            registry,
-            me,
+            client=registry,
+            record=me,
             status=membership.status,
             interval=config.heartbeat_interval,
             patience=config.start_timeout,

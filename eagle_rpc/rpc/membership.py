@@ -14,9 +14,9 @@ class TargetAddress:
     name: str  # "target0"
     incarnation: str  # random id of the process; in a static job the name, since a lost worker never returns
     worker_id: int
-    url: str  # TensorPipe's
-    device: str  # "cpu" or "cuda:N"
-    host: str
+    url: str = ""  # TensorPipe's; this and the following only in an elastic service
+    device: str = ""  # "cpu" or "cuda:N"
+    host: str = ""
 
 
 class Membership(Protocol):

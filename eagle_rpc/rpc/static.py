@@ -44,9 +44,7 @@ class StaticMembership:
     def targets(self) -> Sequence[TargetAddress]:
         """The targets of the job except lost ones: torch never reconnects to a worker with the same id."""
         return [
-            TargetAddress(
-                name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="", host=""
-            )
+            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name))
             for name in self.cast.target_names
             if name not in self._lost
         ]

@@ -23,7 +23,7 @@ def beat(
         "when_superseded": lambda: None,
         **changes,
     }
-    return Beat(client, record, status=status, **settings)
+    return Beat(client=client, record=record, status=status, **settings)
 
 
 def counting() -> tuple[Callable[[], dict[str, Any]], Callable[[int], None]]:

@@ -203,7 +203,7 @@ def test_a_truncated_request_ends_its_connection_only(server, kept: int):
 
 def test_an_oversized_request_is_refused_before_it_is_read(server):
     with connected(server) as connection:
-        connection.sendall(b"n" * 32 + struct.pack(">I", MAX_REQUEST_BYTES + 1))
+        connection.sendall(b"n" * 32 + struct.pack(">I", MAX_REQUEST_BYTES + 1) + bytes(32))
         assert len(read_to_end(connection)) == GREETING_BYTES
     with pytest.raises(InvalidRequest, match="at most"):
         client_of(server).announce(target(status={"text": "x" * MAX_REQUEST_BYTES}))
