@@ -28,8 +28,7 @@ def announced(
 ) -> contextlib.AbstractContextManager[ElasticMembership]:
     """This worker's membership, announced at `rpc.registry` while the body runs.
 
-    Waits for the registry's token file, `rpc.start_timeout` seconds at most and not beyond `stop`. Raises `WaitTimeout` if
-    it does not appear, `ConfigError` or `AccessRefused` if it is unusable, otherwise the errors of `join_elastic`.
+    Raises the errors of `load_registry_token` and `join_elastic`.
     """
     return join_elastic(
         name,
@@ -38,13 +37,17 @@ def announced(
         device=str(device),
         config=config.rpc,
         permissions=permissions,
-        registry=RegistryClient(config.rpc.registry, _load_token(config.rpc, stop)),
+        registry=RegistryClient(config.rpc.registry, load_registry_token(config.rpc, stop)),
         stop=stop,
         when_superseded=when_superseded,
     )
 
 
-def _load_token(config: RpcConfig, stop: threading.Event) -> bytes:
+def load_registry_token(config: RpcConfig, stop: threading.Event) -> bytes:
+    """The token in `rpc.token_file`; waits for the file up to `rpc.start_timeout` seconds and not beyond `stop`.
+
+    Raises `WaitTimeout` if the file does not appear, `ConfigError` or `AccessRefused` if it is unusable.
+    """
     path = Path(config.token_file).expanduser()
     if config.host_registry:
         # The first worker of this launch hosts the registry, but any of them may be here first.

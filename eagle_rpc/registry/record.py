@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eagle_rpc.config.texts import NAME_RULE, is_name
@@ -12,6 +12,28 @@ from eagle_rpc.registry.ids import LAST_WORKER_ID
 
 # Five times the record of a target with 256 sessions.
 MAX_RECORD_BYTES = 256 * 2**10
+
+
+def _matching(pattern: str) -> Callable[[Any], object]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value)
+
+
+def _within(low: int, high: int) -> Callable[[Any], object]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+_RULES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "name": (_matching(r"[A-Za-z0-9_-]{1,64}"), "1 to 64 letters, digits, - or _"),
+    "role": (_matching("target|trainer"), "target or trainer"),
+    "job": (is_name, NAME_RULE),
+    "id": (_within(1, LAST_WORKER_ID), f"a whole number in 1..{LAST_WORKER_ID}"),
+    "incarnation": (_matching("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
+    "url": (_matching(r"[!-~]{1,512}"), "1 to 512 ASCII characters without blanks"),
+    "device": (_matching(r"cpu|cuda:\d{1,3}"), "cpu or cuda:N"),
+    "host": (_matching(r"[!-~]{1,255}"), "1 to 255 ASCII characters without blanks"),
+    "pid": (_within(1, 2**31 - 1), "a whole number in 1..2147483647"),
+    "status": (lambda value: isinstance(value, dict), "a dict"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,29 +75,6 @@ class Sighting:
     living: bool  # silent for less than the registry's time to live
 
 
-def _text(pattern: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def _number(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
-
-
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (_text(r"[A-Za-z0-9_-]{1,64}"), "1 to 64 letters, digits, - or _"),
-    "role": (_text("target|trainer"), "target or trainer"),
-    "job": (is_name, NAME_RULE),
-    "id": (_number(1, LAST_WORKER_ID), f"a whole number in 1..{LAST_WORKER_ID}"),
-    "incarnation": (_text("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
-    "url": (_text(r"[!-~]{1,512}"), "1 to 512 ASCII characters without blanks"),
-    "device": (_text(r"cpu|cuda:\d{1,3}"), "cpu or cuda:N"),
-    "host": (_text(r"[!-~]{1,255}"), "1 to 255 ASCII characters without blanks"),
-    "pid": (_number(1, 2**31 - 1), "a whole number in 1..2147483647"),
-    "status": (lambda value: isinstance(value, dict), "a dict"),
-}
-_FIELDS = tuple(field.name for field in fields(Record))
-
-
 def outlined(record: Record) -> Record:
     """The record without its status, except whether the worker drains: peers need no more."""
     draining = record.status.get("draining")
@@ -84,7 +83,7 @@ def outlined(record: Record) -> Record:
 
 def record_to_json(record: Record) -> dict[str, Any]:
     """The fields, not copied."""
-    return {field: getattr(record, field) for field in _FIELDS}
+    return {field: getattr(record, field) for field in _RULES}
 
 
 def encoded_record(record: Record) -> bytes:
@@ -98,11 +97,9 @@ def encoded_record(record: Record) -> bytes:
 
 def record_from_json(value: Any) -> Record:
     """Raises `InvalidRequest` for anything but a record."""
-    if not isinstance(value, dict) or value.keys() != set(_FIELDS):
+    if not isinstance(value, dict) or value.keys() != _RULES.keys():
         found = sorted(map(str, value)) if isinstance(value, dict) else value
-        raise InvalidRequest(
-            f"a record must have exactly the fields {', '.join(_FIELDS)}, got {found!r:.200}"
-        )
+        raise InvalidRequest(f"a record must have exactly the fields {', '.join(_RULES)}, got {found!r:.200}")
     return Record(**value)
 
 
