@@ -46,7 +46,7 @@ class ElasticMembership:
     def __init__(self, me: Record, registry: RegistryClient) -> None:
         self.me = me
         self._registry = registry
-        self._status: Callable[[], dict[str, Any]] = dict
+        self.status: Callable[[], dict[str, Any]] = dict  # asked by each beat
         self._lock = threading.Lock()
         self._peers: dict[str, int] = {}  # worker id by RPC name, as this agent knows its peers
         self._lost: set[str] = set()  # incarnations to which a connection broke
@@ -55,11 +55,7 @@ class ElasticMembership:
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
         """From now on each beat announces `status()`. Trainers use a target once its status has `draining` false."""
-        self._status = status
-
-    def status(self) -> dict[str, Any]:
-        """The status that the next beat announces."""
-        return self._status()
+        self.status = status
 
     @property
     def reachable(self) -> bool:
@@ -249,7 +245,7 @@ def join_elastic(
         with Beat(
             client=registry,
             record=me,
-            status=membership.status,
+            status=lambda: membership.status(),
             interval=config.heartbeat_interval,
             patience=config.start_timeout,
             stop=stop,
