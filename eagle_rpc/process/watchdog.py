@@ -25,6 +25,6 @@ def watchdog(seconds: float, what: str) -> Iterator[None]:
 
 
 def _give_up(seconds: float, what: str) -> None:
-    logger.critical("%s did not finish within %.0f s; ending the process", what, seconds)
+    logger.critical("%s did not end within %.0f s; ending the process", what, seconds)
     faulthandler.dump_traceback(all_threads=True)
     os._exit(EXIT_CODE)
