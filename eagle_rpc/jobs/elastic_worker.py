@@ -44,7 +44,7 @@ def announced(
 
 
 def load_registry_token(config: RpcConfig, stop: threading.Event) -> bytes:
-    """The token in `rpc.token_file`; waits for the file up to `rpc.start_timeout` seconds and not beyond `stop`.
+    """The token in `rpc.token_file`; waits for it up to `rpc.start_timeout` seconds, not beyond `stop`.
 
     Raises `WaitTimeout` if the file does not appear, `ConfigError` or `AccessRefused` if it is unusable.
     """

@@ -1,4 +1,4 @@
-"""`job=registry`: hosts the registry, where elastic targets and trainers find each other, until it is told to stop."""
+"""`job=registry`: hosts the registry of an elastic service until it is told to stop."""
 
 import contextlib
 import logging
@@ -29,8 +29,8 @@ def run(config: Config) -> int:
 def hosted_registry(config: Config) -> Iterator[None]:
     """Runs the registry in threads of this process while the body runs; makes the token file if it is absent.
 
-    Raises `ConfigError` if `rpc.registry` is not an address of `rpc.interface` or is in use, `AccessRefused` if others may
-    read the token file.
+    Raises `ConfigError` if `rpc.registry` is not an address of `rpc.interface` or is in use, `AccessRefused`
+    if others may read the token file.
     """
     address = _address_on_interface(config.rpc.registry, config.rpc.interface)
     token_file = Path(config.rpc.token_file).expanduser()

@@ -24,7 +24,7 @@ _PIPE_COLUMNS = 200
 
 
 def run(config: Config) -> int:
-    """Returns 0; with `job.status_watch` once it is told to stop. A single look raises if the registry does not answer."""
+    """Returns 0; with `job.status_watch` once it is told to stop. A single look raises without a registry."""
     setup_logging("status")
     client = RegistryClient(config.rpc.registry, load_token(Path(config.rpc.token_file)))
     as_json = config.job.status_json
@@ -50,7 +50,7 @@ def look_at(client: RegistryClient) -> dict[str, Any]:
 
 
 def _looks(client: RegistryClient, interval: float, stop: threading.Event) -> Iterator[dict[str, Any]]:
-    """A look every `interval` seconds until `stop`; while the registry does not answer, `error` takes the workers' place."""
+    """A look every `interval` seconds until `stop`; without the registry it is an `error`."""
     while not stop.is_set():
         try:
             yield look_at(client)

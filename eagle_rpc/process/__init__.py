@@ -1,4 +1,4 @@
-"""The process itself: environment, signals, interface, start-up, log, bounded waits. Importing it loads no torch."""
+"""The process itself: environment, signals, interface, start-up, log, waits. Importing it loads no torch."""
 
 from eagle_rpc.process.environment import (
     World,

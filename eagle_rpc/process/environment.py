@@ -63,8 +63,9 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 def prepare_environment() -> None:
     """Sets variables that torch reads at its import; call it before that. Values of the user stay.
 
-    Large pages make receives above 32 MB two to three times faster. Threads of tokenizers must not survive a fork.
-    torch logs every peer that leaves; this package reports the relevant ones itself, under the worker's name.
+    Large pages make receives above 32 MB two to three times faster. Threads of tokenizers must not survive a
+    fork. torch logs every peer that leaves; this package reports the relevant ones itself, under the worker's
+    name.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -72,7 +73,7 @@ def prepare_environment() -> None:
 
 
 def keep_compiled_code(directory: str | Path) -> None:
-    """Makes `torch.compile` keep its code in `directory` between runs, unless the user's environment names a place.
+    """Makes `torch.compile` keep its code in `directory`, unless the user's environment names a place.
 
     torch has no other setting for this, and its compiler processes inherit the variable.
     """
@@ -80,7 +81,7 @@ def keep_compiled_code(directory: str | Path) -> None:
 
 
 def bind_to_interface(interface: str) -> None:
-    """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call it before any of them starts."""
+    """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call it before they start."""
     os.environ["TP_SOCKET_IFNAME"] = interface
     os.environ["GLOO_SOCKET_IFNAME"] = interface
     # Without "=" NCCL reads a name as a prefix and excludes the loopback.

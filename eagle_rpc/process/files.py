@@ -1,4 +1,4 @@
-"""Replaces a file or a directory as a whole: a reader, or the next run after a kill, sees the old or the new content."""
+"""Replaces a file or directory as a whole: readers, even after a kill, see the old or the new content."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the body ends; after an exception `path` stays unchanged.
+    """Yields a path to write to, which becomes `path` after the body; an exception leaves `path` unchanged.
 
-    The new content is on the disk before it gets the name. Processes may replace one file at the same time: the last
-    replacement stays.
+    The new content is on the disk before it gets the name. Processes may replace one file at the same time:
+    the last replacement stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
@@ -29,10 +29,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """Yields a new empty directory to fill, which becomes `path` when the body ends; `path` itself may exist already.
+    """Yields a new empty directory, which becomes `path` after the body; `path` may exist already.
 
-    For one writer at a time: unfinished directories of an earlier writer are removed. After an exception `path` stays
-    unchanged.
+    For one writer at a time: unfinished directories of an earlier writer are removed. After an exception
+    `path` stays unchanged.
     """
     fresh, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
@@ -61,7 +61,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Removes from `directory` the leftovers of replacements that were killed. Only for the one writer there."""
+    """Removes the leftovers of killed replacements from `directory`. Only for the one writer there."""
     for suffix in ("new", "old"):
         for path in directory.glob(f".*.{suffix}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

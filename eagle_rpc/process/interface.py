@@ -10,7 +10,7 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_address(interface: str) -> str:
-    """IPv4 address of a network interface. Raises `ConfigError` if it has none; torch would silently use loopback."""
+    """IPv4 address of an interface. Raises `ConfigError` if it has none; torch would use loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))

@@ -1,4 +1,4 @@
-"""The log of a worker: each line has the time, the worker's name, the level unless it is info, and the message."""
+"""The log of a worker: each line has time, worker name, level (unless it is info) and message."""
 
 import logging
 import sys
@@ -32,7 +32,7 @@ def setup_logging(worker_name: str, log_file: Path | None = None, level: int | s
 
 
 class _WorkerFormatter(logging.Formatter):
-    """Repeats the prefix on every line of a message, so that the lines of several workers can be told apart."""
+    """Repeats the prefix on every line of a message, so that lines of several workers can be told apart."""
 
     def __init__(self, worker_name: str) -> None:
         super().__init__()

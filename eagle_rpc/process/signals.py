@@ -33,9 +33,10 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or SIGINT sets; a second one exits at once with code 128 + its number.
+    """Yields an event that the first SIGTERM or SIGINT sets; a second one exits with code 128 + its number.
 
-    Only for the main thread. A thread of its own reads the signals, so they count while the main thread is inside torch.
+    Only for the main thread. A thread of its own reads the signals, so they count while the main thread is
+    inside torch.
     """
     stop = threading.Event()
     reader, writer = os.pipe()
@@ -55,7 +56,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def tolerate_stop(stop: threading.Event) -> Iterator[None]:
-    """Logs a failed wait instead of raising it, if `stop` was set: the stop ended the wait. Other errors pass."""
+    """Logs a failed wait instead of raising it, if `stop` was set and so ended it. Other errors pass."""
     try:
         yield
     except (ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout) as error:

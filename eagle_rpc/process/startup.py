@@ -1,4 +1,4 @@
-"""The start of a worker process. Imports torch and transformers, so `eagle_rpc.process` itself does not import it."""
+"""The start of a worker process. Imports torch, so `eagle_rpc.process` itself does not import this file."""
 
 import os
 from pathlib import Path

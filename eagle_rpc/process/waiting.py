@@ -41,7 +41,7 @@ class BoundedWait:
         return self.left == 0.0
 
     def say(self, why: object = "") -> None:
-        """Logs "waiting for ..., n of m s: `why`" after a second and then every ten; other calls do nothing."""
+        """Logs "waiting for ..., n of m s: `why`" after a second and then every ten seconds."""
         now = self._clock()
         if now >= self._next_line:
             self._next_line = now + _LINE_SECONDS

@@ -14,7 +14,7 @@ EXIT_CODE = 70
 
 @contextlib.contextmanager
 def watchdog(seconds: float, what: str) -> Iterator[None]:
-    """Exits with code 70 and the stack of every thread if the body, named `what` in the log, takes over `seconds`."""
+    """Exits with code 70 and the stack of every thread if the body, called `what`, takes over `seconds`."""
     timer = threading.Timer(seconds, _give_up, (seconds, what))
     timer.daemon = True
     timer.start()

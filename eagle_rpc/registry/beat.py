@@ -21,8 +21,8 @@ _RETRY_SECONDS = 0.1
 def take_id(client: RegistryClient, patience: float, stop: threading.Event) -> int:
     """A worker id that was never used; waits for the registry.
 
-    Raises `ConnectionLost` or `WaitTimeout` after `patience` seconds without the registry or once `stop` is set,
-    `ConfigError` if all ids are used.
+    Raises `ConnectionLost` or `WaitTimeout` after `patience` seconds without the registry or once `stop` is
+    set, `ConfigError` if all ids are used.
     """
     return _retry(client.new_id, (ConnectionLost, WaitTimeout), BoundedWait("the registry", patience), stop)
 
@@ -55,11 +55,11 @@ def _retry(
 
 @dataclass(kw_only=True, slots=True)
 class Beat:
-    """Keeps `record` in the registry while the body of a `with` runs, renewed every `interval` seconds with `status()`.
+    """Keeps `record` in the registry while a `with` body runs, renewed every `interval` with `status()`.
 
-    Entering registers it, as `register` does with `patience` and `stop`; leaving withdraws it. An outage of the registry is
-    logged once when it begins and once when it ends. If another process takes the name over, `when_superseded` is called
-    once, from the beat's thread, and the beat ends.
+    Entering registers it, as `register` does with `patience` and `stop`; leaving withdraws it. An outage of
+    the registry is logged once when it begins and once when it ends. If another process takes the name over,
+    `when_superseded` is called once, from the beat's thread, and the beat ends.
     """
 
     client: RegistryClient
@@ -84,7 +84,7 @@ class Beat:
         self.close()
 
     def close(self) -> None:
-        """Ends the beat and withdraws the record; takes at most two of the client's time limits and raises nothing."""
+        """Ends the beat and withdraws the record within two of the client's time limits; raises nothing."""
         self._closing.set()
         self._thread.join(self.client.timeout)
         if self._superseded:

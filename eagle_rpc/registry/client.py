@@ -35,9 +35,10 @@ _FAILURES: dict[str, type[EagleRpcError]] = {
 class RegistryClient:
     """Asks the registry, with one connection per call, so from any thread.
 
-    A call takes at most `timeout` seconds beside the look-up of a host name. Every call raises `ConnectionLost` if the
-    registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has another token or is
-    not a registry, and the error with which the registry refuses the request.
+    A call takes at most `timeout` seconds beside the look-up of a host name. Every call raises
+    `ConnectionLost` if the registry cannot be reached, `WaitTimeout` if it does not answer in time,
+    `AccessRefused` if it has another token or is not a registry, and the error with which the registry
+    refuses the request.
     """
 
     def __init__(self, address: str, token: bytes, timeout: float = REQUEST_TIMEOUT) -> None:

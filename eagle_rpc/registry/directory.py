@@ -23,7 +23,8 @@ _LONGEST_PAUSE = 1.5
 class RunningClock:
     """Seconds in which this process ran; a pause, in which it could hear no worker, is left out.
 
-    A pause shows in two looks more than `_LONGEST_PAUSE` seconds apart, so the server looks several times a second.
+    A pause shows in two looks more than `_LONGEST_PAUSE` seconds apart, so the server looks several times a
+    second.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,11 +54,11 @@ class _Entry:
 
 
 class Directory:
-    """Records by role, job and name: one living worker may have a place. A worker silent for `ttl` seconds is dead.
+    """Records by role, job and name, one living worker each. A worker silent for `ttl` seconds is dead.
 
-    A worker taken for dead keeps its place until another one takes it. A restarted registry knows nobody: for `ttl`
-    seconds it lets in only workers with an id from before, since the others could take the name of a living worker that
-    has not beaten yet.
+    A worker taken for dead keeps its place until another one takes it. A restarted registry knows nobody: for
+    `ttl` seconds it lets in only workers with an id from before, since the others could take the name of a
+    living worker that has not beaten yet.
     """
 
     def __init__(self, ids: IdFile, *, ttl: float, clock: Callable[[], float] | None = None) -> None:
@@ -72,13 +73,14 @@ class Directory:
         self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
 
     def new_id(self) -> int:
-        """Raises `ConfigError` if all ids are used, `WaitTimeout` if another registry keeps the file locked."""
+        """Raises `ConfigError` if all ids are used, `WaitTimeout` while another registry locks the file."""
         return self._ids.next()
 
     def announce(self, record: Record) -> None:
         """Registers or renews a worker.
 
-        Raises `NameTaken` while another worker holds its place, `InvalidRequest` if the records become too large.
+        Raises `NameTaken` while another worker holds its place, `InvalidRequest` if the records become too
+        large.
         """
         size, outline = len(encoded_record(record)), encoded_record(outlined(record))
         with self._lock:
@@ -102,7 +104,7 @@ class Directory:
                     logger.info("%s has left", entry.record)
 
     def sightings(self) -> list[Sighting]:
-        """All living and, for a while, silent workers with their whole status; targets first, then by job and name."""
+        """All living and, for a while, silent workers; targets first, then by job and name."""
         with self._lock:
             now = self.clock()
             self._forget_silent(now)
@@ -130,7 +132,8 @@ class Directory:
             )
         if record.id > self._last_id_before and now < self._newcomers_from:
             raise NameTaken(
-                f"{record.name} may belong to a living {record.role} that a restarted registry has not heard of yet: "
+                f"{record.name} may belong to a living {record.role} "
+                "that a restarted registry has not heard of yet: "
                 f"free in {self._newcomers_from - now:.1f} s"
             )
         if held is None:

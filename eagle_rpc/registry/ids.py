@@ -16,10 +16,10 @@ _LOCK_SECONDS = 2.0
 
 
 class IdFile:
-    """Numbers workers; only the last id is kept, in a file. Registries that share the file give different ids.
+    """Numbers workers; the file keeps the last id. Registries that share the file give different ids.
 
-    Threads that wait together get their ids with one write to the disk. A registry that dies then wastes these ids only.
-    `lock_seconds` bounds each wait for the disk and for other registries.
+    Threads that wait together get their ids with one write to the disk. A registry that dies then wastes
+    these ids only. `lock_seconds` bounds each wait for the disk and for other registries.
     """
 
     def __init__(self, path: Path, *, lock_seconds: float = _LOCK_SECONDS) -> None:
@@ -31,7 +31,7 @@ class IdFile:
         self._claimed = range(0)  # on the disk already, for the threads that wait
 
     def last(self) -> int:
-        """The last id, 0 if there is none. Raises `ConfigError` if the file cannot be read or holds anything else."""
+        """The last id, 0 if there is none. Raises `ConfigError` if the file holds anything else."""
         try:
             value = int(self._path.read_text(encoding="ascii"))
         except FileNotFoundError:
@@ -47,7 +47,8 @@ class IdFile:
     def next(self) -> int:
         """A new id; the disk has it before the caller.
 
-        Raises `ConfigError` if all are used or the file is unusable, `WaitTimeout` if a lock is not free in time.
+        Raises `ConfigError` if all are used or the file is unusable, `WaitTimeout` if a lock is not free in
+        time.
         """
         deadline = time.monotonic() + self._lock_seconds
         with self._counting:

@@ -35,8 +35,8 @@ _REFUSAL_LINE_SECONDS = 5.0
 class RegistryServer(socketserver.ThreadingTCPServer):
     """Serves `directory` at exactly `address`, with one thread per connection, until it is closed.
 
-    No message of a peer ends it, and a peer that says nothing loses its connection after `message_seconds`. Raises
-    `ConfigError` if it cannot listen at `address`.
+    No message of a peer ends it, and a peer that says nothing loses its connection after `message_seconds`.
+    Raises `ConfigError` if it cannot listen at `address`.
     """
 
     allow_reuse_address = True

@@ -15,7 +15,8 @@ _MAX_FILE_BYTES = 4096
 def load_token(path: Path) -> bytes:
     """The token in `path` (`~` is expanded), which holds it in hexadecimal digits.
 
-    Raises `AccessRefused` if group or others may access the file, `ConfigError` if it is absent or holds no token.
+    Raises `AccessRefused` if group or others may access the file, `ConfigError` if it is absent or holds no
+    token.
     """
     path = path.expanduser()
     try:
@@ -44,7 +45,7 @@ def load_token(path: Path) -> bytes:
 
 
 def load_or_create_token(path: Path) -> bytes:
-    """As `load_token`, but makes an absent file with a random token, and its missing directories with mode 0700."""
+    """As `load_token`, but makes an absent file with a random token, and its directories with mode 0700."""
     path = path.expanduser()
     if not path.exists():
         # A link of a complete file: readers never see half a token, and of two makers the first one counts.

@@ -4,9 +4,9 @@
     worker    nonce, request
     registry  reply
 
-Request and reply are frames: length of the body (4 bytes, big-endian), HMAC-SHA256, body (JSON). The key of the HMAC is
-HMAC-SHA256(token, both nonces): the token never travels, and a recorded frame is refused in any other conversation.
-Nothing is parsed before its HMAC is checked. Nothing is encrypted.
+Request and reply are frames: length of the body (4 bytes, big-endian), HMAC-SHA256, body (JSON). The key of
+the HMAC is HMAC-SHA256(token, both nonces): the token never travels, and a recorded frame is refused in any
+other conversation. Nothing is parsed before its HMAC is checked. Nothing is encrypted.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ class Conversation:
     def receive_request(self) -> bytes:
         """The registry's side: greets and reads the request.
 
-        Raises `AccessRefused` if the peer does not know the token, `InvalidRequest` if the request is too long.
+        Raises `AccessRefused` if the peer does not know the token, `InvalidRequest` if the request is too
+        long.
         """
         nonce = secrets.token_bytes(_NONCE_BYTES)
         self._write(_GREETING + nonce)
@@ -60,7 +61,7 @@ class Conversation:
         self._write(self._frame(b"reply", body))
 
     def ask(self, request: bytes) -> bytes:
-        """The worker's side, `seconds` in all. Raises `AccessRefused` if the peer is no registry or has another token."""
+        """The worker's side, within `seconds`. Raises `AccessRefused` if the peer has another token."""
         greeting = self._read(len(_GREETING) + _NONCE_BYTES)
         if not greeting.startswith(_GREETING):
             rule = f"{self._peer} must be a registry of this version"

@@ -1,6 +1,7 @@
 """Tables of a running service: targets, their load and sessions, trainers and their view of the targets.
 
-Workers describe themselves, perhaps in another version: a value that is missing or of another type becomes a dash.
+Workers describe themselves, perhaps in another version: a value that is missing or of another type becomes a
+dash.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""The RPC agent of this process: started behind the fence, on the configured interface, and shut down within a bound."""
+"""The RPC agent of this process: started behind the fence, on one interface, shut down within a bound."""
 
 import contextlib
 import errno
@@ -35,10 +35,11 @@ def running_agent(
 ) -> Iterator[None]:
     """Runs the agent while the body runs. `world_size` None: it starts alone and adds peers later.
 
-    `shuts_down_together` is asked after the body: whether the shutdown waits for all workers. It does not after an
-    exception. Raises `ConfigError` if the agent listens on another address than `config.interface` has, or if the
-    private parts of torch are not as the fence needs them. Exits the process if workers of `world_size` are missing
-    after `config.start_timeout`, or if the shutdown takes longer than `config.shutdown_timeout`.
+    `shuts_down_together` is asked after the body: whether the shutdown waits for all workers. It does not
+    after an exception. Raises `ConfigError` if the agent listens on another address than `config.interface`
+    has, or if the private parts of torch are not as the fence needs them. Exits the process if workers of
+    `world_size` are missing after `config.start_timeout`, or if the shutdown takes longer than
+    `config.shutdown_timeout`.
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
@@ -84,7 +85,8 @@ register_rendezvous_handler(_SCHEME, _rendezvous)
 def listens(url: str) -> bool:
     """Whether this process still accepts connections at the agent's `url` (`transport://host:port`).
 
-    TensorPipe closes its listener for good when a peer connects and leaves without a word, as a port scan does.
+    TensorPipe closes its listener for good when a peer connects and leaves without a word, as a port scan
+    does.
     """
     host, _, port = url.partition("://")[2].rpartition(":")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

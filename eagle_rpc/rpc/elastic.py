@@ -1,7 +1,7 @@
-"""Elastic membership: each worker is an RPC agent alone in its group, and adds peers that it finds in the registry.
+"""Elastic membership: each worker is an RPC agent alone in its group and adds peers from the registry.
 
-The first worker that dies breaks torch's own dynamic groups, and its static groups admit nobody later. An agent alone in
-its group has neither problem: the death of a worker concerns only those that call it.
+The first worker that dies breaks torch's own dynamic groups, and its static groups admit nobody later. An
+agent alone in its group has neither problem: the death of a worker concerns only those that call it.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from eagle_rpc.rpc.membership import TargetAddress
 
 logger = logging.getLogger(__name__)
 
-# The registry numbers workers upwards from 1; each process numbers its connections downwards from torch's last id.
+# The registry numbers workers upwards from 1, each process its connections downwards from torch's last id.
 _LAST_CONNECTION = 2**15 - 1
 _LOWEST_CONNECTION = LAST_WORKER_ID + 1
-# torch takes a caller's device maps only before its start, when no target is known: so these names all get one.
-# They let replies arrive on the GPU; requests are CPU tensors.
+# torch takes a caller's device maps only before its start, when no target is known: so all these names get
+# one. They let replies arrive on the GPU; requests are CPU tensors.
 _MAPPED_TARGETS = 64
 # Seconds for a call that only looks something up at a peer.
 _MEET_TIMEOUT = 5.0
@@ -54,7 +54,7 @@ class ElasticMembership:
         self._next_connection = _LAST_CONNECTION
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
-        """From now on each beat announces `status()`. Trainers use a target once its status has `draining` false."""
+        """From now on beats announce `status()`. Trainers use a target once its `draining` is false."""
         self.status = status
 
     @property
@@ -78,11 +78,11 @@ class ElasticMembership:
         ]
 
     def connect(self, address: TargetAddress, service: str) -> Link:
-        """A link with two connections, one for tensors and one for all other calls; checks the incarnation first.
+        """A link with two connections, for tensors and for other calls; checks the incarnation first.
 
-        Calls with tensors go by RRef, whose connection has the target's own worker id. torch keeps a broken connection for
-        its id: after a loss, connections to this incarnation get fresh ids and calls go by name. They also go by name if
-        this worker is not reachable, since the owner of an RRef calls back.
+        Calls with tensors go by RRef, whose connection has the target's own worker id. torch keeps a broken
+        connection for its id: after a loss, connections to this incarnation get fresh ids and calls go by
+        name. They also go by name if this worker is not reachable, since the owner of an RRef calls back.
         """
         data, control = address.name, f"{address.name}-control"
         with self._lock:
@@ -112,11 +112,12 @@ class ElasticMembership:
         incarnation = pending.result()
         if incarnation != address.incarnation:
             raise StaleIncarnation(
-                f"{address.name} must be incarnation {address.incarnation}, {incarnation} answers at {address.url}"
+                f"{address.name} must be incarnation {address.incarnation}, "
+                f"{incarnation} answers at {address.url}"
             )
 
     def leave(self, link: Link, *, lost: bool) -> None:
-        # The peer keeps its names until another one takes them: torch still tells the owner that the RRef is gone.
+        # The peer stays known until another one takes its name: torch has yet to tell it of the RRef's end.
         link.release()
         if lost:
             self._mark_lost(link.incarnation)
@@ -127,7 +128,7 @@ class ElasticMembership:
             self._lost.add(incarnation)
 
     def admit(self, worker_id: int) -> None:
-        """Adds a peer that has introduced itself, with its address in the registry: the owner of an RRef calls back.
+        """Adds a peer that has introduced itself, so that RRefs can call it back.
 
         Raises `ConnectionLost` if the registry does not know the peer or cannot be reached.
         """
@@ -185,7 +186,7 @@ def _on_gpus(one: Record | TargetAddress, other: Record | TargetAddress) -> bool
     return one.device.startswith("cuda") and other.device.startswith("cuda") and one.host == other.host
 
 
-# torch calls functions of modules, so `introduce` finds the membership of this process here. A process joins once.
+# torch calls functions of modules, so `introduce` finds its membership here. A process joins once.
 _memberships: list[ElasticMembership] = []
 
 
@@ -211,10 +212,10 @@ def join_elastic(
 ) -> Iterator[ElasticMembership]:
     """This worker's membership, announced at the registry while the body runs. Its agent shuts down alone.
 
-    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name, each
-    `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or `WaitTimeout` without a
-    registry, `ConfigError` if all worker ids are used, `NameTaken` while a living worker has the name; otherwise raises and
-    exits as `running_agent`.
+    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
+    each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
+    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used, `NameTaken` while a living
+    worker has the name; otherwise raises and exits as `running_agent`.
     """
     worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]

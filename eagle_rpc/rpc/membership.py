@@ -27,7 +27,7 @@ class Membership(Protocol):
         """Whether targets may join later, and return after they were lost."""
 
     def targets(self) -> Sequence[TargetAddress]:
-        """The targets that serve now. Raises `ConnectionLost` or `WaitTimeout` if the registry does not answer."""
+        """The targets that serve now. Raises `ConnectionLost` or `WaitTimeout` without a registry."""
 
     def connect(self, address: TargetAddress, service: str) -> Link:
         """A link to the service that this target hosts.

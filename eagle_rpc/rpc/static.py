@@ -1,7 +1,7 @@
 """Static membership: one torchrun job, all ranks in one TensorPipe world that starts and ends together.
 
-torch's own rendezvous keeps the keys of a killed attempt, so a restart would read them. Here every attempt has a
-namespace of its own in the store.
+torch's own rendezvous keeps the keys of a killed attempt, so a restart would read them. Here every attempt
+has a namespace of its own in the store.
 """
 
 import contextlib
@@ -85,8 +85,8 @@ class StaticMembership:
     ) -> None:
         """Waits until all of `names` have marked `event`, or until `until()` holds.
 
-        Raises `WaitTimeout` after `timeout` seconds. None is only for an `until` that is sure to hold in the end; such a
-        wait is silent, the others are logged.
+        Raises `WaitTimeout` after `timeout` seconds. None is only for an `until` that is sure to hold in the
+        end; such a wait is silent, the others are logged.
         """
         wait = BoundedWait(f"{', '.join(names)} to be {event}", math.inf if timeout is None else timeout)
         while missing := [name for name in names if not self.marked([name], event)]:
@@ -106,11 +106,11 @@ class StaticMembership:
         self._agree_on_shutdown(_ALONE)
 
     def shuts_down_together(self) -> bool:
-        """Whether the agents shut down together, each waiting for all; decides so unless a worker announced leaving."""
+        """Whether the agents shut down together; decides so unless a worker has announced leaving."""
         return self._agree_on_shutdown(_TOGETHER) == _TOGETHER
 
     def _agree_on_shutdown(self, proposal: str) -> str:
-        """The first proposal in the store holds for all: an agent that shuts down alone would block a common shutdown."""
+        """The first proposal holds for all: an agent that shuts down alone would block a common shutdown."""
         return self.store.compare_set(_SHUTDOWN, "", proposal).decode()
 
     def group_store(self, name: str) -> dist.Store:
@@ -122,9 +122,10 @@ class StaticMembership:
 def join_static(
     cast: Cast, world: World, config: RpcConfig, devices: DevicePlan, permissions: Permissions
 ) -> Iterator[StaticMembership]:
-    """This worker's membership while the body runs; its agent shuts down with the others unless one left early.
+    """This worker's membership while the body runs; the agents shut down together unless one left early.
 
-    After an exception the agent shuts down alone and at once: peers may be gone. Raises and exits as `running_agent`.
+    After an exception the agent shuts down alone and at once: peers may be gone. Raises and exits as
+    `running_agent`.
     """
     store = attempt_store(world, timeout=config.start_timeout)
     membership = StaticMembership(cast, store, config, devices)

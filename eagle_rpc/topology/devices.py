@@ -19,10 +19,10 @@ def plan_devices(
 ) -> DevicePlan:
     """The device of this worker, mapped to the GPUs of its peers.
 
-    `target` and `trainer` are the settings `target.device` and `train.device`; a worker with both roles follows
-    `train.device`. `num_gpus` None: as many as torch finds. The workers of one torchrun agent share a host, where worker
-    i of `cast.names` has local rank i. Host and GPUs of other agents' workers are unknown: nothing is mapped to them, and
-    CUDA tensors go through host memory.
+    `target` and `trainer` are the settings `target.device` and `train.device`; a worker with both roles
+    follows `train.device`. `num_gpus` None: as many as torch finds. The workers of one torchrun agent share a
+    host, where worker i of `cast.names` has local rank i. Host and GPUs of other agents' workers are unknown:
+    nothing is mapped to them, and CUDA tensors go through host memory.
     """
 
     def device_of(name: str, local_rank: int) -> str:
@@ -39,7 +39,7 @@ def plan_devices(
 
 
 def resolve_device(setting: str, *, local_rank: int = 0, num_gpus: int | None = None) -> str:
-    """The device that a setting names. `auto` is the GPU of the local rank, shared if there are too few, or the CPU.
+    """The device of a setting. `auto` is the GPU of the local rank, shared if there are too few, or the CPU.
 
     `num_gpus` None: as many as torch finds.
     """
