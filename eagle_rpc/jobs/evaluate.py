@@ -4,24 +4,28 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate
 from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.evaluate import evaluate_draft, read_prompts
-from eagle_rpc.jobs.setting import only_device, run_directory, start_worker
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
 from eagle_rpc.target.loading import load_with_tokenizer
+from eagle_rpc.topology import resolve_device
+from eagle_rpc.train import RunDirectory
 
 
 def run(config: Config) -> int:
     """Writes `evaluation.json` and the plots; 1 if a text differs from the target's own, near-ties aside."""
     start_worker(config, "evaluate")
     ensure_prompts(config)
-    settings, directory = config.evaluate, run_directory(config)
+    settings, directory = config.evaluate, RunDirectory.of(config)
     export = load_export(Path(settings.draft))
     target = replace(config.target, dtype=settings.dtype)
-    device = only_device(target.device)
+    device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
     result = evaluate_draft(
         model,

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import torch
+
 from eagle_rpc.answers.regeneration import Regeneration
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, ChatWriter
 from eagle_rpc.demo.prompts import ensure_prompts
-from eagle_rpc.jobs.setting import only_device, start_worker
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.target.loading import load_with_tokenizer
+from eagle_rpc.topology import resolve_device
 
 
 def run(config: Config) -> int:
@@ -18,7 +21,7 @@ def run(config: Config) -> int:
     start_worker(config, "regenerate")
     ensure_prompts(config)
     target = replace(config.target, dtype=config.regenerate.dtype)
-    device = only_device(target.device)
+    device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
     template = ChatTemplate(tokenizer, config.data.chat_template)
     with ChatWriter(config.regenerate.output) as writer:

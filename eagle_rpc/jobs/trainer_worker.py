@@ -15,7 +15,6 @@ from eagle_rpc.config import Config
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.jobs.setting import run_directory
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.supervision import (
     Eagle3TargetBackend,
@@ -27,7 +26,7 @@ from eagle_rpc.supervision import (
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import RunRecord, Trainer, join_trainers, plain
+from eagle_rpc.train import RunDirectory, RunRecord, Trainer, join_trainers, plain
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ def train_until_done(
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation) if len(validation) else None,
                 group=group,
-                run=run_directory(config),
+                run=RunDirectory.of(config),
                 record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
                 stop=stop,
             )

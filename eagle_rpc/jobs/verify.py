@@ -19,8 +19,9 @@ from eagle_rpc.config.compose import write_config
 from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import TargetFailed, WaitTimeout
-from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.verify_worker import record_path, record_steps
+from eagle_rpc.process.startup import start_worker
+from eagle_rpc.train import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,11 @@ def run(config: Config) -> int:
         for side in _SIDES:
             _run_side(config, topology, side)
         comparisons += _compare(config, topology)
-    run_directory(config).verification.write_text(
+    RunDirectory.of(config).verification.write_text(
         json.dumps([asdict(row) for row in comparisons], indent=2) + "\n"
     )
     sys.stdout.write("\n".join(_table(comparisons)) + "\n")
-    sys.stdout.write(f"wrote {run_directory(config).verification}\n")
+    sys.stdout.write(f"wrote {RunDirectory.of(config).verification}\n")
     return 0 if all(row.passed for row in comparisons) else 1
 
 
@@ -91,7 +92,7 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
 
 
 def _side_directory(config: Config, topology: str, side: VerifySide) -> Path:
-    return run_directory(config).path / topology / side.name
+    return RunDirectory.of(config).path / topology / side.name
 
 
 def _side_config(config: Config, side: VerifySide, directory: Path, topology: TopologyConfig) -> Config:

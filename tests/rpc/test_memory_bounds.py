@@ -211,7 +211,7 @@ def stand_still(how_it_goes_on: int, told: str) -> Any:
         }
         Path(told).write_text(json.dumps(seen))
         if how_it_goes_on == signal.SIGKILL:
-            membership.part()
+            membership.announce_leaving()
         else:
             hosted.reached("done")
 

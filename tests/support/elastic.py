@@ -87,9 +87,7 @@ class Registry:
         self.address = self._server.address
 
     def _start(self, port: int) -> RegistryServer:
-        return RegistryServer(
-            ("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0), request_seconds=5.0
-        )
+        return RegistryServer(("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0))
 
     @property
     def client(self) -> RegistryClient:
