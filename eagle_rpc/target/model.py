@@ -18,6 +18,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import (
     DraftHead,
+    Eagle3Target,
     ModelInfo,
     TargetOutput,
     fused_rows_run,
@@ -46,7 +47,7 @@ from eagle_rpc.target.probes import check_causal, packing_fault
 _PROBE_TOKENS = 32
 
 
-class HFEagle3TargetModel:
+class HFEagle3TargetModel(Eagle3Target):
     """One frozen decoder, three of its layers and its head.
 
     Safe to call from several threads: forward passes run one at a time.
