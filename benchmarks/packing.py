@@ -16,6 +16,7 @@ import torch
 from eagle_rpc.config.schema import DataConfig, DraftConfig, TargetConfig, TrainConfig
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
+from eagle_rpc.supervision import SessionSettings
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -78,7 +79,9 @@ def make_both_sides(
         draft_vocab_size=draft_settings.vocab_size,
         cache_dir=CACHE,
     )
-    backend = ColocatedEagle3TargetModel(target, config, encoding="hidden", rows="position_mask")
+    backend = ColocatedEagle3TargetModel(
+        target, config, SessionSettings(encoding="hidden", rows="position_mask")
+    )
     backend.open_session(mapping)
     draft = Eagle3Draft(
         Eagle3DraftConfig.from_target(model_config, draft_vocab_size=draft_settings.vocab_size),

@@ -39,9 +39,15 @@ from transformers import PreTrainedModel
 
 from eagle_rpc.config.choices import CompileMode, Quantization
 from eagle_rpc.errors import EagleRpcError
-from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, TokenBatch, VocabMapping, compute_supervision
+from eagle_rpc.supervision import (
+    ENCODINGS,
+    DraftVocabOnDevice,
+    TokenBatch,
+    VocabMapping,
+    compute_supervision,
+    supervise,
+)
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.supervise import supervise
 
 SYSTEMS = (
     "plain",

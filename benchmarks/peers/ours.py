@@ -16,14 +16,14 @@ from torch import Tensor
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import Membership
+from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
 from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
-from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping
 from eagle_rpc.target.loading import load_target_config
@@ -69,7 +69,7 @@ def serve_target(_work: Work, config: Config) -> None:
 def use_target(work: Work, config: Config) -> None:
     """A trainer that only reads what it is sent."""
     world, stop = read_world(), threading.Event()
-    elastic = config.rpc.membership is Membership.elastic
+    elastic = config.rpc.membership is MembershipKind.elastic
     cast = (
         assign_elastic_roles(Role.trainer, config.topology, world)
         if elastic

@@ -19,17 +19,17 @@ from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import connect_target, make_draft
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.serve import load_server
-from eagle_rpc.jobs.setting import only_device, planned_devices, start_worker
 from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Eagle3TargetBackend, TokenBatch, VocabMapping
+from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import assign_roles
+from eagle_rpc.topology import assign_roles, plan_devices, resolve_device
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -96,7 +96,7 @@ def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) ->
 
 def train_colocated(config: Config) -> None:
     start_worker(config, "colocated")
-    device = only_device(config.train.device)
+    device = torch.device(resolve_device(config.train.device))
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
@@ -104,7 +104,9 @@ def train_colocated(config: Config) -> None:
     train(
         config,
         ColocatedEagle3TargetModel(
-            target, config.target, encoding=supervision.encoding.value, rows=supervision.rows.value
+            target,
+            config.target,
+            SessionSettings(encoding=supervision.encoding.value, rows=supervision.rows.value),
         ),
         device,
     )
@@ -115,7 +117,7 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = planned_devices(config, cast, world)
+    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         yield membership, torch.device(devices.device)
 

@@ -23,16 +23,16 @@ from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.permissions import static_permissions
-from eagle_rpc.jobs.setting import planned_devices, start_worker
 from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import host, join_static, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import bytes_per_token
+from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import assign_roles
+from eagle_rpc.topology import assign_roles, plan_devices
 from target_lab.serving import served_rate
 from target_lab.work import SHAPES, full_batch, fused_kernels, make_mapping, make_model
 
@@ -151,8 +151,7 @@ def use_target(
             if number == _WARM_UP - 1:
                 started = time.perf_counter()
         seconds = time.perf_counter() - started
-        wire = bytes_per_token(
-            config.supervision.encoding.value,
+        wire = ENCODINGS[config.supervision.encoding.value].bytes_per_token(
             hidden_size=target_config.hidden_size,
             draft_vocab_size=len(mapping),
             dtype_bytes=2,
@@ -172,7 +171,7 @@ def main() -> None:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = planned_devices(config, cast, world)
+    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.

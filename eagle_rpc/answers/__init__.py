@@ -1,1 +1,1 @@
-"""Asking a target: batched generation and its caches."""
+"""Asking the target: batched generation, its cache, and files of regenerated chats."""

@@ -1,11 +1,12 @@
-"""Keys and values of many answers in the making, written in place, and the attention that reads them.
+"""Keys and values of many sequences that are decoded together, and the attention that reads them.
 
-transformers' own cache concatenates every layer's keys and values at every token and wants all rows equally long. Here a
-row belongs to one answer, column t of it holds token t, and a forward writes where the caller says. The causal mask
-is then `column <= position`, row by row: what lies in later columns, from padding or from an earlier answer, is never
-seen. Rows may so start, end and be replaced independently.
+transformers' own cache concatenates keys and values of every layer at every token, and wants all sequences
+equally long. Here each sequence has a row, column t of the row belongs to token t, and a forward writes where
+the caller says. The causal mask is `column <= position`, row by row, so leftovers in later columns (padding,
+an earlier sequence) are never seen: rows start, end and are replaced independently.
 
-Legend: S slots, N rows of one forward, T their new tokens, L columns in use, A attention heads, G key/value heads, D head width.
+Legend: R rows, N rows of one forward, T their new tokens, L columns in use, A attention heads, G key/value
+heads, D head width.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,23 +20,22 @@ from transformers.cache_utils import CacheLayerMixin
 
 from eagle_rpc.errors import UnsupportedTarget
 
-_ATTENTION_NAME = "eagle_rpc_slots"
-# The length in use is rounded up: matrix products are prepared anew for each shape, and odd ones run slower.
-_COLUMN_STEP = 16
-# The length held grows in larger steps, since growing copies everything.
-_CAPACITY_STEP = 128
+_ATTENTION_NAME = "eagle_rpc_batch"
+# Columns in use are rounded up: a new shape prepares kernels. Capacity as well: growing copies everything.
+_COLUMN_STEP, _CAPACITY_STEP = 16, 128
 
 
-class SlotCache(Cache):
-    """A cache of S rows for any decoder whose layers attend. `aim` says where the next forward writes and reads."""
+class BatchCache(Cache):
+    """R rows for any decoder whose layers attend. `aim` says where the next forward writes and reads."""
 
-    def __init__(self, slots: int, num_layers: int) -> None:
-        super().__init__(layers=[_SlotLayer(slots) for _ in range(num_layers)])
+    def __init__(self, num_rows: int, num_layers: int) -> None:
+        self._batch_layers = [_BatchCacheLayer(num_rows) for _ in range(num_layers)]
+        super().__init__(layers=list(self._batch_layers))
 
     def aim(self, first_row: int, positions_NT: Tensor) -> None:
-        """The next forward's N rows are `first_row` and the following; their tokens stand at `positions_NT` (int64)."""
+        """The next forward has N rows from `first_row` on, with new tokens at `positions_NT` (int64)."""
         columns = _rounded_up(int(positions_NT.max()) + 1, _COLUMN_STEP)
-        for layer in self.layers:
+        for layer in self._batch_layers:
             layer.aim(first_row, positions_NT, columns)
 
     def share(self, columns: int) -> None:
@@ -48,24 +48,26 @@ class SlotCache(Cache):
         for states in self._states():
             states[destinations] = states[sources]
 
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
-        """Positions [N, T] of the new tokens. transformers hands them to `_slot_mask`, its only reader here."""
-        return self.layers[layer_idx].positions_NT
+    def get_query_offset(self, layer_idx: int = 0) -> Tensor:  # type: ignore[override]
+        """Positions [N, T] of the new tokens; transformers passes them to `_batch_mask` unread."""
+        return self._batch_layers[layer_idx].positions_NT
 
     def _states(self) -> Iterator[Tensor]:
-        for layer in self.layers:
+        for layer in self._batch_layers:
             yield layer.keys
             yield layer.values
 
 
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values [S, G, capacity, D] of one layer."""
+class _BatchCacheLayer(CacheLayerMixin):
+    """Keys and values [R, G, capacity, D] of one layer."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, num_rows: int) -> None:
         super().__init__()
-        self.slots = slots
+        self.num_rows = num_rows
 
     def aim(self, first_row: int, positions_NT: Tensor, columns: int) -> None:
         self.rows = slice(first_row, first_row + len(positions_NT))
@@ -73,25 +75,24 @@ class _SlotLayer(CacheLayerMixin):
         self.columns = columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_empty(self.slots, key_states.shape[1], 0, key_states.shape[3])
-        self.values = value_states.new_empty(self.slots, value_states.shape[1], 0, value_states.shape[3])
+        self.keys = key_states.new_empty(self.num_rows, key_states.shape[1], 0, key_states.shape[3])
+        self.values = value_states.new_empty(self.num_rows, value_states.shape[1], 0, value_states.shape[3])
         self.is_initialized = True
 
     def _widen(self) -> None:
         """Makes room for the columns in use."""
         capacity = _rounded_up(self.columns, _CAPACITY_STEP)
-        slots, groups, held, width = self.keys.shape
-        # Keys lie in memory as the product with the queries reads them, [S, G, D, capacity]: transposed operands are
-        # copied there each time. Zeros, not garbage: a masked column weighs 0, and 0 times NaN is NaN.
-        keys = self.keys.new_zeros(slots, groups, width, capacity).transpose(2, 3)
-        values = self.values.new_zeros(slots, groups, capacity, self.values.shape[3])
+        rows, groups, held, width = self.keys.shape
+        # Keys are stored as [R, G, D, capacity], the layout that the product with the queries reads;
+        # otherwise every product would copy them. Zeros, because a masked column has weight 0, and 0 times
+        # NaN is NaN.
+        keys = self.keys.new_zeros(rows, groups, width, capacity).transpose(2, 3)
+        values = self.values.new_zeros(rows, groups, capacity, self.values.shape[3])
         keys[:, :, :held], values[:, :, :held] = self.keys, self.values
         self.keys, self.values = keys, values
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Writes [N, G, T, D] at the aimed places and returns [N, G, L, D] of the aimed rows."""
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Writes [N, G, T, D] where `aim` said and returns [N, G, L, D] of the same rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.columns > self.get_max_length():
@@ -116,26 +117,19 @@ def _rounded_up(number: int, step: int) -> int:
     return number + -number % step
 
 
-def _slot_mask(
-    *,
-    q_offset: Tensor,
-    kv_length: int,
-    mask_function: Callable[..., Tensor],
-    dtype: torch.dtype,
-    **kwargs: Any,
+def _batch_mask(
+    *, q_offset: Tensor, kv_length: int, mask_function: Callable[..., Tensor], dtype: torch.dtype, **_: Any
 ) -> Tensor:
-    """An additive mask [N, 1, T, L] from the model's own rule (causal, sliding, chunked) at each row's own positions."""
-    positions_NT = q_offset
-    device = positions_NT.device
+    """An additive mask [N, 1, T, L]: the model's rule (causal, sliding, chunked) at each row's positions."""
+    positions_NT, device = q_offset, q_offset.device
     rows = torch.arange(len(positions_NT), device=device)[:, None, None, None]
     columns = torch.arange(kv_length, device=device)
     visible_N1TL = mask_function(rows, torch.zeros_like(rows), positions_NT[:, None, :, None], columns)
-    return torch.zeros(visible_N1TL.shape, dtype=dtype, device=device).masked_fill_(
-        ~visible_N1TL, torch.finfo(dtype).min
-    )
+    mask_N1TL = torch.zeros(visible_N1TL.shape, dtype=dtype, device=device)
+    return mask_N1TL.masked_fill_(~visible_N1TL, torch.finfo(dtype).min)
 
 
-def _slot_attention(
+def _batch_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -143,18 +137,16 @@ def _slot_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
+    **settings: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of [N, A, T, D] queries in groups over [N, G, L, D] keys, none of which is repeated for its group.
+    """Attention of [N, A, T, D] queries over [N, G, L, D] keys, which are not copied for each of A/G queries.
 
-    For one new token a row this reads each key once. torch's fused kernel either wants keys repeated A/G times or runs
-    slower on the CPU.
+    With one new token a row, each key is read once. torch's fused kernel needs copies or is slower on CPUs.
     """
-    if s_aux is not None or position_bias is not None:
+    if settings.get("s_aux") is not None or settings.get("position_bias") is not None:
+        name = type(module).__name__
         raise UnsupportedTarget(
-            f"attention must have neither sinks nor a position bias to decode in batches, {type(module).__name__} has"
+            f"to decode in batches, {name} must have neither attention sinks nor a position bias"
         )
     rows, heads, length, width = query.shape
     groups = key.shape[1]
@@ -168,13 +160,13 @@ def _slot_attention(
     return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(_ATTENTION_NAME, _slot_attention)
-AttentionMaskInterface.register(_ATTENTION_NAME, _slot_mask)
+AttentionInterface.register(_ATTENTION_NAME, _batch_attention)
+AttentionMaskInterface.register(_ATTENTION_NAME, _batch_mask)
 
 
 @contextmanager
-def slot_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, `model` can run on a `SlotCache`."""
+def batch_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, `model` runs on a `BatchCache`."""
     usual = model.config._attn_implementation
     model.set_attn_implementation(_ATTENTION_NAME)
     if model.config._attn_implementation != _ATTENTION_NAME:

@@ -1,13 +1,14 @@
-"""Answers of the target to many prompts at once, as fast as its weights allow.
+"""Answers of the target to many prompts at once, by continuous batching.
 
-A fixed number of slots decode together, one token each a step, and a finished answer's slot goes to the next prompt. What
-all prompts begin with (template, system prompt) is computed once. A prompt's last token is its first decoding step,
-so that one kind of step needs logits.
+`batch_size` sequences are decoded together, one token each a step; the next prompt takes the place of a
+finished answer. The common beginning of all prompts (template, system prompt) is computed once. The last
+token of a prompt belongs to the first decoding step, so only decoding steps need logits.
 
-Legend: N rows of one forward, T their tokens, V target vocab.
+Legend: N rows of one forward, T their new tokens, V target vocab.
 """
 
 import heapq
+import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eagle_rpc.answers.cache import SlotCache, slot_attention
+from eagle_rpc.answers.cache import BatchCache, batch_attention
 from eagle_rpc.errors import InvalidRequest
 
 # Tokens of one prefill: enough to fill the matrix units, few enough that attention scores stay small.
@@ -25,16 +26,16 @@ _PREFILL_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the target said to one prompt."""
+    """The target's answer to one prompt."""
 
     key: str
-    token_ids: list[int]  # without the end-of-turn token
-    truncated: bool  # the target would have gone on: it did not say end-of-turn within its tokens
+    token_ids: list[int]  # without the stop token
+    truncated: bool  # it reached the limit without a stop token
 
 
 @dataclass(order=True, slots=True)
-class _Row:
-    """A prompt, waiting or in a slot, and its answer so far. Orders by `rank`."""
+class _Sequence:
+    """A prompt and its answer so far. Orders by `rank`: longest prompts first, then by submission."""
 
     rank: tuple[int, int]
     key: str = field(compare=False)
@@ -52,61 +53,60 @@ class _Row:
 
 
 class AnswerEngine:
-    """Decodes submitted prompts, at most `slots` at a time; iterate over `answers()` to run it.
+    """Decodes submitted prompts, at most `batch_size` at a time; iterating over `answers()` runs it.
 
-    Greedy answers are those of transformers' `generate` token for token in fp32, whatever else is being decoded.
-    Sampling draws from `seed` and the prompt's key alone.
+    Greedy answers equal those of transformers' `generate` token for token in fp32, independently of the rest
+    of the batch. Sampling depends on `seed` and the prompt's key alone.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         *,
-        slots: int,
+        batch_size: int,
         max_new_tokens: int,
-        eos_token_ids: Collection[int],
+        stop_token_ids: Collection[int],
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.model = model
-        self.slots = slots
+        self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.stop_token_ids = frozenset(stop_token_ids)
         self.temperature = temperature
         self.seed = seed
-        self.num_generated = 0  # tokens of all answers so far, unfinished ones and ends of turn included
-        self._cache = SlotCache(slots, model.config.get_text_config().num_hidden_layers)
-        self._waiting: list[_Row] = []
-        self._active: list[_Row] = []  # row i of the cache belongs to entry i
+        self.num_generated = 0  # tokens of all answers so far, including unfinished answers and stop tokens
+        self._cache = BatchCache(batch_size, model.config.get_text_config().num_hidden_layers)
+        self._waiting: list[_Sequence] = []
+        self._active: list[_Sequence] = []  # entry i has row i of the cache
         self._num_submitted = 0
         self._prefix: list[int] | None = (
-            None  # tokens whose keys and values stand in the first columns of every slot
+            None  # tokens whose keys and values stand first in every row; null: not known
         )
 
     def submit(self, key: str, prompt: Sequence[int]) -> None:
-        """Queues a prompt, also while `answers()` runs. Longer ones go first, so that rows of a step are alike.
+        """Queues a prompt, also while `answers()` runs. Long prompts go first: a batch has similar lengths.
 
         Raises `InvalidRequest` on an empty prompt.
         """
         if not prompt:
             raise InvalidRequest(f"prompt must hold at least one token, got an empty one for {key!r}")
-        row = _Row(
-            (-len(prompt), self._num_submitted), key, list(prompt), random.Random(f"{self.seed}/{key}")
-        )
-        heapq.heappush(self._waiting, row)
+        rank = (-len(prompt), self._num_submitted)
+        sequence = _Sequence(rank, key, list(prompt), random.Random(f"{self.seed}/{key}"))
+        heapq.heappush(self._waiting, sequence)
         self._num_submitted += 1
 
     def answers(self) -> Iterator[Answer]:
-        """Yields answers as they are finished, until nothing is left."""
+        """Yields answers in the order in which they finish, until no prompt is left."""
         while self._waiting or self._active:
             yield from self._run_until_some_finish()
 
     @torch.inference_mode()
     def _run_until_some_finish(self) -> list[Answer]:
-        with slot_attention(self.model):
+        with batch_attention(self.model):
             while True:
-                # A prefill of a few rows costs as much as one of many, and empty slots cost nothing.
-                if len(self._active) <= self.slots * 7 // 8 and self._waiting:
+                # A prefill of a few prompts costs as much as one of many, and empty rows cost nothing.
+                if len(self._active) <= self.batch_size * 7 // 8 and self._waiting:
                     self._admit()
                 self._decode()
                 finished = self._take_finished()
@@ -114,55 +114,46 @@ class AnswerEngine:
                     return finished
 
     def _admit(self) -> None:
-        """Gives free slots to waiting prompts and computes all of them but their last tokens."""
-        rows = [
-            heapq.heappop(self._waiting)
-            for _ in range(min(self.slots - len(self._active), len(self._waiting)))
-        ]
-        self._share_prefix(rows)
-        start = len(self._prefix)
-        while rows:
-            length = len(rows[0].prompt) - 1 - start  # the longest
+        """Gives free rows to waiting prompts and computes all of their tokens except the last."""
+        count = min(self.batch_size - len(self._active), len(self._waiting))
+        admitted = [heapq.heappop(self._waiting) for _ in range(count)]
+        start = self._shared_prefix(admitted)
+        while admitted:
+            longest = len(admitted[0].prompt) - 1
+            length = longest - start
             count = max(1, _PREFILL_TOKENS // max(1, length))
-            group, rows = rows[:count], rows[count:]
+            group, admitted = admitted[:count], admitted[count:]
             if length:
-                tokens_NT = torch.tensor(
-                    [
-                        [*row.prompt[start:-1], *[0] * (len(group[0].prompt) - len(row.prompt))]
-                        for row in group
-                    ]
-                )
-                self._forward(
-                    len(self._active), tokens_NT, (start + torch.arange(length)).expand_as(tokens_NT)
-                )
+                rows = [[*one.prompt[start:-1], *[0] * (longest + 1 - len(one.prompt))] for one in group]
+                tokens_NT = torch.tensor(rows)
+                self._forward(len(self._active), tokens_NT, torch.arange(start, longest).expand_as(tokens_NT))
             self._active += group
 
-    def _share_prefix(self, rows: list[_Row]) -> None:
-        """Shortens the prefix to what `rows` share with it, or computes it when there is none yet."""
-        others = [row.prompt[:-1] for row in rows] + [
-            waiting.prompt[:-1] for waiting in self._waiting if self._prefix is None
-        ]
+    def _shared_prefix(self, admitted: list[_Sequence]) -> int:
+        """Length of the prefix that all rows of the cache hold: computed once, later only shortened."""
+        prompts = [one.prompt[:-1] for one in admitted]
         if self._prefix is not None:
-            self._prefix = _common_prefix([self._prefix, *others])
-            return
-        self._prefix = _common_prefix(others)
-        if self._prefix:
-            tokens_NT = torch.tensor([self._prefix])
-            self._forward(0, tokens_NT, torch.arange(len(self._prefix))[None])
-            self._cache.share(len(self._prefix))
+            prefix = _common_prefix([self._prefix, *prompts])
+        else:
+            prefix = _common_prefix([*prompts, *(one.prompt[:-1] for one in self._waiting)])
+            if prefix:
+                self._forward(0, torch.tensor([prefix]), torch.arange(len(prefix))[None])
+                self._cache.share(len(prefix))
+        self._prefix = prefix
+        return len(prefix)
 
     def _decode(self) -> None:
         """Adds one token to every active answer."""
-        tokens_N1 = torch.tensor([[row.last_token] for row in self._active])
-        positions_N1 = torch.tensor([[row.position] for row in self._active])
-        # Besides precision: argmax of bfloat16 takes the CPU ten times as long.
+        tokens_N1 = torch.tensor([[sequence.last_token] for sequence in self._active])
+        positions_N1 = torch.tensor([[sequence.position] for sequence in self._active])
+        # fp32 for precision, and because argmax of bfloat16 takes a CPU ten times as long.
         logits_NV = self._forward(0, tokens_N1, positions_N1).float()
         if self.temperature == 0:
             chosen_N = logits_NV.argmax(dim=-1)
         else:
-            chosen_N = _sample(logits_NV / self.temperature, [row.draws.random() for row in self._active])
-        for row, token in zip(self._active, chosen_N.tolist(), strict=True):
-            row.answer.append(token)
+            chosen_N = _sample(logits_NV / self.temperature, [one.draws.random() for one in self._active])
+        for sequence, token in zip(self._active, chosen_N.tolist(), strict=True):
+            sequence.answer.append(token)
         self.num_generated += len(self._active)
 
     def _forward(self, first_row: int, tokens_NT: Tensor, positions_NT: Tensor) -> Tensor:
@@ -180,19 +171,16 @@ class AnswerEngine:
         return output.logits[:, -1]
 
     def _take_finished(self) -> list[Answer]:
-        """Removes finished answers; the last active rows move into the gaps, so that active rows stay the first."""
-        finished = [
-            i
-            for i, row in enumerate(self._active)
-            if self._ended(row) or len(row.answer) == self.max_new_tokens
-        ]
-        answers = []
-        for i in finished:
-            row = self._active[i]
-            ended = self._ended(row)
-            answers.append(Answer(row.key, row.answer[:-1] if ended else row.answer, truncated=not ended))
+        """Removes finished sequences. The last active rows move into the gaps, so active rows come first."""
+        answers, finished = [], []
+        for row, sequence in enumerate(self._active):
+            stopped = sequence.answer[-1] in self.stop_token_ids
+            if stopped or len(sequence.answer) == self.max_new_tokens:
+                token_ids = sequence.answer[:-1] if stopped else sequence.answer
+                answers.append(Answer(sequence.key, token_ids, truncated=not stopped))
+                finished.append(row)
         num_left = len(self._active) - len(finished)
-        gaps = [i for i in finished if i < num_left]
+        gaps = [row for row in finished if row < num_left]
         movers = sorted(set(range(num_left, len(self._active))) - set(finished))
         if gaps:
             self._cache.move(movers, gaps)
@@ -201,22 +189,17 @@ class AnswerEngine:
         del self._active[num_left:]
         return answers
 
-    def _ended(self, row: _Row) -> bool:
-        return row.answer[-1] in self.eos_token_ids
-
 
 def _common_prefix(sequences: list[list[int]]) -> list[int]:
-    first, last = min(sequences), max(sequences)
-    length = next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
-    return first[:length]
+    # Where any two differ, the first and the last in lexical order differ.
+    pairs = zip(min(sequences), max(sequences), strict=False)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def _sample(logits_NV: Tensor, draws: list[float]) -> Tensor:
-    """Inverts each row's distribution function at its draw in [0, 1); ids [N]."""
+    """Ids [N]: the inverse of each row's distribution function at its draw in [0, 1)."""
     cumulative_NV = logits_NV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     draws_N1 = torch.tensor(draws, dtype=torch.float64, device=logits_NV.device)[:, None]
-    # Right of the draw, hence a token of probability above 0; the total is not exactly 1.
+    # On the right of the draw, so never a token of probability 0; scaled, since the total is not exactly 1.
     chosen_N1 = torch.searchsorted(cumulative_NV, draws_N1 * cumulative_NV[:, -1:], right=True)
     return chosen_N1.squeeze(1).clamp(max=logits_NV.shape[1] - 1)

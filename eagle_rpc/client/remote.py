@@ -1,4 +1,4 @@
-"""The target as a trainer uses it when it runs in other processes."""
+"""The target in other processes, as a trainer uses it."""
 
 import threading
 import time
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_rpc.client.dispatch import Dispatcher
+from eagle_rpc.client.dispatcher import Dispatcher, PendingRequest
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.settings import ClientSettings
-from eagle_rpc.client.ticket import Ticket
 from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import (
+    ENCODINGS,
     DraftHead,
     Eagle3TargetBatch,
     ModelInfo,
@@ -28,9 +28,9 @@ from eagle_rpc.supervision import (
 
 
 class RemoteEagle3TargetModel:
-    """Satisfies `Eagle3TargetBackend` with the target servers that `membership` knows, over RPC.
+    """An `Eagle3TargetBackend` over RPC, with all target servers of `membership`.
 
-    Targets may come, go and return meanwhile: batches arrive in order, each once, with the same bits from whichever target.
+    Targets may come, go and return. Batches arrive in order, each once, with the same bits from every target.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class RemoteEagle3TargetModel:
         device: torch.device,
         stop: threading.Event,
     ) -> None:
-        """`expected`: what the draft requires of the target; `device`: where decoded batches go; `stop`: once set, waiting ends.
+        """Waits for a target. `device`: of decoded batches; `stop`: once set, waiting ends.
 
-        Raises `TargetMismatch` for a foreign target or replicas that differ, `TargetUnavailable` if there is none in time.
+        Raises `TargetMismatch` for a target that differs from `expected` or from the others,
+        `TargetUnavailable` after the reconnect deadline.
         """
         self._settings = settings
         self._expected = expected
@@ -60,28 +61,23 @@ class RemoteEagle3TargetModel:
             raise
 
     def model_info(self) -> ModelInfo:
+        """The identity and limits that all targets share."""
         return self._info
 
     def input_embeddings(self) -> Tensor:
+        """The token embedding [V, H] on the CPU, the start of the draft's."""
         return self._fleet.ask(lambda replica: replica.input_embeddings(), "its input embeddings")
 
     def open_session(self, mapping: VocabMapping) -> None:
-        """Registers the mapping at every target; `hidden` needs the head's draft rows as well."""
-        spec = SessionSpec(
-            selected_token_ids=mapping.selected_token_ids,
-            encoding=self._settings.encoding,
-            rows=self._settings.rows,
-            expected=self._expected,
-            job=self._settings.job,
-            trainer=self._settings.trainer,
-        )
-        self._fleet.open_sessions(spec)
+        """Opens a session at every target, and fetches the head's draft rows if the encoding needs them."""
+        settings = self._settings.session
+        self._fleet.open_sessions(SessionSpec.of(settings, mapping.selected_token_ids, self._expected))
         self._head = None
-        if self._settings.encoding == "hidden":
+        if ENCODINGS[settings.encoding].needs_head:
             self.output_embeddings()
 
     def output_embeddings(self) -> DraftHead:
-        """The head's draft rows, on the trainer's device; fetched once a session."""
+        """The head's draft rows on the trainer's device, fetched once a session."""
         if self._head is None:
             head = self._fleet.ask(lambda replica: replica.output_embeddings(), "the draft rows of its head")
             self._head = head.to(self._device)
@@ -90,15 +86,16 @@ class RemoteEagle3TargetModel:
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> Eagle3TargetBatch:
+        """Supervision of one batch of [B, T] tensors; raises `InvalidRequest` for a bad one."""
         tokens = TokenBatch(
             input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids
         )
         return self._receive(self._dispatcher.submit(tokens))
 
     def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
-        """Yields in order; keeps `prefetch` requests under way. Closing the iterator gives up those that are."""
+        """Yields in order, with `prefetch` requests under way. Closing the iterator abandons those."""
         source = iter(batches)
-        under_way: deque[Ticket] = deque()
+        under_way: deque[PendingRequest] = deque()
         try:
             while True:
                 while len(under_way) < self._settings.prefetch and (tokens := next(source, None)) is not None:
@@ -109,21 +106,20 @@ class RemoteEagle3TargetModel:
         finally:
             self._dispatcher.abandon(list(under_way))
 
-    def _receive(self, ticket: Ticket) -> Eagle3TargetBatch:
+    def _receive(self, request: PendingRequest) -> Eagle3TargetBatch:
         started = time.monotonic()
-        encoded = self._dispatcher.wait(ticket)
+        encoded = self._dispatcher.wait(request)
         self._seconds_waited += time.monotonic() - started
         encoded = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
-        return decode_supervision(
-            encoded, ticket.tokens, self._head if self._settings.encoding == "hidden" else None
-        )
+        return decode_supervision(encoded, request.tokens, self._head)
 
     @property
     def seconds_waited(self) -> float:
+        """Seconds that the caller has waited for supervision since the start."""
         return self._seconds_waited
 
     def status(self) -> dict[str, Any]:
-        """What this trainer thinks of its targets, as JSON takes it."""
+        """The targets as this trainer sees them, in types that JSON has."""
         targets = [
             {
                 "name": replica.name,
@@ -137,6 +133,6 @@ class RemoteEagle3TargetModel:
         return {"failovers": self._dispatcher.num_failovers, "targets": targets}
 
     def close(self) -> None:
-        """Ends the sessions at all targets; raises nothing, since what went wrong before matters more."""
+        """Ends the sessions at all targets. Raises nothing, so that an earlier error is not hidden."""
         self._dispatcher.close()
         self._fleet.close()

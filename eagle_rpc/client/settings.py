@@ -1,17 +1,16 @@
-"""What a trainer's client is told once."""
+"""The settings of a trainer's client."""
 
 from dataclasses import dataclass
+
+from eagle_rpc.supervision import SessionSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientSettings:
-    """Names, the form of the supervision, and the bounds of every wait; times in seconds."""
+    """The session at every target, and the bounds of every wait; times in seconds."""
 
-    trainer: str  # this worker's name, for logs and request ids
-    index: int  # its number among the trainers, which spreads their first requests
-    job: str  # trainers of one job share it
-    encoding: str
-    rows: str
+    session: SessionSettings  # its `trainer` also begins request ids
+    index: int  # number among the trainers; spreads their first requests over the targets
     prefetch: int  # requests under way at a time while streaming (> 0)
     request_timeout: float  # of one attempt at one target, queue included
     reconnect_deadline: float  # without any target

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, Membership, Quantization
+from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization
 from eagle_rpc.config.rules import broken_rules
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
@@ -28,7 +28,7 @@ def as_message(mistakes: list[str]) -> str:
 
 def _broken_between(config: Config) -> Iterator[str]:
     job, topology, rpc, target, data = config.job, config.topology, config.rpc, config.target, config.data
-    elastic = rpc.membership is Membership.elastic
+    elastic = rpc.membership is MembershipKind.elastic
     silence = rpc.heartbeat_interval * rpc.heartbeat_misses
     if target.session_lease <= silence:
         yield (

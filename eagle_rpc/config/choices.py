@@ -26,7 +26,7 @@ class JobName(Enum):
     """Shows a running service: targets, trainers, queues, tokens a second."""
 
 
-class Membership(Enum):
+class MembershipKind(Enum):
     """The way in which RPC workers find each other."""
 
     static = "static"

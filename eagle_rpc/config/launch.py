@@ -7,7 +7,7 @@ path, with `regenerate` only if training reads the file that it writes.
 import sys
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import JobName, Membership
+from eagle_rpc.config.choices import JobName, MembershipKind
 from eagle_rpc.config.compose import load
 from eagle_rpc.errors import ConfigError
 
@@ -17,7 +17,7 @@ def num_workers(config: Config) -> int:
     topology = config.topology
     if topology.single:
         return 1
-    elastic = config.rpc.membership is Membership.elastic
+    elastic = config.rpc.membership is MembershipKind.elastic
     return topology.trainers + (0 if elastic else topology.targets)
 
 

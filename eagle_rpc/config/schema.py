@@ -15,7 +15,7 @@ from eagle_rpc.config.choices import (
     DType,
     Encoding,
     JobName,
-    Membership,
+    MembershipKind,
     OnError,
     Overlong,
     PromptSource,
@@ -88,7 +88,7 @@ class TopologyConfig:
 class RpcConfig:
     """Connections between workers: membership, time limits, size limits, TensorPipe."""
 
-    membership: Membership = Membership.static
+    membership: MembershipKind = MembershipKind.static
     """Whether the workers form one job or meet in a registry; chosen by `rpc=static` or `rpc=elastic`."""
     interface: str = "lo"
     """Network interface that RPC, registry, gloo and NCCL bind to."""

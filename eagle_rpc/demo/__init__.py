@@ -1,1 +1,1 @@
-"""The embedded model and prompts, with which a first run needs nothing of the user."""
+"""The embedded prompts, so that a first run needs no data of the user."""

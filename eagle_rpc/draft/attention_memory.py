@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_rpc.supervision.segments import chat_lengths
+
 
 class AttentionMemory(Protocol):
     """The keys and values of earlier calls of one decoder layer."""
@@ -30,7 +32,7 @@ class UnrollMemory:
     """
 
     def __init__(self, segment_ids: Tensor | None) -> None:
-        self._chat_lengths = None if segment_ids is None else _chat_lengths(segment_ids)
+        self._chat_lengths = None if segment_ids is None else chat_lengths(segment_ids)
         # One list a step, with one entry a chat, or a single one for the whole batch.
         self._step_keys: list[list[Tensor]] = []
         self._step_values: list[list[Tensor]] = []
@@ -58,11 +60,6 @@ class UnrollMemory:
         rest = iter(chats)
         sequences = [torch.cat(list(islice(rest, len(lengths))), dim=2) for lengths in self._chat_lengths]
         return torch.cat(sequences)
-
-
-def _chat_lengths(segment_ids: Tensor) -> list[list[int]]:
-    """Slots of each chat of each sequence; padding with an id of its own counts as a chat."""
-    return [ids.unique_consecutive(return_counts=True)[1].tolist() for ids in segment_ids]
 
 
 class DraftCache:

@@ -15,6 +15,7 @@ from eagle_rpc.draft.attention_memory import UnrollMemory
 from eagle_rpc.draft.chunked_loss import head_loss
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
+from eagle_rpc.supervision.segments import chat_starts, positions_from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,13 +171,10 @@ def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Te
 
 def positions_of(batch: Eagle3TargetBatch) -> Tensor:
     """Rotary positions of step 0, [B or 1, T]; they restart with every packed chat."""
-    positions_1T = torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
     segment_ids = batch.tokens.segment_ids
     if segment_ids is None:
-        return positions_1T
-    continues = torch.zeros_like(segment_ids, dtype=torch.bool)
-    continues[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return positions_1T - positions_1T.masked_fill(continues, 0).cummax(dim=1).values
+        return torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
+    return positions_from(chat_starts(segment_ids))
 
 
 def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:

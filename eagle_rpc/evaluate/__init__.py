@@ -1,5 +1,6 @@
-"""Speculative decoding for real, and what it measures."""
+"""Real speculative decoding, and the figures it gives."""
 
-from eagle_rpc.evaluate.acceptance import Evaluation, evaluate_draft, stop_token_ids
+from eagle_rpc.evaluate.acceptance import Evaluation, evaluate_draft
+from eagle_rpc.evaluate.prompts import read_prompts
 
-__all__ = ["Evaluation", "evaluate_draft", "stop_token_ids"]
+__all__ = ["Evaluation", "evaluate_draft", "read_prompts"]

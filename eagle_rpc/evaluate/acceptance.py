@@ -1,7 +1,6 @@
-"""What a draft is worth: accept length, speed, and whether the text stays the target's own."""
+"""What a draft gives in real decoding: accept length, speed, and whether the text stays the target's own."""
 
 import json
-import os
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import ConfigError, TargetMismatch
@@ -18,14 +17,15 @@ from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer, Proposer
 from eagle_rpc.evaluate.speculative import (
     DecodingCounts,
-    GreedyText,
     check_fits,
     decode_greedily,
     decode_speculatively,
 )
+from eagle_rpc.process.files import replaced_file
 from eagle_rpc.serving.export import EMBEDDING, ExportedDraft
+from eagle_rpc.target.stop_tokens import stop_token_ids
 
-# Tokens decoded before the clock runs: first calls allocate and choose kernels.
+# Tokens decoded before times are taken: first calls allocate memory and choose kernels.
 _WARM_UP_TOKENS = 4
 
 
@@ -37,12 +37,12 @@ class PromptResult:
     text: str
     prompt_tokens: int
     tokens: int
-    own_tokens: int  # of the target's text
+    own_tokens: int  # of the text that the target decodes alone
     num_drafts: int
     accepted_per_position: list[int]
     accept_length: float
-    identical: bool  # the target's own text
-    difference: int | None  # index of the first token that is not
+    identical: bool  # to the text that the target decodes alone
+    difference: int | None  # index of the first token that differs
     margin: float | None  # distance between the target's two best logits there
     seconds: float
     seconds_without_draft: float
@@ -52,15 +52,17 @@ class PromptResult:
 class Evaluation:
     """The content of `evaluation.json`. Shares are of all drafts unless they are named conditional."""
 
-    accept_length: float  # tokens per verifying target call, its own included
+    accept_length: float  # tokens per verifying target call, the target's own token included
     acceptance_per_position: list[float]
     conditional_acceptance_per_position: list[float]  # among drafts whose earlier guesses were all accepted
     num_drafts: int
     num_drafted: int
     accepted_per_position: list[int]
-    identical_texts: bool  # every text is the target's own, near-ties aside
-    differing_texts: int  # beyond near-ties
-    near_ties: int  # texts that differ first where the target's two best logits are closer than `near_tie`
+    identical_texts: bool  # all texts equal the target's own, except for near-ties
+    differing_texts: int  # without near-ties
+    near_ties: (
+        int  # texts whose first difference is where the target's two best logits are closer than `near_tie`
+    )
     num_prompts: int
     num_tokens: int
     tokens_per_second: float
@@ -69,31 +71,33 @@ class Evaluation:
     prompts: list[PromptResult]
 
     def write(self, path: Path) -> None:
-        """Writes JSON; a reader sees the whole file or the one before it."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        """Writes JSON, in one piece."""
+        with replaced_file(path) as fresh:
+            fresh.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
-
-def stop_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Tokens that end a text of this model."""
-    ids = (
-        model.generation_config.eos_token_id
-        if model.generation_config is not None
-        else model.config.eos_token_id
-    )
-    if ids is None:
-        return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    def summary(self) -> str:
+        """Four lines for a terminal."""
+        shares = "  ".join(f"{share:.3f}" for share in self.acceptance_per_position)
+        same = "identical to the target's own"
+        if not self.identical_texts:
+            same = f"DIFFERENT in {self.differing_texts} texts"
+        drafts = f"{self.num_drafts} drafts, {self.num_prompts} prompts"
+        without = f"{self.tokens_per_second_without_draft:.1f} without"
+        return (
+            f"accept length        {self.accept_length:.3f} tokens a target call ({drafts})\n"
+            f"accepted by position {shares}\n"
+            f"text                 {same} ({self.near_ties} near-ties)\n"
+            f"tokens per second    {self.tokens_per_second:.1f} with the draft, {without}\n"
+        )
 
 
 def draft_proposer(model: PreTrainedModel, export: ExportedDraft, *, num_draft_tokens: int) -> DraftProposer:
-    """The exported draft in the target's dtype and on its device. Raises `TargetMismatch` if it is another model's draft."""
-    target_shape = tuple(model.get_input_embeddings().weight.shape)
-    draft_shape = (export.config.vocab_size, export.config.hidden_size)
+    """The draft in the target's dtype, on its device. Raises `TargetMismatch` for another target's draft."""
+    target_shape = list(model.get_input_embeddings().get_parameter("weight").shape)
+    draft_shape = [export.config.vocab_size, export.config.hidden_size]
     if draft_shape != target_shape:
         raise TargetMismatch(
-            f"the draft must be of a target with embedding [V, H] {list(target_shape)}, got {list(draft_shape)}"
+            f"the draft must be of a target with embedding [V, H] {target_shape}, got {draft_shape}"
         )
     draft = Eagle3Draft(export.config, export.weights[EMBEDDING])
     draft.load_state_dict(export.weights)
@@ -108,13 +112,14 @@ def evaluate_draft(
     max_new_tokens: int,
     num_draft_tokens: int,
     near_tie: float,
-    stop_ids: Collection[int],
-    tokenizer: Any | None = None,
+    stop_ids: Collection[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """Decodes every prompt (token ids) by the target alone and with the draft.
 
-    Texts and prompts are given in words where there is a `tokenizer`. Before anything is decoded, raises `ConfigError`
-    if there is no prompt or one does not fit the target's context, `TargetMismatch` if the draft does not fit the target.
+    Null `stop_ids`: those of model and tokenizer. With a tokenizer the result has prompts and texts in words.
+    Before anything is decoded, raises `ConfigError` if there is no prompt or one does not fit the target's
+    context, `TargetMismatch` if the draft does not fit the target.
     """
     if not prompts:
         raise ConfigError("evaluate.prompts must hold at least one prompt, got none")
@@ -122,18 +127,15 @@ def evaluate_draft(
     proposer = draft_proposer(model, export, num_draft_tokens=num_draft_tokens)
     for prompt_ids in prompts:
         check_fits(target, prompt_ids, max_new_tokens + num_draft_tokens)
-    _decode_both(
-        target, proposer, prompts[0], max_new_tokens=min(_WARM_UP_TOKENS, max_new_tokens), stop_ids=stop_ids
-    )
+    stop = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
+    _decode_both(target, proposer, prompts[0], min(_WARM_UP_TOKENS, max_new_tokens), stop, None)
     counts = DecodingCounts([0] * num_draft_tokens)
     results = []
     with tqdm(prompts, desc="evaluate", unit="prompt") as progress:
         for prompt_ids in progress:
-            own, token_ids, drafts, seconds = _decode_both(
-                target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids
-            )
+            result, drafts = _decode_both(target, proposer, prompt_ids, max_new_tokens, stop, tokenizer)
             counts.add(drafts)
-            results.append(_prompt_result(prompt_ids, own, token_ids, drafts, seconds, tokenizer))
+            results.append(result)
             progress.set_postfix(accept_length=f"{counts.accept_length:.2f}")
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -144,43 +146,31 @@ def evaluate_draft(
         "threads": torch.get_num_threads(),
         "aux_layer_ids": list(target.aux_layer_ids),
     }
-    return _summary(counts, results, near_tie, settings)
+    return _evaluation(counts, results, near_tie, settings)
 
 
 def _decode_both(
     target: GreedyTarget,
     proposer: Proposer,
     prompt_ids: Sequence[int],
-    *,
     max_new_tokens: int,
-    stop_ids: Collection[int],
-) -> tuple[GreedyText, list[int], DecodingCounts, tuple[float, float]]:
-    """The target's own text, the text and counts with the draft, and the seconds of each."""
+    stop: Collection[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PromptResult, DecodingCounts]:
+    """Decodes the prompt by the target alone, then with the draft."""
     started = time.perf_counter()
-    own = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_ids)
+    own = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop)
     between = time.perf_counter()
     token_ids, counts = decode_speculatively(
-        target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_ids
+        target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop
     )
-    return own, token_ids, counts, (between - started, time.perf_counter() - between)
-
-
-def _prompt_result(
-    prompt_ids: Sequence[int],
-    own: GreedyText,
-    token_ids: list[int],
-    counts: DecodingCounts,
-    seconds: tuple[float, float],
-    tokenizer: Any | None,
-) -> PromptResult:
-    # Neither text is a proper beginning of the other: both end at the same limit or at a stop token.
-    difference = next(
-        (i for i, (mine, theirs) in enumerate(zip(own.token_ids, token_ids, strict=False)) if mine != theirs),
-        None,
-    )
-    return PromptResult(
-        prompt="" if tokenizer is None else tokenizer.decode(prompt_ids),
-        text="" if tokenizer is None else tokenizer.decode(token_ids),
+    finished = time.perf_counter()
+    # Neither text is a beginning of the other: both end at the same limit or at a stop token.
+    pairs = enumerate(zip(own.token_ids, token_ids, strict=False))
+    difference = next((index for index, (mine, theirs) in pairs if mine != theirs), None)
+    result = PromptResult(
+        prompt="" if tokenizer is None else str(tokenizer.decode(list(prompt_ids))),
+        text="" if tokenizer is None else str(tokenizer.decode(token_ids)),
         prompt_tokens=len(prompt_ids),
         tokens=counts.num_tokens,
         own_tokens=len(own.token_ids),
@@ -190,12 +180,13 @@ def _prompt_result(
         identical=difference is None,
         difference=difference,
         margin=None if difference is None else own.margins[difference],
-        seconds_without_draft=seconds[0],
-        seconds=seconds[1],
+        seconds=finished - between,
+        seconds_without_draft=between - started,
     )
+    return result, counts
 
 
-def _summary(
+def _evaluation(
     counts: DecodingCounts, results: list[PromptResult], near_tie: float, settings: dict[str, Any]
 ) -> Evaluation:
     near_ties = sum(result.margin is not None and result.margin < near_tie for result in results)

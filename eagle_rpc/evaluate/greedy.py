@@ -1,6 +1,6 @@
 """A target that continues one sequence greedily, with a KV cache that can be rolled back.
 
-Legend: N new tokens of a call, P of them whose successors are predicted, H target hidden, V target vocab.
+Legend: N new tokens of a call, P of them whose next tokens are predicted, H target hidden, V target vocab.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, fin
 
 @dataclass(frozen=True, slots=True)
 class TargetStep:
-    """What the target makes of N new tokens."""
+    """The target's output for N new tokens."""
 
     logits_PV: Tensor  # [P, V], after each of the last P tokens
     aux_N3H: Tensor  # [N, 3H] in the target's dtype
@@ -36,7 +36,7 @@ class GreedyTarget:
     """Feeds the tokens of one sequence to a transformers causal LM."""
 
     def __init__(self, model: PreTrainedModel, aux_layer_ids: Sequence[int] | None = None) -> None:
-        """`aux_layer_ids` are the layers that steps return, counted after the layer; null: the target's default.
+        """`aux_layer_ids`: the layers that steps return, counted after the layer; null: the target's default.
 
         Raises `ConfigError` for layers that the model does not have.
         """
@@ -52,13 +52,13 @@ class GreedyTarget:
 
     def start(self) -> None:
         """Forgets the sequence; the next `read` begins another."""
-        # Made without the model's config, the cache keeps all keys of sliding windows too, so they can be rolled back.
+        # Without the model's config the cache keeps all keys of sliding windows, so these roll back as well.
         self._cache = DynamicCache()
 
     def read(self, token_ids: Sequence[int], *, predictions: int) -> TargetStep:
-        """Appends N tokens to the sequence and predicts what follows each of the last `predictions` of them."""
+        """Appends N tokens to the sequence and predicts the next token after each of the last P."""
         ids_1N = torch.tensor([token_ids], device=self._model.device)
-        aux = AuxStates(*ids_1N.shape, len(self.aux_layer_ids))
+        aux = AuxStates(ids_1N.shape, len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write):
             output = self._model(
                 input_ids=ids_1N, past_key_values=self._cache, use_cache=True, logits_to_keep=predictions

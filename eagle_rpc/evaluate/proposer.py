@@ -1,4 +1,4 @@
-"""Who guesses the next tokens.
+"""Proposers guess the next tokens of a sequence.
 
 Legend: N newly verified tokens, H target hidden.
 """
@@ -15,7 +15,7 @@ from eagle_rpc.supervision import VocabMapping
 
 
 class Proposer(Protocol):
-    """Sees what the target verified and guesses what comes next."""
+    """Reads the verified tokens and guesses the next ones."""
 
     @property
     def num_draft_tokens(self) -> int:
@@ -25,18 +25,18 @@ class Proposer(Protocol):
         """Forgets the sequence."""
 
     def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
-        """k guesses of the target ids that follow the last of `next_token_ids`.
+        """k guesses: ids of the target vocabulary that follow the last of `next_token_ids`.
 
-        The target read N more tokens: `aux_N3H` are their hidden states, `next_token_ids` the N tokens one place later,
-        of which the last was chosen by the target and not read yet.
+        The target has read N more tokens, with the hidden states `aux_N3H`. `next_token_ids` are the N tokens
+        one place later; the target has chosen the last of them and not read it yet.
         """
 
 
 class DraftProposer:
     """A chain of guesses of an EAGLE-3 draft, as vLLM makes it.
 
-    The first guess reads the target's own hidden states; each later one the draft's output for the guess before it. Slots
-    of guesses leave the cache again: when the target has verified them they are computed anew from its hidden states.
+    The first guess reads the target's hidden states, each later one the draft's output for the guess before.
+    Guesses leave the cache again: verified ones are computed anew from the target's hidden states.
     """
 
     def __init__(self, draft: Eagle3Draft, mapping: VocabMapping, num_draft_tokens: int) -> None:
@@ -53,7 +53,7 @@ class DraftProposer:
         self._cache = DraftCache()
 
     def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
-        """The chain of guesses; of the cache only slots of verified tokens stay."""
+        """The chain of guesses. Afterwards the cache holds verified tokens only."""
         ids = list(next_token_ids)
         hidden_1NH = self._draft.fuse(aux_N3H[None])
         verified = self._cache.length + len(ids)

@@ -1,9 +1,10 @@
 """Greedy decoding of one prompt: by the target alone, and with a proposer whose guesses the target verifies.
 
-Rounds and counts are vLLM's: a draft is made after every target call that does not end the text, prefill included, and
-all of its guesses are verified and counted, also beyond the end of the text.
+Rounds and counts are those of vLLM: a draft follows every target call that does not end the text, prefill
+included, and all of its guesses are verified and counted, also beyond the end of the text.
 """
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -16,14 +17,14 @@ from eagle_rpc.evaluate.proposer import Proposer
 
 @dataclass(slots=True)
 class DecodingCounts:
-    """What became of the guesses, k of them a draft."""
+    """Drafts of k guesses each, and how many of the guesses were accepted."""
 
     accepted_per_position: list[int]  # [k], drafts whose guess at each position was accepted
     num_drafts: int = 0
-    num_drafted: int = 0  # guesses in all
+    num_drafted: int = 0  # guesses of all drafts
     num_tokens: int = 0  # of the text
 
-    def observe_draft(self, num_accepted: int) -> None:
+    def add_draft(self, num_accepted: int) -> None:
         """Counts one verified draft of k guesses."""
         self.num_drafts += 1
         self.num_drafted += len(self.accepted_per_position)
@@ -39,7 +40,7 @@ class DecodingCounts:
 
     @property
     def accept_length(self) -> float:
-        """Tokens per verifying target call, its own token included; 1.0 when nothing was drafted."""
+        """Tokens per verifying target call, the target's own token included; 1.0 without drafts."""
         return 1.0 + sum(self.accepted_per_position) / max(1, self.num_drafts)
 
     @property
@@ -49,29 +50,26 @@ class DecodingCounts:
 
     @property
     def conditional_acceptance_per_position(self) -> list[float]:
-        """The same among the drafts whose earlier guesses were all accepted."""
-        reached = [self.num_drafts, *self.accepted_per_position]
-        return [
-            accepted / max(1, before)
-            for before, accepted in zip(reached, self.accepted_per_position, strict=False)
-        ]
+        """The same share of those drafts whose earlier guesses were all accepted."""
+        pairs = itertools.pairwise([self.num_drafts, *self.accepted_per_position])
+        return [accepted / max(1, reached) for reached, accepted in pairs]
 
 
 @dataclass(frozen=True, slots=True)
 class GreedyText:
-    """The target's own answer."""
+    """The text that the target decodes alone."""
 
     token_ids: list[int]
-    margins: list[float]  # distance between the two best logits that each token was chosen from
+    margins: list[float]  # for each token, the distance between the two best logits
 
 
 @torch.inference_mode()
 def decode_greedily(
     target: GreedyTarget, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_token_ids: Collection[int]
 ) -> GreedyText:
-    """Continues the prompt up to and including a stop token, by at most `max_new_tokens` (> 0).
+    """Continues the prompt by at most `max_new_tokens` (> 0), up to and including a stop token.
 
-    Raises `ConfigError` if that does not fit the target's context.
+    Raises `ConfigError` if prompt and text do not fit the target's context.
     """
     check_fits(target, prompt_ids, max_new_tokens)
     target.start()
@@ -93,7 +91,7 @@ def decode_speculatively(
     max_new_tokens: int,
     stop_token_ids: Collection[int],
 ) -> tuple[list[int], DecodingCounts]:
-    """The text of `decode_greedily`, several tokens a target call, and what became of the guesses.
+    """The token ids of `decode_greedily`, several a target call, and the counts of the guesses.
 
     Raises `ConfigError` if prompt, text and the guesses beyond its end do not fit the target's context.
     """
@@ -109,7 +107,7 @@ def decode_speculatively(
         step = target.read([token_ids[-1], *guesses], predictions=len(guesses) + 1)
         choices = step.choices
         num_accepted = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
-        counts.observe_draft(num_accepted)
+        counts.add_draft(num_accepted)
         target.keep(len(prompt_ids) + len(token_ids) + num_accepted)
         successors, aux_N3H = choices[: num_accepted + 1], step.aux_N3H[: num_accepted + 1]
         token_ids += successors
@@ -120,19 +118,19 @@ def decode_speculatively(
 def _text_length(
     token_ids: Sequence[int], max_new_tokens: int, stop_token_ids: Collection[int]
 ) -> int | None:
-    """Tokens of the text, stop token included; null while it goes on."""
-    for index, token_id in enumerate(token_ids[:max_new_tokens]):
-        if token_id in stop_token_ids:
-            return index + 1
-    return max_new_tokens if len(token_ids) >= max_new_tokens else None
+    """Tokens of the text, stop token included; null if it is not finished."""
+    for length, token_id in enumerate(token_ids[:max_new_tokens], start=1):
+        if token_id in stop_token_ids or length == max_new_tokens:
+            return length
+    return None
 
 
 def check_fits(target: GreedyTarget, prompt_ids: Sequence[int], more: int) -> None:
-    """Raises `ConfigError` unless the prompt holds a token and leaves room for `more` in the target's context."""
+    """Raises `ConfigError` for an empty prompt, or if it and `more` tokens exceed the target's context."""
     if not prompt_ids:
         raise ConfigError("a prompt must hold at least one token, got none")
     if len(prompt_ids) + more > target.max_length:
-        raise ConfigError(
-            f"prompt and new tokens (guesses included) must fit the target's context of {target.max_length} tokens, "
-            f"got {len(prompt_ids)} + {more}"
+        rule = (
+            f"prompt and new tokens (guesses included) must fit the target's context of {target.max_length}"
         )
+        raise ConfigError(f"{rule} tokens, got {len(prompt_ids)} + {more}")

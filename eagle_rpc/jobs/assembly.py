@@ -15,7 +15,13 @@ from eagle_rpc.data import BatchPlan, ChatDataset
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.rpc import Membership
-from eagle_rpc.supervision import Eagle3TargetBackend, TargetExpectation, VocabMapping, tokenizer_fingerprint
+from eagle_rpc.supervision import (
+    Eagle3TargetBackend,
+    SessionSettings,
+    TargetExpectation,
+    VocabMapping,
+    tokenizer_fingerprint,
+)
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.topology import Cast
 from eagle_rpc.train import RunRecord, TrainerGroup, join_trainers, plain
@@ -34,11 +40,13 @@ def connect_target(
 ) -> RemoteEagle3TargetModel:
     """Waits for a target that serves, and refuses targets other than `expectation`."""
     settings = ClientSettings(
-        trainer=cast.me.name,
+        session=SessionSettings(
+            encoding=config.supervision.encoding.value,
+            rows=config.supervision.rows.value,
+            job=config.run.name,
+            trainer=cast.me.name,
+        ),
         index=cast.me.index,
-        job=config.run.name,
-        encoding=config.supervision.encoding.value,
-        rows=config.supervision.rows.value,
         prefetch=config.supervision.prefetch,
         request_timeout=config.rpc.request_timeout,
         reconnect_deadline=config.rpc.reconnect_deadline,

@@ -1,9 +1,7 @@
-"""What targets and trainers of an elastic service do alike."""
+"""The membership of a target or trainer in an elastic service, as the configuration describes it."""
 
 import contextlib
-import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,13 +9,11 @@ import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.errors import WaitTimeout
+from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
 from eagle_rpc.rpc import ElasticMembership, Permissions, join_elastic
 from eagle_rpc.topology import Role
-
-logger = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.2
 
 
 def announced(
@@ -30,11 +26,10 @@ def announced(
     *,
     when_superseded: Callable[[], None],
 ) -> contextlib.AbstractContextManager[ElasticMembership]:
-    """This worker's membership, announced at the registry that the configuration names, while the body runs.
+    """This worker's membership, announced at `rpc.registry` while the body runs.
 
-    Raises what `join_elastic` raises; once `stop` is set it waits for nothing more.
+    Raises the errors of `load_registry_token` and `join_elastic`.
     """
-    token = _token(config.rpc, stop)
     return join_elastic(
         name,
         role.value,
@@ -42,21 +37,23 @@ def announced(
         device=str(device),
         config=config.rpc,
         permissions=permissions,
-        registry=RegistryClient(config.rpc.registry, token),
+        registry=RegistryClient(config.rpc.registry, load_registry_token(config.rpc, stop)),
         stop=stop,
         when_superseded=when_superseded,
     )
 
 
-def _token(config: RpcConfig, stop: threading.Event) -> bytes:
-    """The registry's secret; waits for whoever hosts the registry to make it, `config.start_timeout` at most."""
+def load_registry_token(config: RpcConfig, stop: threading.Event) -> bytes:
+    """The token in `rpc.token_file`; waits for it up to `rpc.start_timeout` seconds, not beyond `stop`.
+
+    Raises `WaitTimeout` if the file does not appear, `ConfigError` or `AccessRefused` if it is unusable.
+    """
     path = Path(config.token_file).expanduser()
     if config.host_registry:
-        # Of a launch whose first worker hosts the registry, any may come first.
+        # The first worker of this launch hosts the registry, but any of them may be here first.
         return load_or_create_token(path)
-    deadline = time.monotonic() + config.start_timeout
-    if not path.exists():
-        logger.info("waiting for the registry to make %s, %.0f s at most", path, config.start_timeout)
-    while not path.exists() and time.monotonic() < deadline and not stop.is_set():
-        stop.wait(_POLL_SECONDS)
+    hint = "if another host has the registry, copy the file from there"
+    what = f"the registry to make {path}"
+    if not wait_until(path.exists, what, seconds=config.start_timeout, stop=stop, why=lambda: hint):
+        raise WaitTimeout(f"stopped before {path} was there")
     return load_token(path)

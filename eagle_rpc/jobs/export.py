@@ -7,9 +7,9 @@ import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.errors import CheckpointError
-from eagle_rpc.jobs.setting import run_directory, start_worker
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import export_draft
-from eagle_rpc.train import latest_checkpoint, load_target_embedding, read_checkpoint
+from eagle_rpc.train import RunDirectory, latest_checkpoint, load_target_embedding, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 def run(config: Config) -> int:
     """Writes `serving.dir`; always 0. Raises `CheckpointError` if there is nothing to export."""
     start_worker(config, "export")
-    directory = run_directory(config)
+    directory = RunDirectory.of(config)
     named = config.serving.checkpoint
     path = Path(named) if named else latest_checkpoint(directory.checkpoints)
     if path is None:

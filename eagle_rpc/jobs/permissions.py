@@ -19,7 +19,12 @@ _REQUESTS = frozenset(
         supervision.TokenBatch,
     ]
 )
-_ANSWERS = [supervision.ModelInfo, supervision.OpenedSession, supervision.Pulse, supervision.DraftHead]
+_ANSWERS = [
+    supervision.ModelInfo,
+    supervision.OpenedSession,
+    supervision.HeartbeatReply,
+    supervision.DraftHead,
+]
 _REPLIES = frozenset([Ok, Failure, supervision.EncodedSupervision, *_ANSWERS])
 
 

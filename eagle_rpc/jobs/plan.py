@@ -13,7 +13,7 @@ from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.jobs.assembly import draft_config
 from eagle_rpc.process import read_world
 from eagle_rpc.serving.export import EMBEDDING, weight_shapes
-from eagle_rpc.supervision import bytes_per_token
+from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.topology import Role, assign_roles, plan_devices
@@ -61,15 +61,14 @@ def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
-    for encoding in ("probs", "logits", "hidden"):
+    for encoding in ENCODINGS:
         size = _bytes_per_token(config, draft, encoding)
         rate = f"{size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
         yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {rate}"
 
 
 def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) -> float:
-    return bytes_per_token(
-        encoding,
+    return ENCODINGS[encoding].bytes_per_token(
         hidden_size=draft.hidden_size,
         draft_vocab_size=draft.draft_vocab_size,
         dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],

@@ -1,4 +1,4 @@
-"""Hosts the registry where elastic targets and trainers find each other, until it is told to stop."""
+"""`job=registry`: hosts the registry of an elastic service until it is told to stop."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: Config) -> int:
-    """Returns 0 when it was told to stop; errors are raised."""
+    """Returns 0 when it was told to stop."""
     setup_logging("registry")
     with stop_signals() as stop, hosted_registry(config):
         stop.wait()
@@ -27,10 +27,10 @@ def run(config: Config) -> int:
 
 @contextlib.contextmanager
 def hosted_registry(config: Config) -> Iterator[None]:
-    """The registry in threads of this process while the body runs; makes the token file if it is absent.
+    """Runs the registry in threads of this process while the body runs; makes the token file if it is absent.
 
-    Raises `ConfigError` if `rpc.registry` is not on `rpc.interface` or cannot be listened on, `AccessRefused` if others may
-    read the token file.
+    Raises `ConfigError` if `rpc.registry` is not an address of `rpc.interface` or is in use, `AccessRefused`
+    if others may read the token file.
     """
     address = _address_on_interface(config.rpc.registry, config.rpc.interface)
     token_file = Path(config.rpc.token_file).expanduser()
@@ -48,11 +48,9 @@ def _address_on_interface(registry: str, interface: str) -> tuple[str, int]:
     try:
         address = socket.gethostbyname(host)
     except OSError as error:
-        raise ConfigError(
-            f"rpc.registry must name a host with an IPv4 address, got {registry} ({error.strerror})"
-        ) from None
+        rule = "rpc.registry must name a host with an IPv4 address"
+        raise ConfigError(f"{rule}, got {registry} ({error.strerror})") from None
     if address != expected:
-        raise ConfigError(
-            f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}, got {registry}"
-        )
+        rule = f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}"
+        raise ConfigError(f"{rule}, got {registry}")
     return address, port

@@ -10,8 +10,8 @@ from eagle_rpc.config import Config
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.jobs.registry import hosted_registry
-from eagle_rpc.jobs.setting import ended_by, start_worker
-from eagle_rpc.process import read_world, stop_signals
+from eagle_rpc.process import read_world, stop_signals, tolerate_stop
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -26,15 +26,13 @@ def run(config: Config) -> int:
     world = read_world()
     me = assign_elastic_roles(Role.target, config.topology, world).me
     start_worker(config, me.name, workers_on_host=world.local_size)
-    device = torch.device(
-        resolve_device(config.target.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
-    )
+    device = torch.device(resolve_device(config.target.device, local_rank=world.local_rank))
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         if config.rpc.host_registry and world.rank == 0:
             stack.enter_context(hosted_registry(config))
-        stack.enter_context(ended_by(stop))
+        stack.enter_context(tolerate_stop(stop))
         permissions = target_permissions(config.rpc)
         membership = stack.enter_context(
             announced(config, me.name, Role.target, device, permissions, stop, when_superseded=superseded.set)

@@ -7,17 +7,18 @@ import torch
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import Membership
+from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
 from eagle_rpc.jobs.serve import load_server
-from eagle_rpc.jobs.setting import ended_by, planned_devices, run_directory, start_worker
 from eagle_rpc.jobs.trainer import train_until_done
-from eagle_rpc.process import World, read_world, stop_signals
+from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
-from eagle_rpc.topology import Cast, Role, assign_elastic_roles, assign_roles, resolve_device
+from eagle_rpc.topology import Cast, Role, assign_elastic_roles, assign_roles, plan_devices, resolve_device
+from eagle_rpc.train import RunDirectory
 
 # Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
 READY, DONE = "ready", "done"
@@ -29,7 +30,7 @@ def run(config: Config) -> int:
     Returns 1 if another process has taken over this trainer's name, which the log reports.
     """
     world = read_world()
-    elastic = config.rpc.membership is Membership.elastic
+    elastic = config.rpc.membership is MembershipKind.elastic
     cast = (
         assign_elastic_roles(Role.trainer, config.topology, world)
         if elastic
@@ -40,10 +41,10 @@ def run(config: Config) -> int:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
         if cast.me.name == cast.trainer_names[0]:
-            directory = run_directory(config)
+            directory = RunDirectory.of(config)
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
-        stack.enter_context(ended_by(stop))
+        stack.enter_context(tolerate_stop(stop))
         if elastic:
             _train_elastic(config, cast, world, stop, superseded)
         else:
@@ -52,7 +53,7 @@ def run(config: Config) -> int:
 
 
 def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
-    devices = planned_devices(config, cast, world)
+    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if not cast.me.has(Role.trainer):
@@ -68,7 +69,7 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
             if not stop.is_set():
                 train_until_done(config, device, cast, membership, membership.store, stop)
             if stop.is_set():
-                membership.part()
+                membership.announce_leaving()
             membership.mark(DONE)
 
 
@@ -82,7 +83,7 @@ def serve_until_done(
         config=config.rpc,
         stop=stop,
         when_serving=lambda: membership.mark(READY),
-        when_stopped=membership.part,
+        when_stopped=membership.announce_leaving,
         trainers_done=lambda: membership.marked(membership.cast.trainer_names, DONE),
         unused_after=config.target.session_lease,
     ).run()
@@ -95,9 +96,7 @@ def _train_elastic(
         superseded.set()
         stop.set()
 
-    device = torch.device(
-        resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
-    )
+    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     permissions = trainer_permissions(config.rpc)
     with announced(

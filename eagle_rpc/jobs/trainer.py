@@ -18,11 +18,10 @@ from eagle_rpc.jobs.assembly import (
     plan_batches,
     require_room,
 )
-from eagle_rpc.jobs.setting import run_directory
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import Trainer
+from eagle_rpc.train import RunDirectory, Trainer
 
 
 def train_until_done(
@@ -67,7 +66,7 @@ def train_until_done(
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation) if len(validation) else None,
                 group=group,
-                run=run_directory(config),
+                run=RunDirectory.of(config),
                 record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
                 stop=stop,
             )

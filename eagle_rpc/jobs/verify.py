@@ -19,9 +19,10 @@ from eagle_rpc.config.compose import write_config
 from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import TargetFailed, WaitTimeout
-from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.verify_worker import record_path, record_steps
 from eagle_rpc.process.files import replaced_file
+from eagle_rpc.process.startup import start_worker
+from eagle_rpc.train import RunDirectory
 from eagle_rpc.train.recording import QUANTITIES, Comparison, compare_records
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def run(config: Config) -> int:
         for side in _SIDES:
             _run_side(config, topology, side)
         comparisons += _compare(config, topology)
-    report = run_directory(config).verification
+    report = RunDirectory.of(config).verification
     with replaced_file(report) as fresh:
         fresh.write_text(json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
     sys.stdout.write("\n".join([*_table(comparisons), f"wrote {report}"]) + "\n")
@@ -77,7 +78,7 @@ def _topology_of(pair: str) -> TopologyConfig:
 
 
 def _side_directory(config: Config, topology: str, side: VerifySide) -> Path:
-    return run_directory(config).path / topology / side.name
+    return RunDirectory.of(config).path / topology / side.name
 
 
 def _side_config(config: Config, side: VerifySide, directory: Path, topology: TopologyConfig) -> Config:

@@ -14,12 +14,12 @@ from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
 from eagle_rpc.jobs.permissions import static_permissions
-from eagle_rpc.jobs.setting import run_directory, start_worker
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.rpc import attempt_store, join_static
-from eagle_rpc.supervision import Eagle3TargetBackend, VocabMapping
+from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -53,9 +53,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     bind_to_interface(config.rpc.interface)
-    device = torch.device(
-        resolve_device(config.train.device, local_rank=world.local_rank, num_gpus=torch.cuda.device_count())
-    )
+    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
@@ -64,7 +62,9 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     with join_group(config, cast, store, _GROUP_DEVICE) as group:
         for encoding in config.job.verify_encodings:
             backend = ColocatedEagle3TargetModel(
-                target, config.target, encoding=encoding.name, rows=config.supervision.rows.value
+                target,
+                config.target,
+                SessionSettings(encoding=encoding.name, rows=config.supervision.rows.value),
             )
             _train_and_record(config, encoding, target_config, backend, group, device, stop)
         # The process that hosts the store has to end last.
@@ -76,8 +76,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     # Targets run on the devices of trainers, as on the co-located side.
-    device_of_all, num_gpus = config.train.device, torch.cuda.device_count()
-    devices = plan_devices(cast, world, target=device_of_all, trainer=device_of_all, num_gpus=num_gpus)
+    devices = plan_devices(cast, world, target=config.train.device, trainer=config.train.device)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):
@@ -104,7 +103,7 @@ def _train_and_record(
 ) -> None:
     chats = synthetic_chats(config, target_config.vocab_size)
     mapping = _random_mapping(target_config.vocab_size, config.draft.vocab_size, config.run.seed)
-    path = record_path(run_directory(config).path, encoding.name, group.rank)
+    path = record_path(RunDirectory.of(config).path, encoding.name, group.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDirectory(path.parent)
     with contextlib.closing(RecordingBackend(backend)) as recording:

@@ -1,4 +1,4 @@
-"""What a process is: torchrun's environment, signals, the network interface, bounds. Imports nothing heavy."""
+"""The process itself: environment, signals, interface, start-up, log, waits. Importing it loads no torch."""
 
 from eagle_rpc.process.environment import (
     World,
@@ -8,7 +8,7 @@ from eagle_rpc.process.environment import (
     read_world,
 )
 from eagle_rpc.process.interface import interface_address
-from eagle_rpc.process.signals import die_with_parent, stop_signals
+from eagle_rpc.process.signals import die_with_parent, stop_signals, tolerate_stop
 
 __all__ = [
     "World",
@@ -19,4 +19,5 @@ __all__ = [
     "prepare_environment",
     "read_world",
     "stop_signals",
+    "tolerate_stop",
 ]

@@ -1,4 +1,4 @@
-"""The one place that reads and writes the process environment."""
+"""The only file that reads or writes the process environment."""
 
 import os
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from eagle_rpc.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """What torchrun says of this process; a process started by hand is a world of one."""
+    """This process among those that torchrun started. The defaults describe a process started by hand."""
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int  # workers of this agent
-    role_name: str  # "default" unless torchrun was given --role
-    role_rank: int
-    role_size: int
-    num_agents: int
-    restart_count: int
-    max_restarts: int
-    run_id: str
-    master_addr: str | None  # null: nobody else is there
-    master_port: int
-    agent_hosts_store: bool  # otherwise rank 0 has to
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1  # workers of this torchrun agent
+    role_name: str = "default"  # torchrun's own default, without --role
+    role_rank: int = 0
+    role_size: int = 1
+    num_agents: int = 1
+    restart_count: int = 0
+    max_restarts: int = 0
+    run_id: str = "local"
+    master_addr: str | None = None  # None: not started by torchrun
+    master_port: int = 0
+    agent_hosts_store: bool = False  # otherwise rank 0 hosts torchrun's store
 
     @property
     def launched(self) -> bool:
@@ -34,24 +34,9 @@ class World:
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
-    """Raises `ConfigError` if torchrun's variables are incomplete."""
+    """The world of torchrun's variables. Raises `ConfigError` if only some of them are set."""
     if "RANK" not in environ:
-        return World(
-            rank=0,
-            size=1,
-            local_rank=0,
-            local_size=1,
-            role_name="default",
-            role_rank=0,
-            role_size=1,
-            num_agents=1,
-            restart_count=0,
-            max_restarts=0,
-            run_id="local",
-            master_addr=None,
-            master_port=0,
-            agent_hosts_store=False,
-        )
+        return World()
     try:
         return World(
             rank=int(environ["RANK"]),
@@ -76,10 +61,11 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def prepare_environment() -> None:
-    """Settings that torch reads when it is imported; call before that.
+    """Sets variables that torch reads at its import; call it before that. Values of the user stay.
 
-    Large pages make receives above 32 MB two to three times faster; tokenizers' threads must not outlive a fork. torch's own
-    lines about every peer that leaves are left out: what matters of them is reported here, under the worker's name.
+    Large pages make receives above 32 MB two to three times faster. Threads of tokenizers must not survive a
+    fork. torch logs every peer that leaves; this package reports the relevant ones itself, under the worker's
+    name.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -87,16 +73,16 @@ def prepare_environment() -> None:
 
 
 def keep_compiled_code(directory: str | Path) -> None:
-    """Where `torch.compile` keeps its code between runs, unless the user's environment names another place.
+    """Makes `torch.compile` keep its code in `directory`, unless the user's environment names a place.
 
-    torch has no other setting for it, and its compiling processes inherit this one.
+    torch has no other setting for this, and its compiler processes inherit the variable.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(directory).absolute()))
 
 
 def bind_to_interface(interface: str) -> None:
-    """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call before any of them starts."""
+    """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call it before they start."""
     os.environ["TP_SOCKET_IFNAME"] = interface
     os.environ["GLOO_SOCKET_IFNAME"] = interface
-    # NCCL takes names as prefixes, and leaves the loopback out, unless told that they are exact.
+    # Without "=" NCCL reads a name as a prefix and excludes the loopback.
     os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"

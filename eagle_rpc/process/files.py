@@ -1,4 +1,4 @@
-"""Replacing a file or a directory as a whole: a reader, or the next run after a kill, sees the old one or the new one."""
+"""Replaces a file or directory as a whole: readers, even after a kill, see the old or the new content."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the body ends; after an exception `path` stays as it was.
+    """Yields a path to write to, which becomes `path` after the body; an exception leaves `path` unchanged.
 
-    The new content is on the disk before it takes the name. Several processes may replace the same file at a time: the last
-    one counts.
+    The new content is on the disk before it gets the name. Processes may replace one file at the same time:
+    the last replacement stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
@@ -29,9 +29,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_directory(path: Path) -> Iterator[Path]:
-    """Yields a new empty directory to fill, which becomes `path` when the body ends; `path` itself may exist already.
+    """Yields a new empty directory, which becomes `path` after the body; `path` may exist already.
 
-    For one writer at a time: what an earlier writer left unfinished is removed. After an exception `path` stays as it was.
+    For one writer at a time: unfinished directories of an earlier writer are removed. After an exception
+    `path` stays unchanged.
     """
     fresh, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
@@ -53,21 +54,24 @@ def replaced_directory(path: Path) -> Iterator[Path]:
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory whose name must not stand for half of its content meanwhile."""
+    """Removes a directory. Its name goes first, so that it never names half of the content."""
     old = path.with_name(f".{path.name}.old")
     path.rename(old)
     shutil.rmtree(old)
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Clears from `directory` what killed replacements left. Only for whoever is the one writer there."""
+    """Removes the leftovers of killed replacements from `directory`. Only for the one writer there."""
     for suffix in ("new", "old"):
         for path in directory.glob(f".*.{suffix}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file's content, or a directory's names, are on the disk: a rename may otherwise reach it first."""
+    """Waits until the content of a file, or the names in a directory, are on the disk.
+
+    Without it a rename may reach the disk before the content.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

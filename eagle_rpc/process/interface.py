@@ -10,12 +10,11 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_address(interface: str) -> str:
-    """IPv4 address of a network interface. Raises `ConfigError` if there is none: torch would silently take loopback."""
+    """IPv4 address of an interface. Raises `ConfigError` if it has none; torch would use loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError as error:
-            raise ConfigError(
-                f"rpc.interface must be a network interface with an IPv4 address, got {interface!r} ({error})"
-            ) from None
-    return socket.inet_ntoa(answer[20:24])
+            rule = "rpc.interface must be a network interface with an IPv4 address"
+            raise ConfigError(f"{rule}, got {interface!r} ({error})") from None
+    return socket.inet_ntoa(reply[20:24])

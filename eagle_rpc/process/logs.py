@@ -1,4 +1,4 @@
-"""Log lines of every worker look alike: time, worker name, level, message."""
+"""The log of a worker: each line has time, worker name, level (unless it is info) and message."""
 
 import logging
 import sys
@@ -11,9 +11,9 @@ _MARK = f"{_PACKAGE}.worker"
 
 
 def setup_logging(worker_name: str, log_file: Path | None = None, level: int | str = logging.INFO) -> None:
-    """Sends the log to stderr and, where given, to `log_file`; a second call replaces the first.
+    """Sends the log to stderr and, if given, to `log_file`; a second call replaces the first.
 
-    `level` holds for this package; other libraries are heard from warnings on.
+    `level` is for this package; other libraries log warnings and errors.
     """
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if handler.get_name() == _MARK]:
@@ -32,7 +32,7 @@ def setup_logging(worker_name: str, log_file: Path | None = None, level: int | s
 
 
 class _WorkerFormatter(logging.Formatter):
-    """Repeats the prefix on every line of a message, so that mixed outputs can be taken apart again."""
+    """Repeats the prefix on every line of a message, so that lines of several workers can be told apart."""
 
     def __init__(self, worker_name: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class _WorkerFormatter(logging.Formatter):
 
 
 class _BesideBars(logging.Handler):
-    """Writes to stderr; progress bars step aside for the moment."""
+    """Writes to stderr above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -1,42 +1,48 @@
-"""How a process ends: with its launcher, or when it is told to."""
+"""How signals end a process: with its launcher, or on SIGTERM and SIGINT."""
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 
+from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
+
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent process ends; Linux only, elsewhere does nothing.
+    """Asks the kernel to send SIGTERM when the parent process ends. Does nothing except on Linux.
 
-    Workers would otherwise outlive a launcher that is killed. The parent may have ended before the request was made, so
-    that is looked at afterwards.
+    Without it workers would outlive a launcher that is killed.
     """
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # The parent may have ended before the request.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGTERM or SIGINT sets; a second one ends the process at once with code 128 + its number.
+    """Yields an event that the first SIGTERM or SIGINT sets; a second one exits with code 128 + its number.
 
-    For the main thread. Signals are read by a thread of their own, so they are heard while the main thread is inside torch.
+    Only for the main thread. A thread of its own reads the signals, so they count while the main thread is
+    inside torch.
     """
     stop = threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    threading.Thread(target=_hear, args=(reader, stop), name="signals", daemon=True).start()
-    handlers = {number: signal.signal(number, _unheard) for number in _STOPPING}
+    threading.Thread(target=_listen, args=(reader, stop), name="signals", daemon=True).start()
+    handlers = {number: signal.signal(number, _do_nothing) for number in _STOPPING}
     previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield stop
@@ -48,11 +54,22 @@ def stop_signals() -> Iterator[threading.Event]:
         os.close(writer)
 
 
-def _unheard(_number: int, _frame: object) -> None:
-    """Python writes a signal's number into the wake-up pipe only if it has a handler for it."""
+@contextlib.contextmanager
+def tolerate_stop(stop: threading.Event) -> Iterator[None]:
+    """Logs a failed wait instead of raising it, if `stop` was set and so ended it. Other errors pass."""
+    try:
+        yield
+    except (ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout) as error:
+        if not stop.is_set():
+            raise
+        logger.warning("stopped while it waited: %s", error)
 
 
-def _hear(reader: int, stop: threading.Event) -> None:
+def _do_nothing(_number: int, _frame: object) -> None:
+    """Python writes the number of a signal into the wake-up pipe only if the signal has a handler."""
+
+
+def _listen(reader: int, stop: threading.Event) -> None:
     with open(reader, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] not in _STOPPING:

@@ -1,4 +1,4 @@
-"""A wait that has a bound and says what it waits for."""
+"""Waits that have a bound and log what they wait for."""
 
 import logging
 import threading
@@ -9,19 +9,21 @@ from eagle_rpc.errors import WaitTimeout
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two lines in the log.
+# Seconds until the first line in the log, so that short waits are silent, and between two lines.
+_FIRST_LINE_SECONDS = 1.0
 _LINE_SECONDS = 10.0
 
 
 class BoundedWait:
-    """One wait for `what`, from its construction on, `seconds` at most. The caller looks, pauses and decides."""
+    """The clock of one wait for `what`, `seconds` at most. The caller checks, pauses and decides."""
 
     def __init__(self, what: str, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`what` completes "waiting for ...", `clock` gives seconds."""
+        """`what` completes "waiting for ...". `clock` gives seconds. The wait begins now."""
         self.what = what
         self.seconds = seconds
         self._clock = clock
-        self._started = self._last_line = clock()
+        self._started = clock()
+        self._next_line = self._started + _FIRST_LINE_SECONDS
 
     @property
     def elapsed(self) -> float:
@@ -39,18 +41,19 @@ class BoundedWait:
         return self.left == 0.0
 
     def say(self, why: object = "") -> None:
-        """Logs "waiting for ..., n of m s" every ten seconds, with the reason `why`; in between it does nothing."""
+        """Logs "waiting for ..., n of m s: `why`" after a second and then every ten seconds."""
         now = self._clock()
-        if now - self._last_line >= _LINE_SECONDS:
-            self._last_line = now
+        if now >= self._next_line:
+            self._next_line = now + _LINE_SECONDS
             logger.info("%s", self._line(why))
 
     def timeout(self, why: object = "") -> WaitTimeout:
-        """The error to raise when the bound is reached."""
+        """The error to raise at the bound."""
         return WaitTimeout(f"gave up {self._line(why)}")
 
     def _line(self, why: object) -> str:
-        return f"waiting for {self.what}, {self.elapsed:.0f} of {self.seconds:.0f} s{f': {why}' if str(why) else ''}"
+        reason = f": {why}" if str(why) else ""
+        return f"waiting for {self.what}, {self.elapsed:.0f} of {self.seconds:.0f} s{reason}"
 
 
 def wait_until(
@@ -62,7 +65,10 @@ def wait_until(
     pause: float = 0.2,
     why: Callable[[], object] = str,
 ) -> bool:
-    """Looks every `pause` seconds until `holds()` or `stop` is set; whether it holds. Raises `WaitTimeout` after `seconds`."""
+    """Checks `holds()` every `pause` seconds; returns True once it holds, False once `stop` is set.
+
+    `why()` gives the reason that is logged. Raises `WaitTimeout` after `seconds`.
+    """
     wait = BoundedWait(what, seconds)
     while not holds():
         if stop.is_set():

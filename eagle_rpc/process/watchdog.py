@@ -1,4 +1,4 @@
-"""An end for what torch may never end: start-up and shutdown of RPC have no bound of their own."""
+"""A bound for calls of torch that have none: start and shutdown of RPC."""
 
 import contextlib
 import faulthandler
@@ -14,7 +14,7 @@ EXIT_CODE = 70
 
 @contextlib.contextmanager
 def watchdog(seconds: float, what: str) -> Iterator[None]:
-    """Ends the process with code 70 and every thread's stack if the body takes longer than `seconds`."""
+    """Exits with code 70 and the stack of every thread if the body, called `what`, takes over `seconds`."""
     timer = threading.Timer(seconds, _give_up, (seconds, what))
     timer.daemon = True
     timer.start()

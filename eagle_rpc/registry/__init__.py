@@ -1,4 +1,8 @@
-"""The directory where elastic workers find each other: one small process, authenticated, without torch."""
+"""The directory where elastic workers find each other: a small process without torch.
+
+`beat` keeps a worker announced; `client` and `server` speak the protocol of `wire`; `directory` decides who
+is let in; `record` is the entry of a worker; `ids` numbers workers; `token` is the shared secret.
+"""
 
 from eagle_rpc.registry.beat import Beat, register, take_id
 from eagle_rpc.registry.client import RegistryClient

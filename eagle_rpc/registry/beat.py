@@ -1,13 +1,13 @@
-"""A worker's presence in the registry: how it comes in, and the beat that keeps it there."""
+"""A worker's presence in the registry: its first announcement, and the beat that renews it."""
 
 import logging
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from eagle_rpc.errors import ConnectionLost, EagleRpcError, NameTaken, WaitTimeout
+from eagle_rpc.process.waiting import BoundedWait
 from eagle_rpc.registry.client import RegistryClient
 from eagle_rpc.registry.record import Record, encoded_record
 
@@ -16,83 +16,67 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 _RETRY_SECONDS = 0.1
-_LINE_SECONDS = 5.0
 
 
 def take_id(client: RegistryClient, patience: float, stop: threading.Event) -> int:
-    """A worker id that no worker ever had, once the registry answers.
+    """A worker id that was never used; waits for the registry.
 
-    Raises its `ConnectionLost` or `WaitTimeout` after `patience` seconds without it, or once `stop` is set; `ConfigError` when
-    all ids are used.
+    Raises `ConnectionLost` or `WaitTimeout` after `patience` seconds without the registry or once `stop` is
+    set, `ConfigError` if all ids are used.
     """
-    return _patiently(client.new_id, (ConnectionLost, WaitTimeout), patience, stop, "the registry")
+    return _retry(client.new_id, (ConnectionLost, WaitTimeout), BoundedWait("the registry", patience), stop)
 
 
 def register(client: RegistryClient, record: Record, patience: float, stop: threading.Event) -> None:
-    """Announces a worker for the first time, and waits for its name if somebody has it still.
+    """Announces a worker for the first time; waits while another worker has its name.
 
-    Raises `NameTaken`, `ConnectionLost` or `WaitTimeout` after `patience` seconds, or once `stop` is set.
+    Raises `NameTaken`, `ConnectionLost` or `WaitTimeout` after `patience` seconds or once `stop` is set.
     """
-    passing = (NameTaken, ConnectionLost, WaitTimeout)
-    _patiently(lambda: client.announce(record), passing, patience, stop, f"the name {record.name}")
+    wait = BoundedWait(f"the name {record.name}", patience)
+    _retry(lambda: client.announce(record), (NameTaken, ConnectionLost, WaitTimeout), wait, stop)
 
 
-def _patiently(
+def _retry(
     call: Callable[[], Answer],
     passing: tuple[type[EagleRpcError], ...],
-    patience: float,
+    wait: BoundedWait,
     stop: threading.Event,
-    what: str,
 ) -> Answer:
-    """Calls until it succeeds; the last passing error is raised after `patience` seconds, or once `stop` is set."""
-    started = time.monotonic()
-    next_line = started
+    """Calls until it succeeds; raises the last `passing` error when the wait is over or `stop` is set."""
     while True:
         try:
             return call()
         except passing as error:
-            now = time.monotonic()
-            if now - started >= patience or stop.is_set():
+            if wait.over or stop.is_set():
                 raise
-            if now >= next_line:
-                next_line = now + _LINE_SECONDS
-                logger.info("waiting for %s, %.0f of %.0f s: %s", what, now - started, patience, error)
+            wait.say(error)
         stop.wait(_RETRY_SECONDS)
 
 
+@dataclass(kw_only=True, slots=True)
 class Beat:
-    """Keeps `record` in the registry while the body of a `with` runs: announced every `interval` seconds with a fresh status.
+    """Keeps `record` in the registry while a `with` body runs, renewed every `interval` with `status()`.
 
-    Entering registers it and raises what `register` raises; leaving withdraws it. An outage of the registry costs two lines
-    in the log. If another process has taken the name meanwhile, `when_superseded` is called once, from the beat's thread.
+    Entering registers it, as `register` does with `patience` and `stop`; leaving withdraws it. An outage of
+    the registry is logged once when it begins and once when it ends. If another process takes the name over,
+    `when_superseded` is called once, from the beat's thread, and the beat ends.
     """
 
-    def __init__(
-        self,
-        client: RegistryClient,
-        record: Record,
-        *,
-        status: Callable[[], dict[str, Any]],
-        interval: float,
-        patience: float,
-        stop: threading.Event,
-        when_superseded: Callable[[], None],
-    ) -> None:
-        self._client = client
-        self._record = record
-        self._status = status
-        self._interval = interval
-        self._patience = patience
-        self._stop = stop
-        self._when_superseded = when_superseded
-        self._superseded = False
-        self._lost = False
-        self._undescribed = False
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
+    client: RegistryClient
+    record: Record  # as last announced
+    status: Callable[[], dict[str, Any]]
+    interval: float  # seconds
+    patience: float  # seconds
+    stop: threading.Event
+    when_superseded: Callable[[], None]
+    _superseded: bool = field(default=False, init=False)
+    _status_failed: bool = field(default=False, init=False)
+    _closing: threading.Event = field(default_factory=threading.Event, init=False)
+    _thread: threading.Thread = field(init=False)
 
     def __enter__(self) -> "Beat":
-        register(self._client, self._described(), self._patience, self._stop)
+        register(self.client, self._renewed(), self.patience, self.stop)
+        self._thread = threading.Thread(target=self._run, name="beat", daemon=True)
         self._thread.start()
         return self
 
@@ -100,46 +84,48 @@ class Beat:
         self.close()
 
     def close(self) -> None:
-        """Ends the beat and withdraws the record; takes two of the client's time limits at most, raises nothing."""
+        """Ends the beat and withdraws the record within two of the client's time limits; raises nothing."""
         self._closing.set()
-        self._thread.join(self._client.timeout)
+        self._thread.join(self.client.timeout)
         if self._superseded:
             return
         try:
-            self._client.withdraw(self._record.incarnation)
+            self.client.withdraw(self.record.incarnation)
         except EagleRpcError as error:
-            logger.warning("%s stays in the registry until it counts as silent: %s", self._record.name, error)
+            logger.warning(
+                "%s stays in the registry until its time to live is over: %s", self.record.name, error
+            )
 
     def _run(self) -> None:
-        while not self._closing.wait(self._interval):
+        reached = True
+        while not self._closing.wait(self.interval):
             try:
-                self._client.announce(self._described())
+                self.client.announce(self._renewed())
             except NameTaken as error:
                 self._superseded = True
                 logger.error("%s", error)
-                self._when_superseded()
+                self.when_superseded()
                 return
             except EagleRpcError as error:
-                if not self._lost:
-                    logger.warning("%s is not announced for now: %s", self._record.name, error)
-                self._lost = True
+                if reached:
+                    logger.warning("%s is not announced for now: %s", self.record.name, error)
+                reached = False
             else:
-                if self._lost:
-                    logger.info("%s is announced again", self._record.name)
-                self._lost = False
+                if not reached:
+                    logger.info("%s is announced again", self.record.name)
+                reached = True
 
-    def _described(self) -> Record:
-        """The record with a fresh status; with the last good one if there is none."""
+    def _renewed(self) -> Record:
+        """The record with a new status, or with the last one if there is no new one."""
         try:
-            described = replace(self._record, status=self._status())
-            encoded_record(described)
-        except Exception as error:  # noqa: BLE001 - a status asks torch too, and a worker that fails to describe itself still lives
-            if not self._undescribed:
-                logger.warning(
-                    "%s announces an old status: %s: %s", self._record.name, type(error).__name__, error
-                )
-            self._undescribed = True
+            renewed = replace(self.record, status=self.status())
+            encoded_record(renewed)
+        except Exception as error:  # noqa: BLE001 - a worker whose status fails in any way still lives
+            if not self._status_failed:
+                kind = type(error).__name__
+                logger.warning("%s announces an old status: %s: %s", self.record.name, kind, error)
+            self._status_failed = True
         else:
-            self._record = described
-            self._undescribed = False
-        return self._record
+            self.record = renewed
+            self._status_failed = False
+        return self.record

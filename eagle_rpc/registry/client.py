@@ -1,7 +1,6 @@
-"""How a worker asks the registry."""
+"""The worker's side of the registry."""
 
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 from eagle_rpc.config.texts import parse_address
@@ -34,11 +33,12 @@ _FAILURES: dict[str, type[EagleRpcError]] = {
 
 
 class RegistryClient:
-    """One connection a call, so it may be used from any thread.
+    """Asks the registry, with one connection per call, so from any thread.
 
-    A call takes `timeout` seconds at most, beside the look-up of a host name. Every call raises `ConnectionLost` if
-    the registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has another token or
-    is none, and whatever the registry refuses it for.
+    A call takes at most `timeout` seconds beside the look-up of a host name. Every call raises
+    `ConnectionLost` if the registry cannot be reached, `WaitTimeout` if it does not answer in time,
+    `AccessRefused` if it has another token or is not a registry, and the error with which the registry
+    refuses the request.
     """
 
     def __init__(self, address: str, token: bytes, timeout: float = REQUEST_TIMEOUT) -> None:
@@ -50,40 +50,39 @@ class RegistryClient:
         return f"the registry at {self._host}:{self._port}"
 
     def new_id(self) -> int:
-        """A worker id that no worker ever had. Raises `ConfigError` when all are used."""
-        value = self._ask("new_id", {})
+        """A worker id that was never used. Raises `ConfigError` if all are used."""
+        value = self._ask("new_id")
         if type(value) is not int:
             raise InvalidRequest(f"{self} must answer new_id with a whole number, got {value!r:.80}")
         return value
 
     def announce(self, record: Record) -> None:
         """Registers this worker or renews it. Raises `NameTaken` while another living worker has its name."""
-        self._ask("announce", {"record": record_to_json(record)})
+        self._ask("announce", record=record_to_json(record))
 
     def withdraw(self, incarnation: str) -> None:
-        """Frees the name at once instead of after some silence."""
-        self._ask("withdraw", {"incarnation": incarnation})
+        """Frees the name at once instead of after the time to live."""
+        self._ask("withdraw", incarnation=incarnation)
 
     def records(self) -> list[Sighting]:
-        """The living workers and, for a while, the silent ones, with all that they tell: for people to see."""
+        """All living and, for a while, silent workers with their whole status: for people."""
         return [sighting_from_json(one) for one in self._list("records")]
 
     def living(self) -> list[Record]:
-        """The living workers for their peers: a status says whether its worker drains, and nothing else."""
+        """The living workers, for their peers: of a status it has only `draining`."""
         return [record_from_json(one) for one in self._list("living")]
 
     def _list(self, operation: str) -> list[Any]:
-        value = self._ask(operation, {})
+        value = self._ask(operation)
         if not isinstance(value, list):
             raise InvalidRequest(f"{self} must answer {operation} with a list, got {value!r:.80}")
         return value
 
-    def _ask(self, operation: str, arguments: Mapping[str, Any]) -> Any:
+    def _ask(self, operation: str, **arguments: Any) -> Any:
         request = to_json({"operation": operation, **arguments})
         if len(request) > MAX_REQUEST_BYTES:
-            raise InvalidRequest(
-                f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON, got {len(request)}"
-            )
+            rule = f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON"
+            raise InvalidRequest(f"{rule}, got {len(request)}")
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
             connection.settimeout(self.timeout)
             conversation = Conversation(connection, peer=str(self), token=self._token, seconds=self.timeout)

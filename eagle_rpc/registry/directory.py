@@ -1,4 +1,4 @@
-"""Who is there: the registry's rules, without sockets."""
+"""The rules of the registry, without sockets: who is let in, who lives, who is forgotten."""
 
 import logging
 import threading
@@ -8,105 +8,123 @@ from dataclasses import dataclass
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
 from eagle_rpc.registry.ids import IdFile
-from eagle_rpc.registry.record import Record, encoded_list, encoded_record, encoded_sighting, outlined
+from eagle_rpc.registry.record import Record, Sighting, encoded_record, outlined
 
 logger = logging.getLogger(__name__)
 
 # All records together, so that a listing fits into one reply.
 MAX_LISTING_BYTES = 24 * 2**20
-# A silent worker stays in the listing this many times to live, for people to see.
+# A silent worker stays in the listing for this many times to live.
 _REMEMBERED = 10
+# A running process looks at its clock more often than this.
+_LONGEST_PAUSE = 1.5
+
+
+class RunningClock:
+    """Seconds in which this process ran; a pause, in which it could hear no worker, is left out.
+
+    A pause shows in two looks more than `_LONGEST_PAUSE` seconds apart, so the server looks several times a
+    second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._last = clock()
+        self._paused = 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = self._clock()
+            pause, self._last = now - self._last, now
+            if pause > _LONGEST_PAUSE:
+                logger.warning("the registry stood still for %.1f s", pause)
+                self._paused += pause
+            return now - self._paused
 
 
 @dataclass(slots=True)
 class _Entry:
-    """What a worker announced last, as JSON too: written once for all who ask."""
+    """The last announcement of a worker."""
 
     record: Record
-    complete: bytes
-    outline: bytes  # the record as its peers need it
+    size: int  # bytes of the record as JSON
+    outline: bytes  # JSON for its peers, encoded once for all that ask
     last_beat: float
 
 
 class Directory:
-    """Records by role, job and name. One living worker may have a place; one that is silent for `ttl` seconds is dead.
+    """Records by role, job and name, one living worker each. A worker silent for `ttl` seconds is dead.
 
-    A worker that was taken for dead keeps its place if nobody took it since. After a restart nothing is known, so for
-    the first `ttl` seconds only workers that had their id before are let in: they may merely not have beaten yet.
+    A worker taken for dead keeps its place until another one takes it. A restarted registry knows nobody: for
+    `ttl` seconds it lets in only workers with an id from before, since the others could take the name of a
+    living worker that has not beaten yet.
     """
 
-    def __init__(self, ids: IdFile, *, ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, ids: IdFile, *, ttl: float, clock: Callable[[], float] | None = None) -> None:
+        """`clock` gives seconds; a `RunningClock` by default."""
+        self.clock = clock or RunningClock()
         self._ids = ids
         self._ttl = ttl
-        self._clock = clock
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str, str], _Entry] = {}
         self._last_id_before = ids.last()
-        # Nobody can be there yet if nobody ever got an id.
-        self._newcomers_from = clock() + (ttl if self._last_id_before else 0.0)
+        # Without an id no worker can be there yet.
+        self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
 
     def new_id(self) -> int:
-        """Raises `ConfigError` when all are used, `WaitTimeout` if another registry keeps the file locked."""
+        """Raises `ConfigError` if all ids are used, `WaitTimeout` while another registry locks the file."""
         return self._ids.next()
 
     def announce(self, record: Record) -> None:
-        """Registers a worker or renews it. Raises `NameTaken` while another one holds its place."""
-        complete, outline = encoded_record(record), encoded_record(outlined(record))
+        """Registers or renews a worker.
+
+        Raises `NameTaken` while another worker holds its place, `InvalidRequest` if the records become too
+        large.
+        """
+        size, outline = len(encoded_record(record)), encoded_record(outlined(record))
         with self._lock:
-            now = self._clock()
-            self._forget(now)
+            now = self.clock()
+            self._forget_silent(now)
             held = self._entries.get(record.place)
-            total = sum(len(entry.complete) for entry in self._entries.values() if entry is not held) + len(
-                complete
-            )
+            total = size + sum(entry.size for entry in self._entries.values() if entry is not held)
             if total > MAX_LISTING_BYTES:
-                raise InvalidRequest(
-                    f"all records together must have at most {MAX_LISTING_BYTES} bytes, {record.name} makes it {total}"
-                )
+                rule = f"all records together must have at most {MAX_LISTING_BYTES} bytes"
+                raise InvalidRequest(f"{rule}, {record.name} makes it {total}")
             if held is None or held.record.incarnation != record.incarnation:
                 self._check_admission(record, held, now)
-            self._entries[record.place] = _Entry(record, complete, outline, now)
+            self._entries[record.place] = _Entry(record, size, outline, now)
 
     def withdraw(self, incarnation: str) -> None:
-        """Frees what this incarnation holds; nothing if it holds nothing."""
+        """Removes the record of this incarnation, if there is one."""
         with self._lock:
             for place, entry in list(self._entries.items()):
                 if entry.record.incarnation == incarnation:
                     del self._entries[place]
                     logger.info("%s has left", entry.record)
 
-    def excuse(self, seconds: float) -> None:
-        """This process stood still for `seconds`, in which it could hear nobody: they count for nothing."""
+    def sightings(self) -> list[Sighting]:
+        """All living and, for a while, silent workers; targets first, then by job and name."""
         with self._lock:
-            logger.warning("stood still for %.1f s", seconds)
-            self._newcomers_from += seconds
-            for entry in self._entries.values():
-                entry.last_beat = min(entry.last_beat + seconds, self._clock())
-
-    def sightings(self) -> bytes:
-        """A JSON list of the living and, for a while, the silent with all that they tell; targets first, then by job and name."""
-        with self._lock:
-            now = self._clock()
-            self._forget(now)
-            return encoded_list(
-                encoded_sighting(
-                    entry.complete, seconds_silent=now - entry.last_beat, living=self._lives(entry, now)
-                )
-                for _, entry in sorted(self._entries.items())
-            )
+            now = self.clock()
+            self._forget_silent(now)
+            return [
+                Sighting(record=one.record, seconds_silent=now - one.last_beat, living=self._lives(one, now))
+                for _, one in sorted(self._entries.items(), key=lambda item: item[0])
+            ]
 
     def living(self) -> bytes:
-        """A JSON list of the living as their peers need them, in the same order."""
+        """The outlines of the living workers as a JSON list, in the order of `sightings`."""
         with self._lock:
-            now = self._clock()
-            return encoded_list(
-                entry.outline for _, entry in sorted(self._entries.items()) if self._lives(entry, now)
-            )
+            now = self.clock()
+            entries = [entry for _, entry in sorted(self._entries.items(), key=lambda item: item[0])]
+            return b"[%b]" % b",".join(entry.outline for entry in entries if self._lives(entry, now))
 
     def _lives(self, entry: _Entry, now: float) -> bool:
         return now - entry.last_beat < self._ttl
 
     def _check_admission(self, record: Record, held: _Entry | None, now: float) -> None:
+        """Raises `NameTaken` if a living worker has, or may have, the place of `record`."""
         if held is not None and self._lives(held, now):
             raise NameTaken(
                 f"{record.name} must be the name of one living {record.role}: {held.record} has it, "
@@ -114,17 +132,17 @@ class Directory:
             )
         if record.id > self._last_id_before and now < self._newcomers_from:
             raise NameTaken(
-                f"{record.name} may belong to a living {record.role} that a restarted registry has not heard of yet: "
+                f"{record.name} may belong to a living {record.role} "
+                "that a restarted registry has not heard of yet: "
                 f"free in {self._newcomers_from - now:.1f} s"
             )
         if held is None:
             logger.info("%s has joined", record)
         else:
-            logger.info(
-                "%s has taken the place of %s, silent for %.1f s", record, held.record, now - held.last_beat
-            )
+            silent = now - held.last_beat
+            logger.info("%s has taken the place of %s, silent for %.1f s", record, held.record, silent)
 
-    def _forget(self, now: float) -> None:
+    def _forget_silent(self, now: float) -> None:
         for place, entry in list(self._entries.items()):
             if now - entry.last_beat >= _REMEMBERED * self._ttl:
                 del self._entries[place]

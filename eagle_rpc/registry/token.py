@@ -13,9 +13,10 @@ _MAX_FILE_BYTES = 4096
 
 
 def load_token(path: Path) -> bytes:
-    """The token in `path` (`~` is expanded), written in hexadecimal digits.
+    """The token in `path` (`~` is expanded), which holds it in hexadecimal digits.
 
-    Raises `AccessRefused` if group or others may access the file, `ConfigError` if it is absent or holds no token.
+    Raises `AccessRefused` if group or others may access the file, `ConfigError` if it is absent or holds no
+    token.
     """
     path = path.expanduser()
     try:
@@ -23,14 +24,13 @@ def load_token(path: Path) -> bytes:
     except OSError as error:
         raise ConfigError(
             f"rpc.token_file must be a file that this process may read, got {path} ({error.strerror}): "
-            "who hosts the registry makes it, copy it from there"
+            "the registry's host makes it, copy it from there"
         ) from None
     with file:
-        mode = os.fstat(file.fileno()).st_mode
-        if stat.S_IMODE(mode) & 0o077:
-            raise AccessRefused(
-                f"rpc.token_file must be for its owner only (0600), {path} has mode {stat.S_IMODE(mode):04o}"
-            )
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if mode & 0o077:
+            rule = "rpc.token_file must be for its owner only (0600)"
+            raise AccessRefused(f"{rule}, {path} has mode {mode:04o}")
         text = file.read(_MAX_FILE_BYTES)
     try:
         token = bytes.fromhex(text.decode("ascii"))
@@ -39,36 +39,34 @@ def load_token(path: Path) -> bytes:
             f"rpc.token_file must hold hexadecimal digits, {path} holds something else"
         ) from None
     if len(token) < MIN_TOKEN_BYTES:
-        raise ConfigError(
-            f"rpc.token_file must hold at least {MIN_TOKEN_BYTES} bytes, {path} holds {len(token)}"
-        )
+        rule = f"rpc.token_file must hold at least {MIN_TOKEN_BYTES} bytes"
+        raise ConfigError(f"{rule}, {path} holds {len(token)}")
     return token
 
 
 def load_or_create_token(path: Path) -> bytes:
-    """As `load_token`, and makes the file with a random token if it is absent; directories that it needs are made 0700."""
+    """As `load_token`, but makes an absent file with a random token, and its directories with mode 0700."""
     path = path.expanduser()
     if not path.exists():
-        _make_directories(path.parent)
-        # Readers never see half a token, and of two makers one wins.
-        draft = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        # A link of a complete file: readers never see half a token, and of two makers the first one counts.
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
-            with open(
-                os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
-            ) as file:
+            _make_directories(path.parent)
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(MIN_TOKEN_BYTES) + "\n")
             with contextlib.suppress(FileExistsError):
-                os.link(draft, path)
+                os.link(fresh, path)
         except OSError as error:
-            raise ConfigError(
-                f"rpc.token_file must be where this process may write, got {path} ({error.strerror})"
-            ) from None
+            rule = "rpc.token_file must be where this process may write"
+            raise ConfigError(f"{rule}, got {path} ({error.strerror})") from None
         finally:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
     return load_token(path)
 
 
 def _make_directories(directory: Path) -> None:
-    # The mode of mkdir holds for the last directory only, so parents are made one by one.
+    # The mode of mkdir holds for the last directory only, so each one is made by itself.
     for missing in reversed([one for one in (directory, *directory.parents) if not one.exists()]):
         missing.mkdir(mode=0o700, exist_ok=True)

@@ -1,261 +1,173 @@
-"""A running service as people see it: targets, their sessions, trainers and what these think of the targets.
+"""Tables of a running service: targets, their load and sessions, trainers and their view of the targets.
 
-It is drawn from what workers say of themselves, who may be of another version: what is missing or of another type is a dash.
+Workers describe themselves, perhaps in another version: a value that is missing or of another type becomes a
+dash.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+Row = Mapping[str, Any]
+Cell = Callable[[Row], str | Text]
+
 _ABSENT = "-"
-_ABSURD = 1e18
+_LARGEST_NUMBER = 1e18  # JSON allows whole numbers of any size
+_LONGEST_WORD = 40
 _STYLES = {"serving": "green", "training": "green", "draining": "yellow", "starting": "yellow"}
 
 
-def service_view(look: Mapping[str, Any]) -> RenderableType:
+def service_view(look: Row) -> RenderableType:
     """Draws one look of `job=status` at a registry that answered."""
-    targets, trainers = look["targets"], look["trainers"]
-    living = [sum(worker["living"] for worker in workers) for workers in (targets, trainers)]
-    parts: list[RenderableType] = [
-        _heading(look, f"{_counted(living[0], 'target')}, {_counted(living[1], 'trainer')} living")
-    ]
-    if targets:
-        parts += _section("Targets", _targets(targets))
-        parts += _section("Load", _loads(targets))
-        if sessions := [(target, one) for target in targets for one in _dicts(target["status"], "sessions")]:
-            parts += _section("Sessions", _sessions(sessions))
-    if trainers:
-        parts += _section("Trainers", _trainers(trainers))
-        if opinions := [
-            (trainer, one) for trainer in trainers for one in _dicts(trainer["status"], "targets")
-        ]:
-            parts += _section("Targets as trainers see them", _opinions(opinions))
+    targets, trainers = ([_row_of(one) for one in look[role]] for role in ("targets", "trainers"))
+    sessions = [{**one, "target": row["name"]} for row in targets for one in _dicts(row, "sessions")]
+    links = [{**one, "from": row["name"]} for row in trainers for one in _dicts(row, "targets")]
+    living = [sum(row["living"] for row in rows) for rows in (targets, trainers)]
+    summary = f"{_counted(living[0], 'target')}, {_counted(living[1], 'trainer')} living"
+    tables = (
+        ("Targets", _TARGETS, targets),
+        ("Load", _LOAD, targets),
+        ("Sessions", _SESSIONS, sessions),
+        ("Trainers", _TRAINERS, trainers),
+        ("Targets as trainers see them", _LINKS, links),
+    )
+    parts: list[RenderableType] = [_heading(look, summary)]
+    for title, columns, rows in tables:
+        if rows:
+            parts += [
+                Text(f"\n{title}", style="bold"),
+                Padding(_table(columns, rows), (0, 0, 0, 2), expand=False),
+            ]
     return Group(*parts)
 
 
-def failed_view(look: Mapping[str, Any]) -> RenderableType:
+def failed_view(look: Row) -> RenderableType:
     """Draws one look at a registry that did not answer."""
     return Group(_heading(look, "no answer"), Text(f"\n{_clean(look['error'])}", style="red"))
 
 
-def _heading(look: Mapping[str, Any], summary: str) -> Text:
+def _heading(look: Row, summary: str) -> Text:
     clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
     return Text.assemble((clock, "bold"), f"  {_clean(look['registry'])}: {summary}")
 
 
-def _section(title: str, table: Table) -> list[RenderableType]:
-    return [Text(f"\n{title}", style="bold"), Padding(table, (0, 0, 0, 2), expand=False)]
+def _row_of(worker: Row) -> Row:
+    """Status and registry's fields of a worker in one; the latter are checked, so they count."""
+    return {**worker["status"], **worker}
 
 
-def _targets(targets: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table("name", "incarnation", "state", ">up", "model", "device", ">memory", ">on GPU", "host~")
-    for target in targets:
-        status = target["status"]
-        _add_row(
-            table,
-            *_identity(target, "draining" if status.get("draining") else "serving"),
-            _seconds(status.get("uptime")),
-            _model(status),
-            target["device"],
-            _size(status.get("resident_bytes")),
-            _size(status.get("device_bytes")),
-            target["host"],
-        )
-    return table
-
-
-def _loads(targets: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "target",
-        ">running",
-        ">queued",
-        ">sessions",
-        ">tok/s",
-        ">MB/s",
-        ">held",
-        ">limit",
-        ">answered",
-        "failed~",
-    )
-    for target in targets:
-        status = target["status"]
-        outcomes = _counts(status, "requests")
-        _add_row(
-            table,
-            target["name"],
-            _number(status, "running"),
-            _number(status, "queued"),
-            str(len(_dicts(status, "sessions"))),
-            _count(status.get("tokens_per_second")),
-            _megabytes(status.get("reply_bytes_per_second")),
-            _size(status.get("reply_bytes_held")),
-            _size(status.get("max_reply_bytes")),
-            _count(outcomes.get("ok", 0)),
-            ", ".join(
-                f"{_clean(kind)} {_count(count)}" for kind, count in sorted(outcomes.items()) if kind != "ok"
-            ),
-            dim=not target["living"],
-        )
-    return table
-
-
-def _sessions(sessions: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
-    table = _table(
-        "target",
-        "session",
-        "job",
-        "trainer",
-        "encoding",
-        ">queued",
-        ">lease",
-        ">requests",
-        ">tokens",
-        ">held",
-    )
-    for target, session in sessions:
-        _add_row(
-            table,
-            target["name"],
-            *(_word(session, key) for key in ("id", "job", "trainer", "encoding")),
-            _number(session, "queued"),
-            _seconds(session.get("lease_left")),
-            _count(session.get("requests")),
-            _count(session.get("tokens")),
-            _size(session.get("reply_bytes_held")),
-        )
-    return table
-
-
-def _trainers(trainers: Iterable[Mapping[str, Any]]) -> Table:
-    table = _table(
-        "name", "incarnation", "state", "job", "device", ">step", ">tok/s", ">waiting", ">failovers"
-    )
-    for trainer in trainers:
-        status = trainer["status"]
-        share = status.get("wait_share")
-        _add_row(
-            table,
-            *_identity(trainer, "training"),
-            _clean(trainer["job"]),
-            trainer["device"],
-            f"{_number(status, 'step')}/{_number(status, 'total_steps')}",
-            _count(status.get("tokens_per_second")),
-            f"{share:.0%}" if _is_number(share) else _ABSENT,
-            _number(status, "failovers"),
-        )
-    return table
-
-
-def _opinions(opinions: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Table:
-    table = _table("trainer", "target", "incarnation", "state", ">under way", ">a request")
-    for trainer, opinion in opinions:
-        state = _word(opinion, "state")
-        _add_row(
-            table,
-            trainer["name"],
-            _word(opinion, "name"),
-            _word(opinion, "incarnation")[:8],
-            Text(state, style=_STYLES.get(state, "red")),
-            _number(opinion, "outstanding"),
-            _seconds(opinion.get("seconds_per_request")),
-        )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    """Aligned columns without lines: `>` before a title marks numbers, `~` after it text that is folded where there is no room."""
+def _table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> Table:
+    """Columns by title without lines. `>` before a title: aligned right; `~` after it: folded if too wide."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column in columns:
-        justify, folded = "right" if column.startswith(">") else "left", column.endswith("~")
+    for title in columns:
         table.add_column(
-            column.strip(">~"), justify=justify, no_wrap=not folded, overflow="fold" if folded else "ellipsis"
+            title.strip(">~"),
+            justify="right" if title.startswith(">") else "left",
+            no_wrap=not title.endswith("~"),
+            overflow="fold" if title.endswith("~") else "ellipsis",
         )
+    for row in rows:
+        cells = (cell(row) for cell in columns.values())
+        # rich would read a plain string as markup.
+        texts = (Text(cell) if isinstance(cell, str) else cell for cell in cells)
+        table.add_row(*texts, style=None if row.get("living", True) else "dim")
     return table
 
 
-def _add_row(table: Table, *cells: str | Text, dim: bool = False) -> None:
-    # A plain string would be read as rich's markup.
-    table.add_row(
-        *(Text(cell) if isinstance(cell, str) else cell for cell in cells), style="dim" if dim else None
-    )
+# --- cells
 
 
-def _identity(worker: Mapping[str, Any], busy_state: str) -> tuple[str, str, Text]:
-    """Name, incarnation and state; a worker that has not said anything of itself yet is starting."""
-    if not worker["living"]:
-        state = Text(f"silent {_seconds(worker['seconds_silent'])}", style="red")
-    else:
-        word = busy_state if worker["status"] else "starting"
-        state = Text(word, style=_STYLES[word])
-    return worker["name"], worker["incarnation"][:8], state
+def _text(key: str) -> Cell:
+    return lambda row: _clean(row[key])
 
 
-def _model(status: Mapping[str, Any]) -> str:
-    architecture = _word(status, "architecture").removesuffix("ForCausalLM")
-    dtype = _word(status, "dtype").removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-    return f"{architecture} {_word(status, 'hidden_size')} {dtype}" if architecture != _ABSENT else _ABSENT
+def _word(key: str, length: int = _LONGEST_WORD) -> Cell:
+    return lambda row: _clean(row[key])[:length] if isinstance(row.get(key), str | int) else _ABSENT
 
 
-# --- single values
+def _formatted(form: Callable[[float], str]) -> Callable[[str], Cell]:
+    """Makes cells of numbers."""
+
+    def of(key: str) -> Cell:
+        return lambda row: form(row[key]) if _is_number(row.get(key)) else _ABSENT
+
+    return of
 
 
-def _clean(text: Any) -> str:
-    """Workers' words must not steer the terminal."""
+def _state(busy: str) -> Cell:
+    """`busy`, or another state; a worker that has announced no status yet is starting."""
+
+    def of(row: Row) -> Text:
+        if not row["living"]:
+            return Text(f"silent {_format_seconds(row['seconds_silent'])}", style="red")
+        draining = busy == "serving" and row.get("draining")
+        state = ("draining" if draining else busy) if row["status"] else "starting"
+        return Text(state, style=_STYLES[state])
+
+    return of
+
+
+def _link_state(row: Row) -> Text:
+    state = str(_word("state")(row))
+    return Text(state, style=_STYLES.get(state, "red"))
+
+
+def _model(row: Row) -> str:
+    architecture, size, dtype = (str(_word(key)(row)) for key in ("architecture", "hidden_size", "dtype"))
+    if architecture == _ABSENT:
+        return _ABSENT
+    dtype = dtype.removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    return f"{architecture.removesuffix('ForCausalLM')} {size} {dtype}"
+
+
+def _failed(row: Row) -> str:
+    counts = sorted(_counts(row, "requests").items())
+    return ", ".join(f"{_clean(kind)} {_scaled(count, *_COUNTS)}" for kind, count in counts if kind != "ok")
+
+
+def _answered(row: Row) -> str:
+    return _scaled(_counts(row, "requests").get("ok", 0), *_COUNTS)
+
+
+def _step(row: Row) -> str:
+    return f"{_number('step')(row)}/{_number('total_steps')(row)}"
+
+
+# --- values
+
+
+def _clean(text: object) -> str:
+    """Text without characters that would control the terminal."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
-def _word(values: Mapping[str, Any], key: str) -> str:
-    return _clean(values[key])[:40] if isinstance(values.get(key), str | int) else _ABSENT
-
-
-def _number(values: Mapping[str, Any], key: str) -> str:
-    return f"{values[key]:,}" if _is_number(values.get(key)) else _ABSENT
-
-
-def _dicts(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    found = values.get(key)
+def _dicts(row: Row, key: str) -> list[Row]:
+    found = row.get(key)
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
-def _counts(values: Mapping[str, Any], key: str) -> dict[str, int]:
-    found = values.get(key)
+def _counts(row: Row, key: str) -> dict[str, float]:
+    found = row.get(key)
     return (
         {name: count for name, count in found.items() if _is_number(count)} if isinstance(found, dict) else {}
     )
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is one that can be real: JSON knows whole numbers of any size."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _ABSURD
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST_NUMBER
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _count(value: Any) -> str:
-    """12, 3.4k, 5.6M."""
-    return _scaled(value, 1000, ("", "k", "M", "G", "T")) if _is_number(value) else _ABSENT
-
-
-def _size(value: Any) -> str:
-    """Bytes in binary units: 12 B, 3.4 MiB."""
-    return _scaled(value, 1024, (" B", " KiB", " MiB", " GiB", " TiB")) if _is_number(value) else _ABSENT
-
-
-def _megabytes(value: Any) -> str:
-    return f"{value / 1e6:,.1f}" if _is_number(value) else _ABSENT
-
-
-def _seconds(value: Any) -> str:
+def _format_seconds(value: float) -> str:
     """45 ms, 3.2 s, 58 s, 12 min, 30 h."""
-    if not _is_number(value):
-        return _ABSENT
     if value < 1:
         return f"{1000 * value:.0f} ms"
     if value < 100:
@@ -264,9 +176,78 @@ def _seconds(value: Any) -> str:
 
 
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    """The value in the largest of `units`, each `base` times the one before: 12, 3.4k, 5.6M."""
     scaled, unit = float(value), units[0]
     for larger in units[1:]:
         if abs(scaled) < base:
             break
         scaled, unit = scaled / base, larger
     return f"{scaled:.0f}{unit}" if unit == units[0] or scaled >= 100 else f"{scaled:.1f}{unit}"
+
+
+_COUNTS = 1000, ("", "k", "M", "G", "T")
+_BYTES = 1024, (" B", " KiB", " MiB", " GiB", " TiB")
+
+_number = _formatted(lambda value: f"{value:,}")
+_count = _formatted(lambda value: _scaled(value, *_COUNTS))
+_size = _formatted(lambda value: _scaled(value, *_BYTES))
+_seconds = _formatted(_format_seconds)
+_share = _formatted(lambda value: f"{value:.0%}")
+_megabytes = _formatted(lambda value: f"{value / 1e6:,.1f}")
+
+# --- the tables
+
+_TARGETS: dict[str, Cell] = {
+    "name": _text("name"),
+    "incarnation": _word("incarnation", 8),
+    "state": _state("serving"),
+    ">up": _seconds("uptime"),
+    "model": _model,
+    "device": _text("device"),
+    ">memory": _size("resident_bytes"),
+    ">on GPU": _size("device_bytes"),
+    "host~": _text("host"),
+}
+_LOAD: dict[str, Cell] = {
+    "target": _text("name"),
+    ">running": _number("running"),
+    ">queued": _number("queued"),
+    ">sessions": lambda row: str(len(_dicts(row, "sessions"))),
+    ">tok/s": _count("tokens_per_second"),
+    ">MB/s": _megabytes("reply_bytes_per_second"),
+    ">held": _size("reply_bytes_held"),
+    ">limit": _size("max_reply_bytes"),
+    ">answered": _answered,
+    "failed~": _failed,
+}
+_SESSIONS: dict[str, Cell] = {
+    "target": _text("target"),
+    "session": _word("id"),
+    "job": _word("job"),
+    "trainer": _word("trainer"),
+    "encoding": _word("encoding"),
+    ">queued": _number("queued"),
+    ">lease": _seconds("lease_left"),
+    ">requests": _count("requests"),
+    ">tokens": _count("tokens"),
+    ">held": _size("reply_bytes_held"),
+}
+_TRAINERS: dict[str, Cell] = {
+    "name": _text("name"),
+    "incarnation": _word("incarnation", 8),
+    "state": _state("training"),
+    "job": _text("job"),
+    "device": _text("device"),
+    ">step": _step,
+    ">tok/s": _count("tokens_per_second"),
+    ">waiting": _share("wait_share"),
+    ">failovers": _number("failovers"),
+}
+_LINKS: dict[str, Cell] = {
+    "trainer": _text("from"),
+    "target": _word("name"),
+    "incarnation": _word("incarnation", 8),
+    "state": _link_state,
+    ">under way": _number("outstanding"),
+    ">a request": _seconds("seconds_per_request"),
+}

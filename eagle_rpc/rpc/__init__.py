@@ -1,4 +1,4 @@
-"""Bring-up, calls and shutdown of torch.distributed.rpc: the only room that knows its private parts."""
+"""Start, calls and shutdown of torch.distributed.rpc, and the only room that knows its private parts."""
 
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.elastic import ElasticMembership, join_elastic

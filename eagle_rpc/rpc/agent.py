@@ -1,10 +1,10 @@
-"""This process's one RPC agent: started behind the fence, on the interface that was named, and ended within a bound."""
+"""The RPC agent of this process: started behind the fence, on one interface, shut down within a bound."""
 
 import contextlib
 import errno
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,6 @@ from eagle_rpc.rpc.internals import agent_options, bound_url
 _SCHEME = "eagle-rpc"
 
 
-class AgentExit:
-    """How the agent ends: at once, unless somebody who knows that all peers are there asks for a common end."""
-
-    graceful = False
-
-
 @contextlib.contextmanager
 def running_agent(
     name: str,
@@ -37,12 +31,15 @@ def running_agent(
     config: RpcConfig,
     device_maps: Mapping[str, Mapping[str, str]],
     permissions: Permissions,
-) -> Iterator[AgentExit]:
-    """The agent while the body runs. `world_size` None: it is alone, and adds peers as it meets them.
+    shuts_down_together: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Runs the agent while the body runs. `world_size` None: it starts alone and adds peers later.
 
-    Raises `ConfigError` if it listens on another address than `config.interface` has, or if torch is not as the fence needs
-    it; ends the process if the other workers of `world_size` are missing after `config.start_timeout`, or if the end takes
-    longer than `config.shutdown_timeout`.
+    `shuts_down_together` is asked after the body: whether the shutdown waits for all workers. It does not
+    after an exception. Raises `ConfigError` if the agent listens on another address than `config.interface`
+    has, or if the private parts of torch are not as the fence needs them. Exits the process if workers of
+    `world_size` are missing after `config.start_timeout`, or if the shutdown takes longer than
+    `config.shutdown_timeout`.
     """
     address = interface_address(config.interface)
     bind_to_interface(config.interface)
@@ -52,26 +49,29 @@ def running_agent(
         # An agent that finds CUDA uninitialised aborts the process.
         torch.cuda.init()
     for peer, device_map in device_maps.items():
-        options.set_device_map(peer, dict(device_map))
+        options.set_device_map(
+            peer, {torch.device(mine): torch.device(theirs) for mine, theirs in device_map.items()}
+        )
     _next_rendezvous.append((store, worker_id, world_size if world_size is not None else -1))
     with (
         watchdog(config.start_timeout, f"joining {world_size or 1} workers over RPC"),
         warnings.catch_warnings(),
     ):
-        # torch warns of its own use of a gloo backend; nothing here can change it.
+        # torch warns of its own use of a gloo backend, which users cannot change.
         warnings.filterwarnings("ignore", message="You are using a Backend")
         rpc.init_rpc(name, rank=worker_id, world_size=world_size, rpc_backend_options=options)
-    end = AgentExit()
+    graceful = False
     try:
         check_bound_address(bound_url(name), address)
         probe_fence()
-        yield end
+        yield
+        graceful = shuts_down_together()
     finally:
         with watchdog(config.shutdown_timeout, "RPC shutdown"):
-            rpc.shutdown(graceful=end.graceful)
+            rpc.shutdown(graceful=graceful)
 
 
-# init_rpc takes no store, only a URL, so the handler of our scheme hands over what `running_agent` left here.
+# init_rpc takes a URL instead of a store; the handler of our scheme returns the entry of `running_agent`.
 _next_rendezvous: list[tuple[dist.Store, int, int]] = []
 
 
@@ -85,11 +85,12 @@ register_rendezvous_handler(_SCHEME, _rendezvous)
 def listens(url: str) -> bool:
     """Whether this process still accepts connections at the agent's `url` (`transport://host:port`).
 
-    TensorPipe closes its listener for good when a peer connects and leaves before it has said anything, as a port scan does.
+    TensorPipe closes its listener for good when a peer connects and leaves without a word, as a port scan
+    does.
     """
     host, _, port = url.partition("://")[2].rpartition(":")
-    # With address reuse, connections that were accepted there do not count.
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        # With address reuse only a listener makes the bind fail, not its accepted connections.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, int(port)))

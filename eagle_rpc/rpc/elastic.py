@@ -1,7 +1,7 @@
-"""Elastic membership: every worker is an RPC agent of its own and adds peers as it meets them in the registry.
+"""Elastic membership: each worker is an RPC agent alone in its group and adds peers from the registry.
 
-torch's own dynamic groups are poisoned by the first unclean leave, and its static groups admit nobody later. An agent
-that is alone in its group has neither trouble: nobody's death is its business but that of its callers.
+The first worker that dies breaks torch's own dynamic groups, and its static groups admit nobody later. An
+agent alone in its group has neither problem: the death of a worker concerns only those that call it.
 """
 
 import contextlib
@@ -28,46 +28,42 @@ from eagle_rpc.rpc.membership import TargetAddress
 
 logger = logging.getLogger(__name__)
 
-# Ids of connections count down from torch's last to those of workers, which the registry counts up from 1.
+# The registry numbers workers upwards from 1, each process its connections downwards from torch's last id.
 _LAST_CONNECTION = 2**15 - 1
 _LOWEST_CONNECTION = LAST_WORKER_ID + 1
-# torch takes a caller's device maps only before it starts, when the targets are not known yet: so all of these names get
-# one. Requests are CPU tensors; where replies go is the targets' maps' business, which `admit` makes.
+# torch takes a caller's device maps only before its start, when no target is known: so all these names get
+# one. They let replies arrive on the GPU; requests are CPU tensors.
 _MAPPED_TARGETS = 64
-# Seconds that a peer may take to answer a call that does next to nothing.
+# Seconds for a call that only looks something up at a peer.
 _MEET_TIMEOUT = 5.0
 
 
 class ElasticMembership:
-    """This worker among those of the registry. One a process."""
+    """This worker and the others in the registry. One per process."""
 
     elastic = True
 
     def __init__(self, me: Record, registry: RegistryClient) -> None:
         self.me = me
         self._registry = registry
-        self._status: Callable[[], dict[str, Any]] = dict
+        self.status: Callable[[], dict[str, Any]] = dict  # asked by each beat
         self._lock = threading.Lock()
-        self._table: dict[str, int] = {}  # RPC names of peers, as this agent knows them
-        self._lost: set[str] = set()  # incarnations with which a connection broke
-        self._nudged: set[int] = set()  # ids of peers that were gone when somebody else came
+        self._peers: dict[str, int] = {}  # worker id by RPC name, as this agent knows its peers
+        self._lost: set[str] = set()  # incarnations to which a connection broke
+        self._closed: set[int] = set()  # ids of dead peers whose connections are closed
         self._next_connection = _LAST_CONNECTION
 
     def report(self, status: Callable[[], dict[str, Any]]) -> None:
-        """Has `status` asked at every beat from now on; a target serves once its status says that it does not drain."""
-        self._status = status
-
-    def status(self) -> dict[str, Any]:
-        """What the next beat says."""
-        return self._status()
+        """From now on beats announce `status()`. Trainers use a target once its `draining` is false."""
+        self.status = status
 
     @property
     def reachable(self) -> bool:
-        """Whether peers that come now can still connect with this worker."""
+        """Whether new peers can still connect to this worker."""
         return listens(self.me.url)
 
     def targets(self) -> Sequence[TargetAddress]:
-        """The targets that have announced lately that they serve."""
+        """The living targets that serve and do not drain."""
         return [
             TargetAddress(
                 name=one.name,
@@ -82,17 +78,17 @@ class ElasticMembership:
         ]
 
     def connect(self, address: TargetAddress, service: str) -> Link:
-        """Two connections, one for tensors and one for everything else, once the incarnation has been verified.
+        """A link with two connections, for tensors and for other calls; checks the incarnation first.
 
-        torch keeps a broken pipe for the id that it had, and an RRef is bound to its owner's id: so connections with an
-        incarnation take its own id and call by RRef until one is lost; from then on they take fresh ids and call by name. So
-        does a worker that cannot be reached itself: an RRef's owner calls back.
+        Calls with tensors go by RRef, whose connection has the target's own worker id. torch keeps a broken
+        connection for its id: after a loss, connections to this incarnation get fresh ids and calls go by
+        name. They also go by name if this worker is not reachable, since the owner of an RRef calls back.
         """
         data, control = address.name, f"{address.name}-control"
         with self._lock:
             by_rref = address.incarnation not in self._lost and self.reachable
-            self._put(data, address.worker_id if by_rref else self._fresh_id(), address.url)
-            self._put(control, self._fresh_id(), address.url)
+            self._add(data, address.worker_id if by_rref else self._fresh_id(), address.url)
+            self._add(control, self._fresh_id(), address.url)
         try:
             self._introduce_myself(address, control)
             return Link(
@@ -102,7 +98,7 @@ class ElasticMembership:
                 data=data,
                 control=control,
                 by_rref=by_rref,
-                between_gpus=on_gpus(self.me, address),
+                between_gpus=_on_gpus(self.me, address),
                 timeout=_MEET_TIMEOUT,
             )
         except EagleRpcError:
@@ -110,18 +106,18 @@ class ElasticMembership:
             raise
 
     def _introduce_myself(self, address: TargetAddress, control: str) -> None:
-        """Raises `StaleIncarnation` if somebody else than the one that is meant answers."""
+        """Raises `StaleIncarnation` if another process than the intended one answers."""
         call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
-        incarnation = PendingCall(
-            call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT
-        ).result()
+        pending = PendingCall(call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT)
+        incarnation = pending.result()
         if incarnation != address.incarnation:
             raise StaleIncarnation(
-                f"{address.name} must be incarnation {address.incarnation}, {incarnation} answers at {address.url}"
+                f"{address.name} must be incarnation {address.incarnation}, "
+                f"{incarnation} answers at {address.url}"
             )
 
     def leave(self, link: Link, *, lost: bool) -> None:
-        # The names stay in the table until somebody else takes them: torch still tells the owner that the RRef is gone.
+        # The peer stays known until another one takes its name: torch has yet to tell it of the RRef's end.
         link.release()
         if lost:
             self._mark_lost(link.incarnation)
@@ -132,68 +128,71 @@ class ElasticMembership:
             self._lost.add(incarnation)
 
     def admit(self, worker_id: int) -> None:
-        """Adds a peer that has introduced itself, as the registry knows it: an RRef's owner calls back."""
+        """Adds a peer that has introduced itself, so that RRefs can call it back.
+
+        Raises `ConnectionLost` if the registry does not know the peer or cannot be reached.
+        """
         with self._lock:
-            if worker_id in self._table.values():
+            if worker_id in self._peers.values():
                 return
         living = {one.id: one for one in self._registry.living()}
         if worker_id not in living:
             raise ConnectionLost(f"worker {worker_id} is not in the registry (yet)")
-        self._let_go(living.keys())
+        self._close_connections_of_dead(living.keys())
         peer = living[worker_id]
-        maps = {peer_name(peer): {self.me.device: peer.device}} if on_gpus(self.me, peer) else {}
+        maps = {_rpc_name(peer): {self.me.device: peer.device}} if _on_gpus(self.me, peer) else {}
         with self._lock:
-            self._put(peer_name(peer), peer.id, peer.url, maps)
+            self._add(_rpc_name(peer), peer.id, peer.url, maps)
 
-    def _let_go(self, living: Collection[int]) -> None:
-        """Has torch close what it still holds of peers that have gone since the last one came."""
+    def _close_connections_of_dead(self, living: Collection[int]) -> None:
+        """Makes torch close its files for peers that are not `living` any more."""
         with self._lock:
-            self._nudged.difference_update(living)
-            gone = [
-                name
-                for name, worker_id in self._table.items()
-                if worker_id not in living and worker_id not in self._nudged
-            ]
-            self._nudged.update(self._table[name] for name in gone)
-        for name in gone:
+            self._closed.difference_update(living)
+            dead = {
+                one: id_ for one, id_ in self._peers.items() if id_ not in living and id_ not in self._closed
+            }
+            self._closed.update(dead.values())
+        for name in dead:
             nudge(name)
 
-    def _put(
+    def _add(
         self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None
     ) -> None:
-        if self._table.get(name) == worker_id:
+        """Makes a peer known to the agent, in place of an older peer of this name."""
+        if self._peers.get(name) == worker_id:
             return
-        if name in self._table:
-            remove_peer(name, self._table.pop(name))
+        if name in self._peers:
+            remove_peer(name, self._peers.pop(name))
         add_peer(name, worker_id, url, device_maps or {})
-        self._table[name] = worker_id
+        self._peers[name] = worker_id
 
     def _fresh_id(self) -> int:
         if self._next_connection < _LOWEST_CONNECTION:
+            most = _LAST_CONNECTION - LAST_WORKER_ID
             raise ConnectionLost(
-                f"this process has opened {_LAST_CONNECTION - LAST_WORKER_ID} connections, torch numbers no more"
+                f"this process has opened {most} connections, torch has ids for no more: restart it"
             )
         self._next_connection -= 1
         return self._next_connection + 1
 
 
-def peer_name(record: Record) -> str:
-    """The RPC name that a worker gives itself: unique, since its id is."""
+def _rpc_name(record: Record) -> str:
+    """The RPC name of a worker's own agent: unique, since its id is."""
     return f"{record.name}:{record.id}"
 
 
-def on_gpus(one: Record | TargetAddress, other: Record | TargetAddress) -> bool:
-    """Whether TensorPipe can carry CUDA tensors between the two: it maps devices of one host."""
+def _on_gpus(one: Record | TargetAddress, other: Record | TargetAddress) -> bool:
+    """Whether TensorPipe carries CUDA tensors between the two: it maps devices of one host only."""
     return one.device.startswith("cuda") and other.device.startswith("cuda") and one.host == other.host
 
 
-# What `introduce` admits peers to: torch calls functions of modules, not methods of objects, and a process joins once.
-_here: list[ElasticMembership] = []
+# torch calls functions of modules, so `introduce` finds its membership here. A process joins once.
+_memberships: list[ElasticMembership] = []
 
 
 def introduce(worker_id: int) -> str:
-    """Runs at a target: lets a trainer in that the registry knows, and says which incarnation it has reached."""
-    membership = _here[0]
+    """Runs at a target: admits the trainer that calls and returns the target's incarnation."""
+    membership = _memberships[0]
     membership.admit(worker_id)
     return membership.me.incarnation
 
@@ -211,11 +210,12 @@ def join_elastic(
     stop: threading.Event,
     when_superseded: Callable[[], None],
 ) -> Iterator[ElasticMembership]:
-    """Starts this worker's agent and announces it at the registry until the body ends; peers that it met stay as they are.
+    """This worker's membership, announced at the registry while the body runs. Its agent shuts down alone.
 
-    `when_superseded` is called if another process takes the name over. Waits `config.start_timeout` for the registry and for
-    the name, unless `stop` is set; raises `ConnectionLost` or `WaitTimeout` without a registry, `ConfigError` when it has
-    numbered all the workers that torch can, `NameTaken` while a living worker has the name, otherwise as `running_agent` does.
+    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
+    each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
+    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used, `NameTaken` while a living
+    worker has the name; otherwise raises and exits as `running_agent`.
     """
     worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
@@ -242,17 +242,15 @@ def join_elastic(
             status={},
         )
         membership = ElasticMembership(me, registry)
-        _here.append(membership)
+        _memberships.append(membership)
         with Beat(
-            registry,
-            me,
-            status=membership.status,
+            client=registry,
+            record=me,
+            status=lambda: membership.status(),
             interval=config.heartbeat_interval,
             patience=config.start_timeout,
             stop=stop,
             when_superseded=when_superseded,
         ):
-            logger.info(
-                "%s listens on %s, known to the registry at %s", peer_name(me), me.url, config.registry
-            )
+            logger.info("%s listens on %s and is known to %s", _rpc_name(me), me.url, registry)
             yield membership

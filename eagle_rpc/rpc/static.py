@@ -1,11 +1,12 @@
-"""Static membership: one torchrun job, all ranks in one TensorPipe world that lives and dies together.
+"""Static membership: one torchrun job, all ranks in one TensorPipe world that starts and ends together.
 
-torch's own rendezvous keeps the keys of a killed attempt, so restarts would find each other's leftovers; here every
-attempt has a namespace of its own in the store.
+torch's own rendezvous keeps the keys of a killed attempt, so a restart would read them. Here every attempt
+has a namespace of its own in the store.
 """
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -13,8 +14,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.process import World
+from eagle_rpc.process.waiting import BoundedWait
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.link import Link
@@ -23,14 +24,13 @@ from eagle_rpc.topology import Cast, DevicePlan
 
 logger = logging.getLogger(__name__)
 
-# How the agents of the job end: the key, and its values.
-_END, _TOGETHER, _ALONE = "end", "together", "alone"
+# How all agents of the job shut down: the key in the store, and its values.
+_SHUTDOWN, _TOGETHER, _ALONE = "shutdown", "together", "alone"
 _POLL_SECONDS = 0.2
-_REPORT_SECONDS = 10.0
 
 
 class StaticMembership:
-    """A joined world: the store that all workers share, and the marks they leave in it."""
+    """The workers of one job, and the store through which they tell each other of events."""
 
     elastic = False
 
@@ -42,17 +42,15 @@ class StaticMembership:
         self._lost: set[str] = set()
 
     def targets(self) -> Sequence[TargetAddress]:
-        """All of the job but those that were lost: torch never reconnects to a worker of the same id."""
+        """The targets of the job except lost ones: torch never reconnects to a worker with the same id."""
         return [
-            TargetAddress(
-                name=name, incarnation=name, worker_id=self.cast.names.index(name), url="", device="", host=""
-            )
+            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name))
             for name in self.cast.target_names
             if name not in self._lost
         ]
 
     def connect(self, address: TargetAddress, service: str) -> Link:
-        """One connection for everything: the peers of a static world cannot be given a second one."""
+        """A link with one connection for all calls: a static world offers no second one."""
         return Link(
             address.name,
             service,
@@ -70,49 +68,50 @@ class StaticMembership:
         link.release()
 
     def mark(self, event: str) -> None:
-        """Tells everybody that `event` has happened to this worker."""
+        """Tells all workers that `event` has happened to this one."""
         self.store.set(f"{self.cast.me.name}/{event}", "1")
 
-    def part(self) -> None:
-        """This worker may leave before the others: nobody's end waits for anybody, unless somebody's does already."""
-        self._decide_end(_ALONE)
-
-    def ends_together(self) -> bool:
-        """Whether this worker's end waits for the others', as from now on every worker's does if nobody has parted."""
-        return self._decide_end(_TOGETHER) == _TOGETHER
-
-    def _decide_end(self, wish: str) -> str:
-        """The first wish counts for all: ends of two kinds would wait for each other in vain."""
-        return self.store.compare_set(_END, "", wish).decode()
-
-    def marked(self, names: tuple[str, ...], event: str) -> bool:
-        """Whether all `names` have marked `event`."""
+    def marked(self, names: Sequence[str], event: str) -> bool:
+        """Whether all of `names` have marked `event`."""
         return self.store.check([f"{name}/{event}" for name in names])
 
     def wait_for(
         self,
-        names: tuple[str, ...],
+        names: Sequence[str],
         event: str,
         *,
         timeout: float | None,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Blocks until all `names` have marked `event` or `until` holds; says every ten seconds whom it waits for.
+        """Waits until all of `names` have marked `event`, or until `until()` holds.
 
-        Raises `WaitTimeout` after `timeout` seconds; null only with an `until` that is sure to come.
+        Raises `WaitTimeout` after `timeout` seconds. None is only for an `until` that is sure to hold in the
+        end; such a wait is silent, the others are logged.
         """
-        started = last_report = time.monotonic()
-        missing = list(names)
-        while missing := [name for name in missing if not self.store.check([f"{name}/{event}"])]:
-            now = time.monotonic()
+        wait = BoundedWait(f"{', '.join(names)} to be {event}", math.inf if timeout is None else timeout)
+        while missing := [name for name in names if not self.marked([name], event)]:
             if until():
                 return
-            if timeout is not None and now - started > timeout:
-                raise WaitTimeout(f"{', '.join(missing)} not {event} within {timeout:.0f} s")
-            if timeout is not None and now - last_report > _REPORT_SECONDS:
-                logger.info("waiting for %s to be %s (%.0f s)", ", ".join(missing), event, now - started)
-                last_report = now
+            if wait.over:
+                raise wait.timeout(f"missing {', '.join(missing)}")
+            if timeout is not None:
+                wait.say(f"missing {', '.join(missing)}")
             time.sleep(_POLL_SECONDS)
+
+    def announce_leaving(self) -> None:
+        """Says that this worker may leave before the others; each agent then shuts down alone.
+
+        Without effect if another worker is waiting in a common shutdown already.
+        """
+        self._agree_on_shutdown(_ALONE)
+
+    def shuts_down_together(self) -> bool:
+        """Whether the agents shut down together; decides so unless a worker has announced leaving."""
+        return self._agree_on_shutdown(_TOGETHER) == _TOGETHER
+
+    def _agree_on_shutdown(self, proposal: str) -> str:
+        """The first proposal holds for all: an agent that shuts down alone would block a common shutdown."""
+        return self.store.compare_set(_SHUTDOWN, "", proposal).decode()
 
     def group_store(self, name: str) -> dist.Store:
         """A namespace for a process group among some of the workers."""
@@ -123,11 +122,13 @@ class StaticMembership:
 def join_static(
     cast: Cast, world: World, config: RpcConfig, devices: DevicePlan, permissions: Permissions
 ) -> Iterator[StaticMembership]:
-    """Starts this worker's RPC agent, and ends it with the others when the body ends well and nobody has parted.
+    """This worker's membership while the body runs; the agents shut down together unless one left early.
 
-    After an exception the agent ends alone and at once: peers may be gone. Raises and ends as `running_agent` does.
+    After an exception the agent shuts down alone and at once: peers may be gone. Raises and exits as
+    `running_agent`.
     """
     store = attempt_store(world, timeout=config.start_timeout)
+    membership = StaticMembership(cast, store, config, devices)
     with running_agent(
         cast.me.name,
         worker_id=cast.names.index(cast.me.name),
@@ -136,18 +137,19 @@ def join_static(
         config=config,
         device_maps=devices.device_maps,
         permissions=permissions,
-    ) as agent:
+        shuts_down_together=membership.shuts_down_together,
+    ):
         logger.info("joined %s over %s", ", ".join(cast.names), config.interface)
-        membership = StaticMembership(cast, store, config, devices)
         yield membership
-        agent.graceful = membership.ends_together()
 
 
 def attempt_store(world: World, *, timeout: float) -> dist.Store:
-    """The store that torchrun hosts (or rank 0, where it does not), in this attempt's namespace."""
-    if not world.launched:
+    """The store of this torchrun attempt, in a namespace of its own; rank 0 hosts it where torchrun does not.
+
+    `timeout` in seconds is for connecting and for reads that block.
+    """
+    if world.master_addr is None:
         return dist.HashStore()
-    assert world.master_addr is not None
     tcp = dist.TCPStore(
         world.master_addr,
         world.master_port,

@@ -27,12 +27,13 @@ from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
 from eagle_rpc.supervision import (
+    ENCODINGS,
     DraftHead,
     EncodedSupervision,
     GenerateRequest,
+    HeartbeatReply,
     ModelInfo,
     OpenedSession,
-    Pulse,
     SessionSpec,
     VocabMapping,
     own_storage,
@@ -127,7 +128,7 @@ class TargetModelServer:
             raise TargetDraining("the target is shutting down and takes no new sessions")
         mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
         spec.expected.check(self._info)
-        if spec.encoding == "hidden" and not self._sessions.serves(mapping.digest, spec.encoding):
+        if ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(mapping.digest, spec.encoding):
             # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
             spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
             return self._scheduler.submit_first(functools.partial(self._probe_and_open, spec, mapping))
@@ -225,10 +226,10 @@ class TargetModelServer:
             check_type("request_id", request_id, str)
         return self._scheduler.cancel(self._sessions.renew(session).id, frozenset(request_ids))
 
-    def heartbeat(self, session: str) -> Pulse:
+    def heartbeat(self, session: str) -> HeartbeatReply:
         """Renews the session's lease. Raises `UnknownSession`."""
         self._sessions.renew(session)
-        return Pulse(incarnation=self._info.incarnation, draining=self._scheduler.draining)
+        return HeartbeatReply(incarnation=self._info.incarnation, draining=self._scheduler.draining)
 
     def disconnect(self, session: str) -> None:
         """Ends this session and drops its waiting requests; other sessions go on. Raises `UnknownSession`."""

@@ -13,12 +13,12 @@ import torch
 from eagle_rpc.errors import TargetBusy, UnknownSession
 from eagle_rpc.service.fairness import LONGEST_RETRY
 from eagle_rpc.supervision import (
+    ENCODINGS,
     DraftVocabOnDevice,
     ModelInfo,
     SessionSpec,
     TokenBatch,
     VocabMapping,
-    bytes_per_token,
     shifted_loss_mask,
 )
 
@@ -41,8 +41,7 @@ class Session:
 
 def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_tokens: int) -> int:
     """Bytes of the reply to `num_tokens` real tokens if every row that may be supervised is."""
-    per_token = bytes_per_token(
-        session.spec.encoding,
+    per_token = ENCODINGS[session.spec.encoding].bytes_per_token(
         hidden_size=info.hidden_size,
         draft_vocab_size=len(session.vocab.selected_token_ids),
         dtype_bytes=getattr(torch, info.dtype).itemsize,

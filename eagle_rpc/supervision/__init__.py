@@ -1,4 +1,4 @@
-"""The contract between target and trainer: requests, supervision, encodings, sessions."""
+"""The contract between target and trainer."""
 
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
 from eagle_rpc.supervision.batch import (
@@ -9,70 +9,59 @@ from eagle_rpc.supervision.batch import (
     StoredProbs,
 )
 from eagle_rpc.supervision.draft_head import DraftHead
-from eagle_rpc.supervision.encoding import (
-    ENCODINGS,
-    DraftVocabOnDevice,
+from eagle_rpc.supervision.encoded import (
     EncodedSupervision,
     ReadSupervision,
-    bytes_per_token,
     decode_supervision,
     encode_supervision,
     read_supervision,
 )
+from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
-from eagle_rpc.supervision.output import Eagle3Target, TargetOutput
+from eagle_rpc.supervision.output import TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
-from eagle_rpc.supervision.rows import RowsRead, fused_rows_run, read_rows, read_rows_fused
+from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import (
     GenerateRequest,
+    HeartbeatReply,
     ModelInfo,
     OpenedSession,
-    Pulse,
+    SessionSettings,
     SessionSpec,
     TargetExpectation,
 )
-from eagle_rpc.supervision.shift import shift_left
-from eagle_rpc.supervision.storage import own_storage, to_device, to_host
+from eagle_rpc.supervision.target import (
+    Eagle3Target,
+    PlainTarget,
+    as_target,
+    check_encoding,
+    describe_target,
+    device_of,
+    run_target,
+    supervise,
+)
+from eagle_rpc.supervision.tensors import own_storage, shift_left, to_device, to_host
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mask
-from eagle_rpc.supervision.vocab import VocabMapping
+from eagle_rpc.supervision.vocab import DraftVocabOnDevice, VocabMapping
 
-__all__ = [
-    "ENCODINGS",
-    "BatchRows",
-    "DraftHead",
-    "DraftTargets",
+# Requests and sessions.
+__all__ = ["BatchRows", "GenerateRequest", "HeartbeatReply", "ModelInfo", "OpenedSession", "SessionSettings"]
+__all__ += ["SessionSpec", "TargetExpectation", "TokenBatch", "VocabMapping", "shifted_loss_mask"]
+# The target's side.
+__all__ += [
     "DraftVocabOnDevice",
     "Eagle3Target",
-    "Eagle3TargetBackend",
-    "Eagle3TargetBatch",
-    "EncodedSupervision",
-    "GenerateRequest",
-    "ModelInfo",
-    "OpenedSession",
-    "ProjectedTargets",
-    "Pulse",
+    "PlainTarget",
     "ReadSupervision",
-    "RowsRead",
-    "SessionSpec",
-    "StoredLogits",
-    "StoredProbs",
-    "TargetExpectation",
     "TargetOutput",
-    "TokenBatch",
-    "VocabMapping",
-    "bytes_per_token",
-    "compute_supervision",
-    "decode_supervision",
-    "encode_supervision",
-    "fused_rows_run",
-    "own_storage",
-    "read_rows",
-    "read_rows_fused",
-    "read_supervision",
-    "shift_left",
-    "shifted_loss_mask",
-    "to_device",
-    "to_host",
-    "tokenizer_fingerprint",
-    "weights_fingerprint",
+    "as_target",
 ]
+__all__ += ["check_encoding", "compute_supervision", "describe_target", "device_of", "encode_supervision"]
+__all__ += ["fused_rows_run", "read_rows", "read_rows_fused", "read_supervision", "run_target", "supervise"]
+__all__ += ["tokenizer_fingerprint", "weights_fingerprint"]
+# Replies, and the trainer's side.
+__all__ += ["ENCODINGS", "EncodedSupervision", "Encoding", "decode_supervision"]
+__all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]
+__all__ += ["ProjectedTargets", "StoredLogits", "StoredProbs"]
+# Tensors.
+__all__ += ["own_storage", "shift_left", "to_device", "to_host"]

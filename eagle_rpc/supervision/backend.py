@@ -1,4 +1,4 @@
-"""What training sees of a target, wherever it runs."""
+"""The target as training sees it, in this process or elsewhere."""
 
 from collections.abc import Iterable, Iterator
 from typing import Protocol
@@ -13,16 +13,16 @@ from eagle_rpc.supervision.vocab import VocabMapping
 
 
 class Eagle3TargetBackend(Protocol):
-    """Remote, co-located and cached targets satisfy this."""
+    """Remote and co-located targets satisfy this."""
 
     def model_info(self) -> ModelInfo:
         """The target's identity and limits."""
 
     def input_embeddings(self) -> Tensor:
-        """The token embedding [V, H], which seeds the draft's."""
+        """The token embedding [V, H], the start of the draft's."""
 
     def open_session(self, mapping: VocabMapping) -> None:
-        """Fixes the draft vocabulary of everything that follows."""
+        """Sets the draft vocabulary of all later calls."""
 
     def output_embeddings(self) -> DraftHead:
         """The head's rows of the session's draft vocabulary."""
@@ -30,14 +30,14 @@ class Eagle3TargetBackend(Protocol):
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> Eagle3TargetBatch:
-        """Supervision of one batch of [B, T] tensors; waits for it."""
+        """Waits for the supervision of one batch of [B, T] tensors."""
 
     def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
-        """Supervision of every batch in order, with several under way while the caller works."""
+        """Supervision of every batch, in order; later batches are under way while the caller works."""
 
     @property
     def seconds_waited(self) -> float:
-        """Seconds that the caller has been blocked on supervision since the start."""
+        """Seconds that the caller has waited for supervision since the start."""
 
     def close(self) -> None:
-        """Ends the session. The target lives on."""
+        """Ends the session; the target goes on."""

@@ -1,82 +1,68 @@
-"""What a trainer trains on: one batch of decoded supervision.
+"""One batch of decoded supervision, as a trainer uses it.
 
 Legend: B batch, T sequence, H target hidden, K draft vocab, N supervised rows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from eagle_rpc.supervision.draft_head import DraftHead
-from eagle_rpc.supervision.shift import shift_left
+from eagle_rpc.supervision.tensors import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
 
 
-class DraftTargets(Protocol):
+@dataclass(slots=True)
+class DraftTargets(ABC):
     """The target's distribution over the draft vocabulary at N supervised rows, read in slices."""
+
+    values: Tensor  # [N, ...] as they were sent
 
     @property
     def draft_vocab_size(self) -> int:
-        """K."""
+        return self.values.shape[1]
 
+    @abstractmethod
     def logits(self, rows: slice) -> Tensor:
-        """Draft-vocab logits of a slice of the N rows, [n, K]."""
+        """Draft-vocab logits [n, K] of a slice of n rows."""
 
     def probs(self, rows: slice) -> Tensor:
         """Softmax over the draft-vocab logits alone, [n, K] fp32."""
+        return self.logits(rows).float().softmax(dim=-1)
 
-    def map_values(self, move: Callable[[Tensor], Tensor]) -> "DraftTargets":
-        """The same targets with what `move` makes of the tensor of all rows."""
+    def map_values(self, function: Callable[[Tensor], Tensor]) -> "DraftTargets":
+        """The same targets with `function` applied to the values."""
+        return replace(self, values=function(self.values))
 
 
-@dataclass(slots=True)
-class StoredProbs:
-    """Probabilities as they travelled; their logs serve as logits."""
+class StoredProbs(DraftTargets):
+    """Probabilities [N, K] fp32. Their logarithms serve as logits."""
 
-    probs_NK: Tensor  # [N, K] fp32
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.probs_NK.shape[1]
+    __slots__ = ()
 
     def logits(self, rows: slice) -> Tensor:
-        return self.probs_NK[rows].log()
+        return self.values[rows].log()
 
     def probs(self, rows: slice) -> Tensor:
-        return self.probs_NK[rows]
-
-    def map_values(self, move: Callable[[Tensor], Tensor]) -> "StoredProbs":
-        return StoredProbs(move(self.probs_NK))
+        return self.values[rows]
 
 
-@dataclass(slots=True)
-class StoredLogits:
-    """Logits as they travelled."""
+class StoredLogits(DraftTargets):
+    """Logits [N, K] in the target's dtype."""
 
-    logits_NK: Tensor  # [N, K] in the target's dtype
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.logits_NK.shape[1]
+    __slots__ = ()
 
     def logits(self, rows: slice) -> Tensor:
-        return self.logits_NK[rows]
-
-    def probs(self, rows: slice) -> Tensor:
-        return self.logits_NK[rows].float().softmax(dim=-1)
-
-    def map_values(self, move: Callable[[Tensor], Tensor]) -> "StoredLogits":
-        return StoredLogits(move(self.logits_NK))
+        return self.values[rows]
 
 
 @dataclass(slots=True)
-class ProjectedTargets:
-    """Last hidden states, projected onto the draft vocabulary when asked."""
+class ProjectedTargets(DraftTargets):
+    """Last hidden states [N, H] in the target's dtype, projected onto the draft vocabulary when read."""
 
-    hidden_NH: Tensor  # [N, H] in the target's dtype
     head: DraftHead
 
     @property
@@ -84,13 +70,7 @@ class ProjectedTargets:
         return self.head.weight.shape[0]
 
     def logits(self, rows: slice) -> Tensor:
-        return self.head.project(self.hidden_NH[rows])
-
-    def probs(self, rows: slice) -> Tensor:
-        return self.logits(rows).float().softmax(dim=-1)
-
-    def map_values(self, move: Callable[[Tensor], Tensor]) -> "ProjectedTargets":
-        return replace(self, hidden_NH=move(self.hidden_NH))
+        return self.head.project(self.values[rows])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,7 +82,7 @@ class Eagle3TargetBatch:
 
     tokens: TokenBatch  # as sent, not shifted
     aux_hidden_states: Tensor  # [B, T, 3H] target dtype, zero at padding
-    supervised_rows: Tensor  # [N] int64, ascending flat rows that carry a target distribution
+    supervised_rows: Tensor  # [N] int64, flat rows with a target distribution, ascending
     targets: DraftTargets  # of those N rows
     log_normalizer: Tensor  # [N] fp32, logsumexp over the full vocabulary
     argmax: Tensor  # [N] int64, draft id of the target's most likely token, -1 outside the draft vocab
@@ -113,15 +93,14 @@ class Eagle3TargetBatch:
         self.input_ids = shift_left(self.tokens.input_ids)
         self.loss_mask = shifted_loss_mask(self.tokens)
 
-    def map_large(self, move: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
-        """The same batch with what `move` makes of its large tensors: the hidden states and the targets' values."""
-        return replace(
-            self, aux_hidden_states=move(self.aux_hidden_states), targets=self.targets.map_values(move)
-        )
+    def map_large(self, function: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
+        """The same batch with `function` applied to its large tensors: aux states and the targets' values."""
+        aux, targets = function(self.aux_hidden_states), self.targets.map_values(function)
+        return replace(self, aux_hidden_states=aux, targets=targets)
 
     @property
     def position_mask(self) -> Tensor:
-        """[B, T, 1] bool: supervised and the target's most likely token is in the draft vocabulary."""
+        """[B, T, 1] bool: supervised, and the target's most likely token is in the draft vocabulary."""
         batch, length = self.tokens.shape
         mask = torch.zeros(batch * length, dtype=torch.bool, device=self.supervised_rows.device)
         mask[self.supervised_rows] = self.argmax >= 0
@@ -129,7 +108,7 @@ class Eagle3TargetBatch:
 
     @property
     def target_probs(self) -> Tensor:
-        """[B, T, K] fp32 as the reference holds it, zero where nothing was sent. For tests and small batches."""
+        """[B, T, K] fp32 as the reference has it, zero at rows that were not sent. For small batches."""
         batch, length = self.tokens.shape
         probs_NK = self.targets.probs(slice(None))
         dense = probs_NK.new_zeros(batch * length, self.targets.draft_vocab_size)

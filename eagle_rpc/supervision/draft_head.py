@@ -1,4 +1,4 @@
-"""The draft rows of the target's output head, and what follows the matrix product.
+"""The draft-vocab rows of the target's output head.
 
 Legend: N rows, H target hidden, K draft vocab.
 """

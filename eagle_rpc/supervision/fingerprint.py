@@ -1,4 +1,4 @@
-"""Short identities of tokenizers and weights, so that mixed replicas and foreign drafts are noticed."""
+"""Short hashes of tokenizers and weights, by which different replicas and foreign drafts are noticed."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Values read of each tensor: spread evenly, enough to tell any two trainings apart, cheap for 70B parameters.
+# Values read of each tensor: enough to tell two trainings apart, cheap for 70B parameters.
 _SAMPLES = 1024
 
 
@@ -34,9 +34,9 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor, or those that one of a class of its own (a quantised one) is made of."""
+    """The tensor, or the plain tensors of which a tensor subclass (a quantised weight) consists."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return
-    for part in tensor.__tensor_flatten__()[0]:
-        yield from _plain_tensors(f"{name}.{part}", getattr(tensor, part))
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{inner}", getattr(tensor, inner))

@@ -1,38 +1,57 @@
-"""What a target model returns from one forward pass, and what may serve as a target.
+"""What a target returns from one forward pass.
 
-Legend: B batch, T sequence, H target hidden, V target vocab, N rows.
+Legend: B batch, T sequence, H target hidden, V target vocab, N rows, K draft vocab.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from eagle_rpc.supervision.rows import RowsRead, read_rows
 
 
 @dataclass(kw_only=True, slots=True)
 class TargetOutput:
-    """One forward pass, unshifted and without logits: `project` makes those of chosen rows."""
+    """Hidden states, not shifted. There are no logits: the head runs on chosen rows only."""
 
     aux_hidden_states: Tensor  # [B, T, 3H]
-    last_hidden_state: Tensor  # [B, T, H], what the head reads
+    last_hidden_state: Tensor  # [B, T, H], the input of the head
     project: Callable[[Tensor], Tensor]  # [N, H] -> [N, V], the model's own head
-    read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows  # as of that function
+    read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows  # `rows.read_rows` or an equal of it
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """[N, V]: the logits that judge the flat rows b * T + t, which are those of position t + 1."""
+        return self.project(self.last_hidden_state.flatten(0, 1)[rows + 1])
 
 
-class Eagle3Target(Protocol):
-    """Any object with these two methods serves as a target. Tokens come on its device; with a true `takes_host_tokens` on any.
+class ShiftedLogits(Protocol):
+    """The output of NeMo AutoModel's target wrapper."""
 
-    `generate_batch` returns a `TargetOutput`, or, as NeMo AutoModel's target wrapper does, an object with
-    `aux_hidden_states` [B, T, 3H] and `logits` [B, T, V] that are already shifted left by one.
-    """
+    aux_hidden_states: Tensor  # [B, T, 3H]
+    logits: Tensor  # [B, T, V], shifted left by one
 
-    def generate_batch(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, **packing: Tensor
-    ) -> Any:
-        """Runs the target once on [B, T] ids. `segment_ids` [B, T] is passed only for packed batches."""
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding [V, H]."""
+AnyOutput = TargetOutput | ShiftedLogits
+
+
+@dataclass(kw_only=True, slots=True)
+class LogitsOutput:
+    """`ShiftedLogits` with the methods of a `TargetOutput`."""
+
+    aux_hidden_states: Tensor
+    logits: Tensor
+    last_hidden_state: None = None
+    read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """As `TargetOutput.logits_of`; the shift is done already."""
+        return self.logits.flatten(0, 1)[rows]
+
+
+def as_output(output: AnyOutput) -> TargetOutput | LogitsOutput:
+    """`output` with the methods that reading needs."""
+    if isinstance(output, TargetOutput | LogitsOutput):
+        return output
+    return LogitsOutput(aux_hidden_states=output.aux_hidden_states, logits=output.logits)

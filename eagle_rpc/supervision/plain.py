@@ -1,18 +1,18 @@
-"""The plain, dense form of supervision, as NeMo AutoModel's remote server defines it.
+"""Supervision in the reference's dense form.
 
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from eagle_rpc.supervision.shift import shift_left
+from eagle_rpc.supervision.output import TargetOutput
+from eagle_rpc.supervision.target import PlainTarget
+from eagle_rpc.supervision.tensors import shift_left
 
 
 def compute_supervision(
-    target_wrapper: Any,
+    target_wrapper: PlainTarget,
     selected_token_ids: Tensor,
     selected_token_mask: Tensor,
     input_ids: Tensor,
@@ -22,24 +22,25 @@ def compute_supervision(
     """Runs the target once and returns the reference's five keys.
 
     Args:
-        target_wrapper: an `Eagle3Target`.
+        target_wrapper: the target.
         selected_token_ids: [K] int64 target ids of the draft vocabulary.
-        selected_token_mask: [V] bool, membership in the draft vocabulary.
-        input_ids, attention_mask, loss_mask: [B, T].
+        selected_token_mask: [V] bool, whether a target id is in the draft vocabulary.
+        input_ids, attention_mask, loss_mask: [B, T], on the target's device.
 
     Returns:
-        `aux_hidden_states` [B, T, 3H] (not shifted), `target_probs` [B, T, K] fp32, `position_mask` [B, T, 1] bool,
-        and `input_ids`, `loss_mask` [B, T] shifted left by one with zero fill.
+        `aux_hidden_states` [B, T, 3H], not shifted; `target_probs` [B, T, K] fp32; `position_mask` [B, T, 1]
+        bool; `input_ids` and `loss_mask` [B, T], shifted left by one with zero fill.
 
-    Source: `compute_supervision` and `_compute_target_distribution` of nemo_automodel.components.speculative.eagle.
-    This form holds [B, T, V]: for tests, tools and small models; the service uses `encode_supervision`.
+    Source: the functions of this name and `_compute_target_distribution` in
+    nemo_automodel.components.speculative.eagle. Since it holds [B, T, V], it is for tests, tools and small
+    models.
     """
     output = target_wrapper.generate_batch(input_ids, attention_mask, loss_mask)
-    logits_BTV = getattr(output, "logits", None)
-    if logits_BTV is None:
-        batch, length = input_ids.shape
+    if isinstance(output, TargetOutput):
         flat = output.project(output.last_hidden_state.flatten(0, 1))
-        logits_BTV = shift_left(flat.view(batch, length, -1))
+        logits_BTV = shift_left(flat.view(*input_ids.shape, -1))
+    else:
+        logits_BTV = output.logits
     shifted_loss_mask = shift_left(loss_mask)
     in_draft_vocab = selected_token_mask[logits_BTV.float().argmax(dim=-1)]
     return {

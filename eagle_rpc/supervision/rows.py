@@ -1,4 +1,4 @@
-"""What the supervision needs of a row of full-vocab logits: its argmax, its log-normaliser, its draft-vocab columns.
+"""Reads full-vocab logits: argmax, log-normaliser and draft-vocab columns of each row.
 
 Legend: N rows, V target vocab, K draft vocab.
 """
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class RowsRead(NamedTuple):
-    """Of each row of logits."""
+    """The figures of N rows of logits."""
 
     log_normalizer: Tensor  # [N] fp32, logsumexp over V
     argmax: Tensor  # [N] int64, the first of the largest
@@ -21,15 +21,15 @@ class RowsRead(NamedTuple):
 
 
 def read_rows(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
-    """Reads logits on any device as torch does, through an fp32 copy; `selected` are the `columns_K` (int64), if any."""
-    # Exact for every format, and the argmax of bf16 is several times slower on a CPU.
+    """Reads logits on any device through an fp32 copy; `selected` are the `columns_K` (int64), if any."""
+    # The copy is exact. On a CPU the argmax of bf16 is several times slower.
     wide_NV = logits_NV.float()
     selected_NK = None if columns_K is None else logits_NV.index_select(1, columns_K)
     return RowsRead(wide_NV.logsumexp(dim=-1), _argmax(wide_NV), selected_NK)
 
 
 def _argmax(wide_NV: Tensor) -> Tensor:
-    """[N] int64, the first of the largest. NumPy finds it in a sixth of torch's time on a CPU."""
+    """[N] int64, the first of the largest. On a CPU NumPy takes a sixth of torch's time."""
     return (
         torch.from_numpy(wide_NV.numpy().argmax(axis=1))
         if wide_NV.device.type == "cpu"
@@ -38,24 +38,22 @@ def _argmax(wide_NV: Tensor) -> Tensor:
 
 
 def read_rows_fused(logits_NV: Tensor, columns_K: Tensor | None) -> RowsRead:
-    """`read_rows` on a GPU in one pass and without a copy, where the log-normaliser is equal to rounding."""
-    # Only torch for CUDA brings Triton.
+    """`read_rows` on a GPU in one pass, without a copy. The log-normaliser is the same to rounding."""
+    # Triton comes with torch for CUDA only.
     from eagle_rpc.supervision import rows_kernel
 
     return RowsRead(*rows_kernel.read_rows(logits_NV, columns_K))
 
 
 def fused_rows_run(logits_NV: Tensor) -> bool:
-    """Whether `read_rows_fused` can be had for logits like these: on a GPU with Triton, which needs a C compiler at its first use."""
+    """Whether `read_rows_fused` runs for such logits: on a GPU, with Triton and a C compiler."""
     if not logits_NV.is_cuda:
         return False
     try:
         for columns_K in (None, torch.arange(1, device=logits_NV.device)):
             read_rows_fused(logits_NV, columns_K)
     except Exception:
-        # No Triton, no C compiler, a refused kernel, a driver: each raises errors of its own, and torch reads rows everywhere.
-        logger.warning(
-            "logits are read by torch, since Triton does not run here (target.fused_rows)", exc_info=True
-        )
+        # Triton, compiler, kernel and driver raise different errors; torch always works.
+        logger.warning("Triton does not run here, torch reads logits (target.fused_rows)", exc_info=True)
         return False
     return True

@@ -1,21 +1,22 @@
 """Triton kernel of `rows.read_rows`.
 
-One program takes one row: maximum and sum of exponentials in one pass over its blocks, then its selected columns, which the
-second-level cache still holds. Legend: N rows, V target vocab and block of it, K draft vocab and block of it.
+One program reads one row: maximum and sum of exponentials in one pass over its blocks, then its selected
+columns, which are still in the L2 cache. Legend: N rows, V target vocab or a block of it, K draft vocab or a
+block of it.
 """
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 _BLOCK, _NUM_WARPS = 4096, 8
-# Stands for minus infinity, which would make NaN of differences.
+# In place of minus infinity, whose differences are NaN.
 _LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _read_rows_kernel(
+def _read_rows_kernel(  # type: ignore[no-untyped-def]
     logits, columns, log_normalizers, argmaxes, selected, vocab, num_columns, row_stride,
     HAS_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +37,7 @@ def _read_rows_kernel(
         sums_V = sums_V * tl.exp(largest - new_largest) + tl.exp(logits_V - new_largest)
         largest = new_largest
     tl.store(log_normalizers + row, largest + tl.log(tl.sum(sums_V, axis=0)))
-    tl.store(argmaxes + row, best.to(tl.int64))
+    tl.store(argmaxes + row, best.to(tl.int64))  # type: ignore[attr-defined]
     if HAS_COLUMNS:
         selected += row * num_columns
         for start in range(0, num_columns, BLOCK):
@@ -51,21 +52,20 @@ def read_rows(logits_NV: Tensor, columns_K: Tensor | None) -> tuple[Tensor, Tens
     rows, vocab = logits_NV.shape
     log_normalizer_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
     argmax_N = torch.empty(rows, dtype=torch.int64, device=logits_NV.device)
-    has_columns = columns_K is not None
-    selected_NK = logits_NV.new_empty(rows, len(columns_K)) if has_columns else None
+    selected_NK = None if columns_K is None else logits_NV.new_empty(rows, len(columns_K))
     if rows:
-        # Triton launches on the current device, wherever its tensors are.
+        # Triton launches on the current device, not on that of the tensors.
         with torch.cuda.device_of(logits_NV):
             _read_rows_kernel[(rows,)](
                 logits_NV,
-                columns_K if has_columns else argmax_N,
+                argmax_N if columns_K is None else columns_K,
                 log_normalizer_N,
                 argmax_N,
-                selected_NK if has_columns else argmax_N,
+                argmax_N if selected_NK is None else selected_NK,
                 vocab,
-                len(columns_K) if has_columns else 0,
+                0 if columns_K is None else len(columns_K),
                 logits_NV.stride(0),
-                HAS_COLUMNS=has_columns,
+                HAS_COLUMNS=columns_K is not None,
                 BLOCK=_BLOCK,
                 num_warps=_NUM_WARPS,
             )

@@ -1,12 +1,14 @@
-"""What a trainer registers at a target, and what a target says of itself."""
+"""What a trainer registers at a target and asks of it, and what a target tells of itself."""
 
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest, TargetMismatch
-from eagle_rpc.supervision.encoding import ENCODINGS, ROW_RULES
+from eagle_rpc.supervision.encodings import ENCODINGS
 from eagle_rpc.supervision.tokens import TokenBatch
+
+ROW_RULES = ("position_mask", "loss_mask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,19 +21,17 @@ class ModelInfo:
     num_layers: int
     aux_layer_ids: tuple[int, ...]
     dtype: str  # torch name without "torch."
-    max_length: int  # tokens
+    max_length: int  # tokens of a sequence
     max_batch_tokens: int
-    tokenizer_fingerprint: str | None  # null for targets without a tokenizer
+    tokenizer_fingerprint: str | None  # None for targets without a tokenizer
     weights_fingerprint: str
     incarnation: str  # random id of this server process
-    form: str = (
-        ""  # what decides a forward pass's bits beside weights and dtype; empty where the target does not say
-    )
+    form: str = ""  # decides the bits of a forward pass, beside weights and dtype; empty where unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetExpectation:
-    """What a draft requires of its target; null fields accept anything."""
+    """What a draft requires of its target; None accepts anything."""
 
     vocab_size: int | None = None
     hidden_size: int | None = None
@@ -42,7 +42,7 @@ class TargetExpectation:
     form: str | None = None
 
     def check(self, info: ModelInfo) -> None:
-        """Raises `TargetMismatch` with every field that differs."""
+        """Raises `TargetMismatch` that names every field that differs."""
         differences = [
             f"{name} must be {wanted}, the target has {getattr(info, name)}"
             for name, wanted in asdict(self).items()
@@ -52,27 +52,33 @@ class TargetExpectation:
             raise TargetMismatch("; ".join(differences))
 
 
-@dataclass(kw_only=True, slots=True)
-class SessionSpec:
-    """One trainer's registration. Settings are fixed for the session's life."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionSettings:
+    """How one trainer wants its supervision. Fixed for the session's life."""
 
-    selected_token_ids: Tensor  # [K] int64
-    encoding: str = "hidden"
-    rows: str = "position_mask"
-    expected: TargetExpectation = TargetExpectation()
+    encoding: str = "hidden"  # a name of `ENCODINGS`
+    rows: str = "position_mask"  # one of `ROW_RULES`
     job: str = ""  # trainers of one job share it
     trainer: str = ""  # worker name, for logs
-    through_host: bool = (
-        False  # supervision leaves the target's GPU first: RPC has no way between the two devices
-    )
+    through_host: bool = False  # replies go through CPU memory: RPC does not connect the two GPUs
 
     def check(self) -> None:
-        """Raises `InvalidRequest`; the mapping itself is checked by `VocabMapping`."""
-        for name, allowed in (("encoding", ENCODINGS), ("rows", ROW_RULES)):
-            if getattr(self, name) not in allowed:
-                raise InvalidRequest(
-                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
+        """Raises `InvalidRequest` for an unknown encoding or row rule."""
+        for name, value, allowed in (("encoding", self.encoding, ENCODINGS), ("rows", self.rows, ROW_RULES)):
+            if value not in allowed:
+                raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionSpec(SessionSettings):
+    """One trainer's registration: its settings, its draft vocabulary and its requirements."""
+
+    selected_token_ids: Tensor  # [K] int64; `VocabMapping` checks them
+    expected: TargetExpectation = TargetExpectation()
+
+    @classmethod
+    def of(cls, settings: SessionSettings, ids_K: Tensor, expected: TargetExpectation) -> "SessionSpec":
+        return cls(selected_token_ids=ids_K, expected=expected, **asdict(settings))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +87,12 @@ class OpenedSession:
 
     id: str
     credits: int  # requests that may be under way at a time
-    lease: float  # seconds of silence after which the session ends
+    lease: float  # seconds without a heartbeat or request after which the session ends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pulse:
-    """The answer to a heartbeat."""
+class HeartbeatReply:
+    """The answer of `heartbeat`."""
 
     incarnation: str
     draining: bool
@@ -94,12 +100,10 @@ class Pulse:
 
 @dataclass(kw_only=True, slots=True)
 class GenerateRequest:
-    """One batch to supervise. Asking twice is harmless: the answer is a function of the tokens and the session."""
+    """One batch to supervise. The answer depends on tokens and session only; sending it twice is harmless."""
 
     session: str
     incarnation: str  # of the server that is meant
-    request_id: (
-        str  # unique in the session; a second request with it takes the place of a first that still waits
-    )
+    request_id: str  # unique in the session; a second request replaces a first one that still waits
     tokens: TokenBatch
-    seconds_left: float  # until the sender gives up; clocks of hosts differ, so never a point in time
+    seconds_left: float  # until the sender gives up; a duration, since the clocks of hosts differ

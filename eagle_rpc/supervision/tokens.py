@@ -1,6 +1,6 @@
 """What a trainer sends: token ids and masks of a batch.
 
-Legend: B batch, T sequence.
+Legend: B batch, T sequence, R real tokens, N rows.
 """
 
 from dataclasses import dataclass, fields
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision.shift import shift_left
-from eagle_rpc.supervision.storage import to_device
+from eagle_rpc.supervision.segments import chat_starts
+from eagle_rpc.supervision.tensors import shift_left, to_device
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64)
 
@@ -29,29 +29,26 @@ class TokenBatch:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """The same tokens there, on their way as `to_device` says."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The same tokens on `device`, moved as `to_device` does."""
         return TokenBatch(
-            **{
-                name: None if column is None else to_device(column, device)
-                for name, column in columns.items()
-            }
+            input_ids=to_device(self.input_ids, device),
+            attention_mask=to_device(self.attention_mask, device),
+            loss_mask=to_device(self.loss_mask, device),
+            segment_ids=None if self.segment_ids is None else to_device(self.segment_ids, device),
         )
 
     def check(self, *, vocab_size: int, max_length: int, max_tokens: int) -> None:
-        """Raises `InvalidRequest` naming field, rule and value. Reads nothing but this batch."""
+        """Raises `InvalidRequest` that names field, rule and value."""
         _check_shapes(self, max_length=max_length, max_tokens=max_tokens)
         lowest, highest = int(self.input_ids.min()), int(self.input_ids.max())
         if lowest < 0 or highest >= vocab_size:
             raise InvalidRequest(
                 f"input_ids must lie in [0, {vocab_size}), got values from {lowest} to {highest}"
             )
-        for name in ("attention_mask", "loss_mask"):
-            mask = getattr(self, name)
+        for name, mask in (("attention_mask", self.attention_mask), ("loss_mask", self.loss_mask)):
             if mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any()):
-                raise InvalidRequest(
-                    f"{name} must hold 0 and 1 only, got values from {int(mask.min())} to {int(mask.max())}"
-                )
+                values = f"values from {int(mask.min())} to {int(mask.max())}"
+                raise InvalidRequest(f"{name} must hold 0 and 1 only, got {values}")
         real = self.attention_mask.bool()
         if bool((~real[:, :-1] & real[:, 1:]).any()):
             raise InvalidRequest("attention_mask must be padded on the right, got a real token after padding")
@@ -63,34 +60,29 @@ class TokenBatch:
             raise InvalidRequest(
                 "loss_mask must be 0 where attention_mask is 0, got a supervised padding token"
             )
-        if self.segment_ids is not None and bool(
-            (self.segment_ids[:, 1:] < self.segment_ids[:, :-1])[real[:, 1:]].any()
-        ):
+        ids = self.segment_ids
+        if ids is not None and bool((ids[:, 1:] < ids[:, :-1])[real[:, 1:]].any()):
             raise InvalidRequest("segment_ids must not decrease along a row, got a decreasing pair")
 
 
 def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> None:
-    for field in fields(tokens):
-        value = getattr(tokens, field.name)
-        if value is None and field.name == "segment_ids":
+    for name, value in ((field.name, getattr(tokens, field.name)) for field in fields(tokens)):
+        if value is None and name == "segment_ids":
             continue
         if not isinstance(value, Tensor):
-            raise InvalidRequest(f"{field.name} must be a tensor, got {type(value).__name__}")
+            raise InvalidRequest(f"{name} must be a tensor, got {type(value).__name__}")
         if value.layout != torch.strided or value.is_meta:
-            raise InvalidRequest(
-                f"{field.name} must be a dense tensor with data, got {value.layout} on {value.device}"
-            )
+            found = f"{value.layout} on {value.device}"
+            raise InvalidRequest(f"{name} must be a dense tensor with data, got {found}")
         if value.dim() != 2:
-            raise InvalidRequest(f"{field.name} must have shape [B, T], got {list(value.shape)}")
+            raise InvalidRequest(f"{name} must have shape [B, T], got {list(value.shape)}")
         if value.shape != tokens.input_ids.shape:
-            raise InvalidRequest(
-                f"{field.name} must have the shape of input_ids {list(tokens.input_ids.shape)}, got {list(value.shape)}"
-            )
-        allowed = _MASK_DTYPES if field.name.endswith("mask") else (torch.int64,)
+            shape = list(tokens.input_ids.shape)
+            raise InvalidRequest(f"{name} must have the shape of input_ids {shape}, got {list(value.shape)}")
+        allowed = _MASK_DTYPES if name.endswith("mask") else (torch.int64,)
         if value.dtype not in allowed:
-            raise InvalidRequest(
-                f"{field.name} must have dtype {' or '.join(map(str, allowed))}, got {value.dtype}"
-            )
+            wanted = " or ".join(map(str, allowed))
+            raise InvalidRequest(f"{name} must have dtype {wanted}, got {value.dtype}")
     batch, length = tokens.shape
     if batch == 0 or length == 0:
         raise InvalidRequest(f"input_ids must hold at least one token, got shape {[batch, length]}")
@@ -99,33 +91,32 @@ def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> No
             f"input_ids must be at most {max_length} tokens long (the target's limit), got {length}"
         )
     if batch * length > max_tokens:
-        raise InvalidRequest(
-            f"input_ids must hold at most {max_tokens} tokens in all, got {batch} x {length} = {batch * length}"
-        )
+        total = f"{batch} x {length} = {batch * length}"
+        raise InvalidRequest(f"input_ids must hold at most {max_tokens} tokens in all, got {total}")
 
 
 def shifted_loss_mask(tokens: TokenBatch) -> Tensor:
     """Rows that may be supervised, [B, T] bool.
 
-    Row t is judged by the target's output at position t + 1, so the mask moves with it; with packing a row whose
-    position t + 1 belongs to the next chat is left out.
+    Row t is judged by the target's output at position t + 1, so the mask shifts with it. In a packed row the
+    last row of each chat is left out, since its position t + 1 belongs to the next chat.
     """
-    mask = shift_left(tokens.loss_mask.bool())
+    mask_BT = shift_left(tokens.loss_mask.bool())
     if tokens.segment_ids is not None:
-        mask[:, :-1] &= tokens.segment_ids[:, 1:] == tokens.segment_ids[:, :-1]
-    return mask
+        mask_BT[:, :-1] &= ~chat_starts(tokens.segment_ids)[:, 1:]
+    return mask_BT
 
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
-    """Flat places b * T + t in a batch, known from its masks alone."""
+    """Flat places b * T + t of a batch that follow from its masks alone."""
 
     real: Tensor  # [R] int64, of real tokens, ascending
     supervisable: Tensor  # [N] int64, rows that may be supervised, ascending
 
     @classmethod
     def of(cls, tokens: TokenBatch) -> "BatchRows":
-        """Where `tokens` are; on a GPU their numbers have to be waited for."""
+        """The places of `tokens`. With tokens on a GPU this waits for it, as R and N are shapes."""
         return cls(true_places(tokens.attention_mask.bool()), true_places(shifted_loss_mask(tokens)))
 
     def to(self, device: torch.device) -> "BatchRows":
@@ -133,5 +124,5 @@ class BatchRows:
 
 
 def true_places(mask_BT: Tensor) -> Tensor:
-    """Flat places [N] int64 of what is true, ascending."""
+    """Flat places [N] int64 where the mask is true, ascending."""
     return mask_BT.flatten().nonzero().squeeze(1)

@@ -1,1 +1,1 @@
-"""The frozen target: loading, one forward pass, and the service around it. Import the submodules: this file stays light."""
+"""The frozen target: loading, and one exact forward pass. Import the submodules: this file stays light."""

@@ -1,4 +1,4 @@
-"""Reading decoder layers while the model runs.
+"""Running a model without its head, and reading its decoder layers while it runs.
 
 Legend: B batch, T sequence, H target hidden.
 """
@@ -15,42 +15,40 @@ from transformers import PreTrainedModel
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 
 
-def find_base(model: PreTrainedModel) -> nn.Module:
-    """The model without its head. Raises `UnsupportedTarget` if it has no such part."""
-    base = getattr(model, model.base_model_prefix, None)
-    if not isinstance(base, nn.Module):
-        raise UnsupportedTarget(
-            f"{type(model).__name__} has no submodule {model.base_model_prefix!r} beside its head"
-        )
+def find_base(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head. Raises `UnsupportedTarget` if it has no such submodule."""
+    name = model.base_model_prefix
+    base = getattr(model, name, None)
+    if not isinstance(base, PreTrainedModel):
+        raise UnsupportedTarget(f"{type(model).__name__} has no submodule {name!r} beside its head")
     return base
 
 
-def run_base(base: nn.Module, input_ids: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+def run_base(base: PreTrainedModel, input_ids: Tensor, positions_BT: Tensor | None = None) -> Tensor:
     """Last hidden states [B, T, H] of [B, T] ids, padded on the right.
 
-    Padding is not masked: on the right it is invisible to causal attention. Positions that restart in a row say where chats end:
-    those see only themselves.
+    There is no mask for padding: causal attention does not see padding on the right. Where positions restart
+    within a row, another chat begins; chats do not see each other.
     """
     positions = {} if positions_BT is None else {"position_ids": positions_BT}
     return base(input_ids=input_ids, use_cache=False, **positions)[0]
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers in order: the one list in the base model that has as many entries as the config has layers.
+    """The decoder layers in order: the only module list of the base that is as long as the config says.
 
     Raises `UnsupportedTarget` if there is none or more than one.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     found = [layers for layers in _outermost_lists(find_base(model)) if len(layers) == num_layers]
     if len(found) != 1:
-        raise UnsupportedTarget(
-            f"{type(model).__name__} must hold exactly one list of {num_layers} decoder layers, found {len(found)} such lists"
-        )
+        rule = f"{type(model).__name__} must hold exactly one list of {num_layers} decoder layers"
+        raise UnsupportedTarget(f"{rule}, found {len(found)}")
     return found[0]
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Module lists that are not inside another one (experts of a layer are)."""
+    """Module lists outside of other lists: the experts of a layer are inside one."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield child
@@ -61,14 +59,13 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
 def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int, int]:
     """The three layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
 
-    Raises `ConfigError` unless they are three distinct ids in range, as for targets too shallow for the default.
+    Raises `ConfigError` unless they are three distinct ids in range; shallow targets have no default.
     """
     ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
     if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
         origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
-        raise ConfigError(
-            f"target.aux_layer_ids must be three distinct ids in [0, {num_layers}), {origin} {list(ids)}"
-        )
+        rule = f"target.aux_layer_ids must be three distinct ids in [0, {num_layers})"
+        raise ConfigError(f"{rule}, {origin} {list(ids)}")
     return ids
 
 
@@ -76,45 +73,44 @@ def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int,
 def captured_layers(
     layers: nn.ModuleList, ids: Sequence[int], keep: Callable[[int, Tensor], None]
 ) -> Iterator[None]:
-    """As the model runs inside the block, `keep` gets the place in `ids` and the output [B, T, H] of each of those layers.
+    """While the model runs in the block, calls `keep(index, output [B, T, H])` for the layer `ids[index]`.
 
-    The hooks go with the block, however it ends.
+    The hooks are removed at the end of the block, also after an exception.
     """
     with ExitStack() as hooks:
-        for place, layer in enumerate(ids):
-            hooks.callback(layers[layer].register_forward_hook(partial(_keep_output, keep, place)).remove)
+        for index, layer in enumerate(ids):
+            hooks.callback(layers[layer].register_forward_hook(partial(_keep_output, keep, index)).remove)
         yield
 
 
 def _keep_output(
-    keep: Callable[[int, Tensor], None], place: int, module: nn.Module, args: Any, output: Any
+    keep: Callable[[int, Tensor], None], index: int, module: nn.Module, args: Any, output: Any
 ) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         raise UnsupportedTarget(f"decoder layer {type(module).__name__} must return hidden states [B, T, H]")
-    keep(place, hidden)
+    keep(index, hidden)
 
 
 class AuxStates:
-    """Outputs of the captured layers side by side, written as the layers run, so that they exist once."""
+    """Outputs of the captured layers side by side, each written when its layer runs, so it exists once."""
 
-    def __init__(self, batch: int, length: int, num_layers: int) -> None:
-        self._shape = batch, length
+    def __init__(self, shape_BT: Sequence[int], num_layers: int) -> None:
+        self._batch, self._length = shape_BT
         self._num_layers = num_layers
         self._states: Tensor | None = None
-        self.rows = slice(0, batch)
-        """Sequences of the batch that run now. What runs beyond them or beyond `length` is padding and is not kept."""
+        self.rows = slice(0, self._batch)
+        """Sequences of the batch that run now. Outputs beyond them, or beyond T, are padding: dropped."""
 
-    def write(self, place: int, hidden_BTH: Tensor) -> None:
-        """Keeps the output of the layer in `place`."""
-        batch, length = self._shape
+    def write(self, index: int, hidden_BTH: Tensor) -> None:
+        """Keeps the output of captured layer number `index`."""
         width = hidden_BTH.shape[-1]
         if self._states is None:
-            # Autograd may save what comes of it, which it refuses of inference tensors.
+            # No inference tensor: autograd may have to save views of it, which it refuses for those.
             with torch.inference_mode(False):
-                self._states = hidden_BTH.new_empty(batch, length, self._num_layers * width)
-        into_BTH = self._states[self.rows, :, place * width : (place + 1) * width]
-        into_BTH.copy_(hidden_BTH[: into_BTH.shape[0], :length])
+                self._states = hidden_BTH.new_empty(self._batch, self._length, self._num_layers * width)
+        into_BTH = self._states[self.rows, :, index * width : (index + 1) * width]
+        into_BTH.copy_(hidden_BTH[: into_BTH.shape[0], : self._length])
 
     @property
     def states(self) -> Tensor:

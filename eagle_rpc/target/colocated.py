@@ -1,43 +1,54 @@
-"""The target in the trainer's own process, behind the surface that the remote one has."""
+"""The target in the trainer's own process.
+
+Legend: B batch, T sequence, H target hidden, V target vocab.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision import (
+    ENCODINGS,
     DraftHead,
     DraftVocabOnDevice,
     Eagle3TargetBatch,
     ModelInfo,
-    SessionSpec,
+    PlainTarget,
+    SessionSettings,
     TokenBatch,
     VocabMapping,
+    as_target,
+    check_encoding,
     decode_supervision,
+    describe_target,
+    device_of,
     own_storage,
+    supervise,
 )
-from eagle_rpc.target.supervise import check_encoding, describe_target, device_of, exact_draft_head, supervise
 
 
 class ColocatedEagle3TargetModel:
-    """An `Eagle3TargetBackend` that runs the target where it is called.
+    """An `Eagle3TargetBackend` that runs the target in the calling thread.
 
-    Batches pass the same encoder and decoder as remote ones, so both give the same bits.
+    It encodes and decodes as the remote one does, so both give the same bits.
     """
 
-    def __init__(self, target: Any, config: TargetConfig, *, encoding: str, rows: str):
-        """`target`: an `Eagle3Target`; `encoding`, `rows`: as of `SessionSpec`.
-
-        Raises `ConfigError` for limits beyond the model's.
-        """
-        self._target = target
+    def __init__(
+        self, target: PlainTarget, config: TargetConfig, settings: SessionSettings | None = None
+    ) -> None:
+        """Of `settings`, `encoding` and `rows` count. Raises `ConfigError` for limits beyond the model's."""
+        self._target = as_target(target)
         self._chunk_rows = config.chunk_rows
-        self._encoding = encoding
-        self._rows = rows
-        self._info = describe_target(target, config)
+        self._settings = settings or SessionSettings()
+        self._info = describe_target(
+            self._target,
+            max_length=config.max_length,
+            max_batch_tokens=config.max_batch_tokens,
+            chunk_rows=config.chunk_rows,
+        )
         self._vocab: DraftVocabOnDevice | None = None
         self._head: DraftHead | None = None
         self._seconds_waited = 0.0
@@ -47,65 +58,56 @@ class ColocatedEagle3TargetModel:
         return self._info
 
     def input_embeddings(self) -> Tensor:
-        """The raw token embedding [V, H], which seeds the draft's; shares memory with the target's."""
+        """The token embedding [V, H], the start of the draft's; it shares memory with the target's."""
         return own_storage(self._target.get_input_embeddings().weight)
 
     def open_session(self, mapping: VocabMapping) -> None:
-        """Fixes the draft vocabulary of everything that follows.
+        """Sets the draft vocabulary of all later calls.
 
-        Raises `InvalidRequest` for settings, `UnsupportedTarget` where the encoding would not be exact.
+        Raises `InvalidRequest` for bad settings or mappings, `UnsupportedTarget` for an inexact encoding.
         """
-        SessionSpec(
-            selected_token_ids=mapping.selected_token_ids, encoding=self._encoding, rows=self._rows
-        ).check()
+        self._settings.check()
         if mapping.target_vocab_size != self._info.vocab_size:
-            raise InvalidRequest(
-                f"the mapping must be made for {self._info.vocab_size} target tokens, got one for {mapping.target_vocab_size}"
-            )
-        check_encoding(self._target, mapping.selected_token_ids, self._encoding)
-        self._vocab = DraftVocabOnDevice.of(mapping, device_of(self._target))
-        self._head = (
-            exact_draft_head(self._target, self._vocab.selected_token_ids)
-            if self._encoding == "hidden"
-            else None
-        )
+            wanted, found = self._info.vocab_size, mapping.target_vocab_size
+            raise InvalidRequest(f"the mapping must be made for {wanted} target tokens, got one for {found}")
+        check_encoding(self._target, mapping.selected_token_ids, self._settings.encoding)
+        self._vocab, self._head = DraftVocabOnDevice.of(mapping, device_of(self._target)), None
+        if ENCODINGS[self._settings.encoding].needs_head:
+            self.output_embeddings()
 
     def output_embeddings(self) -> DraftHead:
         """The head's rows of the session's draft vocabulary."""
-        if self._vocab is None:
-            raise InvalidRequest("open_session must come before output_embeddings, got no draft vocabulary")
-        return self._head or exact_draft_head(self._target, self._vocab.selected_token_ids)
+        if self._head is None:
+            vocab = self._vocab_for("output_embeddings")
+            self._head = self._target.draft_head(vocab.selected_token_ids)
+        return self._head
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> Eagle3TargetBatch:
         """Supervision of one batch of [B, T] tensors; raises `InvalidRequest` for a bad one."""
-        if self._vocab is None:
-            raise InvalidRequest("open_session must come before generate_batch, got no draft vocabulary")
-        started = time.monotonic()
         tokens = TokenBatch(
             input_ids=input_ids, attention_mask=attention_mask, loss_mask=loss_mask, segment_ids=segment_ids
         )
-        info = self._info
+        return self._supervise(tokens)
+
+    def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
+        """Supervision of every batch in order, each made when it is asked for."""
+        return map(self._supervise, batches)
+
+    def _supervise(self, tokens: TokenBatch) -> Eagle3TargetBatch:
+        vocab, info, started = self._vocab_for("generate_batch"), self._info, time.monotonic()
         tokens.check(vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens)
-        encoded = supervise(
-            self._target,
-            tokens,
-            self._vocab,
-            encoding=self._encoding,
-            rows=self._rows,
-            chunk_rows=self._chunk_rows,
-        )
+        form = {"encoding": self._settings.encoding, "rows": self._settings.rows}
+        encoded = supervise(self._target, tokens, vocab, **form, chunk_rows=self._chunk_rows)
         batch = decode_supervision(encoded, tokens, self._head)
         self._seconds_waited += time.monotonic() - started
         return batch
 
-    def stream(self, batches: Iterable[TokenBatch]) -> Iterator[Eagle3TargetBatch]:
-        """Supervision of every batch in order, each made when it is asked for."""
-        for tokens in batches:
-            yield self.generate_batch(
-                tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-            )
+    def _vocab_for(self, call: str) -> DraftVocabOnDevice:
+        if self._vocab is None:
+            raise InvalidRequest(f"open_session must come before {call}, got no draft vocabulary")
+        return self._vocab
 
     @property
     def seconds_waited(self) -> float:
@@ -113,5 +115,5 @@ class ColocatedEagle3TargetModel:
         return self._seconds_waited
 
     def close(self) -> None:
-        """Forgets the draft vocabulary."""
+        """Drops the draft vocabulary."""
         self._vocab = self._head = None

@@ -1,8 +1,8 @@
-"""Decoder layers through `torch.compile`, at a few fixed shapes that are compiled when the target starts.
+"""Decoder layers through `torch.compile`, for a few fixed shapes that are compiled when the target starts.
 
-Every layer is compiled by itself, so a model of many layers costs as much as one of each kind. Nothing but `forward` is
-compiled, so hooks see the layers' outputs, and only while a batch runs, so whoever else uses the model has its own layers.
-Legend: B batch, T sequence, H target hidden.
+Layers are compiled one by one, so a deep model costs as much as one layer of each kind. Only `forward` is
+compiled, so hooks still see the layers' outputs, and only while a batch runs, so other users of the model see
+its own layers. Legend: B batch, T sequence, H target hidden.
 """
 
 import logging
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 
 from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
-from eagle_rpc.target.attention import ChatAttention, are_plain
 from eagle_rpc.target.capture import AuxStates
+from eagle_rpc.target.chat_attention import ChatAttention, are_plain
 
 logger = logging.getLogger(__name__)
 
 _BACKEND = "inductor"
-# Graphs of one shape: a model has few kinds of decoder layers, and one whose every layer is its own would compile for hours.
+# Graphs of one shape. Models have few kinds of decoder layers; one graph for every layer would take hours.
 _KINDS_OF_LAYERS = 4
 
 
 class Shape(NamedTuple):
-    """Sequences and tokens of each that a compiled forward pass takes."""
+    """Sequences, and tokens of each, of a compiled forward pass."""
 
     batch: int
     length: int
@@ -42,12 +42,10 @@ class Buckets:
     """The compiled shapes, and how a batch of any shape is cut and padded to them."""
 
     def __init__(self, shapes: Sequence[str]) -> None:
-        """`shapes`: at least one, `BxT` each, as `target.compile_shapes`."""
-        sizes = map(parse_pair, shapes)
-        # By length, then by batch: the first that holds a batch is the smallest.
-        self.shapes = sorted(
-            {Shape(batch, length) for batch, length in sizes}, key=lambda shape: (shape.length, shape.batch)
-        )
+        """`shapes`: at least one, each `BxT`, as in `target.compile_shapes`."""
+        sizes = {Shape(*parse_pair(shape)) for shape in shapes}
+        # By length, then by batch: the first shape that holds a batch is the smallest.
+        self.shapes = sorted(sizes, key=lambda shape: (shape.length, shape.batch))
 
     @property
     def longest(self) -> int:
@@ -59,11 +57,11 @@ class Buckets:
 
         Raises `InvalidRequest` if a sequence is longer than the longest shape.
         """
-        fitting = min((shape.length for shape in self.shapes if shape.length >= length), default=None)
-        if fitting is None:
+        if length > self.longest:
             raise InvalidRequest(
                 f"input_ids must be at most {self.longest} tokens long (target.compile_shapes), got {length}"
             )
+        fitting = min(shape.length for shape in self.shapes if shape.length >= length)
         candidates = [shape for shape in self.shapes if shape.length == fitting]
         start = 0
         while start < batch:
@@ -78,7 +76,7 @@ class CompiledForward:
     def __init__(
         self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str
     ) -> None:
-        """`attention`: of the base model; `packed`: whether rows may hold several chats; `mode`: as of `torch.compile`."""
+        """`attention` of the base model; `packed`: rows may hold several chats; `mode` of `torch.compile`."""
         self._attention, self._layers, self._buckets, self._packed = attention, layers, buckets, packed
         self._mode = mode
         self._forwards = [
@@ -93,93 +91,74 @@ class CompiledForward:
 
     @property
     def form(self) -> str:
-        """What was compiled, for `ModelInfo.form`."""
+        """Mode and shapes, for `ModelInfo.form`."""
         return f"compiled ({self._mode}) for {' '.join(map(str, self._buckets.shapes))}"
 
     @torch.inference_mode()
     def compile(self, device: torch.device) -> None:
-        """Runs every form once, which compiles it, and says how far it is.
+        """Compiles every shape, also for packed chats if they are allowed, by running it. Logs its progress.
 
-        Raises `UnsupportedTarget` if the layers cannot be compiled whole or come in more kinds than can be waited for.
+        Raises `UnsupportedTarget` if layers do not compile whole or are of too many kinds.
         """
         started = time.monotonic()
         kind = type(self._layers[0]).__name__
-        forms = [
-            (shape, packed)
-            for shape in self._buckets.shapes
-            for packed in ((False, True) if self._packed else (False,))
-        ]
+        packings = (False, True) if self._packed else (False,)
+        forms = [(shape, packed) for shape in self._buckets.shapes for packed in packings]
         limit = len(forms) * _KINDS_OF_LAYERS
-        limits = {
-            "recompile_limit": limit,
-            "accumulated_recompile_limit": limit,
-            "fail_on_recompile_limit_hit": True,
-        }
+        bounded = torch._dynamo.config.patch(
+            recompile_limit=limit, accumulated_recompile_limit=limit, fail_on_recompile_limit_hit=True
+        )
         for number, (shape, packed) in enumerate(forms, start=1):
-            logger.info(
-                "compiling %s for shape %d of %d, %s%s",
-                kind,
-                number,
-                len(forms),
-                shape,
-                " packed" if packed else "",
-            )
+            form = f"{shape}{' packed' if packed else ''}"
+            logger.info("compiling %s for shape %d of %d, %s", kind, number, len(forms), form)
             ids_BT = torch.zeros(shape, dtype=torch.int64, device=device)
+            # Position 0 everywhere: every token is a chat of its own.
+            positions_BT = torch.zeros(shape, dtype=torch.int64) if packed else None
             try:
-                with torch._dynamo.config.patch(limits), self._in_place():
-                    # Zeros as positions: every token is a chat of its own.
-                    self._attention.run(
-                        ids_BT, torch.zeros(shape, dtype=torch.int64) if packed else None, compiled=True
-                    )
+                with bounded, self._compiled_layers():
+                    self._attention.run(ids_BT, positions_BT, compiled=True)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                raise UnsupportedTarget(
-                    f"{kind} must compile whole and alike in all layers, or target.compile_shapes be empty: {error}"
-                ) from error
+                rule = f"{kind} must compile whole and alike in all layers, or target.compile_shapes be empty"
+                raise UnsupportedTarget(f"{rule}: {error}") from error
         logger.info("compiled %d shapes in %.1f s", len(forms), time.monotonic() - started)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, aux: AuxStates) -> Tensor:
-        """Last hidden states [B, T, H] of [B, T] ids, padded on the right; `positions_BT` as of `ChatAttention.run`.
+        """Last hidden states [B, T, H]; arguments as in `ChatAttention.run`.
 
-        Raises `InvalidRequest` for what no compiled form takes, `TargetFailed` where one would be compiled again.
+        Raises `InvalidRequest` if no compiled shape fits, `TargetFailed` if torch would compile again.
         """
         batch, length = input_ids.shape
         pieces = []
-        with self._compiled_only():
-            for rows, shape in self._buckets.pieces(batch, length):
-                aux.rows = rows
-                positions = self._positions(positions_BT, rows, shape)
-                last_hidden_BTH = self._attention.run(
-                    _padded(input_ids[rows], shape), positions, compiled=True
-                )
-                pieces.append(last_hidden_BTH[: rows.stop - rows.start, :length])
+        try:
+            with torch._dynamo.config.patch(error_on_recompile=True), self._compiled_layers():
+                for rows, shape in self._buckets.pieces(batch, length):
+                    aux.rows = rows
+                    positions = (
+                        None if positions_BT is None else self._padded_positions(positions_BT[rows], shape)
+                    )
+                    ids = _padded(input_ids[rows], shape)
+                    hidden_BTH = self._attention.run(ids, positions, compiled=True)
+                    pieces.append(hidden_BTH[: rows.stop - rows.start, :length])
+        except RecompileError as error:
+            raise TargetFailed(
+                f"the compiled target met an input that it was not compiled for: {error}"
+            ) from error
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _positions(self, positions_BT: Tensor | None, rows: slice, shape: Shape) -> Tensor | None:
-        if positions_BT is None:
-            return None
-        positions_BT = positions_BT[rows]
-        if not (self._packed or are_plain(positions_BT)):
+    def _padded_positions(self, positions_BT: Tensor, shape: Shape) -> Tensor:
+        plain = are_plain(positions_BT)
+        if not (self._packed or plain):
             raise InvalidRequest(
                 "segment_ids must be absent where target.compile_packed is false, got packed chats"
             )
         batch, length = positions_BT.shape
-        # Padding on the right is one more chat, a plain row remains one.
-        index_L = torch.arange(shape.length - length) + (length if are_plain(positions_BT) else 0)
+        # Padding on the right is one more chat of a packed row; a plain row stays plain.
+        index_L = torch.arange(shape.length - length) + (length if plain else 0)
         padded_BT = torch.cat((positions_BT, index_L.expand(batch, -1)), dim=1)
         return torch.cat((padded_BT, torch.arange(shape.length).expand(shape.batch - batch, -1)))
 
     @contextmanager
-    def _compiled_only(self) -> Iterator[None]:
-        try:
-            with torch._dynamo.config.patch(error_on_recompile=True), self._in_place():
-                yield
-        except RecompileError as error:
-            raise TargetFailed(
-                f"the compiled target met a form that was not compiled at its start: {error}"
-            ) from error
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _compiled_layers(self) -> Iterator[None]:
         try:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.forward = forward

@@ -1,7 +1,8 @@
-"""Triton kernel of `gated_mlp`: a row block against gate and up weights at once, and the gate applied before anything is stored.
+"""Triton kernel of `gated_mlp`: one product with gate and up weights, gated before it is stored.
 
-Each streaming multiprocessor works through tiles of the result. A tile's gate and up columns are one operand of the matrix units,
-twice as wide as the tile; loads of the next tile begin while this one is gated. Legend: N rows, H hidden, I intermediate width.
+Each streaming multiprocessor works through tiles of the result. The gate and up columns of a tile are one
+operand of the matrix units, twice as wide as the tile. The next tile is loaded while this one is gated.
+Legend: N rows, H hidden, I intermediate width.
 """
 
 from functools import cache
@@ -13,16 +14,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _TILE_ROWS, _TILE_COLUMNS, _STEP = 128, 128, 64
-# Tiles of a group of rows are made one after the other, while the second-level cache holds the rows and the columns they share.
+# Rows, in tiles, of the groups that are computed one after the other: a group fits the second-level cache.
 _GROUP = 16
 _NUM_STAGES, _NUM_WARPS = 3, 8
 
 
-# Else it would be compiled again for multiples of 16 rows, and for one.
+# Without specialisation: the kernel is not compiled again for 1 row and for multiples of 16.
 @triton.jit(do_not_specialize=["rows"])
-def _gated_product_kernel(
-    hidden, weight, gated, rows, width, depth,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+def _gated_product_kernel(  # type: ignore[no-untyped-def]
+    hidden, weight, gated, rows, width, depth, TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     tiles_down, tiles_across = tl.cdiv(rows, TILE_ROWS), tl.cdiv(width, TILE_COLUMNS)
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, PROGRAMS, flatten=True):
@@ -36,16 +37,16 @@ def _gated_product_kernel(
             weight_block = weight.load([0, column, start]).reshape(2 * TILE_COLUMNS, STEP)
             both = tl.dot(hidden.load([row, start]), weight_block.T, both)
         gate, up = both.reshape(TILE_ROWS, 2, TILE_COLUMNS).permute(0, 2, 1).split()
-        # Rounded where the modules themselves round.
+        # Rounded at the places where the modules round.
         gate, up = gate.to(gated.dtype).to(tl.float32), up.to(gated.dtype).to(tl.float32)
         activated = (gate / (1.0 + tl.exp(-gate))).to(gated.dtype).to(tl.float32)
         gated.store([row, column], (activated * up).to(gated.dtype))
 
 
 def gated_product(hidden_NH: Tensor, weight_2IH: Tensor) -> Tensor:
-    """`silu(hidden @ weight[0].T) * (hidden @ weight[1].T)`, [N, I] in the dtype of both, which is bf16 or fp16.
+    """`silu(hidden @ weight[0].T) * (hidden @ weight[1].T)`: [N, I] in the dtype of both, bf16 or fp16.
 
-    H and I are multiples of 8, and both tensors contiguous.
+    H and I must be multiples of 8, and both tensors contiguous.
     """
     (rows, depth), width = hidden_NH.shape, weight_2IH.shape[1]
     gated_NI = hidden_NH.new_empty(rows, width)
@@ -57,7 +58,7 @@ def gated_product(hidden_NH: Tensor, weight_2IH: Tensor) -> Tensor:
         TensorDescriptor.from_tensor(gated_NI, [_TILE_ROWS, _TILE_COLUMNS]),
     )
     programs = _multiprocessors(hidden_NH.device)
-    # Triton launches on the current device, wherever its tensors are.
+    # Triton launches on the current device, which may not be that of the tensors.
     with torch.cuda.device_of(hidden_NH):
         _gated_product_kernel[(programs,)](
             *descriptors, rows, width, depth, _TILE_ROWS, _TILE_COLUMNS, _STEP, _GROUP, programs,

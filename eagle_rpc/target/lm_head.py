@@ -15,20 +15,20 @@ from eagle_rpc.supervision import DraftHead
 from eagle_rpc.target.capture import find_base
 from eagle_rpc.target.probes import ROUNDING, relative_error
 
-# Largest logit of the probe: far beyond every soft cap in use, where a cap that one side lacks shows.
+# Largest logit of the probe: far above every soft cap in use, so that a missing cap shows.
 _PROBE_LOGIT = 200.0
 
 
 class OwnHead:
-    """What the model does to its last hidden states: its own forward with the identity in the decoder's place.
+    """The model's own code after its decoder, on given last hidden states.
 
-    Whatever a model does after its decoder (scales, caps, casts) happens here because its own code runs.
+    This is the model's `forward` with the identity in the decoder's place: scales, caps and casts included.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel) -> None:
         decoder = copy.copy(find_base(model))
         decoder.forward = _pass_through
-        # Shallow copies: the weights stay the model's, and the model itself keeps its decoder.
+        # Shallow copies: the weights are shared, and the model itself keeps its decoder.
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, model.base_model_prefix: decoder}
 
@@ -42,17 +42,14 @@ def _pass_through(*unused: Any, inputs_embeds: Tensor, **also_unused: Any) -> Mo
 
 
 def draft_head(model: PreTrainedModel, selected_token_ids: Tensor) -> DraftHead:
-    """The head's rows of the draft vocabulary [K], with what the config says of scale and soft cap.
+    """The head's rows of the draft vocabulary [K], with the scale and soft cap of the config.
 
     Raises `UnsupportedTarget` for heads that are not a plain linear layer.
     """
     head = model.get_output_embeddings()
-    # The weights of a quantised head are of another type or dtype, and their rows alone would not be the head's.
-    if (
-        not isinstance(head, nn.Linear)
-        or type(head.weight) is not nn.Parameter
-        or head.weight.dtype not in ROUNDING
-    ):
+    plain = isinstance(head, nn.Linear) and type(head.weight) is nn.Parameter
+    # A quantised head has weights of another type or dtype; their rows alone are not rows of the head.
+    if not plain or head.weight.dtype not in ROUNDING:
         raise UnsupportedTarget(
             f"the head of {type(model).__name__} is no plain linear layer; use supervision.encoding=logits"
         )
@@ -75,34 +72,31 @@ def _logit_scale(model: PreTrainedModel) -> float | None:
 
 
 def check_own_head(own_head: OwnHead, model: PreTrainedModel, ids_BT: Tensor, hidden_BTH: Tensor) -> None:
-    """Raises `UnsupportedTarget` unless `own_head` on the last hidden states gives what a full forward of `ids_BT` gives."""
+    """Raises `UnsupportedTarget` unless `own_head` of `hidden_BTH` equals a full forward of `ids_BT`."""
+    name = type(model).__name__
     expected_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)
     try:
         error = relative_error(own_head.project(hidden_BTH.flatten(0, 1)), expected_NV)
     except (AttributeError, RuntimeError, TypeError) as cause:
-        raise UnsupportedTarget(
-            f"the head of {type(model).__name__} does not run without its decoder ({cause})"
-        ) from cause
+        raise UnsupportedTarget(f"the head of {name} does not run without its decoder ({cause})") from cause
     if not error <= ROUNDING[hidden_BTH.dtype]:
         raise UnsupportedTarget(
-            f"the head of {type(model).__name__} does not work on last hidden states alone (error {error:.1e})"
+            f"the head of {name} does not work on last hidden states alone (relative error {error:.1e})"
         )
 
 
-def probe_draft_head(
-    rebuilt: DraftHead, own_head: OwnHead, selected_token_ids: Tensor, hidden_NH: Tensor
-) -> None:
-    """Compares the rebuilt head with the model's own on the rows as they are, then scaled to large logits.
+def probe_draft_head(rebuilt: DraftHead, own_head: OwnHead, selected_ids: Tensor, hidden_NH: Tensor) -> None:
+    """Raises `UnsupportedTarget` if the rebuilt head differs from the model's own by more than rounding.
 
-    Small logits hide a soft cap. Raises `UnsupportedTarget` where the two differ by more than rounding.
+    They are compared on the rows as they are, and scaled to large logits: small ones hide a soft cap.
     """
     uncapped = DraftHead(weight=rebuilt.weight, bias=rebuilt.bias, scale=rebuilt.scale)
     largest = uncapped.project(hidden_NH).abs().max().float().clamp_min(1e-6)
     for rows_NH in (hidden_NH, hidden_NH * (_PROBE_LOGIT / largest).to(hidden_NH.dtype)):
-        expected_NK = own_head.project(rows_NH)[:, selected_token_ids.to(hidden_NH.device)]
+        expected_NK = own_head.project(rows_NH)[:, selected_ids.to(hidden_NH.device)]
         error = relative_error(rebuilt.project(rows_NH), expected_NK)
         if not error <= ROUNDING[hidden_NH.dtype]:
             raise UnsupportedTarget(
-                f"the target's head is more than weight, bias, scale and soft cap (relative error {error:.1e}); "
-                "use supervision.encoding=logits"
+                "the target's head must be weight, bias, scale and soft cap only "
+                f"(relative error {error:.1e}); use supervision.encoding=logits"
             )

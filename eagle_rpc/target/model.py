@@ -8,17 +8,17 @@ import uuid
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.choices import CompileMode
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import (
     DraftHead,
+    Eagle3Target,
     ModelInfo,
     TargetOutput,
     fused_rows_run,
@@ -28,7 +28,6 @@ from eagle_rpc.supervision import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from eagle_rpc.target.attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.capture import (
     AuxStates,
     aux_layers,
@@ -37,17 +36,18 @@ from eagle_rpc.target.capture import (
     find_decoder_layers,
     run_base,
 )
+from eagle_rpc.target.chat_attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.gated_mlp import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
 from eagle_rpc.target.probes import check_causal, packing_fault
 
-# Tokens of the forward that the head is probed on.
+# Tokens of the forward pass that the probes run.
 _PROBE_TOKENS = 32
 
 
-class HFEagle3TargetModel:
+class HFEagle3TargetModel(Eagle3Target):
     """One frozen decoder, three of its layers and its head.
 
     Safe to call from several threads: forward passes run one at a time.
@@ -59,18 +59,19 @@ class HFEagle3TargetModel:
         self,
         model: PreTrainedModel,
         *,
-        tokenizer: Any | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         aux_layer_ids: Sequence[int] | None = None,
         fused_rows: bool = True,
         fused_mlp: bool = True,
-    ):
-        """Runs eager; `compile` changes that. `fused_rows` and `fused_mlp`: as of `TargetConfig`.
+    ) -> None:
+        """Not compiled; see `compile`. `fused_rows` and `fused_mlp` as in `TargetConfig`.
 
-        Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` for a model whose supervision would not be exact.
+        Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` if supervision would not be exact.
         """
+        name = type(model).__name__
         if caps_attention(model.config) and model.config._attn_implementation == "sdpa":
             raise UnsupportedTarget(
-                f"{type(model).__name__} soft-caps attention scores and sdpa does not; use target.attention=eager"
+                f"{name} soft-caps attention scores and sdpa does not; use target.attention=eager"
             )
         self._model = model.eval().requires_grad_(False)
         self._base = find_base(model)
@@ -82,58 +83,64 @@ class HFEagle3TargetModel:
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
         with self._forward_lock, torch.inference_mode():
-            check_causal(partial(run_base, self._base), self._probe_ids, type(model).__name__)
+            check_causal(partial(run_base, self._base), self._probe_ids, name)
             hidden_BTH = run_base(self._base, self._probe_ids)
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
             self._attention = ChatAttention(self._base, self._probe_ids)
-            self._fused_rows = fused_rows and fused_rows_run(self._own_head.project(hidden_BTH.flatten(0, 1)))
+            logits_NV = self._own_head.project(hidden_BTH.flatten(0, 1))
+            self._fused_rows = fused_rows and fused_rows_run(logits_NV)
         self._mlps = FusedMLPs(self._layers.modules() if fused_mlp else ())
 
     @classmethod
     def load(
         cls, config: TargetConfig, device: torch.device | str, *, cache_dir: str | Path, seed: int = 0
     ) -> "HFEagle3TargetModel":
-        """The target that the configuration describes; errors as of `load_model` and the constructor."""
+        """The target of the configuration. Raises the errors of `load_model` and of the constructor."""
         model, tokenizer = load_model(config, device, cache_dir=cache_dir, seed=seed)
-        fused = {"fused_rows": config.fused_rows, "fused_mlp": config.fused_mlp}
-        target = cls(model, tokenizer=tokenizer, aux_layer_ids=config.aux_layer_ids, **fused)
+        target = cls(
+            model,
+            tokenizer=tokenizer,
+            aux_layer_ids=config.aux_layer_ids,
+            fused_rows=config.fused_rows,
+            fused_mlp=config.fused_mlp,
+        )
         if config.compile_shapes:
             target.compile(config.compile_shapes, packed=config.compile_packed, mode=config.compile_mode)
         return target
 
     def compile(self, shapes: Sequence[str], *, packed: bool, mode: CompileMode) -> None:
-        """From here on batches run through compiled decoder layers, cut and padded to `shapes` (`BxT`), which takes its time now.
+        """Compiles the decoder layers; from now on batches are cut and padded to `shapes` (`BxT`).
 
-        Comes before `model_info`, which tells of it. Without `packed`, chats that share a row are refused. Raises
-        `UnsupportedTarget` for layers that do not compile.
+        Call it before `model_info`, which describes it. Without `packed`, rows of several chats are refused.
+        Raises `UnsupportedTarget` for layers that do not compile.
         """
         compiled = CompiledForward(
             self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value
         )
         with self._forward_lock, self._mlps.in_place():
-            compiled.compile(device=self.get_input_embeddings().weight.device)
+            compiled.compile(device=self._probe_ids.device)
             self._compiled = compiled
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model, for generation and evaluation while no batch runs; its weights stay where and what they are."""
+        """The transformers model, for other uses while no batch runs. Its weights must not change."""
         return self._model
 
     @property
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self._tokenizer
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding; its weight [V, H] is raw, without the factor that Gemma 2 multiplies by in its forward."""
+        """The token embedding [V, H], without the factor that Gemma 2 applies in its forward."""
         return self._model.get_input_embeddings()
 
     @torch.no_grad()
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
     ) -> TargetOutput:
-        """Runs the decoder once on [B, T] ids, padded on the right, without its head. Ids on the CPU make no GPU wait.
+        """Runs the decoder once on [B, T] ids, padded on the right. Ids on the CPU make no wait for the GPU.
 
-        With `segment_ids` the chats of a row see only themselves and positions restart at each. Raises
+        With `segment_ids` the chats of a row do not see each other, and positions restart at each. Raises
         `UnsupportedTarget` if this model cannot run packed rows exactly.
         """
         with self._forward_lock:
@@ -142,11 +149,11 @@ class HFEagle3TargetModel:
             return self._forward(input_ids, attention_mask, segment_ids)
 
     def _forward(self, input_ids: Tensor, attention_mask: Tensor, segment_ids: Tensor | None) -> TargetOutput:
-        positions_BT = (
-            None if segment_ids is None else positions_within_chats(attention_mask.bool(), segment_ids).cpu()
-        )
+        positions_BT = None
+        if segment_ids is not None:
+            positions_BT = positions_within_chats(attention_mask.bool(), segment_ids).cpu()
         input_ids = to_device(input_ids, self._probe_ids.device)
-        aux = AuxStates(*input_ids.shape, len(self.aux_layer_ids))
+        aux = AuxStates(input_ids.shape, len(self.aux_layer_ids))
         captured = captured_layers(self._layers, self.aux_layer_ids, aux.write)
         with captured, self._mlps.in_place(), torch.inference_mode():
             if self._compiled is not None:
@@ -161,12 +168,12 @@ class HFEagle3TargetModel:
         )
 
     def draft_head(self, selected_token_ids: Tensor) -> DraftHead:
-        """The head's rows for K target ids, in tensors of their own; raises `UnsupportedTarget` if there is no such form."""
+        """Copies of the head's rows for K target ids; raises `UnsupportedTarget` if it has no such form."""
         return draft_head(self._model, selected_token_ids)
 
     @torch.inference_mode()
     def probe_head(self, selected_token_ids: Tensor) -> None:
-        """Raises `UnsupportedTarget` unless `draft_head` computes what the model's own head does."""
+        """Raises `UnsupportedTarget` unless `draft_head` computes the same as the model's own head."""
         with self._forward_lock:
             hidden_NH = run_base(self._base, self._probe_ids).flatten(0, 1)
         probe_draft_head(self.draft_head(selected_token_ids), self._own_head, selected_token_ids, hidden_NH)
@@ -178,7 +185,7 @@ class HFEagle3TargetModel:
         return spread.long().unsqueeze(0)
 
     def _check_packing(self) -> None:
-        """Once: rows of two chats must give what the chats give alone."""
+        """At the first packed batch: rows of two chats must give what the chats give alone."""
         if self._packing_is_exact:
             return
 
@@ -187,10 +194,8 @@ class HFEagle3TargetModel:
 
         fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
         if fault is not None:
-            raise UnsupportedTarget(
-                f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention does not keep packed "
-                f"chats apart ({fault}); send one chat a row"
-            )
+            name = f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention"
+            raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")
         self._packing_is_exact = True
 
     @property
@@ -204,11 +209,15 @@ class HFEagle3TargetModel:
 
     @cached_property
     def _info(self) -> ModelInfo:
-        weight_VH = self.get_input_embeddings().weight
-        attention = self._model.config._attn_implementation
+        form = [f"{self._model.config._attn_implementation} attention"]
+        form.append("eager" if self._compiled is None else self._compiled.form)
+        if self._fused_rows:
+            form.append("fused rows")
+        if self._mlps:
+            form.append(f"{len(self._mlps)} fused MLPs")
         return ModelInfo(
             architecture=type(self._model).__name__,
-            vocab_size=weight_VH.shape[0],
+            vocab_size=self.get_input_embeddings().weight.shape[0],
             hidden_size=self._model.config.get_text_config().hidden_size,
             num_layers=len(self._layers),
             aux_layer_ids=self.aux_layer_ids,
@@ -218,12 +227,5 @@ class HFEagle3TargetModel:
             tokenizer_fingerprint=None if self._tokenizer is None else tokenizer_fingerprint(self._tokenizer),
             weights_fingerprint=weights_fingerprint(self._model),
             incarnation=uuid.uuid4().hex,
-            form=", ".join(
-                [
-                    f"{attention} attention",
-                    "eager" if self._compiled is None else self._compiled.form,
-                    *(["fused rows"] if self._fused_rows else []),
-                    *([f"{len(self._mlps)} fused MLPs"] if self._mlps else []),
-                ]
-            ),
+            form=", ".join(form),
         )

@@ -1,4 +1,4 @@
-"""What a model has to prove at its start, so that what it is asked for later is exact.
+"""Checks that a model passes before the target relies on a property of it.
 
 Legend: B batch, T sequence, H target hidden.
 """
@@ -10,37 +10,37 @@ from torch import Tensor
 
 from eagle_rpc.errors import UnsupportedTarget
 
-# Relative error that rounding explains, when the two sides multiply matrices of different shapes.
+# Relative error that rounding explains where two computations multiply matrices of different shapes.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-# Times that error for whole models: other attention kernels, and experts that get other rows, round differently, which grows from
-# layer to layer.
+# The same for whole models, as a multiple: the rounding of other attention kernels, and of experts that get
+# other rows, grows from layer to layer.
 _WHOLE_MODEL = 5
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of `expected`; NaN where either holds one."""
+    """Norm of the difference over the norm of `expected`; NaN if either contains NaN."""
     actual, expected = actual.float(), expected.float()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> None:
-    """Raises `UnsupportedTarget` unless what comes later changes nothing in the last hidden states [B, T, H] that `run` gives.
+    """Raises `UnsupportedTarget` if later tokens change the last hidden states [B, T, H] that `run` returns.
 
-    Then padding on the right needs no mask.
+    Padding on the right of a causal model needs no mask.
     """
     middle = ids_BT.shape[1] // 2
     expected = run(ids_BT)[:, :middle]
     error = relative_error(run(_with_other(ids_BT, slice(middle, None)))[:, :middle], expected)
     if not error <= _WHOLE_MODEL * ROUNDING[expected.dtype]:
         raise UnsupportedTarget(
-            f"{name} must be causal, but what follows a token changes it (relative error {error:.1e})"
+            f"{name} must be causal, but later tokens change it (relative error {error:.1e})"
         )
 
 
 def packing_fault(run: Callable[[Tensor, Tensor | None], Tensor], ids_BT: Tensor) -> str | None:
-    """Why rows of two chats do not give what the chats give alone; null if they do.
+    """How rows of two chats differ from the chats alone, beyond rounding; null if they do not.
 
-    `run` gives last hidden states [B, T, H] of ids and segment ids, or of ids of one chat a row.
+    `run` returns last hidden states [B, T, H] of ids and segment ids; without segment ids a row is one chat.
     """
     middle = ids_BT.shape[1] // 2
     chats = slice(0, middle), slice(middle, None)
@@ -57,8 +57,8 @@ def packing_fault(run: Callable[[Tensor, Tensor | None], Tensor], ids_BT: Tensor
     return None
 
 
-def _with_other(ids_BT: Tensor, place: slice) -> Tensor:
-    """The same ids with others in `place`."""
+def _with_other(ids_BT: Tensor, columns: slice) -> Tensor:
+    """The same ids, with others in `columns`."""
     changed_BT = ids_BT.clone()
-    changed_BT[:, place] = ids_BT.flip(1)[:, place]
+    changed_BT[:, columns] = ids_BT.flip(1)[:, columns]
     return changed_BT

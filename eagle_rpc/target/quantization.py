@@ -1,6 +1,5 @@
-"""Quantised weights, as transformers offers them. The head and the embedding keep the target's dtype."""
+"""Quantised weights, by transformers' own means. Head and embedding keep the target's dtype."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,73 +9,56 @@ from eagle_rpc.config.choices import Quantization
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 
-# Of the first GPUs that multiply fp8.
+# Compute capability of the first GPUs that multiply fp8.
 _FP8_CAPABILITY = (8, 9)
-# torchao's settings would make inductor try kernels for minutes, and change how the whole process multiplies fp32.
+# torchao's own settings make inductor try kernels for minutes, and change fp32 products in the whole process.
 _OWN_INDUCTOR = {"set_inductor_config": False}
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _int8(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-def _int8_weights(dtype: torch.dtype) -> TorchAoConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return TorchAoConfig(Int8WeightOnlyConfig(**_OWN_INDUCTOR))
-
-
-def _fp8(dtype: torch.dtype) -> TorchAoConfig:
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-
-    return TorchAoConfig(Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), **_OWN_INDUCTOR))
-
-
-_CONFIGS: dict[Quantization, Callable[[torch.dtype], Any]] = {
-    Quantization.fp8: _fp8,
-    Quantization.int8: _int8,
-    Quantization.int8_weights: _int8_weights,
-    Quantization.nf4: _nf4,
-}
-
-
 def is_quantised(config: TargetConfig, hf_config: PretrainedConfig) -> bool:
-    """Whether the weights will be quantised: when they are loaded, or as they are stored.
+    """Whether the weights are quantised: while they are loaded, or as they are stored.
 
-    Raises `ConfigError` if `target.quantization` asks for what cannot be quantised.
+    Raises `ConfigError` if `target.quantization` is set for a model that cannot be quantised.
     """
     stored = getattr(hf_config, "quantization_config", None) is not None
     if config.quantization is not None and (config.random or stored):
-        what = "a random one" if config.random else "one whose weights are stored quantised"
-        raise ConfigError(f"target.quantization must be null for {what}, got {config.quantization.name}")
+        kind = "a random model" if config.random else "a model whose weights are stored quantised"
+        raise ConfigError(f"target.quantization must be null for {kind}, got {config.quantization.name}")
     return stored or config.quantization is not None
 
 
 def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What `from_pretrained` needs to load quantised weights to where they stay: they do not move afterwards.
+    """Arguments of `from_pretrained` for quantised weights, which are loaded to `device` and stay there.
 
-    Raises `ConfigError` if a package is missing, or a GPU that can.
+    Raises `ConfigError` if a package is missing or the device cannot run them.
     """
     device = torch.device(device)
     placed = {"device_map": {"": device}}
-    if config.quantization is None:
+    wanted = config.quantization
+    if wanted is None:
         return placed
     try:
-        quantised = {**placed, "quantization_config": _CONFIGS[config.quantization](dtype)}
+        quantised = {**placed, "quantization_config": _quantisation(wanted, dtype)}
     except ImportError as error:
-        raise ConfigError(
-            f"target.quantization={config.quantization.name} must find its package: {error}"
-        ) from error
-    if config.quantization is Quantization.fp8 and not _multiplies_fp8(device):
-        raise ConfigError(
-            f"target.quantization must be one that this machine runs on {device}, got fp8, which takes a GPU of compute capability "
-            f"{'.'.join(map(str, _FP8_CAPABILITY))} or later"
-        )
+        raise ConfigError(f"target.quantization={wanted.name} must find its package: {error}") from error
+    if wanted is Quantization.fp8 and not _multiplies_fp8(device):
+        rule = f"target.quantization must be one that this machine runs on {device}"
+        needed = ".".join(map(str, _FP8_CAPABILITY))
+        raise ConfigError(f"{rule}, got fp8, which needs a GPU of compute capability {needed} or later")
     return quantised
+
+
+def _quantisation(wanted: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
+    if wanted is Quantization.nf4:
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    if wanted is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    from torchao import quantization
+
+    if wanted is Quantization.int8_weights:
+        return TorchAoConfig(quantization.Int8WeightOnlyConfig(**_OWN_INDUCTOR))
+    by_row = {"granularity": quantization.PerRow(), **_OWN_INDUCTOR}
+    return TorchAoConfig(quantization.Float8DynamicActivationFloat8WeightConfig(**by_row))
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

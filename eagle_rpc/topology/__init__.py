@@ -1,4 +1,4 @@
-"""Who is who: roles, worker names and devices."""
+"""Roles, worker names, devices and device maps, as pure data. Importing it loads no torch."""
 
 from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
 from eagle_rpc.topology.roles import Cast, Role, Worker, assign_elastic_roles, assign_roles

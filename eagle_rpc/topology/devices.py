@@ -8,18 +8,21 @@ from eagle_rpc.topology.roles import Cast, Role
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """Where this worker computes and how its CUDA tensors reach each peer."""
+    """The device of this worker, and how its CUDA tensors reach each peer."""
 
     device: str  # "cpu" or "cuda:N"
     device_maps: dict[str, dict[str, str]]  # peer name -> {own device: peer device}
 
 
-def plan_devices(cast: Cast, world: World, *, target: str, trainer: str, num_gpus: int) -> DevicePlan:
-    """This worker's device, and its GPU mapped to those of its peers.
+def plan_devices(
+    cast: Cast, world: World, *, target: str, trainer: str, num_gpus: int | None = None
+) -> DevicePlan:
+    """The device of this worker, mapped to the GPUs of its peers.
 
-    `target` and `trainer` are `target.device` and `train.device`; a worker that is both follows the latter. The workers of one agent are
-    on one host, where worker i of `cast.names` has local rank i; with settings of `auto` several share a GPU if there are fewer. Of
-    peers with other agents neither host nor GPU is known, so nothing is mapped and CUDA tensors go through host memory.
+    `target` and `trainer` are the settings `target.device` and `train.device`; a worker with both roles
+    follows `train.device`. `num_gpus` None: as many as torch finds. The workers of one torchrun agent share a
+    host, where worker i of `cast.names` has local rank i. Host and GPUs of other agents' workers are unknown:
+    nothing is mapped to them, and CUDA tensors go through host memory.
     """
 
     def device_of(name: str, local_rank: int) -> str:
@@ -31,16 +34,27 @@ def plan_devices(cast: Cast, world: World, *, target: str, trainer: str, num_gpu
         return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
     devices = {name: device_of(name, cast.names.index(name)) for name in peers}
-    maps = {name: {device: there} for name, there in devices.items() if _are_gpus(device, there)}
+    maps = {name: {device: theirs} for name, theirs in devices.items() if _are_gpus(device, theirs)}
     return DevicePlan(device, maps)
+
+
+def resolve_device(setting: str, *, local_rank: int = 0, num_gpus: int | None = None) -> str:
+    """The device of a setting. `auto` is the GPU of the local rank, shared if there are too few, or the CPU.
+
+    `num_gpus` None: as many as torch finds.
+    """
+    if setting == "auto":
+        num_gpus = _count_gpus() if num_gpus is None else num_gpus
+        return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
+    return "cuda:0" if setting == "cuda" else setting
 
 
 def _are_gpus(*devices: str) -> bool:
     return all(device.startswith("cuda") for device in devices)
 
 
-def resolve_device(setting: str, *, local_rank: int, num_gpus: int) -> str:
-    """`auto` is the local rank's GPU where there is one; with fewer GPUs than workers they share."""
-    if setting == "auto":
-        return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
-    return "cuda:0" if setting == "cuda" else setting
+def _count_gpus() -> int:
+    # Roles and names are needed where torch is not loaded.
+    import torch
+
+    return torch.cuda.device_count()

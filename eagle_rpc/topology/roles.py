@@ -1,4 +1,4 @@
-"""Which worker this process is: pure data from the topology and torchrun's view of the world."""
+"""The role and the name of this process, from the topology and from torchrun's variables."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -9,7 +9,7 @@ from eagle_rpc.process.environment import World
 
 
 class Role(Enum):
-    """What a worker does."""
+    """The work of a process."""
 
     target = "target"
     trainer = "trainer"
@@ -17,7 +17,7 @@ class Role(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One process of a job. In the single topology it has both roles and one name."""
+    """One process of a job. With `topology.single` it has both roles."""
 
     name: str
     roles: frozenset[Role]
@@ -29,7 +29,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody in a static job; in an elastic one, the workers of this launch, which all have one role."""
+    """All workers of a static job, or the workers of one elastic launch, which have one role."""
 
     me: Worker
     target_names: tuple[str, ...]
@@ -45,7 +45,7 @@ SINGLE_NAME = "single0"
 
 
 def assign_roles(topology: TopologyConfig, world: World) -> Cast:
-    """Names come from roles. Raises `ConfigError` with both numbers when the workers do not fit the topology."""
+    """The cast of a static job. Raises `ConfigError` if the workers do not fit the topology."""
     if topology.single:
         if world.size != 1:
             raise ConfigError(f"topology.single needs exactly 1 worker, got {world.size}")
@@ -54,13 +54,14 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
     expected = topology.targets + topology.trainers
     if world.size != expected:
         raise ConfigError(
-            f"topology with {topology.targets} targets and {topology.trainers} trainers needs {expected} workers, "
-            f"got {world.size}: start it with torchrun --nproc-per-node={expected} -m eagle_rpc"
+            f"topology with {topology.targets} targets and {topology.trainers} trainers needs "
+            f"{expected} workers, got {world.size}: "
+            f"start it with torchrun --nproc-per-node={expected} -m eagle_rpc"
         )
     if world.num_agents > 1 and world.max_restarts > 0:
         raise ConfigError(
-            f"--max-restarts must be 0 with several torchrun agents in the static membership, got {world.max_restarts} with "
-            f"{world.num_agents} agents: their restart counts can disagree"
+            "torchrun --max-restarts must be 0 with several agents in a static job, "
+            f"since their restart counts can differ, got {world.max_restarts} with {world.num_agents} agents"
         )
     role, index = _role_and_index(topology, world)
     return Cast(
@@ -71,7 +72,7 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
 
 
 def assign_elastic_roles(role: Role, topology: TopologyConfig, world: World) -> Cast:
-    """All workers of this launch have `role`; targets are numbered from `topology.first_target` on."""
+    """The cast of one elastic launch: all have `role`. Targets count from `topology.first_target` on."""
     first = topology.first_target if role is Role.target else 0
     names = tuple(f"{role.value}{first + rank}" for rank in range(world.size))
     me = Worker(names[world.rank], frozenset([role]), first + world.rank)
@@ -82,8 +83,8 @@ def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
     if world.role_name == "default":
         if world.num_agents > 1:
             raise ConfigError(
-                f"torchrun --role must be target or trainer with several agents, got {world.num_agents} agents without it: "
-                "which host is which would depend on who came first"
+                "torchrun --role must be target or trainer with several agents, "
+                f"since ranks depend on their order of arrival, got {world.num_agents} agents without it"
             )
         if world.rank < topology.targets:
             return Role.target, world.rank

@@ -10,6 +10,7 @@ from pathlib import Path
 import filelock
 
 from eagle_rpc.config.choices import Resume
+from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"
@@ -22,6 +23,11 @@ class RunDirectory:
     """Paths inside `run.dir`. Reading them creates nothing."""
 
     path: Path
+
+    @classmethod
+    def of(cls, config: Config) -> "RunDirectory":
+        """The directory that `run.dir` names."""
+        return cls(Path(config.run.dir))
 
     @property
     def config(self) -> Path:

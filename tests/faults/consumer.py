@@ -18,8 +18,8 @@ from eagle_rpc.data import BatchPlan, ChatTemplate, build_vocab_mapping, load_da
 from eagle_rpc.jobs.assembly import connect_target, plan_batches
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import trainer_permissions
-from eagle_rpc.jobs.setting import start_worker
 from eagle_rpc.process import read_world
+from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import ElasticMembership
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.target.loading import load_target_config, load_tokenizer

@@ -8,10 +8,9 @@ from gpu_targets import MAPPING, RANDOM, batch_of, config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.config.choices import Quantization
-from eagle_rpc.supervision import DraftVocabOnDevice
+from eagle_rpc.supervision import DraftVocabOnDevice, supervise
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import relative_error
-from eagle_rpc.target.supervise import supervise
 
 pytestmark = [
     pytest.mark.gpu,

@@ -15,14 +15,15 @@ from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     DraftVocabOnDevice,
     GenerateRequest,
+    SessionSettings,
     SessionSpec,
     VocabMapping,
     decode_supervision,
+    supervise,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import ROUNDING, relative_error
-from eagle_rpc.target.supervise import supervise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +60,7 @@ def send(server, session, tokens, number=0):
 
 
 def colocated_with(target, config, encoding, rows="loss_mask"):
-    backend = ColocatedEagle3TargetModel(target, config, encoding=encoding, rows=rows)
+    backend = ColocatedEagle3TargetModel(target, config, SessionSettings(encoding=encoding, rows=rows))
     backend.open_session(MAPPING)
     return lambda tokens: backend.generate_batch(
         tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids

@@ -26,6 +26,7 @@ from support.waiting import until
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.errors import StaleIncarnation
 from eagle_rpc.registry import Record
+from eagle_rpc.supervision import SessionSettings
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -75,7 +76,7 @@ def digests(batch: Any) -> dict[str, list[Any]]:
 def expected_batch(seed: int) -> dict[str, list[Any]]:
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
     backend = ColocatedEagle3TargetModel(
-        target, tiny_target_config(), encoding="hidden", rows="position_mask"
+        target, tiny_target_config(), SessionSettings(encoding="hidden", rows="position_mask")
     )
     backend.open_session(tiny_mapping())
     tokens = tiny_batch(seed)

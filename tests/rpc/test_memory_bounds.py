@@ -8,7 +8,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from eagle_rpc.process import read_world
 from eagle_rpc.rpc import PendingCall, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import DraftHead, GenerateRequest, SessionSpec, TokenBatch
+from eagle_rpc.supervision import DraftHead, GenerateRequest, SessionSpec, TargetOutput, TokenBatch
 from eagle_rpc.topology import DevicePlan, Role, assign_roles
 
 pytestmark = pytest.mark.rpc
@@ -59,9 +58,7 @@ class WideTarget:
     def generate_batch(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor) -> Any:
         assert self.gate.wait(WAIT)
         aux = torch.ones(*input_ids.shape, 3 * HIDDEN)
-        return SimpleNamespace(
-            aux_hidden_states=aux, last_hidden_state=aux[..., :HIDDEN], project=self._project
-        )
+        return TargetOutput(aux_hidden_states=aux, last_hidden_state=aux[..., :HIDDEN], project=self._project)
 
     def _project(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape[0], VOCAB)
@@ -214,7 +211,7 @@ def stand_still(how_it_goes_on: int, told: str) -> Any:
         }
         Path(told).write_text(json.dumps(seen))
         if how_it_goes_on == signal.SIGKILL:
-            membership.part()
+            membership.announce_leaving()
         else:
             hosted.reached("done")
 

@@ -14,7 +14,7 @@ from test_service import as_lists, joined, make_target, remote_target, serve
 
 from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
-from eagle_rpc.supervision import ENCODINGS, Eagle3TargetBackend
+from eagle_rpc.supervision import ENCODINGS, Eagle3TargetBackend, SessionSettings
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.topology import Role
 
@@ -61,7 +61,7 @@ def test_remote_supervision_of_packed_rows_equals_co_located_bit_for_bit():
     torch.set_num_threads(1)
     for encoding in ENCODINGS:
         colocated = ColocatedEagle3TargetModel(
-            make_target(), tiny_target_config(), encoding=encoding, rows="position_mask"
+            make_target(), tiny_target_config(), SessionSettings(encoding=encoding, rows="position_mask")
         )
         expected = supervision(colocated)
         assert received[encoding] == expected

@@ -21,7 +21,7 @@ from eagle_rpc.process import read_world
 from eagle_rpc.rpc import Link, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import ENCODINGS, TargetExpectation
+from eagle_rpc.supervision import ENCODINGS, SessionSettings, TargetExpectation
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import DevicePlan, Role, assign_roles
@@ -62,11 +62,8 @@ def remote_target(
 ) -> RemoteEagle3TargetModel:
     membership.wait_for(membership.cast.target_names, "ready", timeout=60)
     settings: dict[str, Any] = {
-        "trainer": membership.cast.me.name,
+        "session": SessionSettings(encoding=encoding, job="test", trainer=membership.cast.me.name),
         "index": membership.cast.me.index,
-        "job": "test",
-        "encoding": encoding,
-        "rows": "position_mask",
         "prefetch": 3,
         "request_timeout": 30.0,
         "reconnect_deadline": 30.0,
@@ -90,7 +87,7 @@ def as_lists(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 def colocated_batches(encoding: str, count: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     backend = ColocatedEagle3TargetModel(
-        make_target(), tiny_target_config(), encoding=encoding, rows="position_mask"
+        make_target(), tiny_target_config(), SessionSettings(encoding=encoding, rows="position_mask")
     )
     backend.open_session(tiny_mapping())
     return [

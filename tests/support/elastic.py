@@ -21,7 +21,7 @@ from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer
 from eagle_rpc.rpc import ElasticMembership, host, join_elastic
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import TargetExpectation
+from eagle_rpc.supervision import SessionSettings, TargetExpectation
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 WAIT = 60.0
@@ -87,9 +87,7 @@ class Registry:
         self.address = self._server.address
 
     def _start(self, port: int) -> RegistryServer:
-        return RegistryServer(
-            ("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0), request_seconds=5.0
-        )
+        return RegistryServer(("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0))
 
     @property
     def client(self) -> RegistryClient:
@@ -147,11 +145,8 @@ def serve_target(link: Link, name: str, config: TargetConfig, address: str, toke
 def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iterator[RemoteEagle3TargetModel]:
     """A trainer's client in an elastic service."""
     settings: dict[str, Any] = {
-        "trainer": name,
+        "session": SessionSettings(job="test", trainer=name),
         "index": 0,
-        "job": "test",
-        "encoding": "hidden",
-        "rows": "position_mask",
         "prefetch": 3,
         "request_timeout": 20.0,
         "reconnect_deadline": WAIT,

@@ -10,18 +10,17 @@ import torch
 from support.tiny_target import DRAFT_VOCAB_SIZE, TINY_LLAMA, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC
 
-from eagle_rpc.client.ticket import Ticket
+from eagle_rpc.client.dispatcher import PendingRequest
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, TrainConfig
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.jobs.permissions import static_permissions
-from eagle_rpc.jobs.setting import planned_devices
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.loading import load_target_config
-from eagle_rpc.topology import Role, assign_roles
+from eagle_rpc.topology import Role, assign_roles, plan_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -54,7 +53,7 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
-    devices = planned_devices(config, cast, world)
+    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
         if cast.me.has(Role.target):
@@ -99,17 +98,17 @@ def _train(
 @contextlib.contextmanager
 def arrivals(membership: StaticMembership) -> Iterator[None]:
     """Leaves a mark in the store for every answer that this trainer gets."""
-    deliver, numbers = Ticket.deliver, itertools.count(1)
+    complete, numbers = PendingRequest.complete, itertools.count(1)
 
-    def marked(ticket, reply):
-        deliver(ticket, reply)
+    def marked(request, reply):
+        complete(request, reply)
         membership.mark(f"arrival {next(numbers)}")
 
-    Ticket.deliver = marked
+    PendingRequest.complete = marked
     try:
         yield
     finally:
-        Ticket.deliver = deliver
+        PendingRequest.complete = complete
 
 
 def hold_back(learner: Learner, membership: StaticMembership, step: int) -> None:

@@ -102,10 +102,10 @@ def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
     """The same batch elsewhere."""
     targets = batch.targets
     if isinstance(targets, ProjectedTargets):
-        moved = ProjectedTargets(targets.hidden_NH.to(device), targets.head.to(torch.device(device)))
+        moved = ProjectedTargets(targets.values.to(device), targets.head.to(torch.device(device)))
     else:
         assert isinstance(targets, StoredLogits)
-        moved = StoredLogits(targets.logits_NK.to(device))
+        moved = StoredLogits(targets.values.to(device))
     return Eagle3TargetBatch(
         tokens=batch.tokens.to(torch.device(device)),
         aux_hidden_states=batch.aux_hidden_states.to(device),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eagle_rpc.supervision.segments import chat_boundaries
+
 MAX_HEAD_DIM = 256
 Heads = tuple[Tensor, Tensor, Tensor]  # queries [B, T, Q, D], keys and values [B, T, J, D]
 aten = torch.ops.aten
@@ -25,11 +27,7 @@ class PackedChats:
     @classmethod
     def of(cls, segment_ids_BT: Tensor) -> "PackedChats":
         """Waits for the device once: the number of chats is a shape."""
-        starts_BT = torch.ones_like(segment_ids_BT, dtype=torch.bool)
-        starts_BT[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
-        ends = torch.ones(1, dtype=torch.bool, device=segment_ids_BT.device)
-        boundaries = torch.cat((starts_BT.flatten(), ends)).nonzero().squeeze(1)
-        return cls(boundaries.int(), segment_ids_BT.shape[1])
+        return cls(chat_boundaries(segment_ids_BT).int(), segment_ids_BT.shape[1])
 
     @property
     def arguments(self) -> tuple[Tensor, Tensor, int, int]:

@@ -43,26 +43,26 @@ def prompts(count, shared=(), longest=30):
     ]
 
 
-def reference_answer(model, prompt, eos_token_ids):
+def reference_answer(model, prompt, stop_token_ids):
     ids = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
-        eos_token_id=list(eos_token_ids),
+        eos_token_id=list(stop_token_ids),
         pad_token_id=0,
         use_cache=True,
     )[0, len(prompt) :].tolist()
-    ended = ids[-1] in eos_token_ids
+    ended = ids[-1] in stop_token_ids
     return ids[:-1] if ended else ids, not ended
 
 
-def answers_of(model, asked, *, slots=3, **settings):
+def answers_of(model, asked, *, batch_size=3, **settings):
     engine = AnswerEngine(
         model,
-        slots=slots,
+        batch_size=batch_size,
         max_new_tokens=MAX_NEW_TOKENS,
-        **{"eos_token_ids": eos_ids(model, asked), **settings},
+        **{"stop_token_ids": eos_ids(model, asked), **settings},
     )
     for number, prompt in enumerate(asked):
         engine.submit(str(number), prompt)
@@ -88,7 +88,7 @@ def test_greedy_answers_equal_those_of_transformers(model_type, shared):
     eos = eos_ids(model, asked)
     expected = [reference_answer(model, prompt, eos) for prompt in asked]
     assert {truncated for _, truncated in expected} == {True, False}
-    assert answers_of(model, asked, eos_token_ids=eos) == expected
+    assert answers_of(model, asked, stop_token_ids=eos) == expected
 
 
 def test_the_model_is_left_with_its_own_attention():
@@ -101,7 +101,7 @@ def test_prompts_longer_than_the_cache_and_prompts_of_one_token_are_answered_ali
     model = random_model()
     asked = [*prompts(2, longest=4), [7], *prompts(3, longest=180), [7, 8]]
     eos = {VOCAB}
-    assert answers_of(model, asked, eos_token_ids=eos) == [
+    assert answers_of(model, asked, stop_token_ids=eos) == [
         reference_answer(model, prompt, eos) for prompt in asked
     ]
 
@@ -109,7 +109,7 @@ def test_prompts_longer_than_the_cache_and_prompts_of_one_token_are_answered_ali
 def test_prompts_submitted_while_others_are_answered_may_begin_otherwise_and_be_longer():
     model = random_model()
     first, later = prompts(4, shared=(5, 9, 11)), [[5, 9, *range(3, 60)] * 3, [60], [5, 9, 11, 12]]
-    engine = AnswerEngine(model, slots=2, max_new_tokens=MAX_NEW_TOKENS, eos_token_ids={VOCAB})
+    engine = AnswerEngine(model, batch_size=2, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids={VOCAB})
     for number, prompt in enumerate(first):
         engine.submit(f"first {number}", prompt)
     found = {}
@@ -124,19 +124,21 @@ def test_prompts_submitted_while_others_are_answered_may_begin_otherwise_and_be_
             assert found[f"{kind} {number}"] == reference_answer(model, prompt, {VOCAB})[0]
 
 
-def test_sampled_answers_depend_on_seed_and_key_but_not_on_company():
+def test_sampled_answers_depend_on_seed_and_key_but_not_on_the_rest_of_the_batch():
     model, asked = random_model(), prompts(6)
-    sample = {"temperature": 1.5, "eos_token_ids": {VOCAB}}
-    together = answers_of(model, asked, slots=6, **sample)
-    assert together == answers_of(model, asked, slots=1, **sample)
-    assert together != answers_of(model, asked, slots=6, **sample, seed=1)
+    sample = {"temperature": 1.5, "stop_token_ids": {VOCAB}}
+    together = answers_of(model, asked, batch_size=6, **sample)
+    assert together == answers_of(model, asked, batch_size=1, **sample)
+    assert together != answers_of(model, asked, batch_size=6, **sample, seed=1)
     same = answers_of(model, [asked[0], asked[0]], **sample)
     assert same[0] == together[0] != same[1]
 
 
 def test_samples_follow_the_model_distribution():
     model, prompt, temperature = random_model(), prompts(1)[0], 2.0
-    engine = AnswerEngine(model, slots=256, max_new_tokens=1, eos_token_ids={VOCAB}, temperature=temperature)
+    engine = AnswerEngine(
+        model, batch_size=256, max_new_tokens=1, stop_token_ids={VOCAB}, temperature=temperature
+    )
     count = 4096
     for number in range(count):
         engine.submit(str(number), prompt)
@@ -152,7 +154,7 @@ def test_samples_follow_the_model_distribution():
 
 
 def test_an_empty_prompt_is_refused():
-    engine = AnswerEngine(random_model(), slots=1, max_new_tokens=1, eos_token_ids={1})
+    engine = AnswerEngine(random_model(), batch_size=1, max_new_tokens=1, stop_token_ids={1})
     with pytest.raises(InvalidRequest, match="prompt must hold at least one token"):
         engine.submit("a", [])
 
@@ -160,7 +162,7 @@ def test_an_empty_prompt_is_refused():
 def test_an_end_of_turn_at_once_is_an_empty_answer():
     model = random_model()
     first = reference_answer(model, [5, 6], {VOCAB})[0][0]
-    engine = AnswerEngine(model, slots=1, max_new_tokens=4, eos_token_ids={first})
+    engine = AnswerEngine(model, batch_size=1, max_new_tokens=4, stop_token_ids={first})
     engine.submit("a", [5, 6])
     assert list(engine.answers()) == [Answer("a", [], truncated=False)]
 
@@ -169,7 +171,7 @@ def test_attention_sinks_are_refused_rather_than_left_out():
     model = AutoModelForCausalLM.from_config(
         GptOssConfig(**{**SIZES, "num_hidden_layers": 2}, num_local_experts=2, num_experts_per_tok=1)
     ).eval()
-    engine = AnswerEngine(model, slots=1, max_new_tokens=2, eos_token_ids={VOCAB})
+    engine = AnswerEngine(model, batch_size=1, max_new_tokens=2, stop_token_ids={VOCAB})
     engine.submit("a", [5, 6, 7])
     with pytest.raises(UnsupportedTarget, match="sinks"):
         list(engine.answers())

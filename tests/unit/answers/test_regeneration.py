@@ -9,6 +9,7 @@ import torch
 from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType, OnError, PromptSource
 from eagle_rpc.data import read_chats
@@ -147,12 +148,13 @@ def test_a_second_run_asks_only_what_is_new(config: Config, monkeypatch: pytest.
     first = len(records_of(config))
     write_prompts(config, CHATS)
     asked = []
-    submit = regenerate.AnswerEngine.submit
-    monkeypatch.setattr(
-        regenerate.AnswerEngine,
-        "submit",
-        lambda self, key, prompt: (asked.append(key), submit(self, key, prompt)),
-    )
+    submit = AnswerEngine.submit
+
+    def noted_submit(self, key, prompt):
+        asked.append(key)
+        submit(self, key, prompt)
+
+    monkeypatch.setattr(AnswerEngine, "submit", noted_submit)
     regenerate.run(config)
     assert Path(config.regenerate.output).read_bytes().startswith(before)
     assert {key.partition("/")[0] for key in asked}.isdisjoint(
@@ -192,7 +194,7 @@ def test_answers_of_other_settings_are_not_mixed(config: Config, field: str, val
     assert Path(config.regenerate.output).read_bytes() == before
 
 
-def test_a_file_of_somebody_else_is_not_appended_to(config: Config):
+def test_a_file_that_this_job_did_not_write_is_not_appended_to(config: Config):
     foreign = '{"messages": [{"role": "user", "content": "Hello"}]}\n'
     Path(config.regenerate.output).write_text(foreign)
     with pytest.raises(ConfigError, match=r"regenerate.output .* line 1"):

@@ -1,4 +1,4 @@
-"""Targets that answer in the same process, and a membership that finds them, for tests of the client alone."""
+"""Targets that answer in the same process, and a membership that finds them."""
 
 import threading
 from collections.abc import Callable
@@ -11,14 +11,11 @@ from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.errors import ConnectionLost
 from eagle_rpc.rpc import ServiceCall, TargetAddress
 from eagle_rpc.service.endpoint import TargetEndpoint
-from eagle_rpc.supervision import TargetExpectation
+from eagle_rpc.supervision import SessionSettings, TargetExpectation
 
 SETTINGS = {
-    "trainer": "trainer0",
+    "session": SessionSettings(job="test", trainer="trainer0"),
     "index": 0,
-    "job": "test",
-    "encoding": "hidden",
-    "rows": "position_mask",
     "prefetch": 4,
     "request_timeout": 30.0,
     "reconnect_deadline": 30.0,
@@ -28,7 +25,7 @@ SETTINGS = {
 
 
 class FakeTarget:
-    """A `TargetModelServer` behind a connection that tests can cut, hold or bend."""
+    """A `TargetModelServer` behind a connection that tests can cut, hold or answer for."""
 
     def __init__(self, name: str, server: Any) -> None:
         self.name = name
@@ -62,7 +59,7 @@ class FakeTarget:
             future.add_done_callback(lambda done: self.sessions.append(done.value().value.id))
         return future
 
-    def lapse(self) -> None:
+    def expire_session(self) -> None:
         """Ends the session that was opened last, as an expired lease does."""
         self.server.disconnect(self.sessions[-1])
 
@@ -89,7 +86,7 @@ class FakeTarget:
 
 
 def timed_out(seconds: float) -> Future:
-    """What torch makes of a call that nobody answers."""
+    """A call that is never answered, as torch ends it."""
     future: Future = Future()
     error = RuntimeError(f"RPCErr:1:RPC ran for more than set timeout ({seconds} s)")
     threading.Timer(seconds, future.set_exception, [error]).start()
@@ -113,7 +110,7 @@ class FakeLink:
 
 
 class FakeMembership:
-    """Lists the targets that are alive; `elastic` as told."""
+    """Lists the targets that are alive."""
 
     def __init__(self, *targets: FakeTarget, elastic: bool = True) -> None:
         self.elastic = elastic

@@ -13,7 +13,7 @@ from support.waiting import until
 from eagle_rpc.errors import TargetFailed, TargetMismatch, TargetUnavailable
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Pulse
+from eagle_rpc.supervision import HeartbeatReply, SessionSettings
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -24,7 +24,7 @@ BATCHES = 8
 def expected() -> list[dict[str, Any]]:
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
     backend = ColocatedEagle3TargetModel(
-        target, tiny_target_config(), encoding="hidden", rows="position_mask"
+        target, tiny_target_config(), SessionSettings(encoding="hidden", rows="position_mask")
     )
     backend.open_session(tiny_mapping())
     return [tensors_of(batch) for batch in backend.stream(tiny_batch(seed) for seed in range(BATCHES))]
@@ -41,7 +41,7 @@ def until_both_serve(backend: Any) -> None:
 
 
 def check_stream(backend: Any, expected: list[dict[str, Any]], after: dict[int, Callable[[], None]]) -> None:
-    """Streams everything, calls `after[n]` when batch n has been consumed, and compares bit by bit and in order."""
+    """Streams all batches, calls `after[n]` when batch n was consumed, and compares every bit in order."""
     batches = backend.stream(tiny_batch(seed) for seed in range(BATCHES))
     for number, batch in enumerate(batches):
         assert all(tensor.equal(expected[number][name]) for name, tensor in tensors_of(batch).items()), number
@@ -122,7 +122,7 @@ def test_a_draining_target_gets_nothing_new(
     incarnation = server.model_info().incarnation
     refusals = {
         "generate": Failure("draining", "shutting down"),
-        "heartbeat": Ok(Pulse(incarnation=incarnation, draining=True)),
+        "heartbeat": Ok(HeartbeatReply(incarnation=incarnation, draining=True)),
     }
     draining.refuse = refusals.get
     check_stream(backend, expected, {})
@@ -131,19 +131,23 @@ def test_a_draining_target_gets_nothing_new(
     assert draining.num_requests == asked <= 2
 
 
-def test_a_lapsed_session_is_opened_again(
+def test_an_expired_session_is_opened_again(
     opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
 ):
     target = FakeTarget("target0", server)
     # With nothing sent ahead, the next request is the one that finds it gone.
-    check_stream(opened(FakeMembership(target), prefetch=1), expected, {2: target.lapse, 5: target.lapse})
+    check_stream(
+        opened(FakeMembership(target), prefetch=1),
+        expected,
+        {2: target.expire_session, 5: target.expire_session},
+    )
     assert len(target.sessions) == 3
 
 
 @pytest.mark.parametrize(
     "failure", [Failure("failed", "CUDA error"), Failure("out_of_memory", "want of memory")]
 )
-def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_raise_is_given_up(
+def test_a_request_that_fails_at_one_target_goes_to_another_and_fails_if_it_fails_there_too(
     opened: Any, server: TargetModelServer, expected: list[dict[str, Any]], failure: Failure
 ):
     ill, other = FakeTarget("target0", server), FakeTarget("target1", server)
@@ -159,7 +163,7 @@ def test_a_target_that_raises_alone_is_passed_over_and_a_request_that_makes_all_
         list(backend.stream([tiny_batch(0)]))
 
 
-def test_what_a_target_does_not_answer_in_time_is_asked_of_another(
+def test_a_request_that_is_not_answered_in_time_goes_to_another_target(
     opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
 ):
     stuck, other = FakeTarget("target0", server), FakeTarget("target1", server)

@@ -1,4 +1,4 @@
-"""Which replica the next request goes to."""
+"""The choice of the replica that gets the next request."""
 
 from types import SimpleNamespace
 
@@ -83,5 +83,5 @@ def test_pace_counts_the_time_at_the_target_and_not_that_behind_earlier_requests
     one._under_way = {"a": 0.0, "b": 0.0}
     for request, when in (("a", 2.0), ("b", 4.0)):
         clock.now = when
-        one.settle(request, answered=True)
+        one.finish(request, answered=True)
     assert one.seconds_per_request == 2.0 and one.num_outstanding == 0

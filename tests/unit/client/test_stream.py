@@ -84,7 +84,7 @@ def test_a_target_that_stays_busy_is_given_up_with_its_reason(opened: Any, serve
         generate(opened(FakeMembership(target), request_timeout=0.1), 1)
 
 
-def test_what_the_request_is_to_blame_for_is_raised_at_once(opened: Any, server: TargetModelServer):
+def test_a_refusal_of_the_request_itself_is_raised_at_once(opened: Any, server: TargetModelServer):
     target = FakeTarget("target0", server)
     target.refuse = lambda method: (
         Failure("invalid_request", "input_ids must be") if method == "generate" else None

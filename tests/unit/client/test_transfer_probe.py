@@ -1,4 +1,4 @@
-"""How a trainer finds out whether a target's GPU reaches its own. No GPU is needed to see what it does where that fails."""
+"""How a trainer finds out whether its GPU is connected to a target's, and what follows if it is not."""
 
 import logging
 from typing import Any

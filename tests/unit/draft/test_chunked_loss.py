@@ -67,7 +67,7 @@ def test_fp32_targets_are_projected_in_fp32_under_autocast():
     hidden_NSH, head_KH, targets, coefficients_NS = case()
     with torch.autocast("cpu", torch.bfloat16):
         _, losses, _ = soft_cross_entropy(
-            hidden_NSH.float(), head_KH.float(), Spy(targets.probs_NK), coefficients_NS.float()
+            hidden_NSH.float(), head_KH.float(), Spy(targets.values), coefficients_NS.float()
         )
     assert seen == [False]
     assert losses.dtype == torch.float32

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate import acceptance
-from eagle_rpc.evaluate.acceptance import evaluate_draft, stop_token_ids
+from eagle_rpc.evaluate.acceptance import evaluate_draft
 from eagle_rpc.serving.export import export_draft, load_export
 from eagle_rpc.supervision import VocabMapping
 
@@ -141,8 +141,8 @@ def test_prompts_are_checked_before_any_is_decoded(model, export, monkeypatch, p
         evaluate(model, export, prompts=prompts)
 
 
-@pytest.mark.parametrize(("configured", "expected"), [(None, set()), (2, {2}), ([2, 5], {2, 5})])
-def test_stop_tokens_are_the_models_own(configured, expected):
-    model = tiny_model()
-    model.generation_config = GenerationConfig(eos_token_id=configured)
-    assert stop_token_ids(model) == expected
+def test_the_text_ends_at_the_models_own_stop_tokens_unless_others_are_given(model, export, monkeypatch):
+    first = int(model(torch.tensor([PROMPTS[0]])).logits[0, -1].argmax())
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [first, 0])
+    assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=None).num_tokens == 1
+    assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=()).num_tokens == 10

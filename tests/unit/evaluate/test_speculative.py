@@ -57,7 +57,7 @@ def greedy_text(model, prompt, length):
 
 
 class ScriptedProposer:
-    """Guesses the first `right` tokens of the text that really follow, then wrong ones; notes what it was told."""
+    """Guesses the next `right` tokens of the text, then wrong ones; records its arguments."""
 
     num_draft_tokens = 3
 
@@ -159,10 +159,10 @@ def test_margins_are_the_distance_between_the_two_best_logits():
 
 @torch.no_grad()
 def simulate_offline(model, draft, mapping, prompt, *, max_new_tokens, k):
-    """Counts that decoding must give, from one forward of the target and the trainer's unrolled view of the draft.
+    """Counts that decoding must give, from one forward of the target and the draft unrolled as in training.
 
-    The finished text is fed to every step as training does; a guess at step i counts only when the ones before it were
-    right, and then the text is what the chain would have fed.
+    The finished text is fed to every step as training does; a guess at step i counts only when the ones
+    before it were right, and then the text is what the chain would have fed.
     """
     text = greedy_text(model, prompt, max_new_tokens + k)
     ids = torch.tensor([[*prompt, *text]])

@@ -9,13 +9,14 @@ from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.process.waiting import BoundedWait, wait_until
 
 
-def test_a_wait_says_every_ten_seconds_what_it_waits_for(caplog):
+def test_a_wait_logs_after_a_second_and_then_every_ten(caplog):
     now = [0.0]
     with caplog.at_level(logging.INFO):
         wait = BoundedWait("target0", 60, clock=lambda: now[0])
-        for now[0] in (4.0, 12.0, 16.0, 21.9):
+        for now[0] in (0.9, 1.0, 5.0, 10.9, 11.0, 20.0):
             wait.say("it loads its model")
-    assert caplog.messages == ["waiting for target0, 12 of 60 s: it loads its model"]
+    lines = [f"waiting for target0, {seconds} of 60 s: it loads its model" for seconds in (1, 11)]
+    assert caplog.messages == lines
 
 
 def test_the_bound_raises_with_what_was_waited_for():

@@ -46,14 +46,14 @@ def running_registry(
     *,
     address: str = "127.0.0.1:0",
     ttl: float = BOUND,
-    request_seconds: float = BOUND,
+    message_seconds: float = BOUND,
     ids: IdFile | None = None,
 ) -> Iterator[RegistryServer]:
     """Slow enough in what it takes for silence that only tests of silence see any."""
     host, port = address.split(":")
     ids = ids or IdFile(directory / "ids", lock_seconds=BOUND)
     with RegistryServer(
-        (host, int(port)), TOKEN, Directory(ids, ttl=ttl), request_seconds=request_seconds
+        (host, int(port)), TOKEN, Directory(ids, ttl=ttl), message_seconds=message_seconds
     ) as server:
         yield server
 

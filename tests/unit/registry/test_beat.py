@@ -23,7 +23,7 @@ def beat(
         "when_superseded": lambda: None,
         **changes,
     }
-    return Beat(client, record, status=status, **settings)
+    return Beat(client=client, record=record, status=status, **settings)
 
 
 def counting() -> tuple[Callable[[], dict[str, Any]], Callable[[int], None]]:
@@ -142,8 +142,9 @@ def test_a_worker_whose_name_was_taken_over_is_told_once_and_leaves_the_other_al
         assert (told, client.living()) == (["superseded"], [second])
 
 
-def test_a_living_name_is_refused_after_the_patience_and_said_to_be_waited_for(tmp_path, caplog):
+def test_a_living_name_is_refused_after_the_patience_and_said_to_be_waited_for(tmp_path, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr("eagle_rpc.process.waiting._FIRST_LINE_SECONDS", 0.0)
     with running_registry(tmp_path) as server:
         client = client_of(server)
         client.announce(target(incarnation="a"))

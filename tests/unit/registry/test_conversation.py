@@ -203,14 +203,14 @@ def test_a_truncated_request_ends_its_connection_only(server, kept: int):
 
 def test_an_oversized_request_is_refused_before_it_is_read(server):
     with connected(server) as connection:
-        connection.sendall(b"n" * 32 + struct.pack(">I", MAX_REQUEST_BYTES + 1))
+        connection.sendall(b"n" * 32 + struct.pack(">I", MAX_REQUEST_BYTES + 1) + bytes(32))
         assert len(read_to_end(connection)) == GREETING_BYTES
     with pytest.raises(InvalidRequest, match="at most"):
         client_of(server).announce(target(status={"text": "x" * MAX_REQUEST_BYTES}))
 
 
 def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(tmp_path):
-    with running_registry(tmp_path, request_seconds=1.0) as server, connected(server) as connection:
+    with running_registry(tmp_path, message_seconds=1.0) as server, connected(server) as connection:
         connection.recv(GREETING_BYTES)
         connection.settimeout(0.1)
         deadline = time.monotonic() + BOUND
@@ -224,10 +224,10 @@ def test_a_peer_that_sends_a_byte_at_a_time_is_cut_off(tmp_path):
 
 
 def test_silent_connections_do_not_keep_workers_out(tmp_path):
-    with running_registry(tmp_path) as server, contextlib.ExitStack() as stack:
+    with running_registry(tmp_path, message_seconds=2.0) as server, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connected(server)) for _ in range(MAX_CONNECTIONS + 20)]
-        assert client_of(server).new_id() > 0
-        # Those that were there first have made room.
+        assert take_id(client_of(server), BOUND, threading.Event()) > 0
+        # The first ones have lost their places.
         assert len(read_to_end(silent[0])) == GREETING_BYTES
         assert threading.active_count() < MAX_CONNECTIONS + 30
 

@@ -4,8 +4,9 @@ import pytest
 from registry_cases import TTL, Clock, target
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
-from eagle_rpc.registry import Directory, IdFile, Sighting
-from eagle_rpc.registry.record import from_json, record_from_json, sighting_from_json
+from eagle_rpc.registry import Directory, IdFile
+from eagle_rpc.registry.directory import RunningClock
+from eagle_rpc.registry.record import from_json, record_from_json
 
 
 @pytest.fixture
@@ -23,12 +24,8 @@ def directory(ids, clock) -> Directory:
     return Directory(ids, ttl=TTL, clock=clock)
 
 
-def sightings(directory: Directory) -> list[Sighting]:
-    return [sighting_from_json(one) for one in from_json(directory.sightings())]
-
-
 def names(directory: Directory) -> list[tuple[str, str]]:
-    return [(one.record.name, one.record.incarnation[:1]) for one in sightings(directory) if one.living]
+    return [(one.record.name, one.record.incarnation[:1]) for one in directory.sightings() if one.living]
 
 
 def test_a_living_name_is_refused_to_another_incarnation_and_its_holder_named(directory, clock):
@@ -62,7 +59,7 @@ def test_names_belong_to_a_role_and_a_job(directory):
     directory.announce(target(incarnation="a"))
     directory.announce(target(incarnation="b", role="trainer", job="one"))
     directory.announce(target(incarnation="c", role="trainer", job="two"))
-    assert len(sightings(directory)) == 3
+    assert len(directory.sightings()) == 3
 
 
 def test_a_beat_renews_the_status_and_the_time(directory, clock):
@@ -70,14 +67,14 @@ def test_a_beat_renews_the_status_and_the_time(directory, clock):
     clock.now += 2
     directory.announce(target(incarnation="a", status={"step": 2}))
     clock.now += 2
-    (seen,) = sightings(directory)
+    (seen,) = directory.sightings()
     assert (seen.record.status, seen.seconds_silent, seen.living) == ({"step": 2}, 2, True)
 
 
 def test_a_silent_holder_is_shown_as_silent_then_superseded_and_ends_itself(directory, clock):
     directory.announce(target(incarnation="a"))
     clock.now += TTL
-    (silent,) = sightings(directory)
+    (silent,) = directory.sightings()
     assert (silent.living, silent.seconds_silent) == (False, TTL)
     assert from_json(directory.living()) == []
     directory.announce(target(incarnation="b", id=2))
@@ -96,9 +93,9 @@ def test_a_worker_that_was_silent_keeps_its_name_if_nobody_took_it(directory, cl
 def test_the_silent_are_forgotten_in_the_end(directory, clock):
     directory.announce(target(incarnation="a"))
     clock.now += 10 * TTL - 0.1
-    assert len(sightings(directory)) == 1
+    assert len(directory.sightings()) == 1
     clock.now += 0.1
-    assert sightings(directory) == []
+    assert directory.sightings() == []
 
 
 def test_withdrawing_frees_the_name_at_once_and_only_that_incarnations(directory):
@@ -135,18 +132,25 @@ def test_after_a_restart_a_name_that_nobody_claims_is_free_after_the_time_to_liv
 
 def test_a_registry_that_never_had_workers_admits_them_at_once(directory):
     directory.announce(target(id=directory.new_id()))
-    assert len(sightings(directory)) == 1
+    assert len(directory.sightings()) == 1
 
 
-def test_silence_while_the_registry_stood_still_does_not_count(directory, clock):
+def test_silence_while_the_registry_stood_still_does_not_count(ids):
+    wall = Clock()
+    directory = Directory(ids, ttl=TTL, clock=RunningClock(wall))
+
+    def run(seconds: float) -> None:
+        for _ in range(round(seconds)):
+            wall.now += 1
+            directory.clock()
+
     directory.announce(target(0))
-    clock.now += 1
+    run(1)
     directory.announce(target(1))
-    clock.now += 100
-    directory.excuse(100)
-    assert [(one.living, one.seconds_silent) for one in sightings(directory)] == [(True, 1), (True, 0)]
-    clock.now += TTL - 1
-    assert [one.living for one in sightings(directory)] == [False, True]
+    wall.now += 100
+    assert [(one.living, one.seconds_silent) for one in directory.sightings()] == [(True, 1), (True, 0)]
+    run(TTL - 1)
+    assert [one.living for one in directory.sightings()] == [False, True]
 
 
 def test_all_records_together_are_bounded(directory):
@@ -154,11 +158,11 @@ def test_all_records_together_are_bounded(directory):
     with pytest.raises(InvalidRequest, match="together"):
         for number in itertools.count():
             directory.announce(target(number, status=large))
-    held = len(sightings(directory))
+    held = len(directory.sightings())
     assert 50 < held < 110
     # Those who are in stay in.
     directory.announce(target(0, status=large))
-    assert len(sightings(directory)) == held
+    assert len(directory.sightings()) == held
 
 
 def test_one_record_is_bounded(directory):

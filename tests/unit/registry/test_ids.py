@@ -1,8 +1,8 @@
-import fcntl
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import filelock
 import pytest
 from registry_cases import BOUND
 
@@ -83,21 +83,17 @@ def test_a_damaged_file_is_refused_instead_of_starting_over(tmp_path, text: str)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "ids.next").mkdir()
+    (tmp_path / "ids.lock").mkdir()
     with pytest.raises(ConfigError, match=r"ids must be a file that the registry may read and replace"):
         IdFile(tmp_path / "ids").next()
 
 
 def test_a_lock_that_somebody_keeps_is_waited_for_within_a_bound(tmp_path):
-    held = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    try:
+    with filelock.FileLock(tmp_path / "ids.lock"):
         ids = IdFile(tmp_path / "ids", lock_seconds=0.1)
         with ThreadPoolExecutor(8) as threads:
             waiting = [threads.submit(ids.next) for _ in range(8)]
         for one in waiting:
             with pytest.raises(WaitTimeout, match=r"waited 0\.1 s for the lock"):
                 one.result()
-    finally:
-        os.close(held)
     assert IdFile(tmp_path / "ids").next() == 1

@@ -59,6 +59,6 @@ def test_a_file_without_a_token_is_refused(tmp_path, content: bytes, rule: str):
 
 
 def test_an_absent_file_is_not_made_by_who_only_reads_it(tmp_path):
-    with pytest.raises(ConfigError, match="who hosts the registry makes it"):
+    with pytest.raises(ConfigError, match="the registry's host makes it"):
         load_token(tmp_path / "token")
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ from eagle_rpc.errors import ConfigError, EagleRpcError
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     GenerateRequest,
+    HeartbeatReply,
     OpenedSession,
-    Pulse,
     TargetExpectation,
     TokenBatch,
     VocabMapping,
@@ -117,10 +117,10 @@ def test_set_vocab_mapping_opens_a_session_with_defaults(server):
 
 def test_heartbeat_answers_with_the_incarnation_and_whether_the_target_drains(server):
     session, incarnation = open_session(server), server.model_info().incarnation
-    assert server.heartbeat(session) == Pulse(incarnation=incarnation, draining=False)
+    assert server.heartbeat(session) == HeartbeatReply(incarnation=incarnation, draining=False)
     assert error_of(server.heartbeat, "nobody").code == "unknown_session"
     assert server.drain(WAIT)
-    assert server.heartbeat(session) == Pulse(incarnation=incarnation, draining=True)
+    assert server.heartbeat(session) == HeartbeatReply(incarnation=incarnation, draining=True)
 
 
 def test_a_request_for_another_incarnation_is_refused_with_both(server):

@@ -10,12 +10,12 @@ import torch
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision import (
+    ENCODINGS,
     DraftHead,
     DraftVocabOnDevice,
     TargetOutput,
     TokenBatch,
     VocabMapping,
-    bytes_per_token,
     compute_supervision,
     decode_supervision,
     encode_supervision,
@@ -130,7 +130,7 @@ def test_supervision_of_a_hand_computed_case():
     plain = compute_supervision(target, selected, selected_mask, ids, torch.ones_like(ids), mask)
     assert plain["input_ids"].tolist() == [[1, 2, 3, 0]]
     assert plain["loss_mask"].tolist() == [[1, 1, 1, 0]]
-    # Rows are judged by the next position: argmax 1 is in, 2 is out, 3 is in, and the last row has nothing after it.
+    # Rows are judged by the next position: argmax 1 is in, 2 is out, 3 is in; nothing follows the last row.
     assert plain["position_mask"].squeeze(-1).tolist() == [[True, False, True, False]]
     assert torch.allclose(plain["target_probs"][0, 0], torch.tensor([5.0, 1.0]).softmax(0))
     assert torch.allclose(plain["target_probs"][0, 2], torch.tensor([0.0, 2.0]).softmax(0))
@@ -272,8 +272,8 @@ def test_wire_bytes_are_what_bytes_per_token_claims(encoding):
     encoded, batch = encoded_and_decoded(target, tokens, encoding)
     real = int(tokens.attention_mask.sum())
     share = len(batch.supervised_rows) / real
-    claimed = bytes_per_token(
-        encoding, hidden_size=H, draft_vocab_size=K, dtype_bytes=2, supervised_share=share
+    claimed = ENCODINGS[encoding].bytes_per_token(
+        hidden_size=H, draft_vocab_size=K, dtype_bytes=2, supervised_share=share
     )
     assert encoded.num_bytes == pytest.approx(claimed * real)
 

@@ -8,7 +8,7 @@ from eagle_rpc.target import compiled
 
 @pytest.fixture
 def trace_only(monkeypatch):
-    """What is compiled is traced, guarded and counted as ever, but runs as torch does, without a minute in a C++ compiler."""
+    """Compiled code is traced, guarded and counted, but runs eagerly: no minute in a C++ compiler."""
     monkeypatch.setattr(compiled, "_BACKEND", "eager")
     torch.compiler.reset()
     yield

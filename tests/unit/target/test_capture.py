@@ -101,7 +101,7 @@ def test_a_layer_without_hidden_states_is_refused():
 
 
 def test_states_are_written_side_by_side_without_what_pads_them():
-    aux = AuxStates(3, 4, 2)
+    aux = AuxStates((3, 4), 2)
     hidden = torch.randn(2, 2, 6, 5)
     for piece, rows in enumerate((slice(0, 2), slice(2, 3))):
         aux.rows = rows

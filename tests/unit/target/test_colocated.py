@@ -7,6 +7,7 @@ from eagle_rpc.errors import InvalidRequest, UnsupportedTarget
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     GenerateRequest,
+    SessionSettings,
     SessionSpec,
     TokenBatch,
     VocabMapping,
@@ -31,7 +32,9 @@ def tokens_of(seed=0, packed=False):
 
 
 def backend(model, encoding="hidden", rows="loss_mask", mapping=MAPPING):
-    made = ColocatedEagle3TargetModel(HFEagle3TargetModel(model), CONFIG, encoding=encoding, rows=rows)
+    made = ColocatedEagle3TargetModel(
+        HFEagle3TargetModel(model), CONFIG, SessionSettings(encoding=encoding, rows=rows)
+    )
     made.open_session(mapping)
     return made
 
@@ -87,7 +90,7 @@ def test_a_stream_gives_every_batch_in_order(make_model):
     assert colocated.seconds_waited > 0
 
 
-def test_a_draft_can_be_trained_on_what_comes(make_model):
+def test_a_draft_can_be_trained_on_colocated_supervision(make_model):
     batch = generate(backend(make_model("llama"), rows="position_mask"), tokens_of())
     fc = nn.Linear(96, len(MAPPING))
     logits = fc(batch.aux_hidden_states.flatten(0, 1)[batch.supervised_rows])
@@ -111,7 +114,7 @@ def test_refusals_are_those_of_the_service(make_model):
     with pytest.raises(InvalidRequest, match="open_session must come before"):
         generate(
             ColocatedEagle3TargetModel(
-                HFEagle3TargetModel(model), CONFIG, encoding="probs", rows="loss_mask"
+                HFEagle3TargetModel(model), CONFIG, SessionSettings(encoding="probs", rows="loss_mask")
             ),
             tokens_of(),
         )

@@ -146,7 +146,7 @@ def test_without_a_hopper_gpu_nothing_is_fused():
     assert not FusedMLPs([MLP()])
 
 
-def test_a_kernel_that_does_not_run_is_told_once_and_leaves_nothing_behind(kernel, caplog, monkeypatch):
+def test_a_kernel_that_does_not_run_is_reported_once_and_leaves_nothing_behind(kernel, caplog, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no C compiler")
 

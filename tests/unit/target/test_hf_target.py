@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.target import model as model_module
-from eagle_rpc.target.attention import positions_within_chats
+from eagle_rpc.target.chat_attention import positions_within_chats
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 LAYERS = [0, 3, 6]
@@ -39,7 +39,8 @@ def test_aux_and_logits_are_those_of_the_full_forward(any_model):
     output = run(HFEagle3TargetModel(any_model, aux_layer_ids=LAYERS), ids_of())
     with torch.no_grad():
         full = any_model(ids_of(), output_hidden_states=True)
-    # hidden_states[0] is the embedding; the last entry has passed the final norm, so layer 6 is compared below.
+    # hidden_states[0] is the embedding; the last entry has passed the final norm, so layer 6 is compared
+    # below.
     assert torch.equal(
         output.aux_hidden_states[..., :64], torch.cat([full.hidden_states[i] for i in (1, 4)], dim=-1)
     )

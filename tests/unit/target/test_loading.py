@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.demo import gguf
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.target import gguf
 from eagle_rpc.target.loading import load_model, load_target_config, load_tokenizer, resolve_model_dir
 from eagle_rpc.target.model import HFEagle3TargetModel
 

@@ -7,8 +7,8 @@ from transformers.integrations import sdpa_attention
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.data.collate import collate
 from eagle_rpc.data.dataset import Example
-from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, VocabMapping
-from eagle_rpc.target import attention
+from eagle_rpc.supervision import Eagle3TargetBatch, SessionSettings, TokenBatch, VocabMapping
+from eagle_rpc.target import chat_attention
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -46,7 +46,7 @@ def make_target(make_model, family: str, attention: str, changes: dict) -> HFEag
 
 def supervise(target: HFEagle3TargetModel, tokens: TokenBatch, encoding: str) -> Eagle3TargetBatch:
     backend = ColocatedEagle3TargetModel(
-        target, TargetConfig(model="tiny", chunk_rows=5), encoding=encoding, rows="loss_mask"
+        target, TargetConfig(model="tiny", chunk_rows=5), SessionSettings(encoding=encoding, rows="loss_mask")
     )
     backend.open_session(MAPPING)
     return backend.generate_batch(
@@ -105,7 +105,7 @@ def test_sdpa_attends_within_chats_only(make_model, monkeypatch, changes):
     target.generate_batch(
         *[torch.ones(1, 16, dtype=torch.int64)] * 3, segment_ids=torch.tensor([[0] * 8 + [1] * 8])
     )
-    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(chat_attention, "sdpa_attention_forward", spy)
     tokens = collate(chats(), LENGTH, packed=True)
     target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids)
     padding = [LENGTH - sum(row) for row in ROWS]

@@ -83,7 +83,7 @@ def test_weights_that_are_stored_quantised_load_as_they_are(saved, tmp_path, qua
     assert torch.equal(before, after)
     with pytest.raises(
         ConfigError,
-        match=r"target\.quantization must be null for one whose weights are stored quantised, got nf4",
+        match=r"target\.quantization must be null for a model whose weights are stored quantised, got nf4",
     ):
         load(tmp_path / "quantised", quantization=Quantization.nf4)
 
@@ -101,7 +101,7 @@ def test_a_quantization_that_this_machine_lacks_is_refused_by_name(saved):
 
 
 def test_a_random_target_is_not_quantised(tmp_path):
-    with pytest.raises(ConfigError, match=r"target\.quantization must be null for a random one, got nf4"):
+    with pytest.raises(ConfigError, match=r"target\.quantization must be null for a random model, got nf4"):
         load(tmp_path, random={"model_type": "llama"}, quantization=Quantization.nf4)
 
 

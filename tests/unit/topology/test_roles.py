@@ -84,7 +84,7 @@ def test_single_is_both_roles():
         (
             TopologyConfig(targets=1, trainers=2),
             {"num_agents": 2},
-            "with several agents, got 2 agents without it",
+            "with several agents.*got 2 agents without it",
         ),
     ],
 )

@@ -1,6 +1,8 @@
-"""Attention within chats, where transformers' own way costs a [B, 1, T, T] mask, scores between chats, and a look at the GPU.
+"""Attention that keeps the chats of a row apart, and needs no mask for rows of one chat.
 
-Legend: B batch, T sequence, N tokens of a batch, L tokens of one chat, Q query heads, J key heads, D head width.
+transformers builds a [B, 1, T, T] mask for packed rows, computes scores between chats, and makes the CPU wait
+for the GPU. Legend: B batch, T sequence, N tokens of a batch, L tokens of one chat, Q query heads, J key
+heads, D head width.
 """
 
 import contextlib
@@ -8,48 +10,43 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eagle_rpc.supervision import to_device
+from eagle_rpc.supervision.segments import chat_starts, positions_from
 from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.probes import packing_fault
 
-# Names under which transformers finds them: one chat a row and no mask; a loop over chats; one kernel for all chats.
+# Names in transformers' registry: one chat a row without a mask; a loop over chats; one kernel for all chats.
 _WHOLE, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# Ends of the names of config fields that bound what a layer sees, as `sliding_window`; some models have them in their masks only.
-_NARROW = ("window", "window_size", "chunk_size")
-# What a model's own code may raise when it meets a name or a kernel that it does not know.
-_FAILURES = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# Ends of config fields that limit what a layer sees (`sliding_window`); some models apply them in masks only.
+_LIMITS = ("window", "window_size", "chunk_size")
+# Errors of a model's own code that meets an attention name or a kernel that it does not know.
+_FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class _Chat:
-    """Where a chat sits, and what its tokens see of it."""
+    """Where a chat is in the batch, and which of its tokens each of them sees."""
 
     row: int
-    place: slice
-    visible: Tensor | None = None  # [1, 1, L, L] bool; null: all that came before
+    columns: slice
+    visible: Tensor | None = None  # [1, 1, L, L] bool; null: every earlier token
 
 
 @dataclass(frozen=True, slots=True)
 class _Boundaries:
     """The chats of all rows, one after the other."""
 
-    starts: Tensor  # [number of chats + 1] int32, on the GPU: where each begins, and N
+    starts: Tensor  # [number of chats + 1] int32, on the GPU: first token of each, and N
     longest: int
 
 
@@ -58,30 +55,32 @@ _boundaries: ContextVar[_Boundaries] = ContextVar("_boundaries")
 
 
 class ChatAttention:
-    """How one model attends to rows of one chat and of several.
+    """How one model attends to rows of one chat and to packed rows.
 
-    An sdpa model is spared transformers' masks, which for packed rows are large and make the CPU wait for the GPU, where a probe shows
-    that it gives the same without: on a GPU if its layers see all that came before. Others keep their way: eager and flex attention
-    build masks of their own.
+    Only sdpa models are treated specially, each way after a probe has shown equal results: without a mask if
+    layers see all earlier tokens; packed rows through one kernel on a GPU, in a loop over chats on a CPU.
+    Other models (eager, flex attention) keep transformers' masks.
     """
 
-    def __init__(self, base: nn.Module, probe_ids: Tensor) -> None:
+    def __init__(self, base: PreTrainedModel, probe_ids: Tensor) -> None:
         """`probe_ids`: [1, T] on the base's device."""
         self._base = base
+        self._skips_mask = self._flash = self._loops = False
         if base.config._attn_implementation != "sdpa":
-            self._spares_mask = self._flash = self._loops = False
             return
         sees_all, on_gpu, rows = _sees_all(base), probe_ids.is_cuda, probe_ids.view(2, -1)
-        self._spares_mask = sees_all and self._gives_the_same(probe_ids)
-        self._flash = (
-            sees_all and on_gpu and base.dtype in _FLASH_DTYPES and self._keeps_apart(rows, self._run_varlen)
-        )
+        flash = sees_all and on_gpu and base.dtype in _FLASH_DTYPES
+        self._skips_mask = sees_all and self._equals_masked(probe_ids)
+        self._flash = flash and self._keeps_apart(rows, self._run_varlen)
         self._loops = not on_gpu and self._keeps_apart(rows, self._run_in_loop)
 
     def run(self, input_ids: Tensor, positions_BT: Tensor | None, *, compiled: bool) -> Tensor:
-        """`run_base` on [B, T] ids; `positions_BT`, on the CPU, restart where a chat begins. `compiled`: without loops over data."""
+        """`run_base` on [B, T] ids. `positions_BT`, on the CPU, restart where a chat begins.
+
+        `compiled` excludes the loop over chats, whose number depends on the data.
+        """
         if positions_BT is None or are_plain(positions_BT):
-            return self._run_whole(input_ids) if self._spares_mask else run_base(self._base, input_ids)
+            return self._run_whole(input_ids) if self._skips_mask else run_base(self._base, input_ids)
         if self._flash:
             return self._run_varlen(input_ids, positions_BT)
         if self._loops and not compiled:
@@ -101,7 +100,7 @@ class ChatAttention:
             return run_base(self._base, input_ids, positions_BT)
 
     @contextlib.contextmanager
-    def _attending(self, name: str, variable: ContextVar, chats: Any) -> Iterator[None]:
+    def _attending(self, name: str, variable: ContextVar[T], chats: T) -> Iterator[None]:
         token = variable.set(chats)
         self._base.config._attn_implementation = name
         try:
@@ -110,64 +109,61 @@ class ChatAttention:
             self._base.config._attn_implementation = "sdpa"
             variable.reset(token)
 
-    def _gives_the_same(self, ids_BT: Tensor) -> bool:
+    def _equals_masked(self, ids_BT: Tensor) -> bool:
         with contextlib.suppress(*_FAILURES):
             return torch.equal(self._run_whole(ids_BT), run_base(self._base, ids_BT))
         return False
 
     def _keeps_apart(self, ids_BT: Tensor, run_packed: Callable[[Tensor, Tensor], Tensor]) -> bool:
-        """Whether the model takes this way to attend to packed rows."""
+        """Whether `run_packed` of ids and positions works on this model and gives what chats give alone."""
 
         def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
             if segment_ids_BT is None:
                 return run_base(self._base, ids_BT)
-            return run_packed(
-                ids_BT, positions_within_chats(torch.ones_like(ids_BT).bool(), segment_ids_BT).cpu()
-            )
+            real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+            return run_packed(ids_BT, positions_within_chats(real_BT, segment_ids_BT).cpu())
 
         with contextlib.suppress(*_FAILURES):
             return packing_fault(run, ids_BT) is None
         return False
 
 
-def _sees_all(base: nn.Module) -> bool:
-    """Whether every layer attends to all that came before, as far as the config tells."""
+def _sees_all(base: PreTrainedModel) -> bool:
+    """Whether every layer attends to all earlier tokens, according to the config."""
     config = base.config.get_text_config()
-    narrow = any(value and name.endswith(_NARROW) for name, value in config.to_dict().items())
-    return not narrow and all(kind == "full_attention" for kind in getattr(config, "layer_types", None) or ())
+    limited = any(value and name.endswith(_LIMITS) for name, value in config.to_dict().items())
+    return not limited and all(
+        kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()
+    )
 
 
 def positions_within_chats(real_BT: Tensor, segment_ids_BT: Tensor) -> Tensor:
     """Positions [B, T] that restart at each segment, and at the padding after the last one."""
-    index_BT = torch.arange(real_BT.shape[1], device=real_BT.device).expand_as(real_BT)
-    starts_BT = torch.zeros_like(real_BT)
-    starts_BT[:, 1:] = (segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]) | (real_BT[:, 1:] != real_BT[:, :-1])
-    return index_BT - (index_BT * starts_BT).cummax(dim=1).values
+    return positions_from(chat_starts(segment_ids_BT) | chat_starts(real_BT))
 
 
 def are_plain(positions_BT: Tensor) -> bool:
-    """Whether every row is one chat; to transformers those are no packed ones either."""
+    """Whether every row is one chat. transformers treats such positions as unpacked, too."""
     return bool((positions_BT == torch.arange(positions_BT.shape[1], device=positions_BT.device)).all())
 
 
 def _chats_of(positions_BT: Tensor) -> list[_Chat]:
-    length = positions_BT.shape[1]
     chats = []
     for row, begins_T in enumerate(positions_BT == 0):
-        bounds = [*begins_T.nonzero().flatten().tolist(), length]
+        bounds = [*begins_T.nonzero().flatten().tolist(), positions_BT.shape[1]]
         chats += [_Chat(row, slice(*pair)) for pair in itertools.pairwise(bounds)]
     return chats
 
 
 def _mask_by_chat(*, mask_function: Callable[..., Tensor], use_vmap: bool = False, **_: Any) -> list[_Chat]:
-    """Stands in for the mask that transformers would build from `mask_function`: its blocks on the diagonal."""
+    """In place of the mask that transformers would build from `mask_function`: its blocks on the diagonal."""
     if use_vmap:
-        raise NotImplementedError("the mask is not made of indices alone")
-    return [_Chat(chat.row, chat.place, _block(mask_function, chat)) for chat in _chats.get()]
+        raise NotImplementedError("the mask depends on more than indices")
+    return [_Chat(chat.row, chat.columns, _block(mask_function, chat)) for chat in _chats.get()]
 
 
 def _block(mask_function: Callable[..., Tensor], chat: _Chat) -> Tensor | None:
-    index_L = torch.arange(chat.place.start, chat.place.stop)
+    index_L = torch.arange(chat.columns.start, chat.columns.stop)
     row, head = torch.tensor(chat.row), torch.tensor(0)
     visible_LL = mask_function(row, head, index_L[:, None], index_L[None, :])
     causal_LL = torch.ones(len(index_L), len(index_L), dtype=torch.bool).tril()
@@ -177,13 +173,12 @@ def _block(mask_function: Callable[..., Tensor], chat: _Chat) -> Tensor | None:
 def _attend_in_loop(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: list[_Chat], **settings: Any
 ) -> tuple[Tensor, None]:
-    """As transformers' attention functions: heads [B, Q, T, D] in, [B, T, Q, D] out."""
+    """An attention function of transformers: heads [B, Q, T, D] in, [B, T, Q, D] out."""
     out_BTQD = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
     for chat in attention_mask:
-        heads = (tensor[chat.row, None, :, chat.place] for tensor in (query, key, value))
-        out_BTQD[chat.row, chat.place] = sdpa_attention_forward(module, *heads, chat.visible, **settings)[0][
-            0
-        ]
+        q, k, v = (tensor[chat.row, None, :, chat.columns] for tensor in (query, key, value))
+        out_1LQD, _ = sdpa_attention_forward(module, q, k, v, chat.visible, **settings)
+        out_BTQD[chat.row, chat.columns] = out_1LQD[0]
     return out_BTQD, None
 
 
@@ -195,11 +190,13 @@ def _boundaries_of(positions_BT: Tensor, device: torch.device) -> _Boundaries:
 
 @torch.library.custom_op("eagle_rpc::attend_within_chats", mutates_args=())
 def _attend_within_chats(query_NQD: Tensor, key_NJD: Tensor, value_NJD: Tensor, scale: float) -> Tensor:
-    """[N, Q, D]. Where chats begin is no argument: a layer would be compiled again for each number of them."""
+    """[N, Q, D]. Boundaries are no argument, or a layer would be compiled again for each number of chats."""
     chats = _boundaries.get()
-    places = (chats.starts, chats.starts, chats.longest, chats.longest)
-    heads = (query_NQD, key_NJD, value_NJD)
-    return torch.ops.aten._flash_attention_forward(*heads, *places, 0.0, True, False, scale=scale)[0]
+    heads, bounds = (
+        (query_NQD, key_NJD, value_NJD),
+        (chats.starts, chats.starts, chats.longest, chats.longest),
+    )
+    return torch.ops.aten._flash_attention_forward(*heads, *bounds, 0.0, True, False, scale=scale)[0]
 
 
 @_attend_within_chats.register_fake
@@ -208,30 +205,19 @@ def _(query_NQD: Tensor, key_NJD: Tensor, value_NJD: Tensor, scale: float) -> Te
 
 
 def _attend_varlen(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """As transformers' attention functions: heads [B, Q, T, D] in, [B, T, Q, D] out."""
-    if not (softcap is position_bias is s_aux is None):
+    """An attention function of transformers: heads [B, Q, T, D] in, [B, T, Q, D] out."""
+    if not (settings.get("softcap") is settings.get("position_bias") is settings.get("s_aux") is None):
         raise NotImplementedError(f"{type(module).__name__} needs more than flash attention for packed chats")
-    batch, heads, length, width = query.shape
-    rows = (
-        tensor.transpose(1, 2).reshape(batch * length, tensor.shape[1], width)
-        for tensor in (query, key, value)
-    )
-    out_NQD = _attend_within_chats(*rows, width**-0.5 if scaling is None else scaling)
-    return out_NQD.view(batch, length, heads, width), None
+    batch, num_heads, length, width = query.shape
+    heads = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    scaling = settings.get("scaling")
+    out_NQD = _attend_within_chats(*heads, width**-0.5 if scaling is None else scaling)
+    return out_NQD.view(batch, length, num_heads, width), None
 
 
-# For names without a function for masks transformers makes none.
+# For a name without a mask function transformers makes no mask.
 AttentionInterface.register(_WHOLE, sdpa_attention_forward)
 AttentionInterface.register(_LOOP, _attend_in_loop)
 AttentionMaskInterface.register(_LOOP, _mask_by_chat)

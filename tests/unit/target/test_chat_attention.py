@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.target import attention
+from eagle_rpc.target import chat_attention
 from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import packing_fault
@@ -44,11 +44,11 @@ def test_layers_that_see_everything_need_no_mask(make_model, masks, family, chan
     assert target.model.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_does_not_take_the_way_keeps_its_own(make_model, masks, monkeypatch):
+def test_a_model_that_refuses_an_attention_name_keeps_its_masks(make_model, masks, monkeypatch):
     def refuse(*args, **settings):
         raise KeyError("no such attention")
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, attention._WHOLE, refuse)
+    monkeypatch.setitem(AttentionInterface._global_mapping, chat_attention._WHOLE, refuse)
     target = HFEagle3TargetModel(make_model("llama"))
     masks.clear()
     assert torch.equal(hidden(target), run_base(target.model.model, IDS)) and masks
@@ -56,7 +56,7 @@ def test_a_model_that_does_not_take_the_way_keeps_its_own(make_model, masks, mon
 
 def attend_within_chats(query_NQD, key_NJD, value_NJD, scale):
     """What the kernel computes, which runs on GPUs only."""
-    chats = attention._boundaries.get()
+    chats = chat_attention._boundaries.get()
     bounds = chats.starts.tolist()
     assert bounds[-1] == len(query_NQD) and chats.longest == max(b - a for a, b in itertools.pairwise(bounds))
     outs = []
@@ -71,7 +71,7 @@ def attend_within_chats(query_NQD, key_NJD, value_NJD, scale):
 
 
 def test_one_kernel_for_all_chats_gives_what_each_gives_alone(make_model, masks, monkeypatch):
-    monkeypatch.setattr(attention, "_attend_within_chats", attend_within_chats)
+    monkeypatch.setattr(chat_attention, "_attend_within_chats", attend_within_chats)
     target = HFEagle3TargetModel(make_model("llama"))
     target._attention._flash = True
     hidden(target, segments=SEGMENTS)
@@ -90,7 +90,7 @@ def test_a_model_that_sees_what_follows_is_refused(make_model):
     model.set_attn_implementation("eager")
     model.config.is_causal = False
     with pytest.raises(
-        UnsupportedTarget, match="LlamaForCausalLM must be causal, but what follows a token changes it"
+        UnsupportedTarget, match="LlamaForCausalLM must be causal, but later tokens change it"
     ):
         HFEagle3TargetModel(model)
 

@@ -1,0 +1,188 @@
+"""Supervision on the wire: read from a target's output, encoded, and decoded at the trainer.
+
+Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, V target vocab, K draft vocab.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.errors import InvalidRequest
+from eagle_rpc.supervision.batch import Eagle3TargetBatch
+from eagle_rpc.supervision.draft_head import DraftHead
+from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
+from eagle_rpc.supervision.output import AnyOutput, LogitsOutput, TargetOutput, as_output
+from eagle_rpc.supervision.rows import RowsRead
+from eagle_rpc.supervision.tensors import to_device
+from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, true_places
+from eagle_rpc.supervision.vocab import DraftVocabOnDevice
+
+# Rows that a CPU reads at a time, so that intermediate results stay in its caches.
+_CPU_ROWS = 32
+
+
+@dataclass(kw_only=True, slots=True)
+class EncodedSupervision:
+    """One reply. It holds no padding and no row that the loss does not read."""
+
+    encoding: str
+    aux: Tensor  # [R, 3H] target dtype, real tokens in order
+    supervised_rows: Tensor  # [N] int32, flat b * T + t, ascending
+    values: Tensor  # [N, ...] in the form of the encoding
+    log_normalizer: Tensor  # [N] fp32, logsumexp over V
+    argmax: Tensor  # [N] int32, draft id or -1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors on the wire."""
+        tensors = (self.aux, self.supervised_rows, self.values, self.log_normalizer, self.argmax)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
+        """The same reply with `function` applied to each tensor."""
+        return EncodedSupervision(
+            encoding=self.encoding,
+            aux=function(self.aux),
+            supervised_rows=function(self.supervised_rows),
+            values=function(self.values),
+            log_normalizer=function(self.log_normalizer),
+            argmax=function(self.argmax),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSupervision:
+    """A target's output, with the head's figures for the rows that may be supervised: most of the work."""
+
+    encoding: Encoding
+    rows: BatchRows
+    aux_hidden_states: Tensor  # [B, T, 3H]
+    last_hidden_state: Tensor | None  # [B, T, H]; for encodings that need the head
+    values: Tensor | None  # [N, ...]; for the others
+    log_normalizer: Tensor  # [N] fp32
+    argmax: Tensor  # [N] int64, draft id or -1
+
+    def encode(self, rule: str) -> EncodedSupervision:
+        """The reply with the rows that `rule` (of `ROW_RULES`) keeps. On a GPU it waits, as N is a shape."""
+        keep = None if rule == "loss_mask" else (self.argmax >= 0).nonzero().squeeze(1)
+        supervised_rows = _kept(self.rows.supervisable, keep)
+        if self.last_hidden_state is not None:
+            values = self.last_hidden_state.flatten(0, 1).index_select(0, supervised_rows + 1)
+        else:
+            assert self.values is not None
+            values = _kept(self.values, keep)
+        return EncodedSupervision(
+            encoding=self.encoding.name,
+            aux=self.aux_hidden_states.flatten(0, 1).index_select(0, self.rows.real),
+            supervised_rows=supervised_rows.int(),
+            values=values,
+            log_normalizer=_kept(self.log_normalizer, keep),
+            argmax=_kept(self.argmax, keep).int(),
+        )
+
+
+def _kept(column: Tensor, keep: Tensor | None) -> Tensor:
+    """The rows `keep` of a column; no copy if these are all rows."""
+    return column if keep is None or len(keep) == len(column) else column.index_select(0, keep)
+
+
+def encode_supervision(
+    output: AnyOutput,
+    tokens: TokenBatch,
+    vocab: DraftVocabOnDevice,
+    *,
+    encoding: str,
+    rows: str,
+    chunk_rows: int,
+) -> EncodedSupervision:
+    """The reply to `tokens` (on any device) from a target's output; `rows` is one of `ROW_RULES`."""
+    places = BatchRows.of(tokens).to(output.aux_hidden_states.device)
+    return read_supervision(output, places, vocab, encoding=encoding, chunk_rows=chunk_rows).encode(rows)
+
+
+def read_supervision(
+    output: AnyOutput, rows: BatchRows, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int
+) -> ReadSupervision:
+    """Runs the head on the rows that may be supervised and reads its logits, without waiting for a GPU.
+
+    `encoding` is a name of `ENCODINGS`. The head runs on `chunk_rows` rows at a time, so there are never more
+    than [chunk_rows, V] logits. Raises `InvalidRequest` if the encoding needs last hidden states and `output`
+    has none.
+    """
+    form, output = ENCODINGS[encoding], as_output(output)
+    if form.needs_head and output.last_hidden_state is None:
+        raise InvalidRequest(
+            f"encoding {encoding} needs a target that returns last_hidden_state; use encoding logits"
+        )
+    reader = _RowReader(output, rows.supervisable, form, vocab.selected_token_ids)
+    # Without rows there is one empty chunk: its dtype counts.
+    for chunk in rows.supervisable.split(chunk_rows):
+        reader.read(chunk)
+    return ReadSupervision(
+        encoding=form,
+        rows=rows,
+        aux_hidden_states=output.aux_hidden_states,
+        last_hidden_state=output.last_hidden_state if form.needs_head else None,
+        values=reader.values,
+        log_normalizer=reader.log_normalizer,
+        argmax=vocab.draft_ids[reader.argmax],
+    )
+
+
+class _RowReader:
+    """Reads rows chunk by chunk into tensors of all rows, so that only one chunk's logits exist at a time."""
+
+    def __init__(
+        self, output: TargetOutput | LogitsOutput, rows: Tensor, encoding: Encoding, ids_K: Tensor
+    ) -> None:
+        """`rows`: flat places; `ids_K`: target ids of the draft vocabulary."""
+        self._output, self._encoding = output, encoding
+        self._columns_K = None if encoding.needs_head else ids_K
+        self._num_rows, self._num_read = len(rows), 0
+        self.log_normalizer = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        self.argmax = torch.empty_like(rows)  # target ids
+        self.values: Tensor | None = None
+
+    def read(self, chunk: Tensor) -> None:
+        """Reads the next rows. Their logits are freed when it returns."""
+        logits_NV = self._output.logits_of(chunk)
+        for slice_NV in (logits_NV,) if logits_NV.is_cuda else logits_NV.split(_CPU_ROWS):
+            self._store(self._output.read_rows(slice_NV, self._columns_K))
+
+    def _store(self, read: RowsRead) -> None:
+        place = slice(self._num_read, self._num_read + len(read.argmax))
+        self._num_read = place.stop
+        self.log_normalizer[place], self.argmax[place] = read.log_normalizer, read.argmax
+        if read.selected is not None:
+            values = self._encoding.encode(read.selected)
+            if self.values is None:
+                self.values = values.new_empty(self._num_rows, *values.shape[1:])
+            self.values[place] = values
+
+
+def decode_supervision(
+    encoded: EncodedSupervision, tokens: TokenBatch, head: DraftHead | None
+) -> Eagle3TargetBatch:
+    """The batch of `tokens` and their reply, on the reply's device. Tokens on the CPU make no GPU wait.
+
+    `head`: the draft rows of the target's head, for encodings that need them.
+    """
+    return Eagle3TargetBatch(
+        tokens=tokens.to(encoded.aux.device),
+        aux_hidden_states=_dense_aux(encoded.aux, tokens),
+        supervised_rows=encoded.supervised_rows.long(),
+        targets=ENCODINGS[encoded.encoding].decode(encoded.values, head),
+        log_normalizer=encoded.log_normalizer,
+        argmax=encoded.argmax.long(),
+    )
+
+
+def _dense_aux(aux: Tensor, tokens: TokenBatch) -> Tensor:
+    """[B, T, 3H], zero at padding."""
+    batch, length = tokens.shape
+    if len(aux) < batch * length:
+        real = to_device(true_places(tokens.attention_mask.bool()), aux.device)
+        aux = aux.new_zeros(batch * length, aux.shape[-1]).index_copy_(0, real, aux)
+    return aux.view(batch, length, -1)
