@@ -1,38 +1,38 @@
-"""How fast, in how much memory and with what share of the ceiling does a target make supervision?
+"""Speed, memory and share of the ceiling of a target that makes supervision.
 
-    python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 1x2048 4x2048 8x2048] [--systems plain eager compiled ...]
-    python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      tries the benchmark itself
+    python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 1x2048 4x2048 8x2048] [--systems plain eager ...]
+    python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      a try on a CPU
 
-Random weights and tokens. `plain` is the reference's way (`compute_supervision`: full logits, shift, argmax, gather, fp32
-softmax); the others are `supervise`: the layers eager or compiled, with `fused_rows` logits read by a kernel, with `fused` the gates
-of MLPs applied by one as well. `served` is the rate of a server whose queue is never empty, in this process. Systems and ceilings of
-one table come from one process. With --chats the same lognormal chats go padded to buckets and packed into rows. With --deliver the
-target runs in a process of its own and a trainer process on the same device takes its supervision over RPC. Figures go to the screen
-and to DIR/target.json.
+Weights and tokens are random. `plain` is the reference (`compute_supervision`: full logits, shift, argmax, gather, fp32
+softmax); the others are `supervise` with eager or compiled layers; `fused_rows` reads logits with a kernel, `fused` also applies
+the gates of MLPs with one. `served` is the rate of a server in this process whose queue is never empty. One process gives the
+systems and ceilings of one table. With --chats the same lognormal chats are padded to buckets and packed into rows. With --deliver
+a trainer process on the same device takes a target process's supervision over RPC. Figures go to the screen and to DIR/target.json.
 """
 
 import argparse
 import gc
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from device_measuring import Results, matrix_ceiling, measure, median_seconds
+from measuring import Results, arguments_of, matrix_ceiling, measure, median_seconds, size_of
+from shapes import SHAPES
 from target_lab.delivery import deliver
 from target_lab.serving import served_rate
 from target_lab.stages import stage_milliseconds
 from target_lab.work import (
-    SHAPES,
     chat_lengths,
     flops_per_token,
     full_batch,
     fused_kernels,
     make_mapping,
     make_model,
-    packed_mix,
-    padded_mix,
+    packed,
+    padded,
     shape_ceiling,
 )
 from transformers import PreTrainedModel
@@ -49,28 +49,16 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-SYSTEMS = (
-    "plain",
-    "eager",
-    "eager_fused_rows",
-    "eager_fused",
-    "compiled",
-    "compiled_fused_rows",
-    "compiled_fused",
-)
-
-
-def sizes_of(names: list[str]) -> list[tuple[int, int]]:
-    return [tuple(map(int, name.split("x"))) for name in names]
+SYSTEMS = "plain eager eager_fused_rows eager_fused compiled compiled_fused_rows compiled_fused".split()
 
 
 def bucket_shapes(longest: int) -> list[tuple[int, int]]:
-    """About as many tokens in each: a quarter, half and the whole of the longest."""
+    """As many tokens in each shape: rows of a quarter, half and the whole of the longest."""
     return [(16, longest // 4), (8, longest // 2), (4, longest)]
 
 
 class Bench:
-    """One model with all the targets made of it, which share its weights."""
+    """One model and its targets, which share the weights."""
 
     def __init__(
         self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float
@@ -88,91 +76,77 @@ class Bench:
         if system not in self._targets:
             target = HFEagle3TargetModel(self.model, **fused_kernels([system]))
             if system.startswith("compiled"):
-                shapes = sizes_of(self.options.sizes) + (
-                    bucket_shapes(self.options.longest) if self.options.chats else []
-                )
-                names = [f"{batch}x{length}" for batch, length in shapes]
-                seconds = median_seconds(
-                    lambda: target.compile(
-                        names, packed=bool(self.options.chats), mode=CompileMode[self.options.compile_mode]
-                    ),
-                    repeats=1,
-                    warmups=0,
-                    device=self.device,
-                )
-                self.results.add(**self.name, system=system, compile_seconds=seconds, shapes=len(set(names)))
+                self._compile(system, target)
             self._targets[system] = target
         return self._targets[system]
+
+    def _compile(self, system: str, target: HFEagle3TargetModel) -> None:
+        """For every shape of this run."""
+        shapes = bucket_shapes(self.options.longest) if self.options.chats else []
+        names = [*self.options.sizes, *(f"{batch}x{length}" for batch, length in shapes)]
+        packed, mode = bool(self.options.chats), CompileMode[self.options.compile_mode]
+        started = time.perf_counter()
+        target.compile(names, packed=packed, mode=mode)
+        seconds = time.perf_counter() - started
+        self.results.add(**self.name, system=system, compile_seconds=seconds, shapes=len(set(names)))
 
     def run_of(self, system: str, tokens: TokenBatch, encoding: str, chunk_rows: int) -> Callable[[], Any]:
         target = self.target(system)
         if system == "plain":
-            member = self.mapping.t2d.to(self.device)
-            arguments = (
-                self.vocab.selected_token_ids,
-                member,
-                tokens.input_ids,
-                tokens.attention_mask,
-                tokens.loss_mask,
-            )
-            return torch.no_grad()(lambda: compute_supervision(target, *arguments))
+            vocab = (self.vocab.selected_token_ids, self.mapping.t2d.to(self.device))
+            masks = (tokens.attention_mask, tokens.loss_mask)
+            return torch.no_grad()(lambda: compute_supervision(target, *vocab, tokens.input_ids, *masks))
         return lambda: supervise(
             target, tokens, self.vocab, encoding=encoding, rows="loss_mask", chunk_rows=chunk_rows
         )
 
-    def measure_size(
-        self, size: tuple[int, int], share: float, encoding: str, chunk_rows: int, system: str
-    ) -> None:
-        tokens = full_batch(*size, self.model.config.vocab_size, share, self.device)
-        name = {**self.name, "size": f"{size[0]}x{size[1]}", "system": system, "supervised_share": share}
-        name |= (
-            {"encoding": "probs"} if system == "plain" else {"encoding": encoding, "chunk_rows": chunk_rows}
-        )
-        num_tokens = size[0] * size[1]
+    def measure_size(self, size: str, share: float, encoding: str, chunk_rows: int, system: str) -> None:
+        batch, length = size_of(size)
+        num_tokens = batch * length
+        tokens = full_batch(batch, length, self.model.config.vocab_size, share, self.device)
+        plain, settings = system == "plain", {"encoding": encoding, "chunk_rows": chunk_rows}
         run = self.run_of(system, tokens, encoding, chunk_rows)
         run()
-        flops = flops_per_token(self.model, size[1], 1.0 if system == "plain" else share)
+        flops = flops_per_token(self.model, length, 1.0 if plain else share)
         figures = measure(run, num_tokens, flops, self.ceiling, slow=num_tokens > 4096, device=self.device)
         of_shapes = shape_ceiling(self.model, num_tokens, share, chunk_rows, self.device)
         figures["shape_ceiling_tokens_per_second"] = of_shapes
-        if system != "plain":
-            settings = {"encoding": encoding, "chunk_rows": chunk_rows}
-            spent = stage_milliseconds(self.target(system), tokens, self.vocab, **settings)
+        if not plain:
+            target = self.target(system)
+            spent = stage_milliseconds(target, tokens, self.vocab, **settings)
             figures |= {f"{stage}_ms": milliseconds for stage, milliseconds in spent.items()}
             requests = max(4, 2**17 // num_tokens) if self.device.type == "cuda" else 4
             served = served_rate(
-                self.target(system), tokens, self.mapping, **settings, requests=requests, device=self.device
+                target, tokens, self.mapping, **settings, requests=requests, device=self.device
             )
-            figures |= {
-                "served_tokens_per_second": served,
-                "served_share_of_shape_ceiling": served / of_shapes,
-            }
-        self.results.add(**name, **figures)
+            figures["served_tokens_per_second"] = served
+            figures["served_share_of_shape_ceiling"] = served / of_shapes
+        name = {**self.name, "size": size, "system": system, "supervised_share": share}
+        self.results.add(**name, **({"encoding": "probs"} if plain else settings), **figures)
 
     def measure_mix(self, system: str) -> None:
-        """The same chats padded and packed, real tokens per second."""
+        """Real tokens per second of the same chats, padded and packed."""
         longest, vocab_size = self.options.longest, self.model.config.vocab_size
         lengths = chat_lengths(self.options.chats, longest)
         mixes = {
-            "padded": padded_mix(lengths, bucket_shapes(longest), vocab_size, self.device),
-            "packed": packed_mix(lengths, 4, longest, vocab_size, self.device),
+            "padded": padded(lengths, bucket_shapes(longest), vocab_size, self.device),
+            "packed": packed(lengths, 4, longest, vocab_size, self.device),
         }
-        for kind, mix in mixes.items():
-            runs = [
-                self.run_of(system, tokens, "hidden", self.options.chunk_rows[0]) for tokens in mix.batches
-            ]
+        for kind, batches in mixes.items():
+            chunk_rows = self.options.chunk_rows[0]
+            runs = [self.run_of(system, tokens, "hidden", chunk_rows) for tokens in batches]
             seconds = median_seconds(
                 lambda runs=runs: [run() for run in runs], repeats=3, warmups=1, device=self.device
             )
-            slots = sum(tokens.input_ids.numel() for tokens in mix.batches)
+            slots = sum(tokens.input_ids.numel() for tokens in batches)
             self.results.add(
                 **self.name,
                 mix=kind,
                 system=system,
                 chats=len(lengths),
-                batches=len(mix.batches),
-                real_share=mix.real_tokens / slots,
-                real_tokens_per_second=mix.real_tokens / seconds,
+                batches=len(batches),
+                real_share=sum(lengths) / slots,
+                real_tokens_per_second=sum(lengths) / seconds,
             )
 
 
@@ -187,9 +161,7 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for shape, encoding in itertools.product(
-        options.shapes if options.deliver else [], options.deliver or []
-    ):
+    for shape, encoding in itertools.product(options.shapes, options.deliver):
         results.add(**deliver(shape, encoding, options))
 
 
@@ -198,7 +170,7 @@ def measure_model(
 ) -> None:
     bench = Bench(shape, attention, options, results, ceiling)
     variants = list(itertools.product(options.supervised, options.encodings, options.chunk_rows))
-    for size, variant, system in itertools.product(sizes_of(options.sizes), variants, options.systems):
+    for size, variant, system in itertools.product(options.sizes, variants, options.systems):
         # The reference knows one form, probabilities of all rows.
         if system == "plain" and variant != variants[0]:
             continue
@@ -206,46 +178,35 @@ def measure_model(
             bench.measure_size(size, *variant, system)
         except (torch.cuda.OutOfMemoryError, EagleRpcError) as error:
             failure = f"{type(error).__name__}: {error}"[:300]
-            results.add(
-                **bench.name, size=f"{size[0]}x{size[1]}", system=system, variant=variant, failed=failure
-            )
+            results.add(**bench.name, size=size, system=system, variant=variant, failed=failure)
     for system in options.systems if options.chats else []:
         if system != "plain":
             bench.measure_mix(system)
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=SHAPES)
     parser.add_argument("--sizes", nargs="+", default=["1x2048", "4x2048", "8x2048"])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--encodings", nargs="+", default=["hidden"], choices=ENCODINGS)
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0], help="shares of the rows")
-    parser.add_argument(
-        "--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers"
-    )
-    parser.add_argument(
-        "--quantization",
-        choices=[Quantization.fp8.name, Quantization.int8_weights.name],
-        help="not with --deliver",
-    )
+    parser.add_argument("--attention", nargs="+", default=["sdpa"], help="implementations of transformers")
+    quantizations = [Quantization.fp8.name, Quantization.int8_weights.name]
+    parser.add_argument("--quantization", choices=quantizations, help="not with --deliver")
     parser.add_argument("--chunk-rows", type=int, nargs="+", default=[2048])
     parser.add_argument("--compile-mode", default="default", choices=[mode.name for mode in CompileMode])
     parser.add_argument("--chats", type=int, default=0, help="of the mix of lengths; 0: none")
-    parser.add_argument(
-        "--deliver", nargs="+", choices=ENCODINGS, help="encodings that go to a trainer process over RPC"
-    )
+    parser.add_argument("--deliver", nargs="+", choices=ENCODINGS, default=[], help="encodings over RPC")
     parser.add_argument("--deliver-size", default="4x2048")
     parser.add_argument("--requests", type=int, default=30, help="that are delivered")
     parser.add_argument("--prefetch", type=int, default=4, help="requests under way")
     options = parser.parse_args()
     if options.deliver and options.quantization:
-        parser.error("--deliver takes weights as they are, without --quantization")
-    options.longest = max(length for _, length in sizes_of(options.sizes))
+        parser.error("--deliver must come without --quantization")
+    options.longest = max(size_of(size)[1] for size in options.sizes)
     return options
 
 

@@ -1,9 +1,9 @@
-"""How fast and in how much memory the draft trains on one GPU: seven TTT steps on random supervision of real shapes.
+"""Speed and memory of the draft's training on one GPU: seven TTT steps on random supervision of real shapes.
 
     python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
 
-For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory over what is
-resident; with --profile the GPU's time by kind of kernel. Medians after warm-up; the figures go to the screen and to
+For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory above the
+resident bytes; with --profile the GPU's time by kind of kernel. Medians after warm-up; the figures go to the screen and to
 DIR/trainer.json. Legend: B batch, T sequence, H hidden.
 """
 
@@ -16,47 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from device_measuring import Results, kernel_times, matrix_ceiling, measure
+from measuring import Results, arguments_of, kernel_times, matrix_ceiling, measure, size_of
+from shapes import SHAPES
+from transformers import AutoConfig
 
+from eagle_rpc import supervision
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
-from eagle_rpc.supervision import (
-    DraftHead,
-    Eagle3TargetBatch,
-    ProjectedTargets,
-    StoredLogits,
-    TokenBatch,
-    shifted_loss_mask,
-)
+from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
-SHAPES = {
-    # The draft of meta-llama/Llama-3.1-8B-Instruct and of Qwen/Qwen3-8B, by their configs.
-    "llama": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "vocab_size": 128256,
-    },
-    "qwen3": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "vocab_size": 151936,
-    },
-}
 # Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A learner's whole
 # optimiser step: on one micro-batch, on one recomputed, on four.
-SYSTEMS = (
-    "fused",
-    "fused_recompute",
-    "reference",
-    "optimiser",
-    "optimiser_recompute",
-    "optimiser_accumulated",
-)
+SYSTEMS = ("fused fused_recompute reference optimiser optimiser_recompute optimiser_accumulated").split()
 ACCUMULATED = 4
 STEPS, SUPERVISED_SHARE = 7, 0.9
 GPU = torch.device("cuda")
@@ -64,16 +38,8 @@ GPU = torch.device("cuda")
 
 def make_draft(shape: str) -> Eagle3Draft:
     """On the GPU, fp32 weights, bf16 embedding, as a trainer holds it."""
-    config = Eagle3DraftConfig(
-        **SHAPES[shape],
-        num_key_value_heads=8,
-        head_dim=128,
-        draft_vocab_size=32000,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=None,
-        max_position_embeddings=131072,
-    )
+    target_config = AutoConfig.for_model(**SHAPES[shape])
+    config = Eagle3DraftConfig.from_target(target_config, draft_vocab_size=32000)
     torch.manual_seed(0)
     with torch.device("cuda"):
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16).normal_(std=0.02)
@@ -96,10 +62,10 @@ def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Ea
     tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=loss_mask)
     rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
     if encoding == "hidden":
-        head = DraftHead(weight=normal(config.draft_vocab_size, config.hidden_size) * 0.03)
-        targets: Any = ProjectedTargets(normal(len(rows), config.hidden_size), head)
+        head = supervision.DraftHead(weight=normal(config.draft_vocab_size, config.hidden_size) * 0.03)
+        targets: Any = supervision.ProjectedTargets(normal(len(rows), config.hidden_size), head)
     else:
-        targets = StoredLogits(2 * normal(len(rows), config.draft_vocab_size))
+        targets = supervision.StoredLogits(2 * normal(len(rows), config.draft_vocab_size))
     return Eagle3TargetBatch(
         tokens=tokens,
         aux_hidden_states=normal(batch, length, 3 * config.hidden_size),
@@ -111,7 +77,7 @@ def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Ea
 
 
 def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
-    """Of seven steps, forward and backward, as the textbook unroll needs them, at all rows; what a method saves does not count."""
+    """Of seven steps, forward and backward, with the full unroll at all rows: a method that saves work gets no lower number."""
     hidden, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
     step = 2 * hidden * hidden + 4 * hidden * keys + hidden * hidden
     step += 3 * hidden * config.intermediate_size + config.draft_vocab_size * hidden
@@ -119,7 +85,7 @@ def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
 
 
 KINDS = (
-    # Kind of kernel, and what its name holds; the first that fits counts.
+    # Kind of kernel, and parts of its names; the first match counts.
     ("own slots", ("_own_slots",)),
     ("loss", ("_judge_kernel",)),
     ("row formulas", ("_rms_norm", "_swiglu", "_add_and_rotate", "_rotate_back", "_sum_shifted")),
@@ -131,9 +97,9 @@ KINDS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = arguments_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["llama"], choices=["llama", "qwen3"])
     parser.add_argument("--sizes", nargs="+", default=["4x2048", "1x2048"])
     parser.add_argument("--systems", nargs="+", default=["fused"], choices=SYSTEMS)
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
@@ -155,7 +121,7 @@ def main() -> None:
 def measure_system(
     name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float
 ) -> None:
-    rows, length = map(int, name["size"].split("x"))
+    rows, length = size_of(name["size"])
     draft = make_draft(name["shape"])
     for parameter in draft.parameters():
         if parameter.requires_grad:
@@ -177,7 +143,7 @@ def measure_system(
 
 
 def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple[Callable[[], Any], int]:
-    """What to time, and how many micro-batches it takes."""
+    """The function to time, and its number of micro-batches."""
     recompute = system.endswith("_recompute")
     if system.startswith("optimiser"):
         config = TrainConfig(recompute_mlp=recompute)

@@ -1,8 +1,8 @@
-"""Does vLLM accept exactly the guesses that `job=evaluate` counts?
+"""Agreement with vLLM: it must accept exactly the guesses that `job=evaluate` counts.
 
-Both decode the same prompts greedily in fp32 with the same exported draft. Equal texts say little about the draft, and an
-off-by-one in the captured layers costs hardly any accept length; equal numbers of drafts and of accepted guesses at each
-position leave no room for it. `--shift-aux` shows that: it repeats both with the layers shifted by one on purpose.
+Both decode the same prompts greedily in fp32 with the same exported draft. Texts are equal with any draft, and captured layers
+that are off by one cost little accept length; but the numbers of drafts and of accepted guesses at each position then differ.
+`--shift-aux` shows that: it repeats both with the layers shifted by one on purpose.
 
     python benchmarks/vllm_agreement.py --python VLLM_ENV/bin/python --target DIR --draft DIR --prompts chats.jsonl
 
@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 VLLM_SIDE = "--vllm-side"
@@ -26,7 +26,7 @@ AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one engine made of the prompts."""
+    """The result of one engine."""
 
     num_drafts: int
     accepted_per_position: list[int]
@@ -38,7 +38,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Work:
-    """What both engines are asked to do."""
+    """The work of both engines."""
 
     target: str
     draft: str
@@ -58,43 +58,34 @@ def decode_here(work: Work) -> Outcome:
     from eagle_rpc.evaluate.speculative import DecodingCounts, decode_speculatively
     from eagle_rpc.serving.export import load_export
 
-    model = (
-        AutoModelForCausalLM.from_pretrained(work.target, dtype=torch.float32).eval().requires_grad_(False)
-    )
+    model = AutoModelForCausalLM.from_pretrained(work.target, dtype=torch.float32)
+    model.eval().requires_grad_(False)
     export = load_export(Path(work.draft))
     target = GreedyTarget(model, export.aux_layer_ids)
     proposer = draft_proposer(model, export, num_draft_tokens=work.num_draft_tokens)
     counts, texts = DecodingCounts([0] * work.num_draft_tokens), []
     for prompt_ids in work.prompts:
-        token_ids, drafts = decode_speculatively(
-            target,
-            proposer,
-            prompt_ids,
-            max_new_tokens=work.max_new_tokens,
-            stop_token_ids=work.stop_token_ids,
-        )
+        limits = {"max_new_tokens": work.max_new_tokens, "stop_token_ids": work.stop_token_ids}
+        token_ids, drafts = decode_speculatively(target, proposer, prompt_ids, **limits)
         counts.add(drafts)
         texts.append(token_ids)
     return Outcome(counts.num_drafts, counts.accepted_per_position, texts)
 
 
 def decode_in_vllm(work: Work) -> Outcome:
-    """Runs in vLLM's environment. One prompt at a time, as ours: other batch shapes round differently."""
+    """Runs in vLLM's environment, one prompt at a time as ours: other batch shapes round differently."""
     from vllm import LLM, SamplingParams
 
+    guesses = work.num_draft_tokens
     llm = LLM(
         model=work.target,
         dtype="float32",
-        max_model_len=max(map(len, work.prompts)) + work.max_new_tokens + work.num_draft_tokens + 64,
+        max_model_len=max(map(len, work.prompts)) + work.max_new_tokens + guesses + 64,
         max_num_seqs=1,
         enforce_eager=True,
         enable_prefix_caching=False,
         disable_log_stats=False,
-        speculative_config={
-            "method": "eagle3",
-            "model": work.draft,
-            "num_speculative_tokens": work.num_draft_tokens,
-        },
+        speculative_config={"method": "eagle3", "model": work.draft, "num_speculative_tokens": guesses},
     )
     sampling = SamplingParams(
         temperature=0.0, max_tokens=work.max_new_tokens, stop_token_ids=work.stop_token_ids
@@ -112,12 +103,9 @@ def call_vllm(python: str, work: Work) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch, "work.json"), Path(scratch, "outcome.json")
         asked.write_text(json.dumps(asdict(work)))
-        # A slice of the host's memory for keys and values; no look-ups outside the host.
-        environment = os.environ | {
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+        # 1 GiB for keys and values; no connections to other hosts.
+        switches = ("VLLM_CPU_KVCACHE_SPACE", "VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE")
+        environment = os.environ | dict.fromkeys(switches, "1")
         command = [python, __file__, VLLM_SIDE, str(asked), str(answered)]
         subprocess.run(command, check=True, env=environment, stdout=sys.stderr, timeout=3600)
         return Outcome(**json.loads(answered.read_text()))
@@ -129,7 +117,7 @@ def vllm_side(asked: str, answered: str) -> None:
 
 
 def read_prompts(path: Path, target: str, num_prompts: int) -> list[list[int]]:
-    """Token ids of the first chats up to their last user turn."""
+    """Token ids of the first chats, up to their last user turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -138,9 +126,8 @@ def read_prompts(path: Path, target: str, num_prompts: int) -> list[list[int]]:
         messages = json.loads(line)["messages"]
         while messages[-1]["role"] != "user":
             messages.pop()
-        prompts.append(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        prompts.append(encoded["input_ids"])
     return prompts
 
 
@@ -159,7 +146,7 @@ def make_work(arguments: argparse.Namespace) -> Work:
 
 
 def shift_aux(draft: Path, target: Path, copy: Path) -> None:
-    """A copy of the export whose config names the layers after the ones that the draft was trained on."""
+    """Copies the export; its config then names the layers after those of the training."""
     shutil.copytree(draft, copy)
     config = json.loads((copy / "config.json").read_text())
     layers = json.loads((target / "config.json").read_text())["num_hidden_layers"]
@@ -173,15 +160,12 @@ def compare(title: str, work: Work, python: str) -> tuple[Outcome, bool]:
     ours, theirs = decode_here(work), call_vllm(python, work)
     same_texts = sum(mine == other for mine, other in zip(ours.texts, theirs.texts, strict=True))
     agree = ours.counts() == theirs.counts()
-    print(
-        f"{title}: {len(work.prompts)} prompts, {sum(map(len, ours.texts))} tokens, {same_texts} texts equal"
-    )
+    num_tokens = sum(map(len, ours.texts))
+    print(f"{title}: {len(work.prompts)} prompts, {num_tokens} tokens, {same_texts} texts equal")
     for name, outcome in (("eagle_rpc", ours), ("vLLM", theirs)):
-        accepted = outcome.accepted_per_position
-        accept_length = 1 + sum(accepted) / outcome.num_drafts
-        print(
-            f"  {name:9} drafts {outcome.num_drafts:5}  accepted per position {accepted}  accept length {accept_length:.4f}"
-        )
+        drafts, accepted = outcome.counts()
+        accept_length = f"accept length {1 + sum(accepted) / drafts:.4f}"
+        print(f"  {name:9} drafts {drafts:5}  accepted per position {accepted}  {accept_length}")
     print(f"  counts {'agree' if agree else 'DIFFER'}", flush=True)
     return ours, agree
 
@@ -195,9 +179,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--num-draft-tokens", type=int, default=3)
-    parser.add_argument(
-        "--shift-aux", action="store_true", help="repeat with the captured layers shifted by one on purpose"
-    )
+    parser.add_argument("--shift-aux", action="store_true", help="repeat with shifted captured layers")
     arguments = parser.parse_args()
     work = make_work(arguments)
     ours, succeeded = compare("as trained", work, arguments.python)
@@ -205,9 +187,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             copy = Path(scratch, "shifted")
             shift_aux(arguments.draft, arguments.target, copy)
-            shifted, agree = compare(
-                "layers shifted by one", Work(**asdict(work) | {"draft": str(copy)}), arguments.python
-            )
+            shifted_work = replace(work, draft=str(copy))
+            shifted, agree = compare("layers shifted by one", shifted_work, arguments.python)
         differ = shifted.counts() != ours.counts()
         print(f"the shift {'shows' if differ else 'DOES NOT SHOW'} in the counts")
         succeeded = succeeded and agree and differ

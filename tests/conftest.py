@@ -1,4 +1,4 @@
-"""What every test starts from: helpers importable as `support`, one thread, no network."""
+"""For all tests: the packages `support` and `faults` on the path, one thread, no network."""
 
 import os
 import sys

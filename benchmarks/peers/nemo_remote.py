@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def serve_target(work: Work, port: int) -> None:
-    """Until a client disconnects."""
+    """Serves until a client disconnects."""
     from nemo_automodel.components.speculative.eagle.remote.server import TargetModelServer, serve
     from nemo_automodel.components.speculative.eagle.target import HFEagle3TargetModel
     from transformers import AutoModelForCausalLM

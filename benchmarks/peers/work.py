@@ -1,12 +1,11 @@
-"""The work that both sides of a transport comparison do, and the way their clients are told to do it.
+"""The work of both sides of a transport comparison, and the questions that their clients answer.
 
-Runs in the environment of every side, so it needs torch and safetensors only.
+It runs in the environment of every side, so it imports torch and safetensors only.
 
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lines import questions, say
 from safetensors.torch import load_file, save_file
+from shapes import architecture
 from torch import Tensor
 
 
@@ -23,18 +24,18 @@ class Work:
     """A random Llama target, and the batches that are asked of it again and again."""
 
     directory: str
-    hidden_size: int
-    num_layers: int
-    vocab_size: int
-    draft_vocab_size: int
-    batch_size: int
-    length: int
-    num_batches: int
-    real_share: float  # of the B x T tokens, the others are padding
-    answer_share: float  # of the real tokens, those that the loss mask selects
-    dtype: str
-    prefetch: int
-    seed: int
+    hidden_size: int = 256
+    layers: int = 4
+    vocab_size: int = 32000
+    draft_vocab_size: int = 8192
+    batch_size: int = 4
+    length: int = 512
+    num_batches: int = 8
+    real_share: float = 0.9  # of the B x T tokens; the rest is padding
+    answer_share: float = 0.75  # of the real tokens, in the loss mask
+    dtype: str = "float32"
+    prefetch: int = 4  # requests under way
+    seed: int = 0
 
     # Three layers, as a target of four has no default.
     aux_layer_ids = (0, 1, 2)
@@ -45,18 +46,18 @@ class Work:
 
     @property
     def architecture(self) -> dict[str, Any]:
-        """transformers' description of the target."""
-        return {
-            "model_type": "llama",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": 4 * self.hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.hidden_size // 64,
-            "num_key_value_heads": self.hidden_size // 64,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": max(2048, self.length),
-            "tie_word_embeddings": False,
-        }
+        """The target as `transformers` describes it."""
+        heads = self.hidden_size // 64
+        return architecture(
+            "llama",
+            hidden=self.hidden_size,
+            width=4 * self.hidden_size,
+            layers=self.layers,
+            heads=heads,
+            key_heads=heads,
+            vocab=self.vocab_size,
+            positions=max(2048, self.length),
+        )
 
     def save(self) -> Path:
         path = Path(self.directory) / "work.json"
@@ -109,36 +110,26 @@ def random_batches(work: Work) -> list[dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Side:
-    """A client that has connected, as the command loop uses it."""
+    """A connected client."""
 
     stream: Callable[[Iterable[dict[str, Tensor]]], Iterator[Any]]  # answers in order, with prefetch
-    use: Callable[[Any], int]  # reads every supervised row's probabilities; the number of those rows
-    dense: Callable[
-        [Any], dict[str, Tensor]
-    ]  # `target_probs` [B, T, K], `position_mask` [B, T, 1], `aux_hidden_states`
+    use: Callable[[Any], int]  # reads the probabilities of all supervised rows; returns the number of rows
+    # `target_probs` [B, T, K], `position_mask` [B, T, 1], `aux_hidden_states` [B, T, 3H]
+    dense: Callable[[Any], dict[str, Tensor]]
 
 
 def answer_commands(work: Work, side: Side) -> None:
-    """Says that it is ready, then does what each line of stdin asks for and answers in a line, until stdin ends."""
+    """Says that it is ready, then answers one question after the other: time of requests, or one saved answer."""
     batches, _ = work.load_tokens()
-    _say({"ready": True})
-    for line in sys.stdin:
-        command = json.loads(line)
-        if "requests" in command:
-            _say(_run(side, [batches[index % len(batches)] for index in range(command["requests"])]))
+    say(ready=True)
+    for question in questions():
+        if "requests" in question:
+            asked = [batches[index % len(batches)] for index in range(question["requests"])]
+            started = time.perf_counter()
+            supervised = sum(side.use(answer) for answer in side.stream(asked))
+            say(seconds=time.perf_counter() - started, supervised=supervised)
         else:
             (answer,) = side.stream(batches[:1])
-            save_file(
-                {name: value.contiguous() for name, value in side.dense(answer).items()}, command["save"]
-            )
-            _say({"saved": command["save"]})
-
-
-def _run(side: Side, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-    started = time.perf_counter()
-    supervised = sum(side.use(answer) for answer in side.stream(batches))
-    return {"seconds": time.perf_counter() - started, "supervised": supervised}
-
-
-def _say(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+            dense = {name: value.contiguous() for name, value in side.dense(answer).items()}
+            save_file(dense, question["save"])
+            say(saved=question["save"])

@@ -1,1 +1,1 @@
-"""What `target.py` is made of."""
+"""The parts of `target.py`."""

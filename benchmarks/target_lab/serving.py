@@ -1,4 +1,4 @@
-"""What a server makes by itself: a queue that is never empty, and replies that nobody takes."""
+"""The rate of a server by itself: its queue is never empty, and its replies are dropped."""
 
 import time
 import uuid
@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from device_measuring import synchronise
+from measuring import synchronise
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.service.server import TargetModelServer
@@ -27,7 +27,7 @@ def served_rate(
     requests: int,
     device: torch.device,
 ) -> float:
-    """Tokens per second of a `TargetModelServer` in this process, which is asked for `tokens` again and again."""
+    """Tokens per second of a `TargetModelServer` in this process that gets requests for `tokens` only."""
     num_tokens = tokens.input_ids.numel()
     config = TargetConfig(
         model="random",
@@ -55,7 +55,7 @@ def served_rate(
     under_way, started = deque(send() for _ in range(_UNDER_WAY)), 0.0
     for number in range(_WARM_UP + requests):
         under_way.popleft().result()
-        # A reply counts when its bytes are there, as for a receiver.
+        # A reply counts when its bytes are there.
         synchronise_reply(device)
         if number == _WARM_UP - 1:
             started = time.perf_counter()
@@ -67,6 +67,6 @@ def served_rate(
 
 
 def synchronise_reply(device: torch.device) -> None:
-    """Waits for what the current stream was given: replies; passes have a stream of their own."""
+    """Waits for the current stream, which carries replies; passes have a stream of their own."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

@@ -1,4 +1,4 @@
-"""Time by stage of one batch: what the layers take, what their capture, what the head, what reading its logits, what the rest."""
+"""Time by stage of one batch: layers, capture, the head's projection, reading its logits, the rest of the encoding."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from eagle_rpc.target.capture import AuxStates
 
 
 class Stopwatch:
-    """Sums of time spent inside functions that it wraps: of the device's time on a GPU, of the clock's on a CPU."""
+    """Sums of time inside wrapped functions: the device's time on a GPU, the clock's on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -49,7 +49,7 @@ class Stopwatch:
 def stage_milliseconds(
     target: Any, tokens: TokenBatch, vocab: DraftVocabOnDevice, *, encoding: str, chunk_rows: int
 ) -> dict[str, float]:
-    """Of one batch, as `supervise` runs it."""
+    """Milliseconds of each stage of one batch, as `supervise` runs it."""
     watch = Stopwatch(tokens.input_ids.device)
     write = AuxStates.write
     AuxStates.write = watch.timed("capture", write)

@@ -1,15 +1,15 @@
-"""Targets of real shapes with random weights, and what is asked of them.
+"""Targets of real shapes with random weights, and batches for them.
 
 Legend: B batch, T sequence, H hidden, V target vocab, K draft vocab.
 """
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
-from device_measuring import median_seconds
+from measuring import median_seconds
+from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -18,53 +18,14 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import TokenBatch, VocabMapping
 from eagle_rpc.target.quantization import loading_arguments
 
-SHAPES: dict[str, dict[str, Any]] = {
-    # meta-llama/Llama-3.1-8B-Instruct and Qwen/Qwen3-8B by their configs; one that a CPU runs, to try the benchmark itself.
-    "llama": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-    },
-    "qwen3": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-        "tie_word_embeddings": False,
-    },
-    "small": {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 2000,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": False,
-    },
-}
-# Tokens of a chat: lognormal, as chats are; few reach the limit.
+# Tokens of a chat, lognormally distributed; few chats reach the limit.
 _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 
 
 def make_model(
     shape: str, attention: str, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """In bf16, drawn on the device; the same weights in every process of one device. `quantization`: one of torchao's."""
+    """In bf16, drawn on the device: every process on one device has the same weights. `quantization`: one of torchao's."""
     torch.manual_seed(0)
     with torch.device(device):
         config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
@@ -79,7 +40,7 @@ def make_model(
 
 
 def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
-    """Those of `TargetConfig` that the systems' names ask for."""
+    """The settings of `TargetConfig` for systems of these names."""
     return {
         "fused_rows": any("fused" in system for system in systems),
         "fused_mlp": any(system.endswith("fused") for system in systems),
@@ -88,10 +49,8 @@ def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
 
 def make_mapping(config: PretrainedConfig) -> VocabMapping:
     """A quarter of the vocabulary, spread evenly; at most 32,000 tokens."""
-    size = min(32000, config.vocab_size // 4)
-    return VocabMapping.from_token_ids(
-        torch.linspace(0, config.vocab_size - 1, size).long(), config.vocab_size
-    )
+    selected = torch.linspace(0, config.vocab_size - 1, min(32000, config.vocab_size // 4)).long()
+    return VocabMapping.from_token_ids(selected, config.vocab_size)
 
 
 def full_batch(batch: int, length: int, vocab_size: int, share: float, device: torch.device) -> TokenBatch:
@@ -99,31 +58,19 @@ def full_batch(batch: int, length: int, vocab_size: int, share: float, device: t
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (batch, length), generator=generator)
     loss_mask = torch.rand(batch, length, generator=generator) < share
-    return TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), loss_mask=loss_mask).to(
-        device
-    )
+    tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids).bool(), loss_mask=loss_mask)
+    return tokens.to(device)
 
 
 def chat_lengths(count: int, longest: int) -> list[int]:
-    draw = random.Random(0)
-    median = min(_MEDIAN_CHAT, longest // 3)
-    return [
-        min(longest, max(_SHORTEST_CHAT, round(median * draw.lognormvariate(0.0, _SIGMA))))
-        for _ in range(count)
-    ]
+    draw, median = random.Random(0), min(_MEDIAN_CHAT, longest // 3)
+    drawn = (round(median * draw.lognormvariate(0.0, _SIGMA)) for _ in range(count))
+    return [min(longest, max(_SHORTEST_CHAT, length)) for length in drawn]
 
 
-@dataclass(frozen=True)
-class Mix:
-    """The same chats as batches of one kind."""
-
-    batches: list[TokenBatch]
-    real_tokens: int
-
-
-def padded_mix(
+def padded(
     lengths: list[int], shapes: list[tuple[int, int]], vocab_size: int, device: torch.device
-) -> Mix:
+) -> list[TokenBatch]:
     """Chats sorted by length, in batches of the shortest of `shapes` (B, T) that holds them."""
     batches, rest = [], sorted(lengths)
     while rest:
@@ -131,10 +78,12 @@ def padded_mix(
         taken = [one for one in rest[:size] if one <= length]
         rest = rest[len(taken) :]
         batches.append(_with_real([[one] for one in taken], length, vocab_size, device))
-    return Mix(batches, sum(lengths))
+    return batches
 
 
-def packed_mix(lengths: list[int], batch: int, length: int, vocab_size: int, device: torch.device) -> Mix:
+def packed(
+    lengths: list[int], batch: int, length: int, vocab_size: int, device: torch.device
+) -> list[TokenBatch]:
     """Chats one after the other in rows of `length`, the longest first, each where it fits first."""
     rows: list[list[int]] = []
     for one in sorted(lengths, reverse=True):
@@ -142,11 +91,8 @@ def packed_mix(lengths: list[int], batch: int, length: int, vocab_size: int, dev
         if row is None:
             rows.append(row := [])
         row.append(one)
-    starts = range(0, len(rows), batch)
-    batches = [
-        _with_real(rows[start : start + batch], length, vocab_size, device, packed=True) for start in starts
-    ]
-    return Mix(batches, sum(lengths))
+    of_batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    return [_with_real(some, length, vocab_size, device, packed=True) for some in of_batches]
 
 
 def _with_real(
@@ -165,18 +111,15 @@ def _with_real(
             start += chat
         segment_ids[row, start:] = len(chats)
     ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(length)) * real
-    segments = segment_ids if packed else None
-    return TokenBatch(input_ids=ids, attention_mask=real, loss_mask=supervised, segment_ids=segments).to(
-        device
-    )
+    tokens = TokenBatch(input_ids=ids, attention_mask=real, loss_mask=supervised)
+    return (replace(tokens, segment_ids=segment_ids) if packed else tokens).to(device)
 
 
 def _products(model: PreTrainedModel) -> tuple[list[nn.Linear], nn.Linear]:
-    """Every matrix product of the decoder, and the head's."""
+    """All linear layers of the decoder, and the head."""
     head = model.get_output_embeddings()
-    return [
-        module for module in model.modules() if isinstance(module, nn.Linear) and module is not head
-    ], head
+    modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [module for module in modules if module is not head], head
 
 
 def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
@@ -191,16 +134,14 @@ def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
 def shape_ceiling(
     model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device
 ) -> float:
-    """Tokens per second if nothing but the matrix products of these shapes had to be done, for as long as a system is measured.
+    """Tokens per second of the matrix products of these shapes alone, measured for as long as a system is.
 
-    A GPU lowers its clock within a second of matrix products; a burst would be another ceiling.
+    A GPU lowers its clock within a second of matrix products: a shorter measurement would give a higher ceiling.
     """
     products, head = _products(model)
     rows = round(share * tokens)
-    inputs = {
-        width: torch.randn(tokens, width, device=device, dtype=model.dtype)
-        for width in {one.in_features for one in products}
-    }
+    widths = {one.in_features for one in products}
+    inputs = {width: torch.randn(tokens, width, device=device, dtype=model.dtype) for width in widths}
 
     def run() -> None:
         for one in products:

@@ -1,1 +1,4 @@
-"""Real processes of the service under a seeded schedule of faults. `benchmarks/faults.py` is its command line."""
+"""Fault tests: a running service under a seeded schedule of faults. `python -m tests.faults --help` says more.
+
+`kinds.py` lists the faults.
+"""

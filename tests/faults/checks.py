@@ -1,4 +1,4 @@
-"""What must hold after a run: the same bits as without faults, every step once, nothing left behind."""
+"""The checks after a run: the same bits as without faults, every step once, nothing left behind."""
 
 import json
 from collections import Counter
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.isolation import Isolation, listening_ports, shared_memory_files
-from faults.processes import descendants
-from faults.workplace import ACCUMULATION, Workplace
+from support.processes import descendants
 
-# Of a line of metrics, what depends on the machine's speed.
+from faults.isolation import Isolation, listening_ports, shared_memory_files
+from faults.workspace import ACCUMULATION, Workspace
+
+# Metrics that depend on the machine's speed.
 _PACE = ("tokens_per_second", "wait_share")
 _STATE = ("draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors")
 _POSITION = ("step", "micro_batches", "running_sums")
-# A cache that stays, and what a killed torchrun leaves behind.
+# A cache of torch that stays, and a directory that a killed torchrun leaves behind.
 _TORCHS_OWN = ("torchinductor_", "torchelastic_")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One bar, and whether it was met."""
+    """A condition, and whether it holds."""
 
     name: str
     holds: bool
     found: str
-    # Whether the machine's speed, or the length of the run, has a say in it.
-    is_figure: bool = False
+    is_figure: bool = False  # depends on the machine's speed or on the length of the run
 
     @classmethod
     def none_of(cls, name: str, findings: Iterable[str], *, is_figure: bool = False) -> "Check":
@@ -37,9 +37,9 @@ class Check:
         return cls(name, not findings, shown or "none", is_figure)
 
 
-def same_training(workplace: Workplace, run: str, reference: str, steps: int) -> list[Check]:
+def same_training(workspace: Workspace, run: str, reference: str, steps: int) -> list[Check]:
     """Compares a run's end and all its steps with those of an undisturbed run."""
-    ours, theirs = (workplace.run_dir(name) for name in (run, reference))
+    ours, theirs = (workspace.run_dir(name) for name in (run, reference))
     lines, expected = (read_lines(directory / "metrics.jsonl") for directory in (ours, theirs))
     return [
         Check.none_of(
@@ -54,7 +54,7 @@ def same_training(workplace: Workplace, run: str, reference: str, steps: int) ->
 
 
 def differences(ours: Path, theirs: Path, steps: int) -> list[str]:
-    """What differs between the last checkpoints of two run directories."""
+    """Differences between the last checkpoints of two run directories."""
     ends = [directory / "checkpoints" / f"step_{steps}" for directory in (ours, theirs)]
     missing = [f"{end} is missing" for end in ends if not end.is_dir()]
     if missing:
@@ -82,7 +82,7 @@ def disorder(lines: list[dict[str, Any]], steps: int) -> list[str]:
 
 
 def differing_steps(lines: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
-    """Lines whose losses, counts or gradient norms are not exactly the undisturbed ones."""
+    """Lines whose losses, counts or gradient norms differ from those of the undisturbed run."""
     if len(lines) != len(expected):
         return [f"{len(lines)} lines, {len(expected)} undisturbed"]
     return [
@@ -98,20 +98,20 @@ def without_pace(line: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What there was before anything started; nothing more may be there afterwards."""
+    """Processes, ports and files before a run; afterwards there may be no others."""
 
-    workplace: Workplace
+    workspace: Workspace
     isolation: Isolation
-    kept: frozenset[int]  # processes that are meant to live
+    kept: frozenset[int]  # processes that stay
     shared_memory: frozenset[str]
     ports: frozenset[int]
     temporary: frozenset[str]
 
     @classmethod
-    def now(cls, workplace: Workplace, isolation: Isolation, kept: Iterable[int]) -> "Surroundings":
-        temporary = frozenset(entry.name for entry in workplace.temporary.iterdir())
+    def now(cls, workspace: Workspace, isolation: Isolation, kept: Iterable[int]) -> "Surroundings":
+        temporary = frozenset(entry.name for entry in workspace.temporary.iterdir())
         return cls(
-            workplace,
+            workspace,
             isolation,
             frozenset(kept),
             frozenset(shared_memory_files()),
@@ -122,13 +122,13 @@ class Surroundings:
     def leftovers(self) -> list[str]:
         """Processes, listening ports, shared-memory files and temporary files that were not there before.
 
-        Without namespaces of the lab's own, ports and shared memory belong to the whole machine and are not looked at.
+        Without namespaces of its own, a fault test does not look at ports and shared memory: they belong to the machine.
         """
         found = [
             f"process {one.pid} ({' '.join(one.cmdline())[:80]})"
             for one in descendants(without=set(self.kept))
         ]
-        temporary = {entry.name for entry in self.workplace.temporary.iterdir()} - self.temporary
+        temporary = {entry.name for entry in self.workspace.temporary.iterdir()} - self.temporary
         found += [f"temporary {name}" for name in temporary if not name.startswith(_TORCHS_OWN)]
         if self.isolation.private:
             found += [f"port {port}" for port in listening_ports() - self.ports]

@@ -1,4 +1,4 @@
-"""TCP connections of other processes: found in /proc, cut while both ends live, and made with bytes that mean nothing."""
+"""TCP connections: found in /proc, cut while both processes live, and opened to send garbage."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,8 @@ import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+from faults.isolation import tcp_sockets
 
 _PIDFD_GETFD = 438  # the same number on every architecture
 _ESTABLISHED = "01"
@@ -26,9 +28,9 @@ class Connection:
     remote: int
 
     def cut(self) -> bool:
-        """Both ends see the end of the stream; their processes know nothing of it. False if the process has closed it itself.
+        """Ends the stream for both processes. False if the process has closed it itself.
 
-        Raises `OSError` if it is not permitted.
+        Raises `OSError` where that is not permitted.
         """
         process = os.pidfd_open(self.pid)
         try:
@@ -52,12 +54,8 @@ def connections_between(one: int, other: int) -> list[Connection]:
 
 
 def connections_of(pid: int) -> list[Connection]:
-    ports = {}
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _ESTABLISHED:
-            local, remote = (int(address.rpartition(":")[2], 16) for address in fields[1:3])
-            ports[fields[9]] = (local, remote)
+    sockets = tcp_sockets(Path(f"/proc/{pid}/net/tcp"))
+    ports = {one.inode: (one.local, one.remote) for one in sockets if one.state == _ESTABLISHED}
     found = []
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -70,7 +68,7 @@ def connections_of(pid: int) -> list[Connection]:
 
 
 def can_cut() -> bool:
-    """Whether this process may reach into its children's sockets."""
+    """Whether this process is permitted to shut down its children's sockets."""
     with (
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as client,
@@ -84,14 +82,14 @@ def can_cut() -> bool:
 
 
 def send_garbage(port: int, draw: random.Random) -> int:
-    """Connects and sends up to 4 KB that mean nothing, or not a word; the number of bytes."""
+    """Connects and sends 0 to 4096 random bytes; returns their number."""
     data = draw.randbytes(draw.choice((0, 1, 7, 8, 64, 512, 4096)))
     send(port, data)
     return len(data)
 
 
 def send(port: int, data: bytes) -> None:
-    """Connects, sends, closes; what the other side makes of it is its affair."""
+    """Connects, sends and closes; errors of the connection are ignored."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=_CONNECT_TIMEOUT) as connection:
             connection.sendall(data)
@@ -100,5 +98,5 @@ def send(port: int, data: bytes) -> None:
 
 
 def listening_port(url: str) -> int:
-    """Of `uv://127.0.0.1:1234`."""
+    """The port of `uv://127.0.0.1:1234`."""
     return int(url.rpartition(":")[2])

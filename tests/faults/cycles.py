@@ -1,9 +1,8 @@
-"""`faults.py cycles`: starts and stops in every mode, each bounded, with nothing left behind."""
+"""`cycles`: starts and stops in every mode. Each must end in time and leave nothing behind."""
 
 import argparse
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -11,14 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
+from support.processes import Command, Process, descendants, ended_at_last, free_ports
+from support.reporting import table
+from support.waiting import happens, pause
 
 from faults.checks import Check, Surroundings
 from faults.isolation import Isolation
-from faults.processes import Process, Zygote, descendants, ended_at_last, wait_until
-from faults.report import Report, spread, table
-from faults.service import free_ports
-from faults.workplace import DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT, Workplace
+from faults.report import Report, spread
+from faults.workspace import DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT, Workspace
+from faults.zygote import Zygote
 
 _START_TIMEOUT = 60.0
 _END_TIMEOUT = DRAIN_TIMEOUT + SHUTDOWN_TIMEOUT + 15.0
@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass
-class Stand:
-    """Where one cycle takes place."""
+class Trial:
+    """The ports, files and processes of one cycle."""
 
     zygote: Zygote
-    workplace: Workplace
+    workspace: Workspace
     number: int
     ports: list[int] = field(default_factory=lambda: free_ports(2))
     processes: dict[str, Process] = field(default_factory=dict)
@@ -48,87 +48,82 @@ class Stand:
 
     @property
     def metrics(self) -> Path:
-        return self.workplace.run_dir(self.name) / "metrics.jsonl"
+        return self.workspace.run_dir(self.name) / "metrics.jsonl"
 
-    def log(self, part: str) -> Path:
-        return self.workplace.logs / f"{self.name}.{part}.log"
+    def log(self, worker: str) -> Path:
+        return self.workspace.logs / f"{self.name}.{worker}.log"
 
     def settings(self, steps: int) -> list[str]:
-        service, training = (
-            self.workplace.service_settings(self.ports[0]),
-            self.workplace.training_settings(steps=steps, seed=0),
-        )
-        return [*service, *training, f"run.name={self.name}"]
+        training = self.workspace.training_settings(steps=steps, seed=0)
+        return [*self.workspace.service_settings(self.ports[0]), *training, f"run.name={self.name}"]
 
-    def start(self, part: str, arguments: list[str]) -> None:
-        self.processes[part] = self.zygote.command_line(arguments, log=self.log(part))
+    def start(self, worker: str, *arguments: str, steps: int) -> None:
+        command = [*arguments, *self.settings(steps)]
+        self.processes[worker] = self.zygote.command_line(command, log=self.log(worker))
 
-    def says(self, part: str, text: str) -> bool:
-        return text in self.log(part).read_text(errors="replace")
+    def says(self, worker: str, text: str) -> bool:
+        return text in self.log(worker).read_text(errors="replace")
+
+    def ends_of_logs(self) -> str:
+        return "; ".join(f"{name}: {process.end_of_log(5)}" for name, process in self.processes.items())
 
 
-def start_static(stand: Stand, steps: int) -> None:
-    arguments = ["2", str(stand.ports[1]), "job=train", "topology=1x1", *stand.settings(steps)]
-    stand.processes["launcher"] = stand.zygote.fork(
-        "faults.launcher:main", arguments, log=stand.log("launcher")
+def start_static(trial: Trial, steps: int) -> None:
+    arguments = ["2", str(trial.ports[1]), "job=train", "topology=1x1", *trial.settings(steps)]
+    trial.processes["launcher"] = trial.zygote.fork(
+        "faults.launcher:main", arguments, log=trial.log("launcher")
     )
 
 
-def start_torchrun(stand: Stand, steps: int) -> None:
+def start_torchrun(trial: Trial, steps: int) -> None:
     torchrun = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "eagle_rpc",
+        *"-m torch.distributed.run --standalone --nproc-per-node=2 -m eagle_rpc".split(),
     ]
-    command = [*torchrun, "job=train", "topology=1x1", *stand.settings(steps)]
-    with stand.log("launcher").open("w") as log:
-        environment = {**psutil.Process().environ(), **stand.workplace.environment}
-        popen = subprocess.Popen(
-            command,
-            cwd=stand.workplace.path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
-    stand.processes["launcher"] = Process(popen.pid, stand.log("launcher"))
+    arguments = [*torchrun, "job=train", "topology=1x1", *trial.settings(steps)]
+    launcher = Command("launcher", arguments, trial.workspace.environment)
+    trial.processes["launcher"] = launcher.start(log=trial.log("launcher"), directory=trial.workspace.path)
 
 
-def start_single(stand: Stand, steps: int) -> None:
-    stand.start("worker", ["job=train", "topology=single", *stand.settings(steps)])
+def start_single(trial: Trial, steps: int) -> None:
+    trial.start("worker", "job=train", "topology=single", steps=steps)
 
 
-def start_elastic(stand: Stand, steps: int) -> None:
-    stand.start("registry", ["job=registry", *stand.settings(steps)])
-    stand.start("target", ["job=serve", *stand.settings(steps)])
-    stand.start("trainer", ["job=train", "rpc=elastic", *stand.settings(steps)])
+def start_elastic(trial: Trial, steps: int) -> None:
+    trial.start("registry", "job=registry", steps=steps)
+    trial.start("target", "job=serve", steps=steps)
+    trial.start("trainer", "job=train", "rpc=elastic", steps=steps)
 
 
-def start_hosting(stand: Stand, steps: int) -> None:
-    stand.start("target", ["job=serve", "rpc.host_registry=true", *stand.settings(steps)])
+def start_hosting(trial: Trial, steps: int) -> None:
+    trial.start("target", "job=serve", "rpc.host_registry=true", steps=steps)
 
 
-def start_registry(stand: Stand, steps: int) -> None:
-    stand.start("registry", ["job=registry", *stand.settings(steps)])
+def start_registry(trial: Trial, steps: int) -> None:
+    trial.start("registry", "job=registry", steps=steps)
 
 
-def trains(stand: Stand) -> bool:
-    return stand.metrics.exists() and stand.metrics.stat().st_size > 0
+def trains(trial: Trial) -> bool:
+    return trial.metrics.exists() and trial.metrics.stat().st_size > 0
+
+
+def hosting_target_serves(trial: Trial) -> bool:
+    return trial.says("target", "serving ")
+
+
+def registry_listens(trial: Trial) -> bool:
+    return trial.says("registry", "listens on")
 
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to run the program, and when it is under way."""
+    """A way to run the program."""
 
     name: str
-    start: Callable[[Stand, int], None]
-    under_way: Callable[[Stand], bool]
-    finishes: bool  # by itself, its trainer at least
-    tells: bool = True  # its exit code after a signal is the workers', not a launcher's own
+    start: Callable[[Trial, int], None]
+    under_way: Callable[[Trial], bool]
+    finishes: bool  # its trainer ends by itself
+    tells: bool = True  # its exit codes after a signal are those of the workers
     share: int = 10
 
 
@@ -137,20 +132,8 @@ MODES = (
     Mode("static 1x1 under torchrun", start_torchrun, trains, finishes=True, tells=False, share=1),
     Mode("single", start_single, trains, finishes=True),
     Mode("elastic: registry, target, trainer", start_elastic, trains, finishes=True),
-    Mode(
-        "target that hosts the registry",
-        start_hosting,
-        lambda stand: stand.says("target", "serving "),
-        finishes=False,
-        share=5,
-    ),
-    Mode(
-        "registry",
-        start_registry,
-        lambda stand: stand.says("registry", "listens on"),
-        finishes=False,
-        share=3,
-    ),
+    Mode("target that hosts the registry", start_hosting, hosting_target_serves, finishes=False, share=5),
+    Mode("registry", start_registry, registry_listens, finishes=False, share=3),
 )
 _FINISH, _TERMINATE, _INTERRUPT, _TWICE, _KILL = "finish", "SIGTERM", "SIGINT", "SIGINT twice", "SIGKILL"
 _SIGNALS = {
@@ -163,20 +146,20 @@ _SIGNALS = {
 
 @dataclass
 class Cycle:
-    """One start and stop, and what came of it."""
+    """One start and stop, and its result."""
 
     mode: str
     stop: str
-    early: bool  # the signal came while it was starting
-    stopped: float = 0.0  # when it was told to, or its trainer had finished; time.monotonic
-    seconds: float = 0.0  # from then until nothing was left of it
+    early: bool  # the signal comes during the start
+    stopped: float = 0.0  # time.monotonic of the signal, or of the trainer's end
+    seconds: float = 0.0  # from then until nothing was left
     codes: dict[str, int | None] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     leftovers: list[str] = field(default_factory=list)
 
 
-def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, isolation: Isolation) -> Report:
+def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, isolation: Isolation) -> Report:
     report = Report("Starts and stops")
     draw = random.Random(arguments.seed)
     cycles = []
@@ -184,15 +167,15 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, iso
         MODES, weights=[mode.share for mode in MODES], k=max(0, arguments.count - len(MODES))
     )
     for number, mode in enumerate([*MODES, *modes][: arguments.count]):
-        surroundings = Surroundings.now(workplace, isolation, [zygote.pid])
-        stand = Stand(zygote, workplace, number)
+        surroundings = Surroundings.now(workspace, isolation, [zygote.pid])
+        trial = Trial(zygote, workspace, number)
         cycle = Cycle(
             mode.name, draw.choice([_FINISH, *_SIGNALS] if mode.finishes else [*_SIGNALS]), early=False
         )
         cycle.early = cycle.stop != _FINISH and draw.random() < _EARLY_SHARE
-        with ended_at_last(lambda stand=stand: list(stand.processes.values())):
-            perform(stand, mode, cycle, draw)
-            wait_until(lambda found=surroundings: not found.leftovers(), _END_TIMEOUT)
+        with ended_at_last(lambda trial=trial: list(trial.processes.values())):
+            perform(trial, mode, cycle, draw)
+            happens(lambda found=surroundings: not found.leftovers(), within=_END_TIMEOUT)
             cycle.seconds = time.monotonic() - cycle.stopped
             cycle.leftovers = surroundings.leftovers()
         for process in descendants(without={zygote.pid}):
@@ -208,59 +191,52 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workplace: Workplace, iso
     return report
 
 
-def perform(stand: Stand, mode: Mode, cycle: Cycle, draw: random.Random) -> None:
-    """Starts, waits until it is under way or not, stops, waits for the end."""
-    mode.start(stand, _STEPS if cycle.stop == _FINISH else _ENDLESS)
+def perform(trial: Trial, mode: Mode, cycle: Cycle, draw: random.Random) -> None:
+    """Starts, waits until the mode is under way unless the stop is early, stops, and waits for the end."""
+    mode.start(trial, _STEPS if cycle.stop == _FINISH else _ENDLESS)
     if cycle.early:
-        time.sleep(draw.uniform(0, _EARLY_SECONDS))
-    elif not wait_until(lambda: mode.under_way(stand), _START_TIMEOUT):
-        cycle.hangs.append(f"not under way after {_START_TIMEOUT:.0f} s: {ends_of_logs(stand)}")
+        pause(draw.uniform(0, _EARLY_SECONDS))
+    elif not happens(lambda: mode.under_way(trial), within=_START_TIMEOUT):
+        cycle.hangs.append(f"not under way after {_START_TIMEOUT:.0f} s: {trial.ends_of_logs()}")
     if cycle.stop == _FINISH:
-        finish(stand, cycle)
+        finish(trial, cycle)
     else:
-        stop(stand, cycle, draw)
-    for part, process in stand.processes.items():
-        cycle.codes[part] = process.poll()
-        if process.alive:
-            cycle.hangs.append(
-                f"{part} lives on {_END_TIMEOUT:.0f} s after {cycle.stop}: {process.end_of_log(5)}"
-            )
-        elif not cycle.early and mode.tells and process.poll() not in promised_codes(cycle.stop):
-            cycle.wrong.append(
-                f"{part} ended with code {process.poll()} after {cycle.stop}: {process.end_of_log(5)}"
-            )
+        stop(trial, cycle, draw)
+    for worker, process in trial.processes.items():
+        code = cycle.codes[worker] = process.poll()
+        what = f"after {cycle.stop}: {process.end_of_log(5)}"
+        if code is None:
+            cycle.hangs.append(f"{worker} lives {_END_TIMEOUT:.0f} s {what}")
+        elif not cycle.early and mode.tells and code not in promised_codes(cycle.stop):
+            cycle.wrong.append(f"{worker} ended with code {code} {what}")
 
 
-def finish(stand: Stand, cycle: Cycle) -> None:
-    """The last part finishes by itself, services are told to stop."""
-    *services, worker = stand.processes.values()
-    wait_until(lambda: not worker.alive, _START_TIMEOUT)
+def finish(trial: Trial, cycle: Cycle) -> None:
+    """The last worker finishes by itself; then the others get SIGTERM, the newest first."""
+    *services, worker = trial.processes.values()
+    worker.ends(_START_TIMEOUT)
     cycle.stopped = time.monotonic()
     for service in reversed(services):
         service.send(signal.SIGTERM)
-        wait_until(lambda service=service: not service.alive, _END_TIMEOUT)
+        service.ends(_END_TIMEOUT)
 
 
-def stop(stand: Stand, cycle: Cycle, draw: random.Random) -> None:
-    """All parts at once, in any order."""
+def stop(trial: Trial, cycle: Cycle, draw: random.Random) -> None:
+    """Signals all workers at once, in random order."""
     cycle.stopped = time.monotonic()
-    processes = draw.sample(list(stand.processes.values()), len(stand.processes))
+    processes = draw.sample(list(trial.processes.values()), len(trial.processes))
     for process in processes:
         process.send(_SIGNALS[cycle.stop])
     if cycle.stop == _TWICE:
-        time.sleep(draw.uniform(0, _SECOND_SIGNAL_SECONDS))
+        pause(draw.uniform(0, _SECOND_SIGNAL_SECONDS))
         for process in processes:
             process.send(_SIGNALS[cycle.stop])
-    wait_until(lambda: not any(process.alive for process in processes), _END_TIMEOUT)
+    happens(lambda: not any(process.alive for process in processes), within=_END_TIMEOUT)
 
 
 def promised_codes(how: str) -> tuple[int, ...]:
-    """0; a second SIGINT may come when the job is done and Python itself is ending, and a shell tells both ends as 130."""
+    """0, except after SIGKILL. A second SIGINT may reach Python at its own end: -SIGINT, or 130 from a shell."""
     return {_TWICE: (0, _BY_SECOND_SIGNAL, -signal.SIGINT), _KILL: (-signal.SIGKILL,)}.get(how, (0,))
-
-
-def ends_of_logs(stand: Stand) -> str:
-    return "; ".join(f"{part}: {process.end_of_log(5)}" for part, process in stand.processes.items())
 
 
 def _fill(report: Report, cycles: list[Cycle]) -> None:
@@ -278,18 +254,9 @@ def _fill(report: Report, cycles: list[Cycle]) -> None:
     for cycle in cycles:
         groups[cycle.mode, cycle.stop].append(cycle)
     rows = [
-        (
-            mode,
-            how,
-            len(group),
-            sum(cycle.early for cycle in group),
-            spread([cycle.seconds for cycle in group]),
-        )
+        (mode, how, len(group), sum(one.early for one in group), spread([one.seconds for one in group]))
         for (mode, how), group in sorted(groups.items())
     ]
-    report.tables.append(
-        table(
-            ("mode", "ended by", "cycles", "of them while starting", "to the end, s (median, longest)"), rows
-        )
-    )
+    header = ("mode", "ended by", "cycles", "of them during the start", "to the end, s (median, longest)")
+    report.tables.append(table(header, rows))
     report.record = {"cycles": [asdict(cycle) for cycle in cycles]}

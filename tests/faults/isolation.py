@@ -1,4 +1,4 @@
-"""A network and a /dev/shm of the lab's own: nothing else is disturbed, and every leftover shows."""
+"""A network and a /dev/shm for the fault test alone: it disturbs nothing else, and every leftover shows."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -20,11 +21,11 @@ class Isolation:
 
     private: bool
     can_slow: bool
-    note: str  # what is missing and why, "" if nothing
+    note: str  # the missing permission, "" if there is none
 
 
 def isolate() -> Isolation:
-    """Moves this process, and all that it will start, into namespaces of its own; stays where it is if that is not permitted."""
+    """Moves this process and its later children into new namespaces, where that is permitted."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNET | _CLONE_NEWNS) != 0:
         reason = os.strerror(ctypes.get_errno())
@@ -56,24 +57,12 @@ def slowed_down(port: int, *, kilobits: int) -> Iterator[None]:
     """Loopback connections from and to `port` share `kilobits` per second while the body runs; needs `Isolation.can_slow`."""
     _run("tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", "htb", "default", "10")
     try:
-        # A burst takes a packet of loopback's size.
+        # A burst must hold the largest packet of the loopback device.
         for number, rate in ((10, "10gbit"), (20, f"{kilobits}kbit")):
-            lane = [
-                "parent",
-                "1:",
-                "classid",
-                f"1:{number}",
-                "htb",
-                "rate",
-                rate,
-                "burst",
-                "70kb",
-                "quantum",
-                "60000",
-            ]
+            lane = f"parent 1: classid 1:{number} htb rate {rate} burst 70kb quantum 60000".split()
             _run("tc", "class", "add", "dev", "lo", *lane)
         for end in ("sport", "dport"):
-            match = ["u32", "match", "ip", end, str(port), "0xffff", "flowid", "1:20"]
+            match = f"u32 match ip {end} {port} 0xffff flowid 1:20".split()
             _run("tc", "filter", "add", "dev", "lo", "parent", "1:", "protocol", "ip", *match)
         yield
     finally:
@@ -85,14 +74,27 @@ def _run(*command: str) -> None:
 
 
 def listening_ports() -> set[int]:
-    """TCP ports on which anybody in this network listens."""
-    ports = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path("/proc/self/net", table).read_text().splitlines()[1:]:
-            _, local, _, state = line.split()[:4]
-            if state == _LISTENING:
-                ports.add(int(local.rpartition(":")[2], 16))
-    return ports
+    """TCP ports on which any process in this network listens."""
+    tables = [tcp_sockets(Path("/proc/self/net", table)) for table in ("tcp", "tcp6")]
+    return {one.local for table in tables for one in table if one.state == _LISTENING}
+
+
+class TcpSocket(NamedTuple):
+    """A line of a table of /proc: local and remote port, state and inode."""
+
+    local: int
+    remote: int
+    state: str
+    inode: str
+
+
+def tcp_sockets(table: Path) -> list[TcpSocket]:
+    fields = [line.split() for line in table.read_text().splitlines()[1:]]
+    return [TcpSocket(_port(one[1]), _port(one[2]), one[3], one[9]) for one in fields]
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2], 16)
 
 
 def shared_memory_files() -> set[str]:

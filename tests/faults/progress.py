@@ -1,4 +1,4 @@
-"""How far a training run has come, read from its metrics without disturbing it."""
+"""The progress of a training run, read from its metrics file."""
 
 import json
 import os
@@ -27,7 +27,7 @@ class Progress:
         step = self._last_step()
         now = time.monotonic()
         self.longest_pause = max(self.longest_pause, now - self.last_advance)
-        # A resumed run drops what came after its checkpoint.
+        # A resumed run goes back to its checkpoint.
         if step > self.step:
             self.advanced += 1
             self.last_advance = now

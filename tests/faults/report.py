@@ -1,4 +1,4 @@
-"""What an experiment found: lines for people, a file for machines."""
+"""The result of a fault test as text and as JSON."""
 
 import json
 import os
@@ -6,22 +6,21 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
+from support.reporting import processor, table
 
 from faults.checks import Check
-
-_PACKAGES = ("torch", "transformers")
 
 
 @dataclass
 class Report:
-    """Tables, checks and the record they come from."""
+    """Checks, tables and the record behind them."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -35,10 +34,10 @@ class Report:
 
     def markdown(self) -> str:
         bars = table(
-            ("bar", "met", "found"),
+            ("check", "holds", "found"),
             [(check.name, "yes" if check.holds else "NO", check.found) for check in self.checks],
         )
-        command = shlex.join(["python", "benchmarks/faults.py", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])
         return (
             "\n\n".join([f"## {self.title}", f"    {command}", machine(), *self.notes, bars, *self.tables])
             + "\n"
@@ -54,23 +53,11 @@ class Report:
 
 
 def machine() -> str:
-    names = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    packages = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
     return (
-        f"{names[0] if names else platform.machine()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
-        f"Linux {platform.release()}; Python {platform.python_version()}, {packages}; load average {os.getloadavg()[2]:.1f} at the end."
-    )
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(" ".join(str(cell).split()).replace("|", "/") for cell in line) + " |"
-        for line in lines
+        f"{processor()}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"Linux {platform.release()}; Python {platform.python_version()}, {packages}; "
+        f"load average {os.getloadavg()[2]:.1f} at the end."
     )
 
 

@@ -1,6 +1,6 @@
-"""A peer that knows the registry's token and means no good. A worker of its own, since it needs an RPC agent.
+"""A hostile peer that knows the registry's token. It has a process of its own, since it needs an RPC agent.
 
-Every act asks one target and says what came of it, as JSON in the file that the order names.
+Each act asks one target and writes the outcome as JSON to the file that `Act` names.
 """
 
 import contextlib
@@ -9,27 +9,26 @@ import os
 import random
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from support.attacker import Gadget, lone_agent
+from support.waiting import pause
 from torch.distributed import rpc
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.jobs.permissions import trainer_permissions
 from eagle_rpc.registry import Record, RegistryClient, load_token
-from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.envelope import Failure, Ok, unwrap
 from eagle_rpc.rpc.internals import add_peer
 from eagle_rpc.rpc.link import call_hosted
 from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch
 from faults.connections import listening_port, send
-from faults.workplace import MAX_PICKLE_BYTES, MAX_REQUEST_BYTES
+from faults.workspace import MAX_PICKLE_BYTES, MAX_REQUEST_BYTES
 
 _TIMEOUT = 15.0  # seconds of one call
 _RECORDER_SECONDS = 2.0
@@ -39,11 +38,11 @@ _VOCAB, _NUM_SESSIONS, _NUM_REQUESTS = 300, 5, 12
 
 @dataclass
 class Outcome:
-    """What a target made of it."""
+    """The target's answers to one act."""
 
     asked: int = 0
-    as_promised: int = 0  # refused what must be refused, granted what may be
-    wrong: list[str] = field(default_factory=list)  # answered as if it were a good request, or not at all
+    as_promised: int = 0  # refused if it must be refused, granted if it may be
+    wrong: list[str] = field(default_factory=list)  # granted although hostile, or not answered
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,13 @@ class Rogue:
 
     target: Record
     draw: random.Random
-    marker: Path  # made if a command is executed
+    marker: Path  # exists if a command was executed
     outcome: Outcome
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return rpc.rpc_sync(self.target.name, function, args=arguments, timeout=_TIMEOUT)
 
-    def expect_refusal(self, what: str, function: Callable[..., Any], *arguments: Any) -> None:
+    def expect_refusal(self, attack: str, function: Callable[..., Any], *arguments: Any) -> None:
         self.outcome.asked += 1
         try:
             answer = self.ask(function, *arguments)
@@ -70,20 +69,14 @@ class Rogue:
         if refused:
             self.outcome.as_promised += 1
         else:
-            self.outcome.wrong.append(f"{what}: {answer!r:.300}")
+            self.outcome.wrong.append(f"{attack}: {answer!r:.300}")
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self.ask(call_hosted, SERVICE_NAME, method, *arguments)
 
 
-class Gadget:
-    """Runs a command in whatever unpickles it."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self._call = (function, arguments)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._call
+def alike(mask_BT: torch.Tensor) -> TokenBatch:
+    return TokenBatch(**dict.fromkeys(_MASKS, mask_BT))
 
 
 def tokens(**changes: Any) -> TokenBatch:
@@ -100,18 +93,16 @@ def spec(**changes: Any) -> SessionSpec:
 
 
 def hostile_pickles(rogue: Rogue) -> None:
-    """Each would run a command or reach beyond the service."""
+    """Calls that would run a command or reach beyond the service."""
     command = f"touch {rogue.marker}"
+    nested = Gadget(eval, f"open({str(rogue.marker)!r}, 'w')")
+    too_large = torch.zeros(MAX_REQUEST_BYTES + 1, dtype=torch.uint8)
     attacks: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
         ("os.system", os.system, (command,)),
         ("eval", eval, (f"__import__('os').system({command!r})",)),
         ("exec", exec, (f"import os; os.system({command!r})",)),
         ("gadget", call_hosted, (SERVICE_NAME, Gadget(os.system, command))),
-        (
-            "nested gadget",
-            call_hosted,
-            (SERVICE_NAME, "heartbeat", {"a": [Gadget(eval, f"open({str(rogue.marker)!r}, 'w')")]}),
-        ),
+        ("nested gadget", call_hosted, (SERVICE_NAME, "heartbeat", {"a": [nested]})),
         ("getattr gadget", call_hosted, (SERVICE_NAME, Gadget(getattr, "", "join"))),
         ("a class of torch", call_hosted, (SERVICE_NAME, torch.nn.Linear(2, 2))),
         ("a method that is not offered", call_hosted, (SERVICE_NAME, "close")),
@@ -119,18 +110,14 @@ def hostile_pickles(rogue: Rogue) -> None:
         ("an import", __import__, ("os",)),
         ("a file", open, (str(rogue.marker), "w")),
         ("much pickle", call_hosted, (SERVICE_NAME, "heartbeat", "x" * (MAX_PICKLE_BYTES + 1))),
-        (
-            "many tensors",
-            call_hosted,
-            (SERVICE_NAME, "heartbeat", torch.zeros(MAX_REQUEST_BYTES + 1, dtype=torch.uint8)),
-        ),
+        ("many tensors", call_hosted, (SERVICE_NAME, "heartbeat", too_large)),
     ]
-    for what, function, arguments in rogue.draw.sample(attacks, len(attacks)):
-        rogue.expect_refusal(what, function, *arguments)
+    for attack, function, arguments in rogue.draw.sample(attacks, len(attacks)):
+        rogue.expect_refusal(attack, function, *arguments)
 
 
 def malformed_requests(rogue: Rogue) -> None:
-    """Each looks like a request and breaks a rule."""
+    """Calls of the service that break a rule."""
     session = unwrap(rogue.call("open_session", spec()), sender=rogue.target.name).id
     incarnation = unwrap(rogue.call("model_info"), sender=rogue.target.name).incarnation
     ones = torch.ones(2, 8, dtype=torch.int64)
@@ -160,22 +147,10 @@ def malformed_requests(rogue: Rogue) -> None:
         ("ids of another dtype", ("generate", request(tokens(input_ids=ones.float())))),
         ("shapes that differ", ("generate", request(tokens(loss_mask=ones[:, :4])))),
         ("padding on the left", ("generate", request(tokens(attention_mask=left_padded)))),
-        ("an empty batch", ("generate", request(TokenBatch(**dict.fromkeys(_MASKS, ones[:0]))))),
+        ("an empty batch", ("generate", request(alike(ones[:0])))),
         ("masks of other values", ("generate", request(tokens(loss_mask=ones * 3)))),
-        (
-            "a long sequence",
-            (
-                "generate",
-                request(TokenBatch(**dict.fromkeys(_MASKS, torch.ones(1, 4096, dtype=torch.int64)))),
-            ),
-        ),
-        (
-            "many tokens",
-            (
-                "generate",
-                request(TokenBatch(**dict.fromkeys(_MASKS, torch.ones(600, 128, dtype=torch.bool)))),
-            ),
-        ),
+        ("a long sequence", ("generate", request(alike(torch.ones(1, 4096, dtype=torch.int64))))),
+        ("many tokens", ("generate", request(alike(torch.ones(600, 128, dtype=torch.bool))))),
         ("duplicate ids", ("open_session", spec(selected_token_ids=torch.zeros(4, dtype=torch.int64)))),
         ("an unknown encoding", ("open_session", spec(encoding="zip"))),
         ("a mapping of text", ("open_session", spec(selected_token_ids="all"))),
@@ -184,13 +159,13 @@ def malformed_requests(rogue: Rogue) -> None:
         ("the head of nobody", ("output_embeddings", "0" * 32)),
         ("too few arguments", ("heartbeat",)),
     ]
-    for what, (method, *arguments) in rogue.draw.sample(mistakes, len(mistakes)):
-        rogue.expect_refusal(what, call_hosted, SERVICE_NAME, method, *arguments)
+    for mistake, (method, *arguments) in rogue.draw.sample(mistakes, len(mistakes)):
+        rogue.expect_refusal(mistake, call_hosted, SERVICE_NAME, method, *arguments)
     rogue.call("disconnect", session)
 
 
 def abandoned_sessions(rogue: Rogue) -> None:
-    """Opens sessions, asks for work in each and dies without a word."""
+    """Opens sessions, asks for work in each and dies without closing them."""
     incarnation = unwrap(rogue.call("model_info"), sender=rogue.target.name).incarnation
     for number in range(_NUM_SESSIONS):
         answer = rogue.call("open_session", spec(trainer=f"rogue{number}"))
@@ -213,7 +188,7 @@ def abandoned_sessions(rogue: Rogue) -> None:
 
 
 def truncated_messages(rogue: Rogue) -> None:
-    """Repeats the beginning of a real conversation and stops in the middle of it."""
+    """Sends the beginning of a real conversation and stops in the middle."""
     opening = recorded_opening()
     port = listening_port(rogue.target.url)
     for _ in range(3):
@@ -223,7 +198,7 @@ def truncated_messages(rogue: Rogue) -> None:
 
 
 def recorded_opening() -> bytes:
-    """What this agent says first to a peer."""
+    """The first bytes that this agent sends to a peer."""
     with socket.create_server(("127.0.0.1", 0)) as recorder:
         recorder.settimeout(_RECORDER_SECONDS)
         add_peer("recorder", 2**15 - 2, f"uv://127.0.0.1:{recorder.getsockname()[1]}", {})
@@ -231,13 +206,13 @@ def recorded_opening() -> bytes:
         connection, _ = recorder.accept()
         with connection:
             connection.settimeout(_RECORDER_SECONDS)
-            time.sleep(0.1)
+            # The agent writes its first message in several pieces.
+            pause(0.1)
             return connection.recv(2**16)
 
 
-ACTS = {
-    act.__name__: act for act in (hostile_pickles, malformed_requests, abandoned_sessions, truncated_messages)
-}
+_ALL = (hostile_pickles, malformed_requests, abandoned_sessions, truncated_messages)
+ACTS = {act.__name__: act for act in _ALL}
 
 
 # --- the worker
@@ -245,7 +220,7 @@ ACTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Act:
-    """What a rogue is told to do."""
+    """The order for one rogue."""
 
     name: str
     target: str
@@ -266,7 +241,7 @@ def main() -> None:
         partial = Path(f"{act.outcome}.partial")
         partial.write_text(json.dumps(asdict(rogue.outcome)))
         partial.rename(act.outcome)
-        # Whoever means no good does not take leave either.
+        # A hostile peer does not say goodbye.
         os._exit(0)
 
 
@@ -276,15 +251,6 @@ def peer_of(act: Act) -> Iterator[Rogue]:
     target = next(one for one in registry.living() if one.name == act.target)
     config = RpcConfig(registry=act.registry, token_file=act.token_file, request_timeout=_TIMEOUT)
     worker_id = registry.new_id()
-    permissions = trainer_permissions(config)
-    with running_agent(
-        f"rogue:{worker_id}",
-        worker_id=worker_id,
-        world_size=None,
-        store=dist.HashStore(),
-        config=config,
-        device_maps={},
-        permissions=permissions,
-    ):
+    with lone_agent(f"rogue:{worker_id}", worker_id, config, trainer_permissions(config)):
         add_peer(target.name, target.id, target.url, {})
         yield Rogue(target, random.Random(act.seed), Path(act.marker), Outcome())

@@ -1,4 +1,4 @@
-"""Which fault hits whom at which step: everything follows from the seed."""
+"""A seeded schedule: the fault, its victim and its step."""
 
 import random
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from faults.kinds import Kind
 
-# Of the steps: none before the run is under way, none when it ends.
+# Shares of the steps between which faults hit: not at the start of a run and not at its end.
 _FIRST, _LAST = 0.03, 0.97
 
 
@@ -14,14 +14,14 @@ _FIRST, _LAST = 0.03, 0.97
 class Fault:
     """One entry of the schedule."""
 
-    step: int  # of the trainer, when it hits
+    step: int  # the trainer's, at which it hits
     kind: Kind
     victim: str
-    seed: int  # of what the fault draws itself
+    seed: int  # of the random choices of the fault itself
 
 
 def make_schedule(kinds: Sequence[Kind], *, count: int, steps: int, seed: int) -> list[Fault]:
-    """`count` faults, every kind at least once, in proportion to their shares; `count` must be at least the number of kinds."""
+    """`count` faults in proportion to the shares of their kinds. Raises `ValueError` if there are more kinds than faults."""
     if count < len(kinds):
         raise ValueError(f"--faults must be at least {len(kinds)}, one of each kind, got {count}")
     draw = random.Random(seed)
@@ -40,7 +40,7 @@ def make_schedule(kinds: Sequence[Kind], *, count: int, steps: int, seed: int) -
 
 
 def _in_proportion(kinds: Sequence[Kind], count: int) -> list[Kind]:
-    """The largest remainders get what rounding leaves."""
+    """Rounded down; the rest goes to the kinds with the largest remainders."""
     total = sum(kind.share for kind in kinds)
     exact = [count * kind.share / total for kind in kinds]
     numbers = [int(value) for value in exact]

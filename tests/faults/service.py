@@ -1,29 +1,28 @@
-"""One running service, registry, targets and trainer, kept alive as an operator's supervisor would."""
+"""A service of registry, targets and trainer, whose workers are started anew when they end, as a supervisor would do."""
 
-import socket
 import time
 from dataclasses import dataclass, field
 
+from support.processes import Process
+
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.registry import Record, RegistryClient, load_token
-from faults.processes import Process, Zygote, wait_until
 from faults.progress import Progress
-from faults.workplace import Workplace
+from faults.workspace import Workspace
+from faults.zygote import Zygote
 
 REGISTRY, TRAINER = "registry", "trainer0"
 _LOOK_SECONDS = 0.05
 
 
 @dataclass
-class Part:
-    """One worker of the service and its present process."""
+class Worker:
+    """A worker of the service and its current process."""
 
     name: str
     arguments: list[str]
     process: Process | None = None
-    starts: int = 0
-    # Why its process may end now; empty while it must not.
-    may_end: str = ""
+    may_end: str = ""  # why its process may end now; empty while it must not
 
     @property
     def role(self) -> str:
@@ -37,34 +36,34 @@ class Part:
 
 @dataclass(frozen=True)
 class Restart:
-    """A process that was started in place of one that had ended."""
+    """A process that was started after the one before had ended."""
 
-    part: str
+    worker: str
     why: str
-    seconds_to_serve: float  # from process start to its record saying that it serves
+    seconds_to_serve: float  # from the start of the process until its record says that it serves
 
 
 @dataclass
 class Service:
-    """Starts parts, restarts those that end, and keeps account of both."""
+    """Starts workers, restarts them when they end, and records both."""
 
     zygote: Zygote
-    workplace: Workplace
+    workspace: Workspace
     port: int
-    name: str  # of its logs
+    name: str  # the beginning of its logs' names
     num_targets: int
     niceness: int = 0
-    parts: dict[str, Part] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)
     restarts: list[Restart] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     progress: Progress = field(init=False)  # of the newest run
-    finished: bool = False  # its trainer has ended by itself, with code 0
+    finished: bool = False  # the trainer of this run has ended by itself with code 0
     _awaited: dict[str, tuple[str, float]] = field(default_factory=dict)
     _last_records: float = 0.0
     _records: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        common = self.workplace.service_settings(self.port)
+        common = self.workspace.service_settings(self.port)
         self._add(REGISTRY, ["job=registry", *common, "run.name=service"])
         for index in range(self.num_targets):
             self._add(
@@ -72,114 +71,104 @@ class Service:
             )
 
     def _add(self, name: str, arguments: list[str]) -> None:
-        self.parts[name] = Part(name, arguments)
+        self.workers[name] = Worker(name, arguments)
 
     @property
     def processes(self) -> list[Process]:
-        return [part.process for part in self.parts.values() if part.process is not None]
+        return [worker.process for worker in self.workers.values() if worker.process is not None]
 
     @property
-    def targets(self) -> list[Part]:
-        return [part for part in self.parts.values() if part.role == "target"]
+    def targets(self) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.role == "target"]
 
     # --- starting
 
     def start(self) -> None:
-        """Everything but a trainer."""
-        for part in self.parts.values():
-            self._start(part)
+        """Starts registry and targets."""
+        for worker in self.workers.values():
+            self._start(worker)
 
     def start_run(self, run: str, training: list[str]) -> None:
-        """A trainer for a run of its own; an earlier one must have finished."""
-        settings = self.workplace.service_settings(self.port)
+        """Starts a trainer for a new run; the run before must have finished."""
+        settings = self.workspace.service_settings(self.port)
         self._add(
             TRAINER,
             ["job=train", "rpc=elastic", *settings, *training, f"run.name={run}", "train.resume=auto"],
         )
-        self.progress = Progress(self.workplace.run_dir(run) / "metrics.jsonl")
+        self.progress = Progress(self.workspace.run_dir(run) / "metrics.jsonl")
         self.finished = False
-        self._start(self.parts[TRAINER])
+        self._start(self.workers[TRAINER])
 
-    def _start(self, part: Part) -> None:
-        # What the registry said before says nothing of what is there now.
+    def _start(self, worker: Worker) -> None:
+        # The records of a moment ago are out of date.
         self._last_records = 0.0
-        log = self.workplace.logs / f"{self.name}.{part.name}.log"
-        part.process = self.zygote.command_line(part.arguments, log=log, niceness=self.niceness)
-        part.starts += 1
-        part.may_end = ""
+        log = self.workspace.logs / f"{self.name}.{worker.name}.log"
+        worker.process = self.zygote.command_line(worker.arguments, log=log, niceness=self.niceness)
+        worker.may_end = ""
 
     def revive(self) -> None:
-        """Notes who has ended and starts it anew; the trainer stays away once it has finished."""
-        for part in self.parts.values():
-            if part.process is None or part.process.alive or (part.name == TRAINER and self.finished):
+        """Starts workers anew that have ended, except a trainer that has finished."""
+        for worker in self.workers.values():
+            if worker.process is None or worker.process.alive or (worker.name == TRAINER and self.finished):
                 continue
-            code = part.process.poll()
-            if part.name == TRAINER and code == 0 and not part.may_end:
+            code = worker.process.poll()
+            if worker.name == TRAINER and code == 0 and not worker.may_end:
                 self.finished = True
                 continue
-            why = part.may_end
+            why = worker.may_end
             if not why:
                 why = "unexpected"
                 self.unexpected.append(
-                    f"{part.name} ended with code {code}: ...\n{part.process.end_of_log()}"
+                    f"{worker.name} ended with code {code}: ...\n{worker.process.end_of_log()}"
                 )
-            self._start(part)
-            if part.role == "target":
-                self._awaited[part.name] = (why, part.running.started)
+            self._start(worker)
+            if worker.role == "target":
+                self._awaited[worker.name] = (why, worker.running.started)
 
     # --- looking
 
-    def record_of(self, part: Part) -> Record | None:
-        """What the registry says of the part's present process."""
-        found = [record for record in self.records() if record.pid == part.running.pid]
+    def record_of(self, worker: Worker) -> Record | None:
+        """The registry's record of the worker's current process."""
+        found = [record for record in self.records() if record.pid == worker.running.pid]
         return found[0] if found else None
 
     def records(self) -> list[Record]:
-        """The living, as of a moment ago; none while the registry does not answer."""
+        """Records of living workers, at most 0.05 s old; empty while the registry does not answer."""
         if time.monotonic() - self._last_records >= _LOOK_SECONDS:
             self._last_records = time.monotonic()
             try:
                 client = RegistryClient(
-                    f"127.0.0.1:{self.port}", load_token(self.workplace.token), timeout=1.0
+                    f"127.0.0.1:{self.port}", load_token(self.workspace.token), timeout=1.0
                 )
                 self._records = [one.record for one in client.records() if one.living]
             except EagleRpcError:
                 self._records = []
         return self._records
 
-    def serving(self, part: Part) -> bool:
-        """Whether its present process has announced that it serves."""
-        record = self.record_of(part)
-        return part.running.alive and record is not None and record.status.get("draining") is False
+    def serving(self, worker: Worker) -> bool:
+        """Whether the worker's current process has announced that it serves."""
+        record = self.record_of(worker)
+        return worker.running.alive and record is not None and record.status.get("draining") is False
 
-    def whole(self) -> bool:
-        """Whether everything is there."""
-        for part in self.targets:
-            if not self.serving(part):
+    def complete(self) -> bool:
+        """Whether all targets serve and all other workers live. Records the restarts that this ends."""
+        for worker in self.targets:
+            if not self.serving(worker):
                 return False
-            if part.name in self._awaited:
-                why, started = self._awaited.pop(part.name)
-                self.restarts.append(Restart(part.name, why, time.monotonic() - started))
+            if worker.name in self._awaited:
+                why, started = self._awaited.pop(worker.name)
+                self.restarts.append(Restart(worker.name, why, time.monotonic() - started))
         return all(
-            part.running.alive for part in self.parts.values() if part.name != TRAINER or not self.finished
+            worker.running.alive
+            for worker in self.workers.values()
+            if worker.name != TRAINER or not self.finished
         )
 
     # --- ending
 
-    def end(self, part: Part, number: int, seconds: float) -> int | None:
-        """Sends a signal that must end the part; its exit code, or None if it lives on after `seconds`."""
-        part.may_end = f"signal {number}"
-        part.running.send(number)
-        wait_until(lambda: not part.running.alive, seconds)
-        return part.running.poll()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody has; taken together, so that they differ."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    def end(self, worker: Worker, number: int, seconds: float) -> int | None:
+        """Sends a signal that must end the worker; its exit code, None if it lives after `seconds`."""
+        worker.may_end = f"signal {number}"
+        worker.running.send(number)
+        worker.running.ends(seconds)
+        return worker.running.poll()

@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.processes import free_port
 from support.tiny_model import save_tiny_model, write_prompts
 from support.waiting import until
-from support.workers import free_port
 
 pytestmark = pytest.mark.rpc
 
@@ -390,13 +389,21 @@ def started(directory: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]
 def status_until(
     directory: Path, registry: list[str], holds: Callable[[dict[str, Any]], bool]
 ) -> dict[str, Any]:
-    """Looks at the service as machines do until it is as expected."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        looked = run(PYTHON, directory, "job=status", "job.status_json=true", *registry)
-        if looked.returncode == 0 and holds(seen := json.loads(looked.stdout)):
+    """The first status of the service, as JSON, that `holds`."""
+    looks: list[subprocess.CompletedProcess[str]] = []
+
+    def as_expected() -> dict[str, Any] | None:
+        looks.append(run(PYTHON, directory, "job=status", "job.status_json=true", *registry))
+        if looks[-1].returncode == 0 and holds(seen := json.loads(looks[-1].stdout)):
             return seen
-    raise AssertionError(f"the service never came to be as expected: {looked.stdout}{looked.stderr}")
+        return None
+
+    return until(
+        as_expected,
+        "the service is as expected",
+        seconds=150,
+        seen=lambda: looks[-1].stdout + looks[-1].stderr,
+    )
 
 
 def test_a_service_outlives_the_trainers_of_other_directories_and_everything_ends_when_told(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.processes import free_port
 from support.waiting import until
-from support.workers import free_port
 
 from eagle_rpc.errors import ConnectionLost, NameTaken, WaitTimeout
 from eagle_rpc.registry import Record, RegistryClient, load_token, register

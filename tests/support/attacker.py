@@ -1,4 +1,4 @@
-"""An attacker that torch RPC lets in: a stock agent without our fence, which sends any bytes it likes to a fenced server."""
+"""An attacker with torch's own RPC agent: without the fence, it sends any bytes to a fenced server."""
 
 import contextlib
 import io
@@ -23,13 +23,21 @@ from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
 
 SERVER, ATTACKER = "target0", "attacker"
-# torch lets a process have one id for all its life.
+# In torch, a process keeps one id.
 SERVER_ID, ATTACKER_ID = 1, 2
 _TIMEOUT = 30.0
 
 
+def lone_agent(
+    name: str, worker_id: int, config: RpcConfig, permissions: Permissions
+) -> contextlib.AbstractContextManager[None]:
+    """This package's agent, alone in its group, without device maps."""
+    settings: dict[str, Any] = {"world_size": None, "store": dist.HashStore(), "device_maps": {}}
+    return running_agent(name, worker_id=worker_id, config=config, permissions=permissions, **settings)
+
+
 def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> None:
-    """Runs in a process of its own: an agent that is alone and hosts a tiny target, until told to end through `pipe`."""
+    """Runs in a process of its own: an agent that hosts a tiny target, until `pipe` says that it must end."""
     from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
     from eagle_rpc.service.server import TargetModelServer
     from eagle_rpc.target.model import HFEagle3TargetModel
@@ -37,15 +45,7 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
     torch.set_num_threads(1)
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
     server = TargetModelServer(target, tiny_target_config(max_sessions=4096))
-    with running_agent(
-        SERVER,
-        worker_id=SERVER_ID,
-        world_size=None,
-        store=dist.HashStore(),
-        config=config,
-        device_maps={},
-        permissions=permissions,
-    ):
+    with lone_agent(SERVER, SERVER_ID, config, permissions):
         host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
         pipe.send(internals.bound_url(SERVER))
         internals.add_peer(ATTACKER, ATTACKER_ID, pipe.recv(), {})
@@ -83,14 +83,14 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def stock_agent() -> Iterator[None]:
-    """torch's agent as torch starts it, without a fence and alone in its group."""
+    """torch's agent as torch starts it: without a fence, alone in its group."""
     bind_to_interface("lo")
     rpc.init_rpc(
         ATTACKER,
         rank=ATTACKER_ID,
         rpc_backend_options=internals.agent_options("eagle-attacker://", RpcConfig(), cuda=False),
     )
-    # torch goes on asking the first agent of a process who owns an RRef, so every one of them must have heard of the server.
+    # torch asks the first agent of a process for the owner of an RRef: each agent must know the server.
     internals.add_peer(SERVER, SERVER_ID, internals.bound_url(ATTACKER), {})
     try:
         yield
@@ -106,7 +106,7 @@ register_rendezvous_handler("eagle-attacker", _alone)
 
 
 class Answers:
-    """Sends many requests with a bounded number under way, and sorts the answers."""
+    """Sends many requests with a bounded number under way, and collects values and failures."""
 
     def __init__(self, window: int = 64) -> None:
         self.sent = 0
@@ -118,14 +118,14 @@ class Answers:
 
     def send(self, data: bytes, tensors: list[torch.Tensor] | None = None, *, is_async: bool = False) -> None:
         """Sends `data` as a call's pickle."""
-        assert self._credits.acquire(timeout=_TIMEOUT), "the server answers no more"
+        assert self._credits.acquire(timeout=_TIMEOUT), "the server no longer answers"
         self.sent += 1
         try:
             future = rpc.api._invoke_rpc_python_udf(
                 rpc.get_worker_info(SERVER), data, tensors or [], _TIMEOUT, is_async
             )
         except RuntimeError as error:
-            # What the attacker's own torch cannot send is no request.
+            # The attacker's own torch refused to send it.
             self.sent -= 1
             self._credits.release()
             raise AssertionError(f"not sent: {error}") from None
@@ -139,7 +139,7 @@ class Answers:
     def wait(self) -> None:
         """Until every request is answered."""
         for _ in range(self._window):
-            assert self._credits.acquire(timeout=_TIMEOUT), "the server answers no more"
+            assert self._credits.acquire(timeout=_TIMEOUT), "the server no longer answers"
         self._credits.release(self._window)
 
     def _take(self, future: Any) -> None:
@@ -147,14 +147,14 @@ class Answers:
             value = future.value()
             with self._lock:
                 self.values.append(value)
-        except Exception as error:  # noqa: BLE001 - torch raises whatever the peer raised
+        except Exception as error:  # noqa: BLE001 - torch raises any error of the peer
             with self._lock:
                 self.failures.append(str(error))
         self._credits.release()
 
 
 def pickled(value: Any, protocol: int = 4) -> bytes:
-    """Bytes of a call whose only argument is `value`, which may have a hostile `__reduce__`."""
+    """Bytes of a call with the argument `value`, which may have a hostile `__reduce__`."""
     from eagle_rpc.rpc.link import hosted_rref
 
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Trainers and their target in processes of their own, while supervision arrives behind running collectives."""
+"""Trainers and their target in processes of their own; supervision arrives while collectives run."""
 
 import contextlib
 import itertools
@@ -31,7 +31,7 @@ GroupMaker = Callable[
 
 
 def service_config(device: str, trainers: int, **train: Any) -> Config:
-    """A tiny target of 1 and as many trainers as named; heads wide enough for the fused step where there is a GPU."""
+    """One tiny target and `trainers`; on a GPU its heads are wide enough for the fused step."""
     wide = {"hidden_size": 256, "intermediate_size": 512} if device != "cpu" else {}
     dtype = DType.float32 if device == "cpu" else DType.bfloat16
     return Config(
@@ -49,7 +49,7 @@ def all_trainers(config: Config, membership: StaticMembership, device: torch.dev
 
 
 def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -> dict[str, Any] | None:
-    """One process of the job: a target that serves, or a trainer of so many steps, which returns what it saw."""
+    """One process of the job: a target that serves, or a trainer of `steps` steps, which returns its weights' digest."""
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
@@ -97,7 +97,7 @@ def _train(
 
 @contextlib.contextmanager
 def arrivals(membership: StaticMembership) -> Iterator[None]:
-    """Leaves a mark in the store for every answer that this trainer gets."""
+    """Sets a mark in the store for every reply that this trainer receives."""
     complete, numbers = PendingRequest.complete, itertools.count(1)
 
     def marked(request, reply):
@@ -112,7 +112,7 @@ def arrivals(membership: StaticMembership) -> Iterator[None]:
 
 
 def hold_back(learner: Learner, membership: StaticMembership, step: int) -> None:
-    """Joins the sum of gradients only when all trainers, the others of which stand in it, have the next step's supervision."""
+    """Joins the sum of gradients only when all trainers have the next step's supervision; the others wait in the sum."""
     reduce = type(learner._masters).reduce_gradients
 
     def held_back() -> None:

@@ -1,4 +1,4 @@
-"""A tokenizer that is made in a moment, encodes any text and has a chat template."""
+"""A small tokenizer that encodes any text and has a chat template."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

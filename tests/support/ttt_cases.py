@@ -20,7 +20,7 @@ VOCAB, DRAFT_VOCAB, TARGET_HIDDEN = 97, 61, 24
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What differs from one comparison to the next."""
+    """The settings of one comparison."""
 
     heads: int = 4
     key_heads: int = 2
@@ -36,7 +36,7 @@ class Case:
 
 
 def case_draft(case: Case) -> Eagle3Draft:
-    """fp32 weights large enough that every term matters, norms away from one."""
+    """Random fp32 weights: large enough that every term matters, with norms away from one."""
     generator = torch.Generator().manual_seed(case.seed)
     config = Eagle3DraftConfig(
         hidden_size=case.hidden_size,
@@ -99,7 +99,7 @@ def case_batch(case: Case) -> Eagle3TargetBatch:
 
 
 def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
-    """The same batch elsewhere."""
+    """The same batch on another device."""
     targets = batch.targets
     if isinstance(targets, ProjectedTargets):
         moved = ProjectedTargets(targets.values.to(device), targets.head.to(torch.device(device)))
@@ -117,7 +117,7 @@ def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
 
 
 def gradients(draft: Eagle3Draft) -> dict[str, Tensor]:
-    """Copies by name of the trainable parameters' gradients, which are then forgotten."""
+    """Copies of the gradients of trainable parameters, by name. The draft's own gradients are then cleared."""
     copies = {
         name: parameter.grad.clone()
         for name, parameter in draft.named_parameters()

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from support.processes import free_port
+
 from eagle_rpc.registry import Directory, IdFile, Record, RegistryClient, RegistryServer
 
 TOKEN = b"t" * 32
@@ -44,13 +46,14 @@ def target(number: int = 0, **changes: object) -> Record:
 def running_registry(
     directory: Path,
     *,
-    address: str = "127.0.0.1:0",
+    address: str | None = None,
     ttl: float = BOUND,
     message_seconds: float = BOUND,
     ids: IdFile | None = None,
 ) -> Iterator[RegistryServer]:
     """Slow enough in what it takes for silence that only tests of silence see any."""
-    host, port = address.split(":")
+    # A port that no outgoing connection takes, for tests that close the registry and start it again.
+    host, port = (address or f"127.0.0.1:{free_port()}").split(":")
     ids = ids or IdFile(directory / "ids", lock_seconds=BOUND)
     with RegistryServer(
         (host, int(port)), TOKEN, Directory(ids, ttl=ttl), message_seconds=message_seconds

@@ -1,28 +1,36 @@
-"""What benchmarks of one device share: times, peaks of memory, a ceiling to compare with, and a file that stays whole."""
+"""Shared by benchmarks: arguments, times, peaks of memory, a ceiling, medians, the environment and the file of results."""
 
+import argparse
 import contextlib
 import json
+import os
 import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import processes  # It puts `support` on the path.
 import torch
+import transformers
+from support.reporting import processor
 
+__all__ = ["processes"]
 GIB = 2**30
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until the device has done what it was given; a CPU has."""
+    """Waits for the device's queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_seconds(run: Callable[[], Any], *, repeats: int, warmups: int, device: torch.device) -> float:
-    """Of one run: by events around each on a GPU, by the clock on a CPU."""
+    """The median time of one run: by events around it on a GPU, by the clock on a CPU."""
     for _ in range(warmups):
         run()
     seconds = []
@@ -50,7 +58,7 @@ def matrix_ceiling(device: torch.device, *, size: int = 8192) -> float:
 def measure(
     run: Callable[[], Any], tokens: int, flops: float, ceiling: float, *, slow: bool, device: torch.device
 ) -> dict[str, float]:
-    """Throughput of `run`, which has run before, and on a GPU its peak of memory over what is there without it."""
+    """Throughput of `run`, which has run before; on a GPU also its peak of memory above the resident bytes."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -76,7 +84,7 @@ def measure(
 
 
 def clock_and_power(device: torch.device) -> dict[str, float]:
-    """What the GPU runs at this moment at, where its management library can be asked: under load it lowers its clock."""
+    """The GPU's current clock and power, where its management library is installed: it lowers its clock under load."""
     with contextlib.suppress(ModuleNotFoundError):
         return {
             "megahertz": float(torch.cuda.clock_rate(device)),
@@ -90,7 +98,7 @@ def kernel_times(
 ) -> tuple[dict[str, float], list[str]]:
     """Milliseconds on the GPU of one run by kind of kernel, and the kernels that take longest, one a line.
 
-    `kinds`: a kind, and what the names of its kernels hold; the first that fits counts.
+    `kinds`: a kind, and parts of its kernels' names; the first match counts.
     """
     run()
     torch.cuda.synchronize()
@@ -109,28 +117,52 @@ def kernel_times(
     ]
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def command_line() -> str:
+    """The command that started this benchmark, from the repository's root."""
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
     return {
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+        "date": str(date.today()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "command": " ".join(sys.argv),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "command": command_line(),
     }
 
 
-class Results:
-    """Prints every figure as it comes and keeps the file whole, whatever ends the run."""
+def arguments_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the benchmark's docstring as it stands."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter)
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+
+def size_of(name: str) -> tuple[int, int]:
+    """Rows and tokens of "4x2048"."""
+    rows, length = map(int, name.split("x"))
+    return rows, length
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure over several runs."""
+    return {figure: statistics.median(run[figure] for run in runs) for figure in runs[0]}
+
+
+class Results:
+    """Prints each entry when it is added and writes the whole file again, so that an interrupted run keeps its results."""
+
+    def __init__(self, path: Path | None, device: torch.device) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._content: dict[str, Any] = {**environment(device), "runs": []}
 
     def add(self, **entry: Any) -> None:
         self._content["runs"].append(entry)
-        self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._content, indent=1) + "\n", encoding="utf-8")
         print(
             " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()),
             flush=True,

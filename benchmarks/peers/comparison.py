@@ -1,4 +1,4 @@
-"""Contestants measured in turns."""
+"""Contestants are measured in turns."""
 
 import statistics
 import time
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 import torch
-from peers.processes import Command, Process, running
 from peers.work import Work
+from processes import Command, Process, running
 from safetensors.torch import load_file
 
 # Requests that each contestant answers before anything is measured.
@@ -17,14 +17,14 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to be served."""
+    """One way of transport: its servers and its client."""
 
     name: str
     servers: list[Command]
     client: Command
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Outcome:
     """One repetition of one contestant, per request; processor times in seconds of a core."""
 
@@ -46,13 +46,8 @@ def measure(servers: list[Process], client: Process, num_requests: int) -> Outco
     before = reading()
     answer = client.ask(requests=num_requests)
     transferred, server_cpu, client_cpu = (now - then for now, then in zip(reading(), before, strict=True))
-    return Outcome(
-        seconds=answer["seconds"] / num_requests,
-        bytes=transferred / num_requests,
-        supervised=answer["supervised"] / num_requests,
-        server_cpu=server_cpu / num_requests,
-        client_cpu=client_cpu / num_requests,
-    )
+    totals = (answer["seconds"], transferred, answer["supervised"], server_cpu, client_cpu)
+    return Outcome(*(total / num_requests for total in totals))
 
 
 def loopback_bytes() -> int:
@@ -60,17 +55,16 @@ def loopback_bytes() -> int:
 
 
 def idle_shares(processes: list[Process], seconds: float) -> dict[str, float]:
-    """Each process's share of a core while nothing is asked."""
+    """Each process's share of a core while there are no requests."""
     before = [process.cpu_seconds() for process in processes]
     time.sleep(seconds)
-    return {
-        one.name: (one.cpu_seconds() - then) / seconds for one, then in zip(processes, before, strict=True)
-    }
+    pairs = zip(processes, before, strict=True)
+    return {one.name: (one.cpu_seconds() - then) / seconds for one, then in pairs}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a contestant's first answer differs in from the peer's, or from this package's co-located probabilities."""
+    """Differences of a contestant's first answer from the first contestant's."""
 
     probs: float  # largest absolute difference over supervised rows
     aux: float  # the same over real tokens
@@ -101,7 +95,7 @@ class Measurement:
 
     def run(self, *, repetitions: int, num_requests: int, idle_seconds: float) -> None:
         for repetition in range(repetitions):
-            # Forwards, then backwards: a machine that gets slower meanwhile favours nobody.
+            # Forwards, then backwards: a machine that becomes slower favours no contestant.
             for contestant in self._contestants if repetition % 2 == 0 else reversed(self._contestants):
                 with running(contestant.servers, contestant.client, Path(self._work.directory)) as (
                     servers,
@@ -120,14 +114,11 @@ class Measurement:
     def _look_closely(
         self, contestant: Contestant, servers: list[Process], client: Process, idle_seconds: float
     ) -> None:
-        """What need not be repeated: the answer itself, and processes that have nothing to do."""
-        reference, answer = (
-            Path(self._work.directory) / f"{name}.safetensors" for name in ("reference", "answer")
-        )
-        if contestant is self._contestants[0]:
-            client.ask(save=str(reference))
-        else:
-            client.ask(save=str(answer))
+        """Measured once: the answer itself, and the processes without requests."""
+        directory, is_first = Path(self._work.directory), contestant is self._contestants[0]
+        reference, answer = directory / "reference.safetensors", directory / "answer.safetensors"
+        client.ask(save=str(reference if is_first else answer))
+        if not is_first:
             self.differences[contestant.name] = compare(answer, reference, self._work)
         self.idle[contestant.name] = idle_shares([*servers, client], idle_seconds)
 

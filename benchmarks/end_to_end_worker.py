@@ -1,48 +1,42 @@
-"""Target and trainer of an end-to-end run: in one process, or in two over RPC. Told what to do in lines of JSON on stdin.
+"""Target and trainer of `end_to_end.py`: in one process, or in two over RPC. They answer questions in lines of JSON.
 
-python -m peers.training colocated|target|trainer HYDRA_OVERRIDE...
+python -m end_to_end_worker colocated|target|trainer HYDRA_OVERRIDE...
 """
 
 import contextlib
 import itertools
-import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from peers.ours import compose
+from lines import questions, say
+from measuring import synchronise
+from workers import compose, connected, joined
 
 from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
-from eagle_rpc.jobs.assembly import connect_target, make_draft
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.assembly import make_draft
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
-from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import assign_roles, plan_devices, resolve_device
+from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
-# Of the tokens, those that the loss mask selects.
+# The loss mask's share of the tokens.
 _SUPERVISED_SHARE = 0.9
-# Different batches, which come again and again.
+# Different batches, which are repeated.
 _NUM_BATCHES = 8
 # Seconds between two looks at the forward thread.
 _LOOK_SECONDS = 0.002
-
-
-def say(answer: dict[str, float]) -> None:
-    print(json.dumps(answer), flush=True)
 
 
 def token_batches(config: Config, vocab_size: int) -> Iterator[TokenBatch]:
@@ -56,15 +50,11 @@ def token_batches(config: Config, vocab_size: int) -> Iterator[TokenBatch]:
 
 
 def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) -> None:
-    """Runs as many optimiser steps as each line of stdin says, until stdin ends."""
+    """For each question, trains the number of optimiser steps that it names and answers with times in seconds."""
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    vocab_size = target_config.vocab_size
-    selected_token_ids = (
-        torch.randperm(vocab_size, generator=torch.Generator().manual_seed(1))[: config.draft.vocab_size]
-        .sort()
-        .values
-    )
-    backend.open_session(VocabMapping.from_token_ids(selected_token_ids, vocab_size))
+    vocab_size, generator = target_config.vocab_size, torch.Generator().manual_seed(1)
+    selected = torch.randperm(vocab_size, generator=generator)[: config.draft.vocab_size].sort().values
+    backend.open_session(VocabMapping.from_token_ids(selected, vocab_size))
     draft = make_draft(config, target_config, backend, device)
     learner = Learner(draft, config.train, config.draft, TrainerGroup(), total_steps=config.train.max_steps)
     with contextlib.closing(backend.stream(token_batches(config, vocab_size))) as stream:
@@ -72,70 +62,36 @@ def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) ->
         def steps(count: int) -> None:
             for _ in range(count):
                 learner.learn(itertools.islice(stream, config.train.accumulation))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronise(device)
 
-        say({"ready": True})
-        for line in sys.stdin:
-            command = json.loads(line)
-            # The requests under way are those of a trainer in full swing when the clock starts.
-            steps(command["warmups"])
+        say(ready=True)
+        for question in questions():
+            # After warm-up as many requests are under way as during training.
+            steps(question["warmups"])
             started, waited = time.monotonic(), backend.seconds_waited
-            steps(command["steps"])
+            steps(question["steps"])
             ended = time.monotonic()
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            say(
-                {
-                    "started": started,
-                    "ended": ended,
-                    "waited": backend.seconds_waited - waited,
-                    "peak_bytes": peak,
-                }
-            )
+            say(started=started, ended=ended, waited=backend.seconds_waited - waited, peak_bytes=peak)
 
 
 def train_colocated(config: Config) -> None:
     start_worker(config, "colocated")
-    device = torch.device(resolve_device(config.train.device))
+    device, supervision = torch.device(resolve_device(config.train.device)), config.supervision
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
-    supervision = config.supervision
-    train(
-        config,
-        ColocatedEagle3TargetModel(
-            target,
-            config.target,
-            SessionSettings(encoding=supervision.encoding.value, rows=supervision.rows.value),
-        ),
-        device,
-    )
-
-
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
-    world = read_world()
-    cast = assign_roles(config.topology, world)
-    start_worker(config, cast.me.name)
-    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
-        yield membership, torch.device(devices.device)
+    settings = SessionSettings(encoding=supervision.encoding.value, rows=supervision.rows.value)
+    train(config, ColocatedEagle3TargetModel(target, config.target, settings), device)
 
 
 def train_remote(config: Config) -> None:
-    with joined(config) as (membership, device):
-        membership.wait_for(membership.cast.target_names, READY, timeout=config.rpc.model_timeout)
-        target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        backend = connect_target(
-            config, target_config, None, device, membership.cast, membership, threading.Event()
-        )
-        with contextlib.closing(backend):
-            train(config, backend, device)
-        membership.mark(DONE)
+    with joined(config) as (membership, device), connected(config, membership, device) as backend:
+        train(config, backend, device)
 
 
 def serve(config: Config) -> None:
-    """Answers each line of stdin, two moments, by the share of the time between them in which the forward thread had no work."""
+    """For each question, a span of time, answers with the share of it in which the forward thread had no work."""
     with joined(config) as (membership, device), contextlib.ExitStack() as stack:
         server = load_server(config, device)
         life = TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=threading.Event())
@@ -151,16 +107,15 @@ def serve(config: Config) -> None:
 
 def watch(server: TargetModelServer, looks: list[tuple[float, int]], done: Callable[[], bool]) -> None:
     while not done():
-        # A GPU has the next request begun before it is done with one.
+        # A GPU begins the next request before it has finished one.
         looks.append((time.monotonic(), min(1, server.status()["running"])))
         time.sleep(_LOOK_SECONDS)
 
 
 def answer(looks: list[tuple[float, int]]) -> None:
-    for line in sys.stdin:
-        window = json.loads(line)
-        seen = [running for moment, running in looks if window["started"] <= moment <= window["ended"]]
-        say({"idle_share": 1 - sum(seen) / len(seen)})
+    for span in questions():
+        seen = [running for moment, running in looks if span["started"] <= moment <= span["ended"]]
+        say(idle_share=1 - sum(seen) / len(seen))
 
 
 if __name__ == "__main__":
