@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import processes  # It puts `support` on the path.
 import torch
-from eagle_rpc.jobs.trainer_worker import connect_target
 from support.trainer import compose, elastic_trainer
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
+from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.permissions import static_permissions
 from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world

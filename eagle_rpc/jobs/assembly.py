@@ -43,7 +43,7 @@ def connect_target(
         session=SessionSettings(
             encoding=config.supervision.encoding.value,
             rows=config.supervision.rows.value,
-            job=config.run.name,
+            run=config.run.name,
             trainer=cast.me.name,
         ),
         index=cast.me.index,

@@ -33,7 +33,7 @@ def announced(
     return join_elastic(
         name,
         role.value,
-        job=config.run.name if role is Role.trainer else "",
+        run=config.run.name if role is Role.trainer else "",
         device=str(device),
         config=config.rpc,
         permissions=permissions,

@@ -54,7 +54,7 @@ class _Entry:
 
 
 class Directory:
-    """Records by role, job and name, one living worker each. A worker silent for `ttl` seconds is dead.
+    """Records by role, run and name, one living worker each. A worker silent for `ttl` seconds is dead.
 
     A worker taken for dead keeps its place until another one takes it. A restarted registry knows nobody: for
     `ttl` seconds it lets in only workers with an id from before, since the others could take the name of a
@@ -104,7 +104,7 @@ class Directory:
                     logger.info("%s has left", entry.record)
 
     def sightings(self) -> list[Sighting]:
-        """All living and, for a while, silent workers; targets first, then by job and name."""
+        """All living and, for a while, silent workers; targets first, then by run and name."""
         with self._lock:
             now = self.clock()
             self._forget_silent(now)

@@ -25,7 +25,7 @@ def _within(low: int, high: int) -> Callable[[Any], object]:
 _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "name": (_matching(r"[A-Za-z0-9_-]{1,64}"), "1 to 64 letters, digits, - or _"),
     "role": (_matching("target|trainer"), "target or trainer"),
-    "job": (is_name, NAME_RULE),
+    "run": (is_name, NAME_RULE),
     "id": (_within(1, LAST_WORKER_ID), f"a whole number in 1..{LAST_WORKER_ID}"),
     "incarnation": (_matching("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
     "url": (_matching(r"[!-~]{1,512}"), "1 to 512 ASCII characters without blanks"),
@@ -42,7 +42,7 @@ class Record:
 
     name: str  # "target0"
     role: str  # "target" or "trainer"
-    job: str  # run of a trainer; "" for a target
+    run: str  # run of a trainer; "" for a target
     id: int  # worker id, from the registry
     incarnation: str  # random id of the process, hexadecimal
     url: str  # TensorPipe's: "uv://127.0.0.1:1234"
@@ -59,8 +59,8 @@ class Record:
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """Role, job and name: one living worker may have them."""
-        return self.role, self.job, self.name
+        """Role, run and name: one living worker may have them."""
+        return self.role, self.run, self.name
 
     def __str__(self) -> str:
         return f"{self.name} (incarnation {self.incarnation[:8]}, process {self.pid} on {self.host})"

@@ -223,7 +223,7 @@ _LOAD: dict[str, Cell] = {
 _SESSIONS: dict[str, Cell] = {
     "target": _text("target"),
     "session": _word("id"),
-    "job": _word("job"),
+    "run": _word("run"),
     "trainer": _word("trainer"),
     "encoding": _word("encoding"),
     ">queued": _number("queued"),
@@ -236,7 +236,7 @@ _TRAINERS: dict[str, Cell] = {
     "name": _text("name"),
     "incarnation": _word("incarnation", 8),
     "state": _state("training"),
-    "job": _text("job"),
+    "run": _text("run"),
     "device": _text("device"),
     ">step": _step,
     ">tok/s": _count("tokens_per_second"),

@@ -202,7 +202,7 @@ def join_elastic(
     name: str,
     role: str,
     *,
-    job: str,
+    run: str,
     device: str,
     config: RpcConfig,
     permissions: Permissions,
@@ -232,7 +232,7 @@ def join_elastic(
         me = Record(
             name=name,
             role=role,
-            job=job,
+            run=run,
             id=worker_id,
             incarnation=secrets.token_hex(16),
             url=bound_url(f"{name}:{worker_id}"),

@@ -30,7 +30,7 @@ def check_seconds(name: str, value: Any) -> None:
 def check_spec(spec: Any) -> None:
     """Raises `InvalidRequest` unless `spec` is a `SessionSpec` with known settings and any ids."""
     check_type("spec", spec, SessionSpec)
-    for name in ("encoding", "rows", "job", "trainer"):
+    for name in ("encoding", "rows", "run", "trainer"):
         check_name(name, getattr(spec, name))
     check_type("expected", spec.expected, TargetExpectation)
     check_type("through_host", spec.through_host, bool)

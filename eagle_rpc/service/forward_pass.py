@@ -12,13 +12,15 @@ from eagle_rpc.errors import EagleRpcError, TargetFailed, TargetOutOfMemory
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import (
     BatchRows,
+    Eagle3Target,
     EncodedSupervision,
     ReadSupervision,
     TokenBatch,
+    device_of,
     read_supervision,
+    run_target,
     to_host,
 )
-from eagle_rpc.target.supervise import device_of, run_target
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +43,7 @@ class ForwardPass:
     while the next pass runs. Nothing here waits for the GPU before `StartedPass.finish`.
     """
 
-    def __init__(self, target: Any, config: TargetConfig) -> None:
-        """`target`: an `Eagle3Target`."""
+    def __init__(self, target: Eagle3Target, config: TargetConfig) -> None:
         self._target = target
         self._device = device_of(target)
         self._stream = torch.cuda.Stream(self._device) if self.overlaps else None

@@ -3,14 +3,12 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.sessions import Session
-from eagle_rpc.supervision import DraftHead, ModelInfo
-from eagle_rpc.target.supervise import exact_draft_head
+from eagle_rpc.supervision import DraftHead, Eagle3Target, ModelInfo
 
 # Seconds after its last use that a copy is kept.
 _KEPT = 2.0
@@ -23,13 +21,15 @@ class _Copy:
 
 
 class HeadRows:
-    """One copy for each mapping; the trainers of a job ask at about the same time and share it.
+    """One copy for each mapping; the trainers of a run ask at about the same time and share it.
 
     It is dropped two seconds after its last use, and counts as an unsent reply until then.
     """
 
-    def __init__(self, target: Any, info: ModelInfo, budget: ReplyBudget, clock: Callable[[], float]) -> None:
-        """`target`: an `Eagle3Target`; `clock`: seconds, as `time.monotonic`."""
+    def __init__(
+        self, target: Eagle3Target, info: ModelInfo, budget: ReplyBudget, clock: Callable[[], float]
+    ) -> None:
+        """`clock`: seconds, as `time.monotonic`."""
         self._target = target
         # Weight and bias of one row.
         self._bytes_per_row = (info.hidden_size + 1) * getattr(torch, info.dtype).itemsize
@@ -38,7 +38,7 @@ class HeadRows:
         self._lock = threading.Lock()
         self._copies: dict[str, _Copy] = {}  # by the mapping's digest
 
-    def get(self, session: Session, *, num_jobs: int) -> DraftHead:
+    def get(self, session: Session, *, num_runs: int) -> DraftHead:
         """The head's rows of the session's draft vocabulary [K, H], on the CPU.
 
         Raises `UnsupportedTarget` if the target offers none, and the errors of `ReplyBudget.promise`.
@@ -46,18 +46,18 @@ class HeadRows:
         with self._lock:
             kept = self._copies.get(session.mapping_digest)
             if kept is None:
-                kept = self._copies[session.mapping_digest] = _Copy(self._make(session, num_jobs), 0.0)
+                kept = self._copies[session.mapping_digest] = _Copy(self._make(session, num_runs), 0.0)
             kept.used = self._clock()
             return kept.head
 
-    def _make(self, session: Session, num_jobs: int) -> DraftHead:
+    def _make(self, session: Session, num_runs: int) -> DraftHead:
         ids = session.vocab.selected_token_ids
         num_bytes = len(ids) * self._bytes_per_row
         promised = self._budget.promise(
-            num_bytes, job=session.spec.job, session=session.id, num_jobs=num_jobs
+            num_bytes, run=session.spec.run, session=session.id, num_runs=num_runs
         )
         try:
-            head = exact_draft_head(self._target, ids).to(torch.device("cpu"))
+            head = self._target.draft_head(ids).to(torch.device("cpu"))
         except BaseException:
             self._budget.release(promised)
             raise

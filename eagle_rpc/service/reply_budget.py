@@ -26,7 +26,7 @@ class ReplyBytes:
     """The bytes of one reply: an upper bound until it is made, then its true size."""
 
     session: str
-    job: str
+    run: str
     num_bytes: int
     storages: list[StorageWeakRef] | None = None  # None until it is made
 
@@ -41,7 +41,7 @@ class ReplyBudget:
         self._made: list[ReplyBytes] = []
         self._total = 0
         self._of_session: Counter[str] = Counter()
-        self._of_job: Counter[str] = Counter()
+        self._of_run: Counter[str] = Counter()
 
     @property
     def held(self) -> int:
@@ -55,12 +55,12 @@ class ReplyBudget:
         with self._lock:
             return self._of_session[session]
 
-    def promise(self, num_bytes: int, *, job: str, session: str, num_jobs: int) -> ReplyBytes:
+    def promise(self, num_bytes: int, *, run: str, session: str, num_runs: int) -> ReplyBytes:
         """Reserves `num_bytes` for a reply; `fulfil` or `release` must follow.
 
         Raises `InvalidRequest` if a bound is smaller than `num_bytes`. Raises `TargetBusy` if too little is
-        free at the moment of the session's bound, of the bound of all, or, among `num_jobs`, of the job's
-        equal share. A job that holds nothing may exceed its share.
+        free at the moment of the session's bound, of the bound of all, or, among `num_runs`, of the run's
+        equal share. A run that holds nothing may exceed its share.
         """
         for name, bound in (
             ("max_reply_bytes_per_session", self._max_bytes_per_session),
@@ -71,29 +71,29 @@ class ReplyBudget:
                     f"the reply would need {num_bytes} bytes, target.{name} is {bound}; send fewer tokens "
                     "at a time"
                 )
-        promised = ReplyBytes(session, job, num_bytes)
+        promised = ReplyBytes(session, run, num_bytes)
         with self._lock:
-            if self._lack(promised, num_jobs) is not None:
+            if self._lack(promised, num_runs) is not None:
                 self._release_sent()
-            lack = self._lack(promised, num_jobs)
+            lack = self._lack(promised, num_runs)
             if lack is not None:
                 raise TargetBusy(lack)
             self._count(promised, num_bytes)
         return promised
 
-    def _lack(self, wanted: ReplyBytes, num_jobs: int) -> str | None:
+    def _lack(self, wanted: ReplyBytes, num_runs: int) -> str | None:
         """The message for the bound that leaves too little, or None."""
-        of_session, of_job = self._of_session[wanted.session], self._of_job[wanted.job]
-        share = self._max_bytes // num_jobs
+        of_session, of_run = self._of_session[wanted.session], self._of_run[wanted.run]
+        share = self._max_bytes // num_runs
         if of_session + wanted.num_bytes > self._max_bytes_per_session:
             bound = f"target.max_reply_bytes_per_session is {self._max_bytes_per_session}"
             whose, held = "the session's", of_session
         elif self._total + wanted.num_bytes > self._max_bytes:
             bound = f"target.max_reply_bytes is {self._max_bytes}"
             whose, held = "all", self._total
-        elif of_job and of_job + wanted.num_bytes > share:
-            bound = f"its share of target.max_reply_bytes among {num_jobs} jobs is {share}"
-            whose, held = "the job's", of_job
+        elif of_run and of_run + wanted.num_bytes > share:
+            bound = f"its share of target.max_reply_bytes among {num_runs} runs is {share}"
+            whose, held = "the run's", of_run
         else:
             return None
         return f"{whose} unsent replies take {held} bytes, this one would take {wanted.num_bytes}, {bound}"
@@ -136,7 +136,7 @@ class ReplyBudget:
 
     def _count(self, reply: ReplyBytes, num_bytes: int) -> None:
         self._total += num_bytes
-        for counter, key in ((self._of_session, reply.session), (self._of_job, reply.job)):
+        for counter, key in ((self._of_session, reply.session), (self._of_run, reply.run)):
             counter[key] += num_bytes
             if counter[key] == 0:
                 del counter[key]

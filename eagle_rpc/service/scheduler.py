@@ -1,4 +1,4 @@
-"""One thread that runs forward passes, and its bounded queue, fair between jobs and their sessions."""
+"""One thread that runs forward passes, and its bounded queue, fair between runs and their sessions."""
 
 import logging
 import threading
@@ -92,10 +92,10 @@ class ForwardScheduler:
         """Requests that the forward thread works on."""
         return len(self._running)
 
-    def num_queued_of(self, job: str, session: str) -> int:
+    def num_queued_of(self, run: str, session: str) -> int:
         """Requests of one session that wait."""
         with self._changed:
-            return self._queue.num_of_session(job, session)
+            return self._queue.num_of_session(run, session)
 
     @property
     def retry_after(self) -> float:
@@ -104,28 +104,28 @@ class ForwardScheduler:
             seconds = len(self._queue) * self._seconds_per_request
         return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
 
-    def submit(self, work: Work, *, num_jobs: int) -> None:
+    def submit(self, work: Work, *, num_runs: int) -> None:
         """Queues `work`, to be run before its deadline or not at all.
 
         A request of the same session and id that still waits is replaced, and answered with `RequestExpired`.
         Raises `TargetDraining`, or `TargetBusy` where the queue, the session's share of it or, among
-        `num_jobs`, the job's equal share of it is full.
+        `num_runs`, the run's equal share of it is full.
         """
         with self._changed:
             if self._draining:
                 raise TargetDraining("the target is shutting down and takes no new requests")
-            replaced = self._queue.find(work.job, work.session, work.request_id)
+            replaced = self._queue.find(work.run, work.session, work.request_id)
             if replaced is None:
-                self._check_room(work.job, work.session, num_jobs)
+                self._check_room(work.run, work.session, num_runs)
             self._queue.put(work)
             self._changed.notify_all()
         if replaced is not None:
             replaced.finish(RequestExpired(f"request {work.request_id!r:.80} was sent again before it ran"))
 
-    def _check_room(self, job: str, session: str, num_jobs: int) -> None:
+    def _check_room(self, run: str, session: str, num_runs: int) -> None:
         running = sum(isinstance(work, Work) and work.session == session for work in self._running)
         of_session, of_all = self._max_queued_per_session, self._max_queued
-        if self._queue.num_of_session(job, session) + running >= of_session:
+        if self._queue.num_of_session(run, session) + running >= of_session:
             raise TargetBusy(
                 f"a session must have at most {of_session} requests under way (target.max_queued_per_session)"
             )
@@ -133,10 +133,10 @@ class ForwardScheduler:
             raise TargetBusy(
                 f"the target's queue must hold at most {of_all} requests (target.max_queued_requests)"
             )
-        share = max(1, of_all // num_jobs)
-        if self._queue.num_of_job(job) >= share:
+        share = max(1, of_all // num_runs)
+        if self._queue.num_of_run(run) >= share:
             raise TargetBusy(
-                f"each of {num_jobs} jobs must have at most {share} of {of_all} requests queued "
+                f"each of {num_runs} runs must have at most {share} of {of_all} requests queued "
                 "(target.max_queued_requests)"
             )
 

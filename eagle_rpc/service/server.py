@@ -34,11 +34,15 @@ from eagle_rpc.supervision import (
     HeartbeatReply,
     ModelInfo,
     OpenedSession,
+    PlainTarget,
     SessionSpec,
     VocabMapping,
+    as_target,
+    check_encoding,
+    describe_target,
+    device_of,
     own_storage,
 )
-from eagle_rpc.target.supervise import check_encoding, describe_target, device_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +62,35 @@ class TargetModelServer:
 
     def __init__(
         self,
-        target: Any,
+        target: PlainTarget,
         config: TargetConfig,
         *,
         incarnation: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`target`: an `Eagle3Target`; `incarnation`: of this process, random by default; `clock`: seconds.
+        """`incarnation`: of this process, random by default; `clock`: seconds.
 
         Raises `ConfigError` if limits of `config` exceed the model's.
         """
-        self._target = target
+        self._target = as_target(target)
         self._config = config
         self._clock = clock
         self._started = clock()
-        self._info = describe_target(target, config, incarnation)
+        self._info = describe_target(
+            self._target,
+            max_length=config.max_length,
+            max_batch_tokens=config.max_batch_tokens,
+            chunk_rows=config.chunk_rows,
+            incarnation=incarnation,
+        )
         self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
-        self.device = device_of(target)
+        self.device = device_of(self._target)
         """The device of the target, and of the supervision."""
         self._sessions = SessionTable(
             max_sessions=config.max_sessions, lease=config.session_lease, device=self.device, clock=clock
         )
         self._scheduler = ForwardScheduler(
-            ForwardPass(target, config),
+            ForwardPass(self._target, config),
             max_queued=config.max_queued_requests,
             max_queued_per_session=config.max_queued_per_session,
             clock=clock,
@@ -89,7 +99,7 @@ class TargetModelServer:
         self._budget = ReplyBudget(
             max_bytes=config.max_reply_bytes, max_bytes_per_session=config.max_reply_bytes_per_session
         )
-        self._heads = HeadRows(target, self._info, self._budget, clock)
+        self._heads = HeadRows(self._target, self._info, self._budget, clock)
         self._throughput = Throughput(clock)
         self._closed = threading.Event()
         self._expiry = threading.Thread(target=self._expire_regularly, name="expiry", daemon=True)
@@ -111,7 +121,7 @@ class TargetModelServer:
         Raises `UnknownSession`, `UnsupportedTarget`, `TargetBusy` as `generate`.
         """
         opened = self._sessions.renew(session)
-        return self._heads.get(opened, num_jobs=self._demand.note(opened.spec.job))
+        return self._heads.get(opened, num_runs=self._demand.note(opened.spec.run))
 
     def probe_transfer(self) -> Tensor:
         """0, 1, 2, ... as int32 [65536] on the target's device: to test the transport."""
@@ -182,14 +192,14 @@ class TargetModelServer:
             raise
 
     def _submit(self, session: Session, request: GenerateRequest) -> Future[EncodedSupervision]:
-        job, tokens = session.spec.job, request.tokens
-        num_jobs = self._demand.note(job)
+        run, tokens = session.spec.run, request.tokens
+        num_runs = self._demand.note(run)
         num_tokens = int(tokens.attention_mask.sum())
         num_bytes = most_reply_bytes(self._info, session, tokens, num_tokens)
-        promised = self._budget.promise(num_bytes, job=job, session=session.id, num_jobs=num_jobs)
+        promised = self._budget.promise(num_bytes, run=run, session=session.id, num_runs=num_runs)
         work = Work(
             PassRequest(session, compact(tokens)),
-            job=job,
+            run=run,
             session=session.id,
             request_id=request.request_id,
             deadline=self._clock() + request.seconds_left,
@@ -197,7 +207,7 @@ class TargetModelServer:
             answer=Future(),
         )
         try:
-            self._scheduler.submit(work, num_jobs=num_jobs)
+            self._scheduler.submit(work, num_runs=num_runs)
         except BaseException:
             self._budget.release(promised)
             raise

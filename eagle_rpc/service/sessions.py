@@ -93,8 +93,8 @@ class SessionTable:
             session = Session(secrets.token_hex(16), spec, digest, vocab)
             self._registered[session.id] = Registration(session, renewed=self._clock())
         logger.info(
-            "%s opened, job %s: %d of %d tokens, encoding %s, rows %s",
-            *(str(session), spec.job or "(unnamed)", len(mapping), mapping.target_vocab_size),
+            "%s opened, run %s: %d of %d tokens, encoding %s, rows %s",
+            *(str(session), spec.run or "(unnamed)", len(mapping), mapping.target_vocab_size),
             *(spec.encoding, spec.rows),
         )
         return session

@@ -109,10 +109,10 @@ def describe_load(
         "sessions": [
             {
                 "id": one.session.id[:8],
-                "job": one.session.spec.job,
+                "run": one.session.spec.run,
                 "trainer": one.session.spec.trainer,
                 "encoding": one.session.spec.encoding,
-                "queued": scheduler.num_queued_of(one.session.spec.job, one.session.id),
+                "queued": scheduler.num_queued_of(one.session.spec.run, one.session.id),
                 "lease_left": sessions.lease_left(one),
                 "requests": one.num_requests,
                 "tokens": one.num_tokens,

@@ -6,8 +6,8 @@ block of it.
 """
 
 import torch
-import triton  # type: ignore[import-not-found]
-import triton.language as tl  # type: ignore[import-not-found]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _BLOCK, _NUM_WARPS = 4096, 8

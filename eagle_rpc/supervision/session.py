@@ -58,7 +58,7 @@ class SessionSettings:
 
     encoding: str = "hidden"  # a name of `ENCODINGS`
     rows: str = "position_mask"  # one of `ROW_RULES`
-    job: str = ""  # trainers of one job share it
+    run: str = ""  # trainers of one run share it
     trainer: str = ""  # worker name, for logs
     through_host: bool = False  # replies go through CPU memory: RPC does not connect the two GPUs
 

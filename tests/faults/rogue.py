@@ -85,7 +85,7 @@ def tokens(**changes: Any) -> TokenBatch:
 
 def spec(**changes: Any) -> SessionSpec:
     return SessionSpec(
-        **({"selected_token_ids": torch.arange(32), "job": "rogue", "trainer": "rogue"} | changes)
+        **({"selected_token_ids": torch.arange(32), "run": "rogue", "trainer": "rogue"} | changes)
     )
 
 

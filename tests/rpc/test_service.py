@@ -62,7 +62,7 @@ def remote_target(
 ) -> RemoteEagle3TargetModel:
     membership.wait_for(membership.cast.target_names, "ready", timeout=60)
     settings: dict[str, Any] = {
-        "session": SessionSettings(encoding=encoding, job="test", trainer=membership.cast.me.name),
+        "session": SessionSettings(encoding=encoding, run="test", trainer=membership.cast.me.name),
         "index": membership.cast.me.index,
         "prefetch": 3,
         "request_timeout": 30.0,

@@ -114,7 +114,7 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
     with join_elastic(
         name,
         role,
-        job="" if role == "target" else "test",
+        run="" if role == "target" else "test",
         device="cpu",
         config=config,
         permissions=permissions,
@@ -145,7 +145,7 @@ def serve_target(link: Link, name: str, config: TargetConfig, address: str, toke
 def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iterator[RemoteEagle3TargetModel]:
     """A trainer's client in an elastic service."""
     settings: dict[str, Any] = {
-        "session": SessionSettings(job="test", trainer=name),
+        "session": SessionSettings(run="test", trainer=name),
         "index": 0,
         "prefetch": 3,
         "request_timeout": 20.0,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import hydra
 import torch
-from eagle_rpc.jobs.trainer_worker import connect_target
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
+from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.permissions import trainer_permissions
 from eagle_rpc.process import read_world

@@ -19,7 +19,7 @@ ALLOWED = {
     "rpc": {"config", "process", "topology", "registry"},
     "supervision": set(),
     "target": {"config", "process", "supervision"},
-    "service": {"config", "process", "rpc", "supervision", "target"},
+    "service": {"config", "process", "rpc", "supervision"},
     "client": {"process", "rpc", "supervision"},
     "data": {"config", "process", "report", "supervision"},
     "answers": {"config", "data", "process", "report", "supervision", "target"},

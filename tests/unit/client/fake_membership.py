@@ -14,7 +14,7 @@ from eagle_rpc.service.endpoint import TargetEndpoint
 from eagle_rpc.supervision import SessionSettings, TargetExpectation
 
 SETTINGS = {
-    "session": SessionSettings(job="test", trainer="trainer0"),
+    "session": SessionSettings(run="test", trainer="trainer0"),
     "index": 0,
     "prefetch": 4,
     "request_timeout": 30.0,

@@ -26,7 +26,7 @@ TARGET_STATUS = {
     "sessions": [
         {
             "id": "3fa9c1d2",
-            "job": "smollm2",
+            "run": "smollm2",
             "trainer": "trainer0",
             "encoding": "hidden",
             "queued": 2,
@@ -65,7 +65,7 @@ TRAINER_STATUS = {
 def worker(name: str, status: dict[str, Any], **changes: Any) -> dict[str, Any]:
     usual = {
         "name": name,
-        "job": "",
+        "run": "",
         "id": 1,
         "incarnation": "ab" * 8,
         "url": "uv://127.0.0.1:1",
@@ -149,7 +149,7 @@ def test_a_target_is_shown_with_what_it_is_and_does():
 
 def test_a_trainer_is_shown_with_its_pace_and_what_it_thinks_of_targets():
     trainer, opinion = stripped(
-        words(drawn([], [worker("trainer0", TRAINER_STATUS, job="smollm2")]), "trainer0")
+        words(drawn([], [worker("trainer0", TRAINER_STATUS, run="smollm2")]), "trainer0")
     )
     assert trainer == ["trainer0", "abababab", "training", "smollm2", "cuda:0", "40/1,000", "4.6k", "3%", "2"]
     assert opinion == ["trainer0", "target0", "abababab", "serving", "4", "45 ms"]
@@ -173,7 +173,7 @@ def test_states_tell_the_silent_the_draining_and_the_starting_apart():
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_nothing_is_wider_than_the_terminal_and_nothing_cut_off_at_100_columns(width: int):
     lines = drawn(
-        [worker("target0", TARGET_STATUS)], [worker("trainer0", TRAINER_STATUS, job="smollm2")], width
+        [worker("target0", TARGET_STATUS)], [worker("trainer0", TRAINER_STATUS, run="smollm2")], width
     )
     assert max(map(len, lines)) <= width
     assert width < 100 or not any("…" in line for line in lines)
@@ -228,7 +228,7 @@ def registry(config, tmp_path):
         record = Record(
             name="target0",
             role="target",
-            job="",
+            run="",
             id=1,
             incarnation="ab" * 8,
             url="uv://127.0.0.1:1",
@@ -239,7 +239,7 @@ def registry(config, tmp_path):
         )
         client.announce(record)
         client.announce(
-            replace(record, name="trainer0", role="trainer", job="smollm2", id=2, status=TRAINER_STATUS)
+            replace(record, name="trainer0", role="trainer", run="smollm2", id=2, status=TRAINER_STATUS)
         )
         yield client
 
@@ -256,7 +256,7 @@ def test_json_is_one_object_on_one_line(config, registry, capsys):
     (line,) = capsys.readouterr().out.splitlines()
     look = json.loads(line)
     assert [one["name"] for one in look["targets"]] == ["target0"] and [
-        one["job"] for one in look["trainers"]
+        one["run"] for one in look["trainers"]
     ] == ["smollm2"]
     assert look["targets"][0]["status"] == TARGET_STATUS and look["targets"][0]["living"]
 

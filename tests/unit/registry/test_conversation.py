@@ -59,7 +59,7 @@ def test_a_worker_announces_itself_and_is_found(server):
     client = client_of(server)
     first, second = client.new_id(), client.new_id()
     assert second == first + 1
-    record = target(7, id=first, status={"sessions": [{"lease_left": 1.5}], "draining": False, "job": "ü"})
+    record = target(7, id=first, status={"sessions": [{"lease_left": 1.5}], "draining": False, "run": "ü"})
     client.announce(record)
     (seen,) = client.records()
     assert seen.record == record and seen.living and 0 <= seen.seconds_silent < BOUND

@@ -44,8 +44,8 @@ def test_peers_get_the_living_targets_first(directory, clock):
     living = [
         target(2),
         target(11),
-        target(4, role="trainer", job="one"),
-        target(0, role="trainer", job="two"),
+        target(4, role="trainer", run="one"),
+        target(0, role="trainer", run="two"),
     ]
     for record in reversed(living):
         directory.announce(record)
@@ -57,8 +57,8 @@ def test_peers_get_the_living_targets_first(directory, clock):
 
 def test_names_belong_to_a_role_and_a_job(directory):
     directory.announce(target(incarnation="a"))
-    directory.announce(target(incarnation="b", role="trainer", job="one"))
-    directory.announce(target(incarnation="c", role="trainer", job="two"))
+    directory.announce(target(incarnation="b", role="trainer", run="one"))
+    directory.announce(target(incarnation="c", role="trainer", run="two"))
     assert len(directory.sightings()) == 3
 
 

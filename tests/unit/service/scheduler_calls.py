@@ -32,16 +32,16 @@ def submit(
     scheduler,
     request,
     *,
-    job="job",
+    run="job",
     session="a",
     request_id=None,
     deadline=math.inf,
-    num_jobs=1,
+    num_runs=1,
     record=lambda outcome: None,
 ):
     """The future of the answer."""
-    work = Work(request, job, session, request_id or f"r{next(_ids)}", deadline, record, Future())
-    scheduler.submit(work, num_jobs=num_jobs)
+    work = Work(request, run, session, request_id or f"r{next(_ids)}", deadline, record, Future())
+    scheduler.submit(work, num_runs=num_runs)
     return work.answer
 
 

@@ -16,18 +16,18 @@ def filled(*names):
 
 
 def order(queue):
-    return [item.job + item.session + item.request_id for item in (queue.take() for _ in range(len(queue)))]
+    return [item.run + item.session + item.request_id for item in (queue.take() for _ in range(len(queue)))]
 
 
 def test_a_session_is_served_in_the_order_of_its_requests():
     assert order(filled("Aa3", "Aa1", "Aa2")) == ["Aa3", "Aa1", "Aa2"]
 
 
-def test_sessions_of_a_job_take_turns():
+def test_sessions_of_a_run_take_turns():
     assert order(filled("Aa1", "Aa2", "Aa3", "Ab1")) == ["Aa1", "Ab1", "Aa2", "Aa3"]
 
 
-def test_jobs_take_turns_however_many_sessions_they_have():
+def test_runs_take_turns_however_many_sessions_they_have():
     assert order(filled("Aa1", "Ab1", "Ac1", "Ad1", "Bx1", "Bx2")) == [
         "Aa1",
         "Bx1",
@@ -58,9 +58,9 @@ def test_what_is_put_under_the_same_id_takes_its_place():
 
 def test_removal_leaves_the_rest_in_order_and_counts_follow():
     queue = filled("Aa1", "Aa2", "Ab1", "Bx1")
-    assert (queue.num_of_job("A"), queue.num_of_session("A", "a"), queue.num_of_job("C")) == (3, 2, 0)
+    assert (queue.num_of_run("A"), queue.num_of_session("A", "a"), queue.num_of_run("C")) == (3, 2, 0)
     removed = queue.remove(lambda item: item.session == "a")
     assert sorted(item.request_id for item in removed) == ["1", "2"]
-    assert (queue.num_of_job("A"), queue.num_of_session("A", "a")) == (1, 0)
+    assert (queue.num_of_run("A"), queue.num_of_session("A", "a")) == (1, 0)
     assert order(queue) == ["Ab1", "Bx1"]
     assert not queue

@@ -18,8 +18,8 @@ def budget(total=1000, each=600):
     return ReplyBudget(max_bytes=total, max_bytes_per_session=each)
 
 
-def promise(budget, num_bytes, session="a", job="job", num_jobs=1):
-    return budget.promise(num_bytes, job=job, session=session, num_jobs=num_jobs)
+def promise(budget, num_bytes, session="a", run="job", num_runs=1):
+    return budget.promise(num_bytes, run=run, session=session, num_runs=num_runs)
 
 
 def test_a_promise_counts_until_it_is_released():
@@ -96,12 +96,12 @@ def test_room_of_sent_replies_is_found_when_it_is_needed():
     promise(books, 600)
 
 
-def test_a_job_among_others_keeps_to_its_share_but_gets_its_first_reply():
+def test_a_run_among_others_keeps_to_its_share_but_gets_its_first_reply():
     books = budget()
-    promise(books, 400, session="a", job="greedy", num_jobs=2)
-    with pytest.raises(TargetBusy, match=r"its share of target.max_reply_bytes among 2 jobs is 500"):
-        promise(books, 200, session="b", job="greedy", num_jobs=2)
-    promise(books, 600, session="c", job="modest", num_jobs=2)
+    promise(books, 400, session="a", run="greedy", num_runs=2)
+    with pytest.raises(TargetBusy, match=r"its share of target.max_reply_bytes among 2 runs is 500"):
+        promise(books, 200, session="b", run="greedy", num_runs=2)
+    promise(books, 600, session="c", run="modest", num_runs=2)
 
 
 def test_waiting_ends_when_everything_is_sent_or_the_time_is_over():

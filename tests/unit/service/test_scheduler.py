@@ -82,12 +82,12 @@ def test_a_session_has_credits_and_the_running_request_takes_one(clock):
     assert scheduler.stop(WAIT)
 
 
-def test_a_job_among_others_leaves_them_their_share_of_the_queue(scheduler, gate):
+def test_a_run_among_others_leaves_them_their_share_of_the_queue(scheduler, gate):
     for _ in range(2):
-        submit(scheduler, lambda: 1, job="greedy", num_jobs=2)
-    with pytest.raises(TargetBusy, match="each of 2 jobs must have at most 2 of 4 requests queued"):
-        submit(scheduler, lambda: 1, job="greedy", session="another", num_jobs=2)
-    submit(scheduler, lambda: 1, job="modest", num_jobs=2)
+        submit(scheduler, lambda: 1, run="greedy", num_runs=2)
+    with pytest.raises(TargetBusy, match="each of 2 runs must have at most 2 of 4 requests queued"):
+        submit(scheduler, lambda: 1, run="greedy", session="another", num_runs=2)
+    submit(scheduler, lambda: 1, run="modest", num_runs=2)
 
 
 def test_expired_work_is_not_run(scheduler, gate, clock):

@@ -147,8 +147,8 @@ def test_too_many_sessions_are_busy(serve, model):
         ({"encoding": "zip"}, "invalid_request", "encoding must be one of"),
         ({"encoding": ["probs"]}, "invalid_request", "encoding must be a str, got list"),
         ({"rows": None}, "invalid_request", "rows must be a str, got NoneType"),
-        ({"job": 3}, "invalid_request", "job must be a str, got int"),
-        ({"job": "x" * 129}, "invalid_request", "job must be at most 128 printable characters"),
+        ({"run": 3}, "invalid_request", "run must be a str, got int"),
+        ({"run": "x" * 129}, "invalid_request", "run must be at most 128 printable characters"),
         ({"trainer": "two\nlines"}, "invalid_request", "trainer must be at most 128 printable characters"),
         ({"expected": None}, "invalid_request", "expected must be a TargetExpectation"),
         (

@@ -48,10 +48,10 @@ def test_a_session_that_used_its_credits_is_busy_and_others_are_not(serve, gated
     assert not send(server, other).done()
 
 
-def test_a_flood_of_one_job_does_not_hold_up_another(serve, gated):
+def test_a_flood_of_one_run_does_not_hold_up_another(serve, gated):
     server = serve(gated)
-    flood = [open_session(server, job="flood") for _ in range(4)]
-    modest = open_session(server, job="modest")
+    flood = [open_session(server, run="flood") for _ in range(4)]
+    modest = open_session(server, run="modest")
     occupy(server, gated, flood[0])
     for number in range(20):
         send(server, flood[number % 4], starting_with(3))
@@ -62,9 +62,9 @@ def test_a_flood_of_one_job_does_not_hold_up_another(serve, gated):
     assert gated.forwards[:6] == [3, 4, 3, 4, 3, 4]
 
 
-def test_sessions_of_one_job_take_turns(serve, gated):
+def test_sessions_of_one_run_take_turns(serve, gated):
     server = serve(gated)
-    first, second = open_session(server, job="shared"), open_session(server, job="shared")
+    first, second = open_session(server, run="shared"), open_session(server, run="shared")
     occupy(server, gated, first)
     for session, token in ((first, 3), (first, 4), (first, 5), (second, 6)):
         send(server, session, starting_with(token))
@@ -73,9 +73,9 @@ def test_sessions_of_one_job_take_turns(serve, gated):
     assert gated.forwards == [3, 6, 4, 5]
 
 
-def test_a_refused_job_finds_room_though_the_flood_goes_on(serve, gated):
+def test_a_refused_run_finds_room_though_the_flood_goes_on(serve, gated):
     server = serve(gated, max_queued_requests=4)
-    flood, modest = open_session(server, job="flood"), open_session(server, job="modest")
+    flood, modest = open_session(server, run="flood"), open_session(server, run="modest")
     occupy(server, gated, flood)
     asked = [send(server, flood, starting_with(3), request_id=f"flood {number}") for number in range(4)]
     assert error_of(send, server, modest, starting_with(4)).code == "busy"

@@ -23,7 +23,7 @@ KEYS = {
 
 def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(serve, model, clock):
     server = serve(HFEagle3TargetModel(model), max_reply_bytes=10**6, max_reply_bytes_per_session=10**6)
-    session = open_session(server, job="job", trainer="trainer0", encoding="logits")
+    session = open_session(server, run="job", trainer="trainer0", encoding="logits")
     tokens = tokens_of()
     num_tokens = int(tokens.attention_mask.sum())
     num_bytes = sum(ask(server, session, tokens).num_bytes for _ in range(3))
@@ -46,7 +46,7 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     assert told["sessions"] == [
         {
             "id": session[:8],
-            "job": "job",
+            "run": "job",
             "trainer": "trainer0",
             "encoding": "logits",
             "queued": 0,
@@ -60,7 +60,7 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
 
 def test_status_shows_what_waits_and_what_runs(serve, gated):
     server = serve(gated)
-    busy, idle = open_session(server, job="busy"), open_session(server, job="idle")
+    busy, idle = open_session(server, run="busy"), open_session(server, run="idle")
     for _ in range(3):
         send(server, busy)
     assert gated.started.wait(WAIT)

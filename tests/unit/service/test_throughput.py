@@ -48,7 +48,7 @@ def test_figures_are_kept_by_outcome():
     }
 
 
-def test_a_job_counts_while_it_asks_and_for_two_seconds_more():
+def test_a_run_counts_while_it_asks_and_for_two_seconds_more():
     clock = Clock()
     demand = Demand(clock)
     assert [demand.note("a"), demand.note("b"), demand.note("a")] == [1, 2, 2]
