@@ -173,6 +173,7 @@ def join_trainers(
     try:
         one_gpu_each = TrainerGroup(rank, size, timeout).has_one_gpu_each(device)
         gpu_group = dist.new_group(backend="nccl", timeout=limit) if one_gpu_each else None
+        assert gpu_group is None or isinstance(gpu_group, dist.ProcessGroup)  # every trainer is a member
         backends = "gloo and NCCL" if one_gpu_each else "gloo"
         logger.info("trainer %d of %d joined over %s", rank, size, backends)
         yield TrainerGroup(rank, size, timeout, gpu_group)

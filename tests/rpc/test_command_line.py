@@ -418,7 +418,7 @@ def test_a_service_outlives_the_trainers_of_other_directories_and_everything_end
         with started(tmp_path, "job=serve", *overrides, *registry) as target:
             first = run(PYTHON, tmp_path, *training, "run.name=first", "train.max_steps=3", "topology=1x1")
             assert first.returncode == 0, first.stderr
-            assert "connected with target0" in first.stderr
+            assert "connected to target0" in first.stderr
             endless = [
                 *training,
                 "run.name=endless",
