@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from eagle_rpc.config.compose import conf_dir, refusal, register_schema, to_config
 from eagle_rpc.config.usage import usage
 from eagle_rpc.errors import EagleRpcError
-from eagle_rpc.process import die_with_parent, prepare_environment, read_world
+from eagle_rpc.process import die_with_parent, read_world
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -39,7 +39,6 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         sys.stdout.write(usage())
         return
-    prepare_environment()
     if read_world().launched:
         die_with_parent()
     register_schema()

@@ -1,7 +1,9 @@
 """From YAML and overrides to checked dataclasses: the only place that knows OmegaConf and Hydra's store."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -47,6 +49,20 @@ def load(*overrides: str, directory: Path | None = None, name: str = "config") -
             composed = compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides) from None
+    return to_config(composed)
+
+
+def from_sections(**sections: Any) -> Config:
+    """The checked configuration of these sections (dataclasses), with defaults for the others.
+
+    Choices may be given by name. Raises `ConfigError` as `to_config`.
+    """
+    values = {name: asdict(section) for name, section in sections.items()}
+    try:
+        composed = OmegaConf.merge(OmegaConf.structured(Config), values)
+    except OmegaConfBaseException as error:
+        raise refusal(error, ()) from None
+    assert isinstance(composed, DictConfig)
     return to_config(composed)
 
 

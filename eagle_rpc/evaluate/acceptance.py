@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer, Proposer
@@ -22,7 +21,7 @@ from eagle_rpc.evaluate.speculative import (
     decode_speculatively,
 )
 from eagle_rpc.process.files import replaced_file
-from eagle_rpc.serving.export import EMBEDDING, ExportedDraft
+from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.target.stop_tokens import stop_token_ids
 
 # Tokens decoded before times are taken: first calls allocate memory and choose kernels.
@@ -99,9 +98,9 @@ def draft_proposer(model: PreTrainedModel, export: ExportedDraft, *, num_draft_t
         raise TargetMismatch(
             f"the draft must be of a target with embedding [V, H] {target_shape}, got {draft_shape}"
         )
-    draft = Eagle3Draft(export.config, export.weights[EMBEDDING])
-    draft.load_state_dict(export.weights)
-    return DraftProposer(draft.to(model.device, model.dtype).eval(), export.mapping, num_draft_tokens)
+    return DraftProposer(
+        export.model().to(model.device, model.dtype).eval(), export.mapping, num_draft_tokens
+    )
 
 
 def evaluate_draft(

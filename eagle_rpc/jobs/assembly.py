@@ -23,7 +23,7 @@ from eagle_rpc.supervision import (
     tokenizer_fingerprint,
 )
 from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.topology import Cast
+from eagle_rpc.topology import Cast, Worker
 from eagle_rpc.train import RunRecord, TrainerGroup, join_trainers, plain
 
 logger = logging.getLogger(__name__)
@@ -39,22 +39,27 @@ def connect_target(
     stop: threading.Event,
 ) -> RemoteEagle3TargetModel:
     """Waits for a target that serves, and refuses targets other than `expectation`."""
-    settings = ClientSettings(
+    settings = client_settings(config, cast.me)
+    expected = expectation(config, target_config, tokenizer)
+    return RemoteEagle3TargetModel(membership, settings=settings, expected=expected, device=device, stop=stop)
+
+
+def client_settings(config: Config, me: Worker) -> ClientSettings:
+    """The client of trainer `me`."""
+    return ClientSettings(
         session=SessionSettings(
             encoding=config.supervision.encoding.value,
             rows=config.supervision.rows.value,
             run=config.run.name,
-            trainer=cast.me.name,
+            trainer=me.name,
         ),
-        index=cast.me.index,
+        index=me.index,
         prefetch=config.supervision.prefetch,
         request_timeout=config.rpc.request_timeout,
         reconnect_deadline=config.rpc.reconnect_deadline,
         heartbeat_interval=config.rpc.heartbeat_interval,
         heartbeat_misses=config.rpc.heartbeat_misses,
     )
-    expected = expectation(config, target_config, tokenizer)
-    return RemoteEagle3TargetModel(membership, settings=settings, expected=expected, device=device, stop=stop)
 
 
 def require_room(config: Config, limit: int) -> None:

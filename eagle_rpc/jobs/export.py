@@ -1,15 +1,21 @@
-"""Exports a checkpoint to the directory that serving engines load."""
+"""Exports a draft to the directory that serving engines load.
+
+Legend: H hidden, V target vocab.
+"""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import DType
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import export_draft
-from eagle_rpc.train import RunDirectory, latest_checkpoint, load_target_embedding, read_checkpoint
+from eagle_rpc.train import RunDirectory, RunRecord, latest_checkpoint, load_target_embedding, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +31,26 @@ def run(config: Config) -> int:
             f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"
         )
     checkpoint = read_checkpoint(path)
-    record = checkpoint.record
-    files = export_draft(
-        checkpoint.weights,
+    embedding = load_target_embedding(path.parent / directory.target_embedding.name)
+    serving = config.serving
+    files = export_run(checkpoint.weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype)
+    logger.info("exported step %d: %s", checkpoint.step, ", ".join(map(str, files)))
+    return 0
+
+
+def export_run(
+    weights: Mapping[str, Tensor], record: RunRecord, embedding_VH: Tensor, directory: Path, dtype: DType
+) -> list[Path]:
+    """Exports the draft of a run; returns the files. Raises as `export_draft`."""
+    return export_draft(
+        weights,
         record.draft_config,
         record.mapping,
-        Path(config.serving.dir),
-        dtype=getattr(torch, config.serving.dtype.value),
+        directory,
+        dtype=getattr(torch, dtype.value),
         aux_layer_ids=record.target.aux_layer_ids,
         num_target_layers=record.target.num_layers,
-        target_embedding=load_target_embedding(path.parent / directory.target_embedding.name),
+        target_embedding=embedding_VH,
         bos_token_id=record.bos_token_id,
         eos_token_id=record.eos_token_id,
     )
-    logger.info("exported step %d: %s", checkpoint.step, ", ".join(map(str, files)))
-    return 0

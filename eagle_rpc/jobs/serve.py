@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -27,18 +28,34 @@ def run(config: Config) -> int:
     me = assign_elastic_roles(Role.target, config.topology, world).me
     start_worker(config, me.name, workers_on_host=world.local_size)
     device = torch.device(resolve_device(config.target.device, local_rank=world.local_rank))
+    hosts_registry = config.rpc.host_registry and world.rank == 0
+    with (
+        stop_signals() as stop,
+        tolerate_stop(stop),
+        elastic_target(config, me.name, device, stop, hosts_registry=hosts_registry) as life,
+    ):
+        life.run()
+    return 0
+
+
+@contextlib.contextmanager
+def elastic_target(
+    config: Config, name: str, device: torch.device, stop: threading.Event, *, hosts_registry: bool
+) -> Iterator[TargetLifecycle]:
+    """The loaded target, in the registry while the body runs, which makes it serve.
+
+    Raises the errors of `announced` and `load_server`, and of `hosted_registry` if it runs the registry too.
+    """
     superseded = threading.Event()
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
-        if config.rpc.host_registry and world.rank == 0:
-            stack.enter_context(hosted_registry(config))
-        stack.enter_context(tolerate_stop(stop))
-        permissions = target_permissions(config.rpc)
-        membership = stack.enter_context(
-            announced(config, me.name, Role.target, device, permissions, stop, when_superseded=superseded.set)
-        )
+    permissions = target_permissions(config.rpc)
+    with (
+        hosted_registry(config) if hosts_registry else contextlib.nullcontext(),
+        announced(
+            config, name, Role.target, device, permissions, stop, when_superseded=superseded.set
+        ) as membership,
+    ):
         server = load_server(config, device, incarnation=membership.me.incarnation)
-        TargetLifecycle(
+        yield TargetLifecycle(
             server=server,
             service=SERVICE_NAME,
             config=config.rpc,
@@ -47,8 +64,7 @@ def run(config: Config) -> int:
             superseded=superseded.is_set,
             reachable=lambda: membership.reachable,
             unused_after=_UNUSED_SECONDS if config.job.serve_until_unused else None,
-        ).run()
-    return 0
+        )
 
 
 def load_server(config: Config, device: torch.device, *, incarnation: str | None = None) -> TargetModelServer:

@@ -62,9 +62,14 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
         with contextlib.ExitStack() as stack:
             if config.topology.single:
                 server = load_server(config, device)
-                life = TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=stop)
+                life = TargetLifecycle(
+                    server=server,
+                    service=SERVICE_NAME,
+                    config=config.rpc,
+                    stop=stop,
+                    when_serving=lambda: membership.mark(READY),
+                )
                 stack.enter_context(life.hosted())
-                membership.mark(READY)
             membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, until=stop.is_set)
             if not stop.is_set():
                 train_until_done(config, device, cast, membership, membership.store, stop)

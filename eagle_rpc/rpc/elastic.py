@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import rpc
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import ConnectionLost, EagleRpcError, StaleIncarnation
+from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, StaleIncarnation
 from eagle_rpc.registry import LAST_WORKER_ID, Beat, Record, RegistryClient, take_id
 from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
@@ -214,9 +214,11 @@ def join_elastic(
 
     Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
     each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
-    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used, `NameTaken` while a living
-    worker has the name; otherwise raises and exits as `running_agent`.
+    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used or if this process has joined
+    before, `NameTaken` while a living worker has the name; otherwise raises and exits as `running_agent`.
     """
+    if _memberships:
+        raise ConfigError(f"{name} must join RPC in a process of its own, got one that has joined it before")
     worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
     device_maps = {target: {device: device} for target in targets} if device.startswith("cuda") else {}

@@ -50,12 +50,15 @@ class TargetLifecycle:
         or if the trainers of a static job, which may run on another host, are silent and not done.
         """
         with self.hosted():
-            self.when_serving()
-            while not (reason := self._reason_to_end()):
-                self.stop.wait(_LOOK_INTERVAL)
-            logger.info("%s", reason)
-            if self.stop.is_set():
-                self.when_stopped()
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for a reason to end. Raises as `run`, at once."""
+        while not (reason := self._reason_to_end()):
+            self.stop.wait(_LOOK_INTERVAL)
+        logger.info("%s", reason)
+        if self.stop.is_set():
+            self.when_stopped()
 
     @contextlib.contextmanager
     def hosted(self) -> Iterator[None]:
@@ -64,6 +67,7 @@ class TargetLifecycle:
         host(self.service, TargetEndpoint(server), CONTROL_METHODS)
         logger.info("serving %s", server.model_info().architecture)
         try:
+            self.when_serving()
             yield
         finally:
             logger.info("draining for %.0f s at most", seconds)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eagle_rpc.draft.config import Eagle3DraftConfig
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, ConfigError, InvalidRequest
 from eagle_rpc.process.files import replaced_directory
 from eagle_rpc.supervision import VocabMapping
@@ -37,6 +37,12 @@ class ExportedDraft:
     weights: dict[str, Tensor]  # those of `weight_shapes`, in the exported dtype
     mapping: VocabMapping
     aux_layer_ids: tuple[int, ...] | None  # counted after the layer; None: the target's default layers
+
+    def model(self) -> Eagle3Draft:
+        """The draft as a module, with fp32 weights on the CPU, its embedding in the exported dtype."""
+        draft = Eagle3Draft(self.config, self.weights[EMBEDDING])
+        draft.load_state_dict(self.weights)
+        return draft
 
 
 def export_draft(

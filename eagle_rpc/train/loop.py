@@ -104,7 +104,7 @@ class Trainer:
             progress = Progress("step", total, done=done, shown=self._group.is_primary)
             stack.enter_context(contextlib.closing(progress))
             batches = self._batches.batches(self._micro_batches)
-            stream = stack.enter_context(_stream(self._backend, batches))
+            stream = stack.enter_context(supervised(self._backend, batches))
             self._pace.restart()
             try:
                 while self.learner.steps_done < total and not self._told_to_stop():
@@ -190,7 +190,7 @@ class Trainer:
         with (
             self.learner.ready_to_judge(),
             self._group.together("the supervision of a validation"),
-            _stream(self._backend, mine) as stream,
+            supervised(self._backend, mine) as stream,
         ):
             for batch in stream:
                 self.learner.judge(batch, sums)
@@ -255,7 +255,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _stream(
+def supervised(
     backend: Eagle3TargetBackend, batches: Iterable[TokenBatch]
 ) -> Iterator[Iterator[Eagle3TargetBatch]]:
     """Supervision of the batches; requests that are in flight when the body ends are given up."""

@@ -76,11 +76,33 @@ def test_only_the_rpc_room_uses_torchs_private_rpc_parts():
             assert "rpc.api._" not in path.read_text() and "_transports" not in path.read_text(), path
 
 
-def test_the_entry_point_imports_nothing_heavy():
-    modules = "config.compose process topology registry errors jobs.registry".split()
-    imports = ", ".join(f"eagle_rpc.{module}" for module in modules)
-    program = f"import sys, {imports}; print(*{{'torch', 'transformers'}} & set(sys.modules))"
+def loaded_by(imports: str, *modules: str) -> list[str]:
+    """Those of `modules` that a fresh process has loaded after `imports`."""
+    program = f"import sys\n{imports}\nprint(*{set(modules)} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
-    assert done.stdout.split() == []
+    return done.stdout.split()
+
+
+def test_the_entry_point_imports_nothing_heavy():
+    modules = "config.compose process topology registry errors jobs.registry".split()
+    imports = "import " + ", ".join(f"eagle_rpc.{module}" for module in modules)
+    assert loaded_by(imports, "torch", "transformers") == []
+
+
+@pytest.mark.parametrize(
+    "imports", ["import eagle_rpc", "from eagle_rpc import errors", "from eagle_rpc import registry"]
+)
+def test_the_package_loads_its_library_at_the_first_use_of_a_name(imports: str):
+    assert loaded_by(imports, "torch", "hydra", "eagle_rpc.library") == []
+    assert loaded_by("from eagle_rpc import TargetConfig", "eagle_rpc.library") == ["eagle_rpc.library"]
+
+
+def test_only_the_package_itself_imports_the_library():
+    importers = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(module.startswith("eagle_rpc.library") for module in imported_modules(path))
+    ]
+    assert importers == ["__init__.py"]

@@ -1,0 +1,283 @@
+"""The package for programs: targets, supervision, training and evaluation of a draft in a few calls.
+
+Arguments are sections of the configuration (`docs/configuration.md`); None: the defaults. Each call checks
+them and raises `ConfigError` for every mistake at once. Of `run`, `cache_dir` and `seed` count, which draws
+random targets and drafts. A process can call `serve` or `connect` once: torch joins RPC once.
+
+Legend: H hidden, V target vocab.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.config import Config
+from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization, Rows
+from eagle_rpc.config.compose import from_sections
+from eagle_rpc.config.schema import (
+    DataConfig,
+    DraftConfig,
+    EvaluateConfig,
+    JobConfig,
+    RpcConfig,
+    RunConfig,
+    SupervisionConfig,
+    TargetConfig,
+    TrainConfig,
+)
+from eagle_rpc.errors import TrainingDiverged
+from eagle_rpc.evaluate import Evaluation
+from eagle_rpc.evaluate import evaluate_draft as decode_prompts
+from eagle_rpc.jobs.assembly import client_settings, expectation, make_draft, make_record
+from eagle_rpc.jobs.elastic_worker import announced
+from eagle_rpc.jobs.export import export_run
+from eagle_rpc.jobs.permissions import trainer_permissions
+from eagle_rpc.jobs.serve import elastic_target
+from eagle_rpc.process import stop_signals
+from eagle_rpc.service.lifecycle import TargetLifecycle
+from eagle_rpc.serving import ExportedDraft, load_export
+from eagle_rpc.supervision import (
+    Eagle3TargetBackend,
+    Eagle3TargetBatch,
+    ModelInfo,
+    SessionSettings,
+    TargetExpectation,
+    TokenBatch,
+    VocabMapping,
+)
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.loading import load_model, load_target_config
+from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.topology import Role, Worker, resolve_device
+from eagle_rpc.train import TrainerGroup
+from eagle_rpc.train.figures import figures_of
+from eagle_rpc.train.learner import Learner, StepOutcome
+from eagle_rpc.train.loop import supervised
+
+# Calls, and their results.
+__all__ = ["DraftTraining", "connect", "evaluate_draft", "load_draft", "load_target", "serve"]
+__all__ += ["Evaluation", "ExportedDraft", "StepFigures", "TargetServer"]
+# Sections of the configuration, and choices of their settings.
+__all__ += ["DraftConfig", "EvaluateConfig", "RpcConfig", "RunConfig", "SupervisionConfig", "TargetConfig"]
+__all__ += ["DType", "DraftLoss", "Encoding", "Quantization", "Rows", "TrainConfig"]
+# The contract between target and trainer.
+__all__ += ["Eagle3TargetBackend", "Eagle3TargetBatch", "ModelInfo", "TargetExpectation", "TokenBatch"]
+__all__ += ["VocabMapping"]
+
+
+class TargetServer:
+    """A target that serves in threads of this process."""
+
+    def __init__(self, life: TargetLifecycle) -> None:
+        self._life = life
+
+    def wait(self) -> None:
+        """Waits for SIGTERM or Ctrl-C, in the main thread; a second one ends the process at once.
+
+        Raises `NameTaken` if another process serves under this name, `ConnectionLost` if peers cannot connect.
+        """
+        with stop_signals() as self._life.stop:
+            self._life.wait()
+
+
+@contextlib.contextmanager
+def serve(
+    target: TargetConfig,
+    *,
+    rpc: RpcConfig | None = None,
+    run: RunConfig | None = None,
+    index: int = 0,
+    host_registry: bool = True,
+) -> Iterator[TargetServer]:
+    """Serves a target while the body runs, then drains it for `rpc.drain_timeout` seconds at most.
+
+    `index` (0 to 63) tells the replicas of one registry apart; one of them hosts it at `rpc.registry`.
+
+    Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
+    supervision, `NameTaken` for an index in use, `AccessRefused` for a token file that others may read,
+    `WaitTimeout` after `rpc.start_timeout` without a registry.
+    """
+    config = _config(target=target, rpc=rpc, run=run)
+    name, device, stop = f"target{index}", _device(config.target.device), threading.Event()
+    with elastic_target(config, name, device, stop, hosts_registry=host_registry) as life, life.hosted():
+        yield TargetServer(life)
+
+
+@contextlib.contextmanager
+def connect(
+    run: RunConfig,
+    *,
+    rpc: RpcConfig | None = None,
+    supervision: SupervisionConfig | None = None,
+    expected: TargetExpectation | None = None,
+    device: str = "auto",
+    index: int = 0,
+) -> Iterator[RemoteEagle3TargetModel]:
+    """All targets of the registry at `rpc.registry`, as one backend, while the body runs.
+
+    Targets divide their time between runs by `run.name`; `index` tells the trainers of one run apart. Batches
+    arrive on `device`, with the values of `train.device`. `expected` None accepts any target.
+
+    Raises `TargetMismatch` for targets that differ from `expected` or from each other, `NameTaken` for an index
+    in use, `AccessRefused` for another token than the registry's, `TargetUnavailable` after
+    `rpc.reconnect_deadline` without a target, `WaitTimeout` after `rpc.start_timeout` without a registry.
+    """
+    config = _config(rpc=rpc, run=run, supervision=supervision)
+    me = Worker(f"trainer{index}", frozenset([Role.trainer]), index)
+    place, stop, allowed = _device(device), threading.Event(), trainer_permissions(config.rpc)
+    with announced(
+        config, me.name, Role.trainer, place, allowed, stop, when_superseded=stop.set
+    ) as membership:
+        settings, wanted = client_settings(config, me), expected or TargetExpectation()
+        backend = RemoteEagle3TargetModel(
+            membership, settings=settings, expected=wanted, device=place, stop=stop
+        )
+        with contextlib.closing(backend):
+            membership.report(backend.status)
+            yield backend
+
+
+def load_target(
+    target: TargetConfig, *, supervision: SupervisionConfig | None = None, run: RunConfig | None = None
+) -> ColocatedEagle3TargetModel:
+    """The target in this process, without RPC: a backend with the bits of the remote one.
+
+    Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
+    supervision.
+    """
+    config = _config(target=target, supervision=supervision, run=run)
+    place, files = _device(config.target.device), config.run
+    model = HFEagle3TargetModel.load(config.target, place, cache_dir=files.cache_dir, seed=files.seed)
+    encoding, rows = config.supervision.encoding.value, config.supervision.rows.value
+    return ColocatedEagle3TargetModel(model, config.target, SessionSettings(encoding=encoding, rows=rows))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFigures:
+    """One optimiser step, judged before its update. Lists have an entry for each of `draft.ttt_steps`."""
+
+    step: int  # optimiser steps done, this one included
+    loss: float  # mean over rows, weighted over the TTT steps
+    accuracy: list[float]  # share of rows where draft and target prefer the same token
+    acceptance_per_position: list[float]  # simulated: share of drafts accepted up to this guess
+    simulated_accept_length: float  # tokens per target call, the target's own included
+    supervised_tokens: int
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+class DraftTraining:
+    """A draft in training on batches of the caller, in one process, without checkpoints.
+
+    Opens a session with `mapping`, which gives `draft.vocab_size`, at the backend of `connect` or `load_target`.
+    Its batches have to be on `train.device`. Of `train`, settings of the loop (epochs, batch size, validation,
+    checkpoints, log) have no effect, except `max_steps`, which also shapes the learning rate.
+
+    Raises `ConfigError` also for a draft that cannot work, `TargetMismatch` for a backend of another model than
+    `target`, `InvalidRequest` for a mapping of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: Eagle3TargetBackend,
+        mapping: VocabMapping,
+        *,
+        target: TargetConfig,
+        draft: DraftConfig | None = None,
+        train: TrainConfig | None = None,
+        run: RunConfig | None = None,
+    ) -> None:
+        draft = replace(draft or DraftConfig(), vocab_size=len(mapping))
+        self._config = config = _config(target=target, draft=draft, train=train, run=run)
+        target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+        expectation(config, target_config, None).check(backend.model_info())
+        backend.open_session(mapping)
+        self._backend = backend
+        self._record = make_record(config, target_config, backend, mapping)
+        self.draft = make_draft(config, target_config, backend, _device(config.train.device))
+        """The module in training, with fp32 weights."""
+        steps = config.train.max_steps
+        self._learner = Learner(self.draft, config.train, config.draft, TrainerGroup(), steps)
+
+    def steps(self, batches: Iterable[TokenBatch]) -> Iterator[StepFigures]:
+        """Takes an optimiser step for each `train.accumulation` batches, until they or `train.max_steps` end.
+
+        Asks the backend ahead, so it may take a few batches more. A second call continues the training. Raises
+        the backend's errors, and `TrainingDiverged` for a loss or gradient norm that is not finite.
+        """
+        learner, train = self._learner, self._config.train
+        with supervised(self._backend, batches) as stream:
+            while learner.steps_done < train.max_steps and (first := next(stream, None)) is not None:
+                outcome = learner.learn(chain([first], islice(stream, train.accumulation - 1)))
+                yield self._figures(outcome)
+
+    def _figures(self, outcome: StepOutcome) -> StepFigures:
+        step, norm = self._learner.steps_done, float(outcome.grad_norm)
+        figures: dict[str, Any] = figures_of(outcome.sums.on_host(), self._config.draft.step_decay)
+        if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
+            found = f"{figures['loss']} and {norm}"
+            raise TrainingDiverged(f"loss and gradient norm must be finite, got {found} at step {step}")
+        return StepFigures(step=step, grad_norm=norm, learning_rate=outcome.learning_rate, **figures)
+
+    def export(self, directory: str | Path, *, dtype: DType = DType.bfloat16) -> list[Path]:
+        """Writes the draft as vLLM and SGLang load it, in place of an earlier export; returns the files.
+
+        Raises `ConfigError` if `directory` holds other files.
+        """
+        weights, embedding_VH = dict(self._learner.weights()), self.draft.embed_tokens.weight
+        return export_run(weights, self._record, embedding_VH, Path(directory), dtype)
+
+
+def load_draft(directory: str | Path) -> ExportedDraft:
+    """An exported draft; its `model()` is a torch module. Raises `CheckpointError` for a damaged one."""
+    return load_export(Path(directory))
+
+
+def evaluate_draft(
+    target: TargetConfig,
+    draft: ExportedDraft,
+    prompts: Sequence[Sequence[int]],
+    *,
+    settings: EvaluateConfig | None = None,
+    run: RunConfig | None = None,
+) -> Evaluation:
+    """Decodes prompts (token ids) by the target alone and with the draft, both in `settings.dtype`.
+
+    Of `settings`, `max_new_tokens`, `num_draft_tokens` and `near_tie` count beside it. Raises `ConfigError` also
+    without prompts or for one beyond the target's context, `TargetMismatch` for a draft of another target.
+    """
+    config = _config(target=target, evaluate=settings, run=run)
+    asked, files = config.evaluate, config.run
+    target, place = replace(config.target, dtype=asked.dtype), _device(config.target.device)
+    model, tokenizer = load_model(target, place, cache_dir=files.cache_dir, seed=files.seed)
+    return decode_prompts(
+        model,
+        draft,
+        prompts,
+        max_new_tokens=asked.max_new_tokens,
+        num_draft_tokens=asked.num_draft_tokens,
+        near_tie=asked.near_tie,
+        tokenizer=tokenizer,
+    )
+
+
+def _device(setting: str) -> torch.device:
+    return torch.device(resolve_device(setting))
+
+
+def _config(*, target: TargetConfig | None = None, rpc: RpcConfig | None = None, **sections: Any) -> Config:
+    """The checked configuration. Settings that have to be given, but that no call here reads, get a value."""
+    if target is None or target.random:
+        target = replace(target or TargetConfig(), model="random")
+    rpc = replace(rpc or RpcConfig(), membership=MembershipKind.elastic)
+    unread = {"job": JobConfig(name=JobName.evaluate), "data": DataConfig(train_path="")}
+    given = {name: section for name, section in sections.items() if section is not None}
+    return from_sections(target=target, rpc=rpc, **unread, **given)
