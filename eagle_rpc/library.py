@@ -1,8 +1,8 @@
 """The package for programs: targets, supervision, training and evaluation of a draft in a few calls.
 
 Arguments are sections of the configuration (`docs/configuration.md`); None: the defaults. Each call checks
-them and raises `ConfigError` for every mistake at once. Of `run`, `cache_dir` and `seed` count, which draws
-random targets and drafts. A process can call `serve` or `connect` once: torch joins RPC once.
+them and raises `ConfigError` with all mistakes. Of `run`, `cache_dir` and `seed` count; the seed is that of
+random targets and of drafts. A process can call `serve` or `connect` once, since torch joins RPC once.
 
 Legend: H hidden, V target vocab.
 """
@@ -20,6 +20,7 @@ import torch
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
+from eagle_rpc.config.checks import check
 from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization, Rows
 from eagle_rpc.config.compose import from_sections
 from eagle_rpc.config.schema import (
@@ -49,6 +50,7 @@ from eagle_rpc.supervision import (
     Eagle3TargetBatch,
     ModelInfo,
     SessionSettings,
+    StoredProbs,
     TargetExpectation,
     TokenBatch,
     VocabMapping,
@@ -69,8 +71,7 @@ __all__ += ["Evaluation", "ExportedDraft", "StepFigures", "TargetServer"]
 __all__ += ["DraftConfig", "EvaluateConfig", "RpcConfig", "RunConfig", "SupervisionConfig", "TargetConfig"]
 __all__ += ["DType", "DraftLoss", "Encoding", "Quantization", "Rows", "TrainConfig"]
 # The contract between target and trainer.
-__all__ += ["Eagle3TargetBackend", "Eagle3TargetBatch", "ModelInfo", "TargetExpectation", "TokenBatch"]
-__all__ += ["VocabMapping"]
+__all__ += ["Eagle3TargetBackend", "Eagle3TargetBatch", "ModelInfo", "TokenBatch", "VocabMapping"]
 
 
 class TargetServer:
@@ -99,7 +100,8 @@ def serve(
 ) -> Iterator[TargetServer]:
     """Serves a target while the body runs, then drains it for `rpc.drain_timeout` seconds at most.
 
-    `index` (0 to 63) tells the replicas of one registry apart; one of them hosts it at `rpc.registry`.
+    `index` (0 to 63) tells the replicas of one registry apart. `host_registry`, in place of that of `rpc`: whether
+    this process runs the registry at `rpc.registry`, as one process has to.
 
     Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
     supervision, `NameTaken` for an index in use, `AccessRefused` for a token file that others may read,
@@ -117,17 +119,16 @@ def connect(
     *,
     rpc: RpcConfig | None = None,
     supervision: SupervisionConfig | None = None,
-    expected: TargetExpectation | None = None,
     device: str = "auto",
     index: int = 0,
 ) -> Iterator[RemoteEagle3TargetModel]:
     """All targets of the registry at `rpc.registry`, as one backend, while the body runs.
 
     Targets divide their time between runs by `run.name`; `index` tells the trainers of one run apart. Batches
-    arrive on `device`, with the values of `train.device`. `expected` None accepts any target.
+    arrive on `device`, with the values of `train.device`.
 
-    Raises `TargetMismatch` for targets that differ from `expected` or from each other, `NameTaken` for an index
-    in use, `AccessRefused` for another token than the registry's, `TargetUnavailable` after
+    Raises `NameTaken` for an index in use, `AccessRefused` for another token than the registry's,
+    `TargetMismatch` for targets that differ from each other, `TargetUnavailable` after
     `rpc.reconnect_deadline` without a target, `WaitTimeout` after `rpc.start_timeout` without a registry.
     """
     config = _config(rpc=rpc, run=run, supervision=supervision)
@@ -136,9 +137,9 @@ def connect(
     with announced(
         config, me.name, Role.trainer, place, allowed, stop, when_superseded=stop.set
     ) as membership:
-        settings, wanted = client_settings(config, me), expected or TargetExpectation()
+        settings, any_target = client_settings(config, me), TargetExpectation()
         backend = RemoteEagle3TargetModel(
-            membership, settings=settings, expected=wanted, device=place, stop=stop
+            membership, settings=settings, expected=any_target, device=place, stop=stop
         )
         with contextlib.closing(backend):
             membership.report(backend.status)
@@ -211,11 +212,15 @@ class DraftTraining:
         """Takes an optimiser step for each `train.accumulation` batches, until they or `train.max_steps` end.
 
         Asks the backend ahead, so it may take a few batches more. A second call continues the training. Raises
-        the backend's errors, and `TrainingDiverged` for a loss or gradient norm that is not finite.
+        the backend's errors, `ConfigError` for a `draft.loss` that the encoding does not allow, and
+        `TrainingDiverged` for a loss or gradient norm that is not finite.
         """
         learner, train = self._learner, self._config.train
         with supervised(self._backend, batches) as stream:
             while learner.steps_done < train.max_steps and (first := next(stream, None)) is not None:
+                if learner.steps_done == 0 and isinstance(first.targets, StoredProbs):
+                    # Only a batch shows its encoding, and some losses need another one.
+                    check(replace(self._config, supervision=SupervisionConfig(encoding=Encoding.probs)))
                 outcome = learner.learn(chain([first], islice(stream, train.accumulation - 1)))
                 yield self._figures(outcome)
 

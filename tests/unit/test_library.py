@@ -94,6 +94,15 @@ def test_a_loss_that_is_not_finite_ends_training():
         list(training.steps([tiny_batch(1)] * 20))
 
 
+def test_a_loss_that_needs_logits_refuses_the_encoding_probs():
+    asked = eagle_rpc.SupervisionConfig(encoding=eagle_rpc.Encoding.probs)
+    backend = eagle_rpc.load_target(TARGET, supervision=asked)
+    draft = replace(DRAFT, loss=eagle_rpc.DraftLoss.lk_alpha, seed_head=False)
+    training = eagle_rpc.DraftTraining(backend, tiny_mapping(), target=TARGET, draft=draft, train=TRAIN)
+    with pytest.raises(ConfigError, match=r"draft\.loss=lk_alpha must not go with"):
+        list(training.steps([tiny_batch(1)]))
+
+
 def test_the_draft_vocabulary_follows_from_the_mapping():
     assert make_training().draft.config.draft_vocab_size == DRAFT_VOCAB_SIZE
     small = eagle_rpc.VocabMapping.from_token_ids(torch.arange(10), 90)
