@@ -4,6 +4,7 @@ Each user turn is asked after the target's own earlier answers; assistant turns 
 """
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,11 +14,11 @@ from transformers import PreTrainedModel
 
 from eagle_rpc.answers.engine import Answer, AnswerEngine
 from eagle_rpc.answers.output import answer_settings, finished_prompts
-from eagle_rpc.answers.progress import AnswerProgress
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, ChatWriter, Message, content_hash, read_chats
 from eagle_rpc.data.problems import RecordProblems
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.report.progress import Progress
 from eagle_rpc.target.stop_tokens import stop_token_ids
 
 logger = logging.getLogger(__name__)
@@ -76,11 +77,11 @@ class Regeneration:
         done = finished_prompts(self._config.output, self._settings)
         dialogues = list(self._dialogues(done))
         logger.info("%d chats to ask, %d already in %s", len(dialogues), len(done), self._config.output)
-        self._progress = AnswerProgress(len(dialogues), self._engine)
+        self._started = time.monotonic()
+        self._progress = Progress("chat", len(dialogues))
         for dialogue in dialogues:
             self._continue(dialogue)
         for answer in self._engine.answers():
-            self._progress.add_answer(answer)
             self._add_answer(self._asked.pop(answer.key), answer)
         self._progress.close()
         counts = ", ".join(
@@ -138,7 +139,7 @@ class Regeneration:
 
     def _write(self, dialogue: _Dialogue, *, truncated: bool = False) -> None:
         """Writes the chat up to its last answer, if it has one."""
-        self._progress.add_chat()
+        self._progress.advance(self._rate)
         messages = dialogue.messages
         while messages and messages[-1].role != "assistant":
             messages.pop()
@@ -146,6 +147,10 @@ class Regeneration:
             self._writer.write(messages, prompt=dialogue.prompt, settings=self._settings, truncated=truncated)
             self._counts["chats written"] += 1
             self._counts["chats truncated"] += truncated
+
+    def _rate(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return f"{self._engine.num_generated / seconds:.0f} answer tokens/s"
 
 
 def _longest_prompt(config: Config, model: PreTrainedModel) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.errors import ConfigError, TargetMismatch
@@ -21,6 +20,7 @@ from eagle_rpc.evaluate.speculative import (
     decode_speculatively,
 )
 from eagle_rpc.process.files import replaced_file
+from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.target.stop_tokens import stop_token_ids
 
@@ -130,12 +130,13 @@ def evaluate_draft(
     _decode_both(target, proposer, prompts[0], min(_WARM_UP_TOKENS, max_new_tokens), stop, None)
     counts = DecodingCounts([0] * num_draft_tokens)
     results = []
-    with tqdm(prompts, desc="evaluate", unit="prompt") as progress:
-        for prompt_ids in progress:
-            result, drafts = _decode_both(target, proposer, prompt_ids, max_new_tokens, stop, tokenizer)
-            counts.add(drafts)
-            results.append(result)
-            progress.set_postfix(accept_length=f"{counts.accept_length:.2f}")
+    progress = Progress("prompt", len(prompts))
+    for prompt_ids in prompts:
+        result, drafts = _decode_both(target, proposer, prompt_ids, max_new_tokens, stop, tokenizer)
+        counts.add(drafts)
+        results.append(result)
+        progress.advance(lambda: f"accept length {counts.accept_length:.2f}")
+    progress.close()
     settings = {
         "max_new_tokens": max_new_tokens,
         "num_draft_tokens": num_draft_tokens,

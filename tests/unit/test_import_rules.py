@@ -26,7 +26,7 @@ ALLOWED = {
     "draft": {"supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},
     "serving": {"config", "process", "supervision", "draft"},
-    "evaluate": {"config", "process", "supervision", "draft", "data", "serving", "target"},
+    "evaluate": {"config", "process", "supervision", "draft", "data", "report", "serving", "target"},
     "demo": {"config", "process"},
 }
 ALLOWED["jobs"] = set(ALLOWED)
