@@ -48,9 +48,10 @@ def test_every_room_has_a_rule():
     assert set(ROOMS) == set(ALLOWED)
 
 
-def test_every_room_is_packaged():
+def test_every_room_and_the_mark_of_types_are_packaged():
     listed = (PACKAGE.parent / "pyproject.toml").read_text()
     assert [room for room in ROOMS if f'"eagle_rpc.{room}",' not in listed] == []
+    assert '"eagle_rpc" = ["py.typed"]' in listed and (PACKAGE / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("room", ROOMS)
