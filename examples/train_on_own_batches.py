@@ -23,9 +23,8 @@ def main() -> None:
     vocab_size = target.model_info().vocab_size
     ids_NBT = torch.randint(vocab_size, (given.steps, 4, 32))  # your token ids in place of these
     mask_BT = torch.ones(4, 32, dtype=torch.int64)
-    batches = (
-        eagle_rpc.TokenBatch(input_ids=ids, attention_mask=mask_BT, loss_mask=mask_BT) for ids in ids_NBT
-    )
+    masks = {"attention_mask": mask_BT, "loss_mask": mask_BT}
+    batches = (eagle_rpc.TokenBatch(input_ids=ids_BT, **masks) for ids_BT in ids_NBT)
     most_frequent_K = ids_NBT.flatten().bincount(minlength=vocab_size).topk(vocab_size // 2).indices
     mapping = eagle_rpc.VocabMapping.from_token_ids(most_frequent_K, vocab_size)
     training = eagle_rpc.DraftTraining(
