@@ -42,8 +42,10 @@ _QWEN3 = {"hidden": 4096, "width": 12288, "layers": 36, "heads": 32, "key_heads"
 _MEDIUM = {"hidden": 256, "width": 1024, "layers": 8, "heads": 4, "key_heads": 4, "vocab": 32000}
 _SMALL = {"hidden": 64, "width": 128, "layers": 8, "heads": 4, "key_heads": 2, "vocab": 2000}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": architecture("llama", **_LLAMA, positions=131072, **_rope(500000.0)),
-    "qwen3": architecture("qwen3", **_QWEN3, positions=40960, head_dim=128, **_rope(1000000.0)),
+    "llama": architecture("llama", **_LLAMA, positions=131072, rms_norm_eps=1e-5, **_rope(500000.0)),
+    "qwen3": architecture(
+        "qwen3", **_QWEN3, positions=40960, head_dim=128, rms_norm_eps=1e-6, **_rope(1000000.0)
+    ),
     "medium": architecture("llama", **_MEDIUM, positions=4096),
     "small": architecture("llama", **_SMALL, positions=4096),
 }
