@@ -61,7 +61,8 @@ def overrides(arguments: argparse.Namespace, directory: str, threads: int, train
         f"data.max_length={length}",
         f"draft.vocab_size={arguments.draft_vocab_size or setting.draft_vocab_size}",
         f"supervision={arguments.encoding}",
-        # A random target's most likely tokens are seldom in the draft vocabulary, a trained one's nearly always.
+        # A random target's most likely tokens are seldom in the draft vocabulary, a trained one's nearly
+        # always.
         "supervision.rows=loss_mask",
         f"supervision.prefetch={arguments.prefetch}",
         "topology=1x1",

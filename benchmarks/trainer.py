@@ -28,8 +28,8 @@ from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, shifted_loss_ma
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
-# Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A learner's whole
-# optimiser step: on one micro-batch, on one recomputed, on four.
+# Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A
+# learner's whole optimiser step: on one micro-batch, on one recomputed, on four.
 SYSTEMS = ("fused fused_recompute reference optimiser optimiser_recompute optimiser_accumulated").split()
 ACCUMULATED = 4
 STEPS, SUPERVISED_SHARE = 7, 0.9

@@ -17,7 +17,8 @@ from faults.service import REGISTRY, TRAINER, Service, Worker
 from faults.workspace import DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT
 
 Details = dict[str, Any]
-# All faults hit the first target; the steady one is never ended, so its memory can be measured from start to end.
+# All faults hit the first target; the steady one is never ended, so its memory can be measured from start to
+# end.
 ENDED_TARGET, STEADY_TARGET = "target0", "target1"
 
 # Reasons for an end inside torch itself.

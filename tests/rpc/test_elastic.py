@@ -283,7 +283,8 @@ def test_control_calls_do_not_wait_behind_tensors(service: Service, registry: Re
     until_serving(registry)
     num_arrived, num_bytes = service.start(beat_beside_bulk, "trainer0").receive()
     assert num_bytes == 200_000 * 256 * 4
-    # Behind tensors each control call would wait for all four replies in flight; on its own connection, for none.
+    # Behind tensors each control call would wait for all four replies in flight; on its own connection, for
+    # none.
     assert num_arrived < 2 * NUM_CONTROL_CALLS
 
 
@@ -315,7 +316,8 @@ def test_trainers_that_were_killed_leave_no_open_sockets_at_the_target(service: 
         if number < 2:
             most = num_sockets(pid)
         else:
-            # Each beat at the registry opens a socket for a moment, and the target closes a dead guest's sockets later.
+            # Each beat at the registry opens a socket for a moment, and the target closes a dead guest's
+            # sockets later.
             few = f"the target has {most} sockets at most"
             until(
                 lambda most=most: num_sockets(pid) <= most,

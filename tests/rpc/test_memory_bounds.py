@@ -32,7 +32,8 @@ pytestmark = pytest.mark.rpc
 
 MIB = 2**20
 VOCAB, HIDDEN, DRAFT_VOCAB = 8192, 512, 4096
-# 4 x 2048 tokens with three layers of fp32: glibc gives buffers of this size back to the system when they are freed.
+# 4 x 2048 tokens with three layers of fp32: glibc gives buffers of this size back to the system when they are
+# freed.
 NUM_TOKENS = 4 * 2048
 REPLY_BYTES = NUM_TOKENS * 3 * HIDDEN * 4
 BOUND = 5 * REPLY_BYTES + MIB

@@ -20,7 +20,8 @@ from typing import Any
 import psutil
 from support.waiting import happens
 
-# Below the ports that Linux gives to outgoing connections: none of those takes a port before its listener does.
+# Below the ports that Linux gives to outgoing connections: none of those takes a port before its listener
+# does.
 _PORTS = range(20000, 32000)
 _DRAW = random.SystemRandom()
 # In which a process ends after SIGKILL.

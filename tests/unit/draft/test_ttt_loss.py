@@ -205,8 +205,8 @@ class ScriptedDraft:
 
 
 def test_accepted_and_drafts_on_a_hand_case():
-    # The draft guesses r + 2 at row r. The target agrees at rows 1, 2 and 4, not at row 3. Row 5 lies in the loss mask but
-    # is not supervised: the target's most likely token there is outside the draft vocabulary.
+    # The draft guesses r + 2 at row r. The target agrees at rows 1, 2 and 4, not at row 3. Row 5 lies in the
+    # loss mask but is not supervised: the target's most likely token there is outside the draft vocabulary.
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
     loss_mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0]])
     tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=loss_mask)
@@ -217,7 +217,8 @@ def test_accepted_and_drafts_on_a_hand_case():
     assert result.correct.tolist() == [3, 3, 2]
     # Slots 1..5 start a draft of one, 1..4 of two, 1..3 of three.
     assert result.drafts.tolist() == [5, 4, 3]
-    # Slots 1, 2 and 4 begin well; slot 2 fails at row 3 and slot 4 at row 5; slot 1 gets to row 2 and fails at row 3.
+    # Slots 1, 2 and 4 begin well; slot 2 fails at row 3 and slot 4 at row 5; slot 1 gets to row 2 and fails
+    # at row 3.
     assert result.accepted.tolist() == [3, 1, 0]
     assert simulated_accept_length(result.accepted, result.drafts).item() == pytest.approx(1 + 3 / 5 + 1 / 4)
 

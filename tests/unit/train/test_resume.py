@@ -62,7 +62,8 @@ def resume_and_compare(path, undisturbed):
     assert without_clock(read_metrics(path / "metrics.jsonl")) == lines
 
 
-# Micro-batches: before the first checkpoint, after it, in the middle of a step and of a validation, before the end.
+# Micro-batches: before the first checkpoint, after it, in the middle of a step and of a validation, before
+# the end.
 @pytest.mark.parametrize("interrupted_at", [0, 5, 7, 10, 11, 16, 22])
 def test_an_interrupted_run_ends_as_one_left_alone(tmp_path, undisturbed, interrupted_at):
     with pytest.raises(Interrupted):
@@ -101,7 +102,8 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
     assert without_clock(read_metrics(tmp_path / "metrics.jsonl")) == undisturbed[1]
 
 
-# A worker that kills itself with SIGKILL at the n-th fsync of the process, or the n-th batch; nothing of Python runs after.
+# A worker that kills itself with SIGKILL at the n-th fsync of the process, or the n-th batch; nothing of
+# Python runs after.
 WORKER = """
 import os, signal, sys
 from pathlib import Path

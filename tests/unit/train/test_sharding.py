@@ -105,7 +105,8 @@ def run_all(rank: int, size: int, path: Path) -> None:
         for sharding in Sharding:
             train(f"fused_{sharding.name}", replace(FUSED, sharding=sharding))
     (path / f"notes_{rank}.json").write_text(json.dumps(notes))
-    # torch sometimes aborts while it tears down the group of a refused training; all that is tested has happened.
+    # torch sometimes aborts while it tears down the group of a refused training; all that is tested has
+    # happened.
     os._exit(0)
 
 

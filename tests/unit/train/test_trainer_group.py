@@ -63,7 +63,8 @@ def train_one(rank: int, size: int, path: Path) -> None:
             except ConnectionLost as error:
                 messages["gone"] = str(error)
     (path / f"messages_{rank}.json").write_text(json.dumps(messages))
-    # torch sometimes aborts while it tears down the group of a refused training; all that is tested has happened.
+    # torch sometimes aborts while it tears down the group of a refused training; all that is tested has
+    # happened.
     os._exit(0)
 
 
