@@ -271,7 +271,7 @@ SPECS = st.builds(
     encoding=ANYTHING,
     rows=ANYTHING,
     expected=EXPECTED,
-    job=ANYTHING,
+    run=ANYTHING,
     trainer=ANYTHING,
 )
 REQUESTS = st.builds(
