@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.documents import ARCHITECTURE, PACKAGE, ROOT, path_table
 
+from eagle_rpc.config.compose import load
 from eagle_rpc.config.schema import Config
 
 PAGES = [
@@ -95,3 +96,21 @@ def test_jobs_and_choices_of_groups_that_pages_name_exist(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_pages_have_no_private_words(page: Path):
     assert PRIVATE_WORDS.findall(page.read_text()) == []
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of code blocks that start this package, without their comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.partition("#")[0]
+        for line in lines
+        if re.match(r"\./launch|eagle-rpc|torchrun|python -m eagle", line)
+    ]
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(line, id=line.strip()) for page in GUIDES for line in commands(page)]
+)
+def test_commands_of_pages_compose(command: str):
+    load(*(word for word in command.split() if "=" in word and not word.startswith("--")))
