@@ -22,8 +22,8 @@ SUFFIXES = {"py", "md", "json", "yaml", "sh"}
 FILE_NAME = re.compile(r"`((?:eagle_rpc|tests|benchmarks|examples|docs|conf)/[\w./-]+|[a-z_]+/[\w/]+\.py)`")
 
 
-def relative(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def listed_modules() -> list[str]:
@@ -47,10 +47,20 @@ def defined(file: Path) -> set[str]:
     return names
 
 
+def commands(page: Path) -> list[str]:
+    """The lines of code blocks that start this package, without their comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        line.partition("#")[0]
+        for line in lines
+        if re.match(r"\./launch|eagle-rpc|torchrun|python -m eagle", line)
+    ]
+
+
 def test_every_module_has_one_line_and_every_line_its_module():
-    rooms = {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
-    modules = {str(path) for path in rooms if path.name != "__init__.py"} | {"eagle_rpc/__init__.py"}
-    assert sorted(listed_modules()) == sorted(modules)
+    modules = [relative(path) for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(listed_modules()) == sorted(["eagle_rpc/__init__.py", *modules])
 
 
 @pytest.mark.parametrize("heading", ["Input ids", "Supervision, from", "SIGTERM"])
@@ -85,7 +95,8 @@ def test_settings_that_pages_name_exist(page: Path):
 
 @pytest.mark.parametrize("page", GUIDES, ids=relative)
 def test_jobs_and_choices_of_groups_that_pages_name_exist(page: Path):
-    groups = {path.name: {choice.stem for choice in path.iterdir()} for path in (ROOT / "conf").glob("*/")}
+    folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir()]
+    groups = {path.name: {choice.stem for choice in path.iterdir()} for path in folders}
     named = re.findall(rf"(?<![\w.])({'|'.join(groups)})=([a-z0-9|_]+)", page.read_text())
     unknown = [
         f"{group}={one}" for group, some in named for one in some.split("|") if one not in groups[group]
@@ -96,17 +107,6 @@ def test_jobs_and_choices_of_groups_that_pages_name_exist(page: Path):
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_pages_have_no_private_words(page: Path):
     assert PRIVATE_WORDS.findall(page.read_text()) == []
-
-
-def commands(page: Path) -> list[str]:
-    """The lines of code blocks that start this package, without their comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.partition("#")[0]
-        for line in lines
-        if re.match(r"\./launch|eagle-rpc|torchrun|python -m eagle", line)
-    ]
 
 
 @pytest.mark.parametrize(
