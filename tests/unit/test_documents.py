@@ -3,11 +3,13 @@
 import ast
 import re
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from support.documents import ARCHITECTURE, PACKAGE, ROOT, path_table
 
+import eagle_rpc
 from eagle_rpc.config.compose import load
 from eagle_rpc.config.schema import Config
 
@@ -114,3 +116,10 @@ def test_pages_have_no_private_words(page: Path):
 )
 def test_commands_of_pages_compose(command: str):
     load(*(word for word in command.split() if "=" in word and not word.startswith("--")))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=relative)
+def test_names_of_the_package_that_pages_use_exist(page: Path):
+    named = set(re.findall(r"\beagle_rpc\.(\w+)", page.read_text()))
+    unknown = {name for name in named if find_spec(f"eagle_rpc.{name}") is None}
+    assert {name for name in unknown if not hasattr(eagle_rpc, name)} == set()
