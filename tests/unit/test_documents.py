@@ -99,7 +99,9 @@ def test_settings_that_pages_name_exist(page: Path):
 def test_jobs_and_choices_of_groups_that_pages_name_exist(page: Path):
     folders = [path for path in (ROOT / "conf").iterdir() if path.is_dir()]
     groups = {path.name: {choice.stem for choice in path.iterdir()} for path in folders}
-    named = re.findall(rf"(?<![\w.])({'|'.join(groups)})=([a-z0-9|_]+)", page.read_text())
+    # In Python code these are arguments.
+    text = re.sub(r"^```python\n.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(rf"(?<![\w.])({'|'.join(groups)})=([a-z0-9|_]+)", text)
     unknown = [
         f"{group}={one}" for group, some in named for one in some.split("|") if one not in groups[group]
     ]
