@@ -48,7 +48,7 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        # Job, session and request id, each level in the order of service.
+        # Run, session and request id, each level in the order of service.
         self._runs: OrderedDict[str, OrderedDict[str, dict[str, Work]]] = OrderedDict()
 
     def __len__(self) -> int:
