@@ -2,13 +2,14 @@
 
     python benchmarks/end_to_end.py --target small --output benchmarks/results/NAME.json
 
-*Co-located*: one process that runs the target and trains. *Remote*: a target process and a trainer process of one static
-job. Both train the same draft on the same random tokens, in turns. On a CPU the co-located process has the threads of the two
-remote ones together. With --trainer-device the remote trainer has a GPU of its own; the co-located process has one.
+*Co-located*: one process that runs the target and trains. *Remote*: a target process and a trainer process of
+one static job. Both train the same draft on the same random tokens, in turns. On a CPU the co-located process
+has the threads of the two remote ones together. With --trainer-device the remote trainer has its own GPU.
 
-Figures of both: trained tokens per second, the trainer's share of time in waiting for supervision (co-located: in making it), and
-the share in which the target's forward thread has no work. On a GPU that thread runs ahead of the device: there its share is the
-time without a waiting request, not the GPU's idle time. Medians over repetitions.
+Figures of both: trained tokens per second, the trainer's share of time in waiting for supervision
+(co-located: in making it), and the share in which the target's forward thread has no work. On a GPU that
+thread runs ahead of the device: there its share is the time without a waiting request, not the GPU's idle
+time. Medians over repetitions.
 
     python benchmarks/end_to_end.py --target llama --device cuda:0 --output FILE.json     # one GPU of 80 GB
     python benchmarks/end_to_end.py --target llama --device cuda:0 --trainer-device cuda:1  # two of them

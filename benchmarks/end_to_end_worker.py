@@ -1,4 +1,5 @@
-"""Target and trainer of `end_to_end.py`: in one process, or in two over RPC. They answer questions in lines of JSON.
+"""Target and trainer of `end_to_end.py`: in one process, or in two over RPC. They answer questions in lines
+of JSON.
 
 python -m end_to_end_worker colocated|target|trainer HYDRA_OVERRIDE...
 """

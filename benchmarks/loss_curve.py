@@ -2,9 +2,9 @@
 
     python benchmarks/loss_curve.py --out DIR
 
-Both start from one draft and see the same batches of a target whose next token depends on the last two. Losses of all steps
-and the largest distances to the reference in fp32, of the fused step and of the reference in bf16, go to DIR/loss_curve.json.
-Legend: B batch, T sequence, V target vocab, K draft vocab, H hidden.
+Both start from one draft and see the same batches of a target whose next token depends on the last two.
+Losses of all steps and the largest distances to the reference in fp32, of the fused step and of the reference
+in bf16, go to DIR/loss_curve.json. Legend: B batch, T sequence, V target vocab, K draft vocab, H hidden.
 """
 
 import copy

@@ -1,4 +1,5 @@
-"""The cost of padding and the gain of packing on a CPU: real tokens per second of target and trainer, by layout of the same chats.
+"""The cost of padding and the gain of packing on a CPU: real tokens per second of target and trainer, by
+layout of the same chats.
 
     python benchmarks/packing.py runs/smollm2/answers.jsonl     # a file of ./launch.sh
 

@@ -1,4 +1,5 @@
-"""The processes of a benchmark, which `tests/support/processes.py` starts, asks and ends as it does those of tests.
+"""The processes of a benchmark, which `tests/support/processes.py` starts, asks and ends as it does those of
+tests.
 
 Benchmarks import this module instead of `support`: it puts `tests/` on the path.
 """

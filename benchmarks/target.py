@@ -3,11 +3,12 @@
     python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 1x2048 4x2048 8x2048] [--systems plain eager ...]
     python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      a try on a CPU
 
-Weights and tokens are random. `plain` is the reference (`compute_supervision`: full logits, shift, argmax, gather, fp32
-softmax); the others are `supervise` with eager or compiled layers; `fused_rows` reads logits with a kernel, `fused` also applies
-the gates of MLPs with one. `served` is the rate of a server in this process whose queue is never empty. One process gives the
-systems and ceilings of one table. With --chats the same lognormal chats are padded to buckets and packed into rows. With --deliver
-a trainer process on the same device takes a target process's supervision over RPC. Figures go to the screen and to DIR/target.json.
+Weights and tokens are random. `plain` is the reference (`compute_supervision`: full logits, shift, argmax,
+gather, fp32 softmax); the others are `supervise` with eager or compiled layers; `fused_rows` reads logits
+with a kernel, `fused` also applies the gates of MLPs with one. `served` is the rate of a server in this
+process whose queue is never empty. One process gives the systems and ceilings of one table. With --chats the
+same lognormal chats are padded to buckets and packed into rows. With --deliver a trainer process on the same
+device takes a target process's supervision over RPC. Figures go to the screen and to DIR/target.json.
 """
 
 import argparse

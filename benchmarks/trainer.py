@@ -2,9 +2,9 @@
 
     python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
 
-For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak memory above the
-resident bytes; with --profile the GPU's time by kind of kernel. Medians after warm-up; the figures go to the screen and to
-DIR/trainer.json. Legend: B batch, T sequence, H hidden.
+For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak
+memory above the resident bytes; with --profile the GPU's time by kind of kernel. Medians after warm-up; the
+figures go to the screen and to DIR/trainer.json. Legend: B batch, T sequence, H hidden.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Ea
 
 
 def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
-    """Of seven steps, forward and backward, with the full unroll at all rows: a method that saves work gets no lower number."""
+    """Of seven steps, forward and backward, with the full unroll at all rows: a method that saves work gets
+    no lower number.
+    """
     hidden, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
     step = 2 * hidden * hidden + 4 * hidden * keys + hidden * hidden
     step += 3 * hidden * config.intermediate_size + config.draft_vocab_size * hidden

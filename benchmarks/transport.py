@@ -1,8 +1,9 @@
 """The cost of transport: supervision of one small target over RPC in each encoding, and over a peer's HTTP.
 
-Each side runs a service and a client, processes with one thread each on this host's loopback, and answers the same
-requests: same weights, tokens and masks, several requests under way. Its client reads the target's probabilities of every
-supervised row and does nothing else. One side runs at a time, in turns; the report gives medians.
+Each side runs a service and a client, processes with one thread each on this host's loopback, and answers the
+same requests: same weights, tokens and masks, several requests under way. Its client reads the target's
+probabilities of every supervised row and does nothing else. One side runs at a time, in turns; the report
+gives medians.
 
     python benchmarks/transport.py --nemo-python NEMO_ENV/bin/python --output benchmarks/results/NAME.md
 
@@ -11,8 +12,9 @@ The peer, nemo-automodel, lives in an environment of its own that does not need 
     pip install torch==2.13.0 && pip install --no-deps nemo-automodel==0.7.0
     pip install transformers==5.18.0 requests datasets pillow
 
-Without `--nemo-python` this package is measured alone. The loopback device counts the bytes, headers included, so no other
-process should use it: `unshare --net sh -c "ip link set lo up && exec python benchmarks/transport.py ..."`.
+Without `--nemo-python` this package is measured alone. The loopback device counts the bytes, headers
+included, so no other process should use it: `unshare --net sh -c "ip link set lo up && exec python
+benchmarks/transport.py ..."`.
 """
 
 import argparse

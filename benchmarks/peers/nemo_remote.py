@@ -1,4 +1,5 @@
-"""nemo-automodel's remote EAGLE-3 target, server and client, through its public interface. Runs in its environment.
+"""nemo-automodel's remote EAGLE-3 target, server and client, through its public interface. Runs in its
+environment.
 
 python -m peers.nemo_remote server|client WORK.json PORT
 """

@@ -52,12 +52,14 @@ Python {here["python"]}, torch {here["torch"]}, transformers {here["transformers
 
 Target: random Llama, H {work.hidden_size}, {work.layers} layers, vocabulary {work.vocab_size},
 draft vocabulary {work.draft_vocab_size}, {work.dtype}.
-Requests: {work.batch_size} x {work.length}, {real / total:.0%} of them real tokens, {selected / real:.0%} of these in the loss mask;
-{work.prefetch} under way. One thread a process. {repetitions} repetitions of {num_requests} requests, in turns; medians.
+Requests: {work.batch_size} x {work.length}, {real / total:.0%} of them real tokens, {selected / real:.0%}
+of these in the loss mask; {work.prefetch} under way. One thread a process.
+{repetitions} repetitions of {num_requests} requests, in turns; medians.
 
 {tables(measurement)}
 
-Supervised tokens are the rows that `position_mask` selects. The clients read all their probabilities and do nothing else.
+Supervised tokens are the rows that `position_mask` selects. The clients read all their
+probabilities and do nothing else.
 
     {command_line()}
 """
@@ -66,7 +68,8 @@ Supervised tokens are the rows that `position_mask` selects. The clients read al
 def peer_versions(python: str) -> str:
     """The versions of the peer's packages in the environment of `python`."""
     packages = ("nemo-automodel", "torch", "transformers")
-    script = f"from importlib.metadata import version; print(*(f'{{name}} {{version(name)}}' for name in {packages}), sep=', ')"
+    listed = f"(f'{{name}} {{version(name)}}' for name in {packages})"
+    script = f"from importlib.metadata import version; print(*{listed}, sep=', ')"
     return subprocess.run(
         [python, "-c", script], check=True, capture_output=True, text=True, timeout=60
     ).stdout.strip()

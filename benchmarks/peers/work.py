@@ -75,7 +75,9 @@ class Work:
         )
 
     def load_tokens(self) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Batches of `input_ids`, `attention_mask`, `loss_mask` [B, T] int64, and the ids [K] of the draft vocabulary."""
+        """Batches of `input_ids`, `attention_mask`, `loss_mask` [B, T] int64, and the ids [K] of the draft
+        vocabulary.
+        """
         stacked = load_file(Path(self.directory) / "tokens.safetensors")
         selected_token_ids = stacked.pop("selected_token_ids")
         batches = [

@@ -1,4 +1,5 @@
-"""A target and a trainer process on one device: the trainer's rate over RPC against the target's rate by itself.
+"""A target and a trainer process on one device: the trainer's rate over RPC against the target's rate by
+itself.
 
 python -m target_lab.delivery target|trainer SPEC.json      (started by `deliver`)
 """

@@ -25,7 +25,9 @@ _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 def make_model(
     shape: str, attention: str, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """In bf16, drawn on the device: every process on one device has the same weights. `quantization`: one of torchao's."""
+    """In bf16, drawn on the device: every process on one device has the same weights. `quantization`: one of
+    torchao's.
+    """
     torch.manual_seed(0)
     with torch.device(device):
         config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
@@ -136,7 +138,8 @@ def shape_ceiling(
 ) -> float:
     """Tokens per second of the matrix products of these shapes alone, measured for as long as a system is.
 
-    A GPU lowers its clock within a second of matrix products: a shorter measurement would give a higher ceiling.
+    A GPU lowers its clock within a second of matrix products: a shorter measurement would give a higher
+    ceiling.
     """
     products, head = _products(model)
     rows = round(share * tokens)

@@ -7,8 +7,8 @@ Training must end with the same bits as without faults, and go on soon. From the
     python -m tests.faults stalls                                         the trainer's wait after a kill of a target
     python -m tests.faults cycles --count 300                             starts and stops in every mode
 
-Everything runs on loopback with a tiny model. As root, the tests run in a network and a /dev/shm of their own;
-otherwise they leave out the faults that need that, and say so.
+Everything runs on loopback with a tiny model. As root, the tests run in a network and a /dev/shm of their
+own; otherwise they leave out the faults that need that, and say so.
 """
 
 import argparse

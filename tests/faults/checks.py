@@ -122,7 +122,8 @@ class Surroundings:
     def leftovers(self) -> list[str]:
         """Processes, listening ports, shared-memory files and temporary files that were not there before.
 
-        Without namespaces of its own, a fault test does not look at ports and shared memory: they belong to the machine.
+        Without namespaces of its own, a fault test does not look at ports and shared memory: they belong to
+        the machine.
         """
         found = [
             f"process {one.pid} ({' '.join(one.cmdline())[:80]})"

@@ -54,7 +54,9 @@ def isolate() -> Isolation:
 
 @contextlib.contextmanager
 def slowed_down(port: int, *, kilobits: int) -> Iterator[None]:
-    """Loopback connections from and to `port` share `kilobits` per second while the body runs; needs `Isolation.can_slow`."""
+    """Loopback connections from and to `port` share `kilobits` per second while the body runs; needs
+    `Isolation.can_slow`.
+    """
     _run("tc", "qdisc", "add", "dev", "lo", "root", "handle", "1:", "htb", "default", "10")
     try:
         # A burst must hold the largest packet of the loopback device.

@@ -1,7 +1,8 @@
-"""torchrun's work for the workers of one host, in a process that has imported everything: it forks them in no time.
+"""torchrun's work for the workers of one host, in a process that has imported everything: it forks them in no
+time.
 
-Like torchrun it gives each worker its environment, forwards SIGTERM and SIGINT, and waits. Its exit code is the largest
-of theirs, as a shell reports them. If it is killed, its workers go on without it.
+Like torchrun it gives each worker its environment, forwards SIGTERM and SIGINT, and waits. Its exit code is
+the largest of theirs, as a shell reports them. If it is killed, its workers go on without it.
 """
 
 import os

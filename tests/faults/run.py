@@ -138,8 +138,8 @@ def merged(checks: Sequence[Check]) -> list[Check]:
 
 def _notes(campaign: Campaign, num_runs: int, steps: int) -> list[str]:
     notes = [
-        f"{len(campaign.hits)} faults in {campaign.seconds / 60:.1f} minutes, {num_runs} training runs of {steps} steps "
-        "one after the other with the same targets and registry."
+        f"{len(campaign.hits)} faults in {campaign.seconds / 60:.1f} minutes, {num_runs} training runs "
+        f"of {steps} steps one after the other with the same targets and registry."
     ]
     if campaign.failures:
         notes.append(f"Faults that could not be injected: {'; '.join(campaign.failures)}")

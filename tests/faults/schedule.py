@@ -21,7 +21,9 @@ class Fault:
 
 
 def make_schedule(kinds: Sequence[Kind], *, count: int, steps: int, seed: int) -> list[Fault]:
-    """`count` faults in proportion to the shares of their kinds. Raises `ValueError` if there are more kinds than faults."""
+    """`count` faults in proportion to the shares of their kinds. Raises `ValueError` if there are more kinds
+    than faults.
+    """
     if count < len(kinds):
         raise ValueError(f"--faults must be at least {len(kinds)}, one of each kind, got {count}")
     draw = random.Random(seed)

@@ -1,4 +1,6 @@
-"""A service of registry, targets and trainer, whose workers are started anew when they end, as a supervisor would do."""
+"""A service of registry, targets and trainer, whose workers are started anew when they end, as a supervisor
+would do.
+"""
 
 import time
 from dataclasses import dataclass, field

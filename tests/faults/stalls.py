@@ -121,9 +121,9 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, _is
     stalls, resumed = [one.stall for one in kills], [one.resumed for one in resumptions]
     requests = pair.request_seconds + sole.request_seconds
     note = (
-        f"A trainer takes batches over elastic membership, trains {1000 * arguments.train_seconds:.0f} ms on each and has "
-        "4 requests under way. A stall is the longest time between two batches in the two seconds after a kill, training "
-        "included. One of two killed targets is started anew at once, a sole one after "
+        f"A trainer takes batches over elastic membership, trains {1000 * arguments.train_seconds:.0f} ms "
+        "on each and has 4 requests under way. A stall is the longest time between two batches in the two "
+        "seconds after a kill, training included. One of two killed targets is started anew at once, a sole one after "
         f"{_AWAY_SECONDS[0]:.0f} to {_AWAY_SECONDS[1]:.0f} s."
     )
     rows = [

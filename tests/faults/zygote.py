@@ -1,7 +1,9 @@
-"""A process that has imported everything and then forks workers: an import of torch and transformers takes seconds.
+"""A process that has imported everything and then forks workers: an import of torch and transformers takes
+seconds.
 
-A forked worker runs as `python -m` would have started it: with its own arguments, session, directory and log. It is a child
-of the fault test and not of the zygote: its parent ends at once, and the fault test adopts orphans.
+A forked worker runs as `python -m` would have started it: with its own arguments, session, directory and log.
+It is a child of the fault test and not of the zygote: its parent ends at once, and the fault test adopts
+orphans.
 """
 
 import ctypes

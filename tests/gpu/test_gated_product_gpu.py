@@ -1,7 +1,8 @@
 """The kernel that gates inside a matrix product, against two products, and whole MLPs with it.
 
-Where there is no GPU, Triton's interpreter runs the kernel: `TRITON_INTERPRET=1 python -m pytest tests/gpu/test_gated_product_gpu.py`
-(Triton 3.6 with numpy below 2.4). Legend: N rows, H hidden, I intermediate width.
+Where there is no GPU, Triton's interpreter runs the kernel: `TRITON_INTERPRET=1 python -m pytest
+tests/gpu/test_gated_product_gpu.py` (Triton 3.6 with numpy below 2.4). Legend: N rows, H hidden, I
+intermediate width.
 """
 
 import importlib.util

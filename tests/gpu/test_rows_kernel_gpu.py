@@ -1,7 +1,7 @@
 """The kernel that reads rows of logits, against the plain reading.
 
-Where there is no GPU, Triton's interpreter runs it: `TRITON_INTERPRET=1 python -m pytest tests/gpu/test_rows_kernel_gpu.py`
-(Triton 3.6 with numpy below 2.4).
+Where there is no GPU, Triton's interpreter runs it: `TRITON_INTERPRET=1 python -m pytest
+tests/gpu/test_rows_kernel_gpu.py` (Triton 3.6 with numpy below 2.4).
 """
 
 import importlib.util

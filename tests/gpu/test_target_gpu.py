@@ -1,4 +1,5 @@
-"""A target on a GPU: served and co-located supervision are equal bit for bit in every form, and memory stays within its bound.
+"""A target on a GPU: served and co-located supervision are equal bit for bit in every form, and memory stays
+within its bound.
 
 Legend: B batch, T sequence, K draft vocab.
 """

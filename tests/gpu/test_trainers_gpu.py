@@ -1,4 +1,5 @@
-"""Two trainers with a GPU each: NCCL sums their gradients, and they end as one trainer does that takes both shares.
+"""Two trainers with a GPU each: NCCL sums their gradients, and they end as one trainer does that takes both
+shares.
 
 Holding all of the weights each, or parts of them.
 """

@@ -84,7 +84,9 @@ def expected_batch(seed: int) -> dict[str, list[Any]]:
 
 
 def stream_on_demand(link: Link, name: str, address: str, token: bytes) -> None:
-    """A trainer that streams; sends one batch and what it thinks of its targets each time that the test asks for one."""
+    """A trainer that streams; sends one batch and what it thinks of its targets each time that the test asks
+    for one.
+    """
     with remote_target(name, address, token) as backend:
         backend.open_session(tiny_mapping())
         for batch in backend.stream(tiny_batch(seed) for seed in range(1000)):
@@ -94,7 +96,9 @@ def stream_on_demand(link: Link, name: str, address: str, token: bytes) -> None:
 
 
 def check_batches(trainer: Worker, seeds: range) -> dict[str, Any]:
-    """The batches of `seeds` must come in order and right to the bit. Returns the trainer's view of its targets then."""
+    """The batches of `seeds` must come in order and right to the bit. Returns the trainer's view of its
+    targets then.
+    """
     for seed in seeds:
         trainer.send("next")
         batch, status = trainer.receive()
@@ -255,7 +259,9 @@ NUM_CONTROL_CALLS = 20
 
 
 def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
-    """Sends how many large replies arrived while control calls were answered one after the other, and the replies' size."""
+    """Sends how many large replies arrived while control calls were answered one after the other, and the
+    replies' size.
+    """
     with joined(name, "trainer", address, token) as membership:
         (target,) = membership.targets()
         connection = membership.connect(target, SERVICE_NAME)

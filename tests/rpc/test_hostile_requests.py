@@ -1,4 +1,6 @@
-"""Ten thousand hostile requests to a real server: it lives, runs nothing, answers each one, and serves on with the same bits."""
+"""Ten thousand hostile requests to a real server: it lives, runs nothing, answers each one, and serves on
+with the same bits.
+"""
 
 import builtins
 import functools
@@ -122,7 +124,8 @@ def forbidden_calls(rref: Any, directory: Path) -> list[tuple[Any, ...]]:
         (function, shell) for function in (os.system, subprocess.getoutput, eval, exec, print, os.listdir)
     ]
     for invoke in (rref_proxy._local_invoke, rref_proxy._local_invoke_async_execution):
-        for method in "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__ close drain expire wait_sent _server nothing".split():
+        inherited = "__init__ __getattribute__ __reduce_ex__ __setattr__ __class__".split()
+        for method in [*inherited, "close", "drain", "expire", "wait_sent", "_server", "nothing"]:
             calls.append((invoke, rref, method, (), {}))
         calls.append((invoke, rref, ["generate"], (), {}))
         calls.append((invoke, "rref", "generate", (), {}))

@@ -1,4 +1,5 @@
-"""An elastic service for tests: a registry in this process, targets and trainers in processes that can be killed.
+"""An elastic service for tests: a registry in this process, targets and trainers in processes that can be
+killed.
 
 Processes are forked from a server that has imported everything once, so one starts in a fraction of a second.
 """

@@ -121,7 +121,9 @@ class Process:
         self.send(signal.SIGKILL)
 
     def end(self, within: float) -> None:
-        """Closes the stdin of a process that answers, sends SIGTERM to another one, and kills either after `within` seconds."""
+        """Closes the stdin of a process that answers, sends SIGTERM to another one, and kills either after
+        `within` seconds.
+        """
         if self._popen is not None and self._popen.stdin is not None:
             self._popen.stdin.close()
         else:

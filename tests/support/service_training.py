@@ -49,7 +49,9 @@ def all_trainers(config: Config, membership: StaticMembership, device: torch.dev
 
 
 def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -> dict[str, Any] | None:
-    """One process of the job: a target that serves, or a trainer of `steps` steps, which returns its weights' digest."""
+    """One process of the job: a target that serves, or a trainer of `steps` steps, which returns its weights'
+    digest.
+    """
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
@@ -112,7 +114,9 @@ def arrivals(membership: StaticMembership) -> Iterator[None]:
 
 
 def hold_back(learner: Learner, membership: StaticMembership, step: int) -> None:
-    """Joins the sum of gradients only when all trainers have the next step's supervision; the others wait in the sum."""
+    """Joins the sum of gradients only when all trainers have the next step's supervision; the others wait in
+    the sum.
+    """
     reduce = type(learner._masters).reduce_gradients
 
     def held_back() -> None:

@@ -21,7 +21,8 @@ _TEXT = [
 
 
 def make_tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `VOCAB_SIZE` tokens: `<|endoftext|>` (0, pad), `<|im_start|>` (1, bos), `<|im_end|>` (2, eos), then text.
+    """Byte-level BPE of `VOCAB_SIZE` tokens: `<|endoftext|>` (0, pad), `<|im_start|>` (1, bos), `<|im_end|>`
+    (2, eos), then text.
 
     None as `chat_template` leaves it without one.
     """

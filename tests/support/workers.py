@@ -15,7 +15,8 @@ TEST_RPC = RpcConfig(start_timeout=60, model_timeout=60, request_timeout=30, shu
 
 
 def run_workers(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120) -> list[Any]:
-    """Calls `function(*args)` in `size` processes with torchrun's environment; returns the values in rank order.
+    """Calls `function(*args)` in `size` processes with torchrun's environment; returns the values in rank
+    order.
 
     Raises `AssertionError` with the traceback of the first worker that raised, died or did not end in time.
     """

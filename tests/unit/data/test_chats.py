@@ -54,7 +54,8 @@ BROKEN = {
     "role not a string": {"messages": [{"role": ["user"], "content": "hello"}]},
     "content not a string": {"messages": [*turns("hello"), {"role": "assistant", "content": None}]},
     "content empty": {"messages": turns("hello", " \n")},
-    "half a surrogate pair": '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "hi"}]}',
+    "half a surrogate pair": '{"messages": [{"role": "user", "content": "\\ud800"}, '
+    '{"role": "assistant", "content": "hi"}]}',
     "tool calls": {
         "messages": [*turns("hello"), {"role": "assistant", "content": "hi", "tool_calls": [{"id": 1}]}]
     },

@@ -14,7 +14,8 @@ CHAT = [
 MARKED = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -136,7 +137,10 @@ def test_markers_around_nothing_leave_no_supervised_token():
 
 
 def test_a_supervised_first_token_alone_teaches_nothing():
-    answers_only = "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ message['content'] }}{% endif %}{% endfor %}"
+    answers_only = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ message['content'] }}{% endif %}{% endfor %}"
+    )
     template = ChatTemplate(make_tiny_tokenizer(answers_only))
     assert supervised_text(template, [Message("user", "hello"), Message("assistant", "ab")]) == ["ab"]
     with pytest.raises(DataError, match="no supervised token"):

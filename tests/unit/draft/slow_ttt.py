@@ -14,7 +14,9 @@ from eagle_rpc.draft import Eagle3Draft
 def slow_ttt(
     draft: Eagle3Draft, chats: list[dict[str, Tensor]], steps: int, decay: float
 ) -> dict[str, Tensor]:
-    """Loss (with gradient), cross entropies' sums, rows and correct guesses of each step, denominators their own counts."""
+    """Loss (with gradient), cross entropies' sums, rows and correct guesses of each step, denominators their
+    own counts.
+    """
     weights = dict(draft.named_parameters())
     sums = [torch.zeros((), dtype=torch.float64) for _ in range(steps)]
     rows, correct = [0] * steps, [0] * steps

@@ -1,4 +1,6 @@
-"""The fused step in float64 on the CPU, where its formulas run as they are written, against autograd over the reference."""
+"""The fused step in float64 on the CPU, where its formulas run as they are written, against autograd over the
+reference.
+"""
 
 import pytest
 import torch

@@ -52,7 +52,9 @@ def supervised(tokens: TokenBatch):
 
 
 def train_an_epoch(draft, *, num_ranks: int, batch_size: int, packed_length: int | None):
-    """Sums over all micro-batches of all ranks, with the denominators of the whole epoch, as one optimiser step has them."""
+    """Sums over all micro-batches of all ranks, with the denominators of the whole epoch, as one optimiser
+    step has them.
+    """
     plans = [
         BatchPlan(
             dataset(), batch_size=batch_size, rank=rank, num_ranks=num_ranks, packed_length=packed_length

@@ -1,4 +1,6 @@
-"""The allow-list of messages: everything that a message needs is read as Python reads it, and everything else is refused."""
+"""The allow-list of messages: everything that a message needs is read as Python reads it, and everything else
+is refused.
+"""
 
 import pickle
 from collections import namedtuple

@@ -59,7 +59,9 @@ def arriving(device: Device) -> Iterator[Eagle3TargetBatch]:
 
 
 def learn_and_watch(device: Device, *, offload: bool) -> tuple[str, list[int], list[int]]:
-    """The learner's digest after a step, batches on the device after each arrival, and in each micro-batch's computation."""
+    """The learner's digest after a step, batches on the device after each arrival, and in each micro-batch's
+    computation.
+    """
     learner = Learner(
         random_draft(), train_config(offload_supervision=offload), OBJECTIVE, TrainerGroup(), total_steps=4
     )

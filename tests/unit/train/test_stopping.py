@@ -1,4 +1,6 @@
-"""Training that is told to stop, or that loses its targets, keeps its steps and goes on later as if nothing had been."""
+"""Training that is told to stop, or that loses its targets, keeps its steps and goes on later as if nothing
+had been.
+"""
 
 import threading
 from pathlib import Path
