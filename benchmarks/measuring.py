@@ -1,6 +1,4 @@
-"""Shared by benchmarks: arguments, times, peaks of memory, a ceiling, medians, the environment and the file
-of results.
-"""
+"""Shared by benchmarks: arguments, times, memory peaks, a ceiling, medians, environment and results."""
 
 import argparse
 import contextlib
@@ -154,9 +152,7 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 class Results:
-    """Prints each entry when it is added and writes the whole file again, so that an interrupted run keeps
-    its results.
-    """
+    """Prints each new entry and rewrites the file, so that an interrupted run keeps its results."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
         self._path = path

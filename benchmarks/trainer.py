@@ -77,9 +77,7 @@ def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Ea
 
 
 def flops_per_token(config: Eagle3DraftConfig, length: int) -> float:
-    """Of seven steps, forward and backward, with the full unroll at all rows: a method that saves work gets
-    no lower number.
-    """
+    """Of seven steps, forward and backward, at all rows: saved work does not lower the number."""
     hidden, keys = config.hidden_size, config.num_key_value_heads * config.head_dim
     step = 2 * hidden * hidden + 4 * hidden * keys + hidden * hidden
     step += 3 * hidden * config.intermediate_size + config.draft_vocab_size * hidden

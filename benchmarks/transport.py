@@ -13,8 +13,9 @@ The peer, nemo-automodel, lives in an environment of its own that does not need 
     pip install transformers==5.18.0 requests datasets pillow
 
 Without `--nemo-python` this package is measured alone. The loopback device counts the bytes, headers
-included, so no other process should use it: `unshare --net sh -c "ip link set lo up && exec python
-benchmarks/transport.py ..."`.
+included, so no other process should use it:
+
+    unshare --net sh -c "ip link set lo up && exec python benchmarks/transport.py ..."
 """
 
 import argparse

@@ -75,9 +75,7 @@ class Work:
         )
 
     def load_tokens(self) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Batches of `input_ids`, `attention_mask`, `loss_mask` [B, T] int64, and the ids [K] of the draft
-        vocabulary.
-        """
+        """Batches (`input_ids`, `attention_mask`, `loss_mask` [B, T] int64) and draft vocabulary [K]."""
         stacked = load_file(Path(self.directory) / "tokens.safetensors")
         selected_token_ids = stacked.pop("selected_token_ids")
         batches = [

@@ -25,9 +25,7 @@ _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 def make_model(
     shape: str, attention: str, device: torch.device, quantization: str | None = None
 ) -> PreTrainedModel:
-    """In bf16, drawn on the device: every process on one device has the same weights. `quantization`: one of
-    torchao's.
-    """
+    """In bf16, drawn on the device, equal in its processes. `quantization`: one of torchao's."""
     torch.manual_seed(0)
     with torch.device(device):
         config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
