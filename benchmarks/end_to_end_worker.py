@@ -6,6 +6,7 @@ python -m end_to_end_worker colocated|target|trainer HYDRA_OVERRIDE...
 
 import contextlib
 import itertools
+import math
 import sys
 import threading
 import time
@@ -16,7 +17,6 @@ from lines import questions, say
 from measuring import synchronise
 from workers import compose, connected, joined
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import make_draft
 from eagle_rpc.jobs.serve import load_server
@@ -95,14 +95,14 @@ def serve(config: Config) -> None:
     """For each question, a span of time, answers with the share of it in which the forward thread had no work."""
     with joined(config) as (membership, device), contextlib.ExitStack() as stack:
         server = load_server(config, device)
-        life = TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=threading.Event())
+        life = TargetLifecycle(server=server, config=config.rpc, stop=threading.Event())
         stack.enter_context(life.hosted())
         looks: list[tuple[float, int]] = []
         done = threading.Event()
         threading.Thread(target=watch, args=(server, looks, done.is_set), daemon=True).start()
         threading.Thread(target=answer, args=(looks,), daemon=True).start()
         membership.mark(READY)
-        membership.wait_for(membership.cast.trainer_names, DONE, timeout=None)
+        membership.wait_for(membership.cast.trainer_names, DONE, timeout=math.inf)
         done.set()
 
 

@@ -11,7 +11,7 @@ from support.trainer import compose, elastic_trainer
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import connect_target
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
@@ -33,7 +33,7 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.
         torch.zeros(1, device=device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
+    with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         yield membership, device
 
 

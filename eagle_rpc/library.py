@@ -40,7 +40,6 @@ from eagle_rpc.evaluate import evaluate_draft as decode_prompts
 from eagle_rpc.jobs.assembly import client_settings, expectation, make_draft, make_record
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.export import export_run
-from eagle_rpc.jobs.permissions import trainer_permissions
 from eagle_rpc.jobs.serve import elastic_target
 from eagle_rpc.process import stop_signals
 from eagle_rpc.service.lifecycle import TargetLifecycle
@@ -133,10 +132,8 @@ def connect(
     """
     config = _config(rpc=rpc, run=run, supervision=supervision)
     me = Worker(f"trainer{index}", frozenset([Role.trainer]), index)
-    place, stop, allowed = _device(device), threading.Event(), trainer_permissions(config.rpc)
-    with announced(
-        config, me.name, Role.trainer, place, allowed, stop, when_superseded=stop.set
-    ) as membership:
+    place, stop = _device(device), threading.Event()
+    with announced(config, me.name, Role.trainer, place, stop, when_superseded=stop.set) as membership:
         settings, any_target = client_settings(config, me), TargetExpectation()
         backend = RemoteEagle3TargetModel(
             membership, settings=settings, expected=any_target, device=place, stop=stop

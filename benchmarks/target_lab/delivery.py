@@ -19,10 +19,9 @@ from processes import running, static_job
 from shapes import SHAPES, overrides_of
 from workers import compose, connected, joined
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.rpc import StaticMembership, host, withdraw
+from eagle_rpc.rpc import SERVICE_NAME, StaticMembership, host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS

@@ -1,7 +1,6 @@
 """The trainer's side of the service: the fleet of targets, routing, failover, prefetch."""
 
 from eagle_rpc.client.remote import RemoteEagle3TargetModel
-from eagle_rpc.client.replica import SERVICE_NAME
 from eagle_rpc.client.settings import ClientSettings
 
-__all__ = ["SERVICE_NAME", "ClientSettings", "RemoteEagle3TargetModel"]
+__all__ = ["ClientSettings", "RemoteEagle3TargetModel"]

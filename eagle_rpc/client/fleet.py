@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from eagle_rpc import errors
-from eagle_rpc.client.replica import SERVICE_NAME, Replica
+from eagle_rpc.client.replica import Replica
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetMismatch, TargetUnavailable
 from eagle_rpc.process.waiting import BoundedWait
@@ -262,7 +262,7 @@ class Fleet:
 
     def _connect(self, address: TargetAddress, target: _Target) -> Replica:
         """Raises `TargetMismatch` unless it holds the model that the draft expects and the others hold."""
-        link = self._membership.connect(address, SERVICE_NAME)
+        link = self._membership.connect(address)
         timeout = self._settings.request_timeout
         try:
             replica = Replica(address.name, link, request_timeout=timeout, stop=self._stop)

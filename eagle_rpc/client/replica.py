@@ -23,7 +23,6 @@ from eagle_rpc.supervision import (
 
 logger = logging.getLogger(__name__)
 
-SERVICE_NAME = "target"
 # Control calls are answered at once; after this time the peer is stuck.
 CONTROL_TIMEOUT = 10.0
 # Weight of the newest request in the average of a replica's pace.

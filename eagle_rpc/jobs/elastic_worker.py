@@ -10,9 +10,10 @@ import torch
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import WaitTimeout
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
-from eagle_rpc.rpc import ElasticMembership, Permissions, join_elastic
+from eagle_rpc.rpc import ElasticMembership, join_elastic
 from eagle_rpc.topology import Role
 
 
@@ -21,7 +22,6 @@ def announced(
     name: str,
     role: Role,
     device: torch.device,
-    permissions: Permissions,
     stop: threading.Event,
     *,
     when_superseded: Callable[[], None],
@@ -36,7 +36,7 @@ def announced(
         run=config.run.name if role is Role.trainer else "",
         device=str(device),
         config=config.rpc,
-        permissions=permissions,
+        permissions=permissions(config.rpc, role),
         registry=RegistryClient(config.rpc.registry, load_registry_token(config.rpc, stop)),
         stop=stop,
         when_superseded=when_superseded,

@@ -1,54 +1,37 @@
-"""What RPC may call and unpickle: in targets the requests of trainers, in trainers the answers."""
+"""The calls and values that RPC permits: at targets requests of trainers, at trainers answers of targets."""
 
-from typing import Any
-
-from eagle_rpc import supervision
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.rpc import WORLD_FUNCTIONS, Permissions
 from eagle_rpc.rpc.elastic import introduce
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
-
-_SERVED = {TargetEndpoint: CONTROL_METHODS}
-_REQUESTS = frozenset(
-    [
-        supervision.GenerateRequest,
-        supervision.SessionSpec,
-        supervision.TargetExpectation,
-        supervision.TokenBatch,
-    ]
+from eagle_rpc.supervision import (
+    DraftHead,
+    EncodedSupervision,
+    GenerateRequest,
+    HeartbeatReply,
+    ModelInfo,
+    OpenedSession,
+    SessionSpec,
+    TargetExpectation,
+    TokenBatch,
 )
-_ANSWERS = [
-    supervision.ModelInfo,
-    supervision.OpenedSession,
-    supervision.HeartbeatReply,
-    supervision.DraftHead,
-]
-_REPLIES = frozenset([Ok, Failure, supervision.EncodedSupervision, *_ANSWERS])
+from eagle_rpc.topology import Role
+
+_REQUESTS = {GenerateRequest, SessionSpec, TargetExpectation, TokenBatch}
+_ANSWERS = {Ok, Failure, DraftHead, EncodedSupervision, HeartbeatReply, ModelInfo, OpenedSession}
 
 
-def target_permissions(config: RpcConfig) -> Permissions:
-    """Of a target that trainers of other jobs find: it never sends a request."""
-    functions = frozenset([introduce, hosted_rref, call_hosted])
-    return Permissions(functions=functions, methods=_SERVED, types=_REQUESTS, **_limits(config))
-
-
-def trainer_permissions(config: RpcConfig) -> Permissions:
-    """Of a trainer that joined by itself: it answers nothing."""
-    return Permissions(types=_REPLIES, proxied=frozenset(_SERVED), **_limits(config))
-
-
-def static_permissions(config: RpcConfig) -> Permissions:
-    """Of every worker of a static world, where one process may be target and trainer."""
+def permissions(config: RpcConfig, role: Role | None) -> Permissions:
+    """Of an elastic worker of this role; None: of a worker of a static job, which may have both roles."""
+    serves, asks = role is not Role.trainer, role is not Role.target
+    functions = [hosted_rref, call_hosted, *([introduce] if role else WORLD_FUNCTIONS)]
     return Permissions(
-        functions=frozenset([*WORLD_FUNCTIONS, hosted_rref, call_hosted]),
-        methods=_SERVED,
-        types=_REQUESTS | _REPLIES,
-        proxied=frozenset(_SERVED),
-        **_limits(config),
+        functions=frozenset(functions if serves else ()),
+        methods={TargetEndpoint: CONTROL_METHODS} if serves else {},
+        types=frozenset((_REQUESTS if serves else set()) | (_ANSWERS if asks else set())),
+        proxied=frozenset([TargetEndpoint] if asks else []),
+        max_pickle_bytes=config.max_pickle_bytes,
+        max_request_bytes=config.max_request_bytes,
     )
-
-
-def _limits(config: RpcConfig) -> dict[str, Any]:
-    return {"max_pickle_bytes": config.max_pickle_bytes, "max_request_bytes": config.max_request_bytes}

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.elastic_worker import announced
-from eagle_rpc.jobs.permissions import target_permissions
 from eagle_rpc.jobs.registry import hosted_registry
 from eagle_rpc.process import read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
@@ -47,17 +45,13 @@ def elastic_target(
     Raises the errors of `announced` and `load_server`, and of `hosted_registry` if it runs the registry too.
     """
     superseded = threading.Event()
-    permissions = target_permissions(config.rpc)
     with (
         hosted_registry(config) if hosts_registry else contextlib.nullcontext(),
-        announced(
-            config, name, Role.target, device, permissions, stop, when_superseded=superseded.set
-        ) as membership,
+        announced(config, name, Role.target, device, stop, when_superseded=superseded.set) as membership,
     ):
         server = load_server(config, device, incarnation=membership.me.incarnation)
         yield TargetLifecycle(
             server=server,
-            service=SERVICE_NAME,
             config=config.rpc,
             stop=stop,
             when_serving=lambda: membership.report(server.status),

@@ -5,12 +5,11 @@ import threading
 
 import torch
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.jobs.elastic_worker import announced
-from eagle_rpc.jobs.permissions import static_permissions, trainer_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.trainer import train_until_done
 from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
@@ -55,7 +54,7 @@ def run(config: Config) -> int:
 def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
     devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
+    with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if not cast.me.has(Role.trainer):
             serve_until_done(config, device, membership, stop)
             return
@@ -64,13 +63,12 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
                 server = load_server(config, device)
                 life = TargetLifecycle(
                     server=server,
-                    service=SERVICE_NAME,
                     config=config.rpc,
                     stop=stop,
                     when_serving=lambda: membership.mark(READY),
                 )
                 stack.enter_context(life.hosted())
-            membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, until=stop.is_set)
+            membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, stop=stop)
             if not stop.is_set():
                 train_until_done(config, device, cast, membership, membership.store, stop)
             if stop.is_set():
@@ -84,7 +82,6 @@ def serve_until_done(
     """The whole life of a target in a static job. Raises as `TargetLifecycle.run`."""
     TargetLifecycle(
         server=load_server(config, device),
-        service=SERVICE_NAME,
         config=config.rpc,
         stop=stop,
         when_serving=lambda: membership.mark(READY),
@@ -103,8 +100,5 @@ def _train_elastic(
 
     device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
     store = attempt_store(world, timeout=config.rpc.start_timeout)
-    permissions = trainer_permissions(config.rpc)
-    with announced(
-        config, cast.me.name, Role.trainer, device, permissions, stop, when_superseded=give_way
-    ) as membership:
+    with announced(config, cast.me.name, Role.trainer, device, stop, when_superseded=give_way) as membership:
         train_until_done(config, device, cast, membership, store, stop)

@@ -13,7 +13,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
 from eagle_rpc.process.startup import start_worker
@@ -78,7 +78,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     # Targets run on the devices of trainers, as on the co-located side.
     devices = plan_devices(cast, world, target=config.train.device, trainer=config.train.device)
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
+    with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):
             serve_until_done(config, device, membership, stop)
             return

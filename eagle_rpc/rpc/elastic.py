@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
-from eagle_rpc.rpc.link import Link, nudge
+from eagle_rpc.rpc.link import Link, close_broken
 from eagle_rpc.rpc.membership import TargetAddress
 
 logger = logging.getLogger(__name__)
@@ -65,70 +65,52 @@ class ElasticMembership:
     def targets(self) -> Sequence[TargetAddress]:
         """The living targets that serve and do not drain."""
         return [
-            TargetAddress(
-                name=one.name,
-                incarnation=one.incarnation,
-                worker_id=one.id,
-                url=one.url,
-                device=one.device,
-                host=one.host,
-            )
+            TargetAddress(name=one.name, incarnation=one.incarnation, record=one)
             for one in self._registry.living()
             if one.role == "target" and one.status.get("draining") is False
         ]
 
-    def connect(self, address: TargetAddress, service: str) -> Link:
+    def connect(self, address: TargetAddress) -> Link:
         """A link with two connections, for tensors and for other calls; checks the incarnation first.
 
         Calls with tensors go by RRef, whose connection has the target's own worker id. torch keeps a broken
         connection for its id: after a loss, connections to this incarnation get fresh ids and calls go by
         name. They also go by name if this worker is not reachable, since the owner of an RRef calls back.
         """
-        data, control = address.name, f"{address.name}-control"
+        peer = address.record
+        assert peer is not None, "targets of an elastic service have a record"
+        data, control = peer.name, f"{peer.name}-control"
         with self._lock:
-            by_rref = address.incarnation not in self._lost and self.reachable
-            self._add(data, address.worker_id if by_rref else self._fresh_id(), address.url)
-            self._add(control, self._fresh_id(), address.url)
+            by_rref = peer.incarnation not in self._lost and self.reachable
+            self._add(data, peer.id if by_rref else self._fresh_id(), peer.url)
+            self._add(control, self._fresh_id(), peer.url)
         try:
-            self._introduce_myself(address, control)
+            call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
+            met = PendingCall(call, peer=peer.name, what="the introduction", timeout=_MEET_TIMEOUT).result()
+            if met != peer.incarnation:
+                rule = f"{peer.name} must be incarnation {peer.incarnation}"
+                raise StaleIncarnation(f"{rule}, {met} answers at {peer.url}")
             return Link(
-                address.name,
-                service,
-                incarnation=address.incarnation,
+                peer.name,
+                incarnation=peer.incarnation,
                 data=data,
                 control=control,
                 by_rref=by_rref,
-                between_gpus=_on_gpus(self.me, address),
+                between_gpus=_on_gpus(self.me, peer),
                 timeout=_MEET_TIMEOUT,
             )
         except EagleRpcError:
-            self._mark_lost(address.incarnation)
+            self._lost.add(peer.incarnation)
             raise
-
-    def _introduce_myself(self, address: TargetAddress, control: str) -> None:
-        """Raises `StaleIncarnation` if another process than the intended one answers."""
-        call = rpc.rpc_async(control, introduce, args=(self.me.id,), timeout=_MEET_TIMEOUT)
-        pending = PendingCall(call, peer=address.name, what="the introduction", timeout=_MEET_TIMEOUT)
-        incarnation = pending.result()
-        if incarnation != address.incarnation:
-            raise StaleIncarnation(
-                f"{address.name} must be incarnation {address.incarnation}, "
-                f"{incarnation} answers at {address.url}"
-            )
 
     def leave(self, link: Link, *, lost: bool) -> None:
         # The peer stays known until another one takes its name: torch has yet to tell it of the RRef's end.
-        link.release()
         if lost:
-            self._mark_lost(link.incarnation)
-            link.nudge()
-
-    def _mark_lost(self, incarnation: str) -> None:
-        with self._lock:
-            self._lost.add(incarnation)
+            self._lost.add(link.incarnation)
+        link.release(broken=lost)
 
     def admit(self, worker_id: int) -> None:
-        """Adds a peer that has introduced itself, so that RRefs can call it back.
+        """Adds a peer that has introduced itself, so that RRefs can call it back; closes files for dead peers.
 
         Raises `ConnectionLost` if the registry does not know the peer or cannot be reached.
         """
@@ -138,22 +120,15 @@ class ElasticMembership:
         living = {one.id: one for one in self._registry.living()}
         if worker_id not in living:
             raise ConnectionLost(f"worker {worker_id} is not in the registry (yet)")
-        self._close_connections_of_dead(living.keys())
         peer = living[worker_id]
         maps = {_rpc_name(peer): {self.me.device: peer.device}} if _on_gpus(self.me, peer) else {}
         with self._lock:
+            gone = {id_: name for name, id_ in self._peers.items() if id_ not in living}
+            dead = [name for id_, name in gone.items() if id_ not in self._closed]
+            self._closed = set(gone)
             self._add(_rpc_name(peer), peer.id, peer.url, maps)
-
-    def _close_connections_of_dead(self, living: Collection[int]) -> None:
-        """Makes torch close its files for peers that are not `living` any more."""
-        with self._lock:
-            self._closed.difference_update(living)
-            dead = {
-                one: id_ for one, id_ in self._peers.items() if id_ not in living and id_ not in self._closed
-            }
-            self._closed.update(dead.values())
         for name in dead:
-            nudge(name)
+            close_broken(name)
 
     def _add(
         self, name: str, worker_id: int, url: str, device_maps: dict[str, dict[str, str]] | None = None
@@ -168,10 +143,8 @@ class ElasticMembership:
 
     def _fresh_id(self) -> int:
         if self._next_connection < _LOWEST_CONNECTION:
-            most = _LAST_CONNECTION - LAST_WORKER_ID
-            raise ConnectionLost(
-                f"this process has opened {most} connections, torch has ids for no more: restart it"
-            )
+            opened = f"this process has opened {_LAST_CONNECTION - LAST_WORKER_ID} connections"
+            raise ConnectionLost(f"{opened}, torch has ids for no more: restart it")
         self._next_connection -= 1
         return self._next_connection + 1
 
@@ -181,7 +154,7 @@ def _rpc_name(record: Record) -> str:
     return f"{record.name}:{record.id}"
 
 
-def _on_gpus(one: Record | TargetAddress, other: Record | TargetAddress) -> bool:
+def _on_gpus(one: Record, other: Record) -> bool:
     """Whether TensorPipe carries CUDA tensors between the two: it maps devices of one host only."""
     return one.device.startswith("cuda") and other.device.startswith("cuda") and one.host == other.host
 
@@ -212,18 +185,19 @@ def join_elastic(
 ) -> Iterator[ElasticMembership]:
     """This worker's membership, announced at the registry while the body runs. Its agent shuts down alone.
 
-    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
-    each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
-    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used or if this process has joined
-    before, `NameTaken` while a living worker has the name; otherwise raises and exits as `running_agent`.
+    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name, each
+    `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or `WaitTimeout` without
+    a registry, `ConfigError` if all worker ids are used or this process has joined before, `NameTaken` while a
+    living worker has the name; otherwise raises and exits as `running_agent`.
     """
     if _memberships:
         raise ConfigError(f"{name} must join RPC in a process of its own, got one that has joined it before")
     worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
     device_maps = {target: {device: device} for target in targets} if device.startswith("cuda") else {}
+    rpc_name = f"{name}:{worker_id}"
     with running_agent(
-        f"{name}:{worker_id}",
+        rpc_name,
         worker_id=worker_id,
         world_size=None,
         store=dist.HashStore(),
@@ -237,7 +211,7 @@ def join_elastic(
             run=run,
             id=worker_id,
             incarnation=secrets.token_hex(16),
-            url=bound_url(f"{name}:{worker_id}"),
+            url=bound_url(rpc_name),
             device=device,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -254,5 +228,5 @@ def join_elastic(
             stop=stop,
             when_superseded=when_superseded,
         ):
-            logger.info("%s listens on %s and is known to %s", _rpc_name(me), me.url, registry)
+            logger.info("%s listens on %s and is known to %s", rpc_name, me.url, registry)
             yield membership

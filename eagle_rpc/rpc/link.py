@@ -1,4 +1,4 @@
-"""The two ends of a call to a service: the object that a worker hosts, and the link of a peer to it.
+"""The two ends of a call to a service: the object that a worker hosts, and a peer's link to it.
 
 The host creates the only RRef to its object: torch never frees an object whose `rpc.remote` maker has died.
 Control calls go by name, since they may take a connection of their own; an RRef is bound to its owner's id.
@@ -16,7 +16,10 @@ from eagle_rpc.errors import PayloadRefused, TargetFailed
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.envelope import unwrap
 
-_NUDGE_TIMEOUT = 1.0
+SERVICE_NAME = "target"
+"""The name under which a target hosts its endpoint."""
+
+_CLOSE_TIMEOUT = 1.0
 
 _rrefs: dict[str, Any] = {}
 _by_name: dict[str, tuple[Any, frozenset[str]]] = {}
@@ -30,7 +33,7 @@ def host(name: str, service: Any, methods: frozenset[str]) -> None:
 
 
 def withdraw(name: str) -> None:
-    """Ends `host`. Calls on RRefs that peers hold already still arrive."""
+    """Ends `host`. Calls by RRefs that peers already hold still arrive."""
     _rrefs.pop(name, None)
     _by_name.pop(name, None)
 
@@ -58,17 +61,16 @@ class ServiceCall(PendingCall):
     """A call of a hosted object's method. The answer is a `Reply`; `result` takes the value out of it."""
 
     def result(self, unless: Callable[[], bool] = lambda: False) -> Any:
-        """The method's value. Raises the method's error, and what `PendingCall.result` raises."""
+        """The method's value. Raises the method's error, and the errors of `PendingCall.result`."""
         return unwrap(super().result(unless), sender=self._peer)
 
 
 class Link:
-    """The way from here to the object that a peer hosts. Closing it ends nothing at the peer."""
+    """The way from here to the service that a peer hosts. Closing it ends nothing at the peer."""
 
     def __init__(
         self,
         peer: str,
-        service: str,
         *,
         incarnation: str,
         data: str,
@@ -76,29 +78,26 @@ class Link:
         by_rref: bool,
         between_gpus: bool,
         timeout: float,
+        service: str = SERVICE_NAME,
     ) -> None:
-        """`peer`: the name for people; `data`, `control`: RPC names of the connections for tensors and for
-        everything else.
+        """`peer` names it in errors; `data`, `control`: RPC names of the connections for tensors and for the rest.
 
-        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA
-        tensors. Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if
-        it cannot be reached within `timeout` seconds.
+        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA tensors.
+        Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if it cannot be
+        reached within `timeout` seconds.
         """
         self.peer = peer
         self.incarnation = incarnation
         self.between_gpus = between_gpus
         self._service = service
-        self._data = data
-        self._control = control
-        self._rref = self._fetch_rref(timeout) if by_rref else None
-
-    def _fetch_rref(self, timeout: float) -> Any:
-        future = _send(lambda: rpc.rpc_async(self._data, hosted_rref, args=(self._service,), timeout=timeout))
-        what = f"the request for its {self._service}"
-        rref = PendingCall(future, peer=self.peer, what=what, timeout=timeout).result()
-        if rref is None:
-            raise TargetFailed(f"{self.peer} hosts no {self._service}")
-        return rref
+        self._data, self._control = data, control
+        self._rref: Any = None
+        if by_rref:
+            future = _send(lambda: rpc.rpc_async(data, hosted_rref, args=(service,), timeout=timeout))
+            what = f"the request for its {service}"
+            self._rref = PendingCall(future, peer=peer, what=what, timeout=timeout).result()
+            if self._rref is None:
+                raise TargetFailed(f"{peer} hosts no {service}")
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> ServiceCall:
         """A call that carries tensors; `what` names it in errors."""
@@ -120,20 +119,20 @@ class Link:
         future = _send(lambda: rpc.rpc_async(worker, call_hosted, args=args, timeout=timeout))
         return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
 
-    def release(self) -> None:
-        """Drops the RRef, which tells its owner; call it before the peer leaves this worker's table."""
+    def release(self, *, broken: bool = False) -> None:
+        """Drops the RRef, which tells its owner, before the peer leaves this worker's table.
+
+        `broken`: the connections do not work any more; torch closes their files.
+        """
         self._rref = None
-
-    def nudge(self) -> None:
-        """`nudge` on both connections."""
-        for worker in (self._data, self._control):
-            nudge(worker)
+        for worker in (self._data, self._control) if broken else ():
+            close_broken(worker)
 
 
-def nudge(worker: str) -> None:
-    """Sends a call and ignores it: torch keeps a broken connection's files open until a call on it fails."""
+def close_broken(worker: str) -> None:
+    """Sends a call and ignores it: torch closes a broken connection's files only when a call on it fails."""
     with contextlib.suppress(RuntimeError):
-        rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_NUDGE_TIMEOUT)
+        rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_CLOSE_TIMEOUT)
 
 
 def _send(send: Callable[[], Future[Any]]) -> Future[Any]:

@@ -1,9 +1,10 @@
-"""How a worker sees the other workers, in a static job and in an elastic service alike."""
+"""A worker's view of the other workers, the same in a static job and in an elastic service."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from eagle_rpc.registry import Record
 from eagle_rpc.rpc.link import Link
 
 
@@ -13,10 +14,7 @@ class TargetAddress:
 
     name: str  # "target0"
     incarnation: str  # random id of the process; in a static job the name, since a lost worker never returns
-    worker_id: int
-    url: str = ""  # TensorPipe's; this and the following only in an elastic service
-    device: str = ""  # "cpu" or "cuda:N"
-    host: str = ""
+    record: Record | None = None  # its entry in the registry of an elastic service
 
 
 class Membership(Protocol):
@@ -29,11 +27,8 @@ class Membership(Protocol):
     def targets(self) -> Sequence[TargetAddress]:
         """The targets that serve now. Raises `ConnectionLost` or `WaitTimeout` without a registry."""
 
-    def connect(self, address: TargetAddress, service: str) -> Link:
-        """A link to the service that this target hosts.
-
-        Waits within a bound; raises the errors of `Link`, and `StaleIncarnation` if another process answers.
-        """
+    def connect(self, address: TargetAddress) -> Link:
+        """A link to this target. Raises the errors of `Link`, `StaleIncarnation` if another process answers."""
 
     def leave(self, link: Link, *, lost: bool) -> None:
-        """Gives up a link at once. `lost`: its connection broke, so it must not be used again."""
+        """Gives a link up. `lost`: its connection broke, so it must not be used again."""

@@ -6,16 +6,15 @@ has a namespace of its own in the store.
 
 import contextlib
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.process import World
-from eagle_rpc.process.waiting import BoundedWait
+from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.link import Link
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 # How all agents of the job shut down: the key in the store, and its values.
 _SHUTDOWN, _TOGETHER, _ALONE = "shutdown", "together", "alone"
-_POLL_SECONDS = 0.2
 
 
 class StaticMembership:
@@ -43,22 +41,19 @@ class StaticMembership:
 
     def targets(self) -> Sequence[TargetAddress]:
         """The targets of the job except lost ones: torch never reconnects to a worker with the same id."""
-        return [
-            TargetAddress(name=name, incarnation=name, worker_id=self.cast.names.index(name))
-            for name in self.cast.target_names
-            if name not in self._lost
-        ]
+        names = [name for name in self.cast.target_names if name not in self._lost]
+        return [TargetAddress(name=name, incarnation=name) for name in names]
 
-    def connect(self, address: TargetAddress, service: str) -> Link:
+    def connect(self, address: TargetAddress) -> Link:
         """A link with one connection for all calls: a static world offers no second one."""
+        name = address.name
         return Link(
-            address.name,
-            service,
+            name,
             incarnation=address.incarnation,
-            data=address.name,
-            control=address.name,
+            data=name,
+            control=name,
             by_rref=True,
-            between_gpus=address.name in self._devices.device_maps,
+            between_gpus=name in self._devices.device_maps,
             timeout=self._config.start_timeout,
         )
 
@@ -76,32 +71,24 @@ class StaticMembership:
         return self.store.check([f"{name}/{event}" for name in names])
 
     def wait_for(
-        self,
-        names: Sequence[str],
-        event: str,
-        *,
-        timeout: float | None,
-        until: Callable[[], bool] = lambda: False,
+        self, names: Sequence[str], event: str, *, timeout: float, stop: threading.Event | None = None
     ) -> None:
-        """Waits until all of `names` have marked `event`, or until `until()` holds.
+        """Waits until all of `names` have marked `event`, or until `stop` is set.
 
-        Raises `WaitTimeout` after `timeout` seconds. None is only for an `until` that is sure to hold in the
-        end; such a wait is silent, the others are logged.
+        Raises `WaitTimeout` after `timeout` seconds.
         """
-        wait = BoundedWait(f"{', '.join(names)} to be {event}", math.inf if timeout is None else timeout)
-        while missing := [name for name in names if not self.marked([name], event)]:
-            if until():
-                return
-            if wait.over:
-                raise wait.timeout(f"missing {', '.join(missing)}")
-            if timeout is not None:
-                wait.say(f"missing {', '.join(missing)}")
-            time.sleep(_POLL_SECONDS)
+
+        def missing() -> str:
+            return f"missing {', '.join(name for name in names if not self.marked([name], event))}"
+
+        what = f"{', '.join(names)} to be {event}"
+        unstopped = stop or threading.Event()
+        wait_until(lambda: self.marked(names, event), what, seconds=timeout, stop=unstopped, why=missing)
 
     def announce_leaving(self) -> None:
         """Says that this worker may leave before the others; each agent then shuts down alone.
 
-        Without effect if another worker is waiting in a common shutdown already.
+        Without effect if another worker already waits in a common shutdown.
         """
         self._agree_on_shutdown(_ALONE)
 
@@ -112,10 +99,6 @@ class StaticMembership:
     def _agree_on_shutdown(self, proposal: str) -> str:
         """The first proposal holds for all: an agent that shuts down alone would block a common shutdown."""
         return self.store.compare_set(_SHUTDOWN, "", proposal).decode()
-
-    def group_store(self, name: str) -> dist.Store:
-        """A namespace for a process group among some of the workers."""
-        return dist.PrefixStore(name, self.store)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConnectionLost, NameTaken
 from eagle_rpc.process.waiting import BoundedWait
-from eagle_rpc.rpc import host, withdraw
+from eagle_rpc.rpc import SERVICE_NAME, host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 
@@ -25,8 +25,6 @@ class TargetLifecycle:
     """One target, from its first reply to its last."""
 
     server: TargetModelServer
-    service: str
-    """The name under which trainers find the server at this worker."""
     config: RpcConfig
     stop: threading.Event
     """Set when the process is told to stop."""
@@ -64,7 +62,7 @@ class TargetLifecycle:
     def hosted(self) -> Iterator[None]:
         """Trainers reach the server while the body runs. Then it drains and closes, after errors as well."""
         server, seconds = self.server, self.config.drain_timeout
-        host(self.service, TargetEndpoint(server), CONTROL_METHODS)
+        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
         logger.info("serving %s", server.model_info().architecture)
         try:
             self.when_serving()
@@ -77,7 +75,7 @@ class TargetLifecycle:
             server.wait_sent(seconds)
             served = ", ".join(f"{outcome} {count}" for outcome, count in server.num_requests.items())
             logger.info("served: %s", served or "nothing")
-            withdraw(self.service)
+            withdraw(SERVICE_NAME)
             server.close()
 
     def _reason_to_end(self) -> str:

@@ -19,14 +19,15 @@ from support.attacker import Gadget, lone_agent
 from support.waiting import pause
 from torch.distributed import rpc
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.jobs.permissions import trainer_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Record, RegistryClient, load_token
+from eagle_rpc.rpc import SERVICE_NAME
 from eagle_rpc.rpc.envelope import Failure, Ok, unwrap
 from eagle_rpc.rpc.internals import add_peer
 from eagle_rpc.rpc.link import call_hosted
 from eagle_rpc.supervision import GenerateRequest, SessionSpec, TokenBatch
+from eagle_rpc.topology import Role
 from faults.connections import listening_port, send
 from faults.workspace import MAX_PICKLE_BYTES, MAX_REQUEST_BYTES
 
@@ -251,6 +252,6 @@ def peer_of(act: Act) -> Iterator[Rogue]:
     target = next(one for one in registry.living() if one.name == act.target)
     config = RpcConfig(registry=act.registry, token_file=act.token_file, request_timeout=_TIMEOUT)
     worker_id = registry.new_id()
-    with lone_agent(f"rogue:{worker_id}", worker_id, config, trainer_permissions(config)):
+    with lone_agent(f"rogue:{worker_id}", worker_id, config, permissions(config, Role.trainer)):
         add_peer(target.name, target.id, target.url, {})
         yield Rogue(target, random.Random(act.seed), Path(act.marker), Outcome())

@@ -37,9 +37,8 @@ def lone_trainer(
     config: Config, membership: StaticMembership, device: torch.device
 ) -> Iterator[TrainerGroup]:
     torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl", store=membership.group_store("trainers"), rank=0, world_size=1, device_id=device
-    )
+    store = dist.PrefixStore("trainers", membership.store)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
     # The parts of one trainer are all there is, but they are reduced and gathered.
     learner.hold_weights = lambda draft, config, group: ShardedWeights(draft, group)
     try:

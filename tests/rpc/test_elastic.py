@@ -23,7 +23,6 @@ from support.elastic import (
 from support.tiny_target import TINY_LLAMA, tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.waiting import until
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.errors import StaleIncarnation
 from eagle_rpc.registry import Record
 from eagle_rpc.supervision import SessionSettings
@@ -218,7 +217,7 @@ def meet_an_impostor(link: Link, name: str, address: str, token: bytes) -> None:
         link.receive()
         impostor = next(one for one in membership.targets() if one.name == "target9")
         try:
-            membership.connect(impostor, SERVICE_NAME)
+            membership.connect(impostor)
         except StaleIncarnation as error:
             link.send(str(error))
 
@@ -264,7 +263,7 @@ def beat_beside_bulk(link: Link, name: str, address: str, token: bytes) -> None:
     """
     with joined(name, "trainer", address, token) as membership:
         (target,) = membership.targets()
-        connection = membership.connect(target, SERVICE_NAME)
+        connection = membership.connect(target)
         size = connection.call("input_embeddings", what="much", timeout=WAIT).result().nbytes
         in_flight: list[Any] = []
         num_arrived = 0

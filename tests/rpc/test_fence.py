@@ -14,17 +14,17 @@ from support.attacker import SERVER, Answers, Gadget, attacked_server, pickled, 
 from support.tiny_target import tiny_mapping
 from torch.distributed import rpc
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, PayloadRefused
-from eagle_rpc.jobs.permissions import target_permissions, trainer_permissions
-from eagle_rpc.rpc import PendingCall, Permissions, host, withdraw
+from eagle_rpc.jobs.permissions import permissions
+from eagle_rpc.rpc import SERVICE_NAME, PendingCall, Permissions, host, withdraw
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.envelope import Ok
 from eagle_rpc.rpc.failures import classify
 from eagle_rpc.rpc.fence import install_fence, probe_fence
 from eagle_rpc.rpc.link import Link, call_hosted, hosted_rref
 from eagle_rpc.supervision import SessionSpec, TargetExpectation
+from eagle_rpc.topology import Role
 
 pytestmark = pytest.mark.rpc
 
@@ -104,7 +104,7 @@ def greeting_and_refusals() -> list[str]:
             host("greeter", Greeter(), frozenset(["greet"]))
             link = Link(
                 ME,
-                "greeter",
+                service="greeter",
                 incarnation="",
                 data=ME,
                 control=ME,
@@ -140,7 +140,7 @@ def test_what_is_listed_is_answered_and_the_rest_is_refused_in_one_agent_and_the
 
 
 def trainer_answers() -> list[str]:
-    with alone(trainer_permissions(CONFIG)):
+    with alone(permissions(CONFIG, Role.trainer)):
         host("greeter", Greeter(), frozenset(["greet"]))
         refusals = []
         for function, *arguments in (
@@ -284,5 +284,5 @@ def test_limit_operators_below_python_go_past_the_fence(server: Any, tmp_path: P
 
 
 def test_a_target_may_not_be_ended_by_its_clients():
-    (methods,) = target_permissions(CONFIG).methods.values()
+    (methods,) = permissions(CONFIG, Role.target).methods.values()
     assert methods.isdisjoint(["close", "drain", "wait_sent", "let_go"])

@@ -23,8 +23,8 @@ from support.tiny_target import tiny_batch, tiny_mapping
 from torch.distributed import rpc
 from torch.distributed.rpc import rref_proxy
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.rpc import SERVICE_NAME
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import TargetEndpoint

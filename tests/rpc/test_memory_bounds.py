@@ -17,12 +17,11 @@ from support.waiting import until
 from support.workers import TEST_RPC, run_workers
 from torch import Tensor, nn
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import TargetConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import read_world
-from eagle_rpc.rpc import PendingCall, StaticMembership, host, join_static
+from eagle_rpc.rpc import SERVICE_NAME, PendingCall, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import DraftHead, GenerateRequest, SessionSpec, TargetOutput, TokenBatch
@@ -80,9 +79,7 @@ class WideTarget:
 def joined() -> Iterator[StaticMembership]:
     torch.set_num_threads(1)
     cast, world = assign_roles(TopologyConfig(), read_world()), read_world()
-    with join_static(
-        cast, world, TEST_RPC, DevicePlan("cpu", {}), static_permissions(TEST_RPC)
-    ) as membership:
+    with join_static(cast, world, TEST_RPC, DevicePlan("cpu", {}), permissions(TEST_RPC, None)) as membership:
         yield membership
 
 
@@ -151,7 +148,7 @@ class Trainer:
         membership.store.set("pid", str(os.getpid()))
         membership.wait_for(("target0",), "ready", timeout=WAIT)
         (target,) = membership.targets()
-        self._link = membership.connect(target, SERVICE_NAME)
+        self._link = membership.connect(target)
         self._incarnation = self.control("model_info").incarnation
         session = self.open(0)
         assert outcome(self.ask(session, "warm")) == "ok"

@@ -13,12 +13,12 @@ import torch
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC, run_workers
 
-from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
+from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import read_world
-from eagle_rpc.rpc import Link, StaticMembership, host, join_static
+from eagle_rpc.rpc import SERVICE_NAME, Link, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS, SessionSettings, TargetExpectation
@@ -34,7 +34,7 @@ def joined(topology: TopologyConfig, rpc: RpcConfig = TEST_RPC) -> Iterator[Stat
     torch.set_num_threads(1)
     world = read_world()
     with join_static(
-        assign_roles(topology, world), world, rpc, DevicePlan("cpu", {}), static_permissions(rpc)
+        assign_roles(topology, world), world, rpc, DevicePlan("cpu", {}), permissions(rpc, None)
     ) as membership:
         yield membership
 

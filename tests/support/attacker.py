@@ -14,13 +14,13 @@ from support.tiny_target import tiny_target_config
 from torch.distributed import rpc
 from torch.distributed.rendezvous import register_rendezvous_handler
 
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.jobs.permissions import target_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import bind_to_interface
-from eagle_rpc.rpc import host, internals
+from eagle_rpc.rpc import SERVICE_NAME, host, internals
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.topology import Role
 
 SERVER, ATTACKER = "target0", "attacker"
 # In torch, a process keeps one id.
@@ -60,7 +60,7 @@ def attacked_server(config: RpcConfig) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(
-        target=fenced_server, args=(theirs, config, target_permissions(config)), daemon=True
+        target=fenced_server, args=(theirs, config, permissions(config, Role.target)), daemon=True
     )
     process.start()
     try:

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from support.tiny_target import tiny_target_config
 
-from eagle_rpc.client import SERVICE_NAME, ClientSettings, RemoteEagle3TargetModel
+from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TargetConfig
-from eagle_rpc.jobs.permissions import target_permissions, trainer_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
-from eagle_rpc.rpc import ElasticMembership, host, join_elastic
+from eagle_rpc.rpc import SERVICE_NAME, ElasticMembership, host, join_elastic
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import SessionSettings, TargetExpectation
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.topology import Role
 
 WAIT = 60.0
 
@@ -111,14 +112,13 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
         heartbeat_interval=0.2,
         heartbeat_misses=5,
     )
-    permissions = target_permissions(config) if role == "target" else trainer_permissions(config)
     with join_elastic(
         name,
         role,
         run="" if role == "target" else "test",
         device="cpu",
         config=config,
-        permissions=permissions,
+        permissions=permissions(config, Role(role)),
         registry=RegistryClient(address, token),
         stop=threading.Event(),
         when_superseded=lambda: None,

@@ -15,7 +15,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, TrainConfig
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
@@ -57,7 +57,7 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     cast = assign_roles(config.topology, world)
     devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership:
+    with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):
             serve_until_done(config, device, membership, threading.Event())
             return None

@@ -12,7 +12,6 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.compose import conf_dir, register_schema, to_config
 from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.elastic_worker import announced
-from eagle_rpc.jobs.permissions import trainer_permissions
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import ElasticMembership
@@ -32,12 +31,10 @@ def elastic_trainer(config: Config) -> Iterator[tuple[ElasticMembership, RemoteE
     """Announces this process as a trainer on the CPU and connects it with the targets. It never loads a tokenizer."""
     stop, device = threading.Event(), torch.device("cpu")
     cast = assign_elastic_roles(Role.trainer, config.topology, read_world())
-    name, permissions = cast.me.name, trainer_permissions(config.rpc)
+    name = cast.me.name
     start_worker(config, name)
     target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    with announced(
-        config, name, Role.trainer, device, permissions, stop, when_superseded=stop.set
-    ) as membership:
+    with announced(config, name, Role.trainer, device, stop, when_superseded=stop.set) as membership:
         target = connect_target(config, target_config, None, device, cast, membership, stop)
         with contextlib.closing(target):
             yield membership, target

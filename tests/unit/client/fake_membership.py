@@ -120,14 +120,12 @@ class FakeMembership:
 
     def targets(self) -> list[TargetAddress]:
         return [
-            TargetAddress(
-                name=one.name, incarnation=f"{one.name}-{id(one)}", worker_id=1, url="", device="cpu", host=""
-            )
+            TargetAddress(name=one.name, incarnation=f"{one.name}-{id(one)}")
             for one in self.known
             if one.alive or not self.elastic
         ]
 
-    def connect(self, address: TargetAddress, service: str) -> FakeLink:
+    def connect(self, address: TargetAddress) -> FakeLink:
         target = next(one for one in self.known if f"{one.name}-{id(one)}" == address.incarnation)
         if not target.alive:
             raise ConnectionLost(f"{target.name} is gone")

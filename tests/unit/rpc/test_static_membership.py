@@ -1,5 +1,7 @@
 """What the workers of a static job agree on through their store."""
 
+import threading
+
 import pytest
 import torch.distributed as dist
 
@@ -35,7 +37,9 @@ def test_a_wait_for_workers_names_the_missing_ones_at_its_bound():
         target.wait_for(["target0", "trainer0"], "ready", timeout=0)
 
 
-def test_a_wait_without_a_bound_ends_with_its_condition():
+def test_a_wait_for_workers_ends_when_the_process_is_told_to_stop():
     target, _ = memberships()
-    target.wait_for(["trainer0"], "done", timeout=None, until=lambda: True)
+    stop = threading.Event()
+    stop.set()
+    target.wait_for(["trainer0"], "done", timeout=1000, stop=stop)
     assert not target.marked(["trainer0"], "done")

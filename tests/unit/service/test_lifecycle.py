@@ -32,9 +32,7 @@ def calls(monkeypatch, server):
 
 
 def life(server, **fields):
-    return TargetLifecycle(
-        server=server, service="target", config=CONFIG, **{"stop": threading.Event(), **fields}
-    )
+    return TargetLifecycle(server=server, config=CONFIG, **{"stop": threading.Event(), **fields})
 
 
 def test_a_stopped_target_drains_once_waits_for_its_replies_and_closes(server, calls):
