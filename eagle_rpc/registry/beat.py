@@ -24,7 +24,7 @@ def take_id(client: RegistryClient, patience: float, stop: threading.Event) -> i
     Raises `ConnectionLost` or `WaitTimeout` after `patience` seconds without the registry or once `stop` is
     set, `ConfigError` if all ids are used.
     """
-    return _retry(client.new_id, (ConnectionLost, WaitTimeout), BoundedWait("the registry", patience), stop)
+    return _retry(client.new_id, BoundedWait("the registry", patience), stop)
 
 
 def register(client: RegistryClient, record: Record, patience: float, stop: threading.Event) -> None:
@@ -32,21 +32,15 @@ def register(client: RegistryClient, record: Record, patience: float, stop: thre
 
     Raises `NameTaken`, `ConnectionLost` or `WaitTimeout` after `patience` seconds or once `stop` is set.
     """
-    wait = BoundedWait(f"the name {record.name}", patience)
-    _retry(lambda: client.announce(record), (NameTaken, ConnectionLost, WaitTimeout), wait, stop)
+    _retry(lambda: client.announce(record), BoundedWait(f"the name {record.name}", patience), stop)
 
 
-def _retry(
-    call: Callable[[], Answer],
-    passing: tuple[type[EagleRpcError], ...],
-    wait: BoundedWait,
-    stop: threading.Event,
-) -> Answer:
-    """Calls until it succeeds; raises the last `passing` error when the wait is over or `stop` is set."""
+def _retry(call: Callable[[], Answer], wait: BoundedWait, stop: threading.Event) -> Answer:
+    """Calls until it succeeds; raises the last error when the wait is over or `stop` is set."""
     while True:
         try:
             return call()
-        except passing as error:
+        except (NameTaken, ConnectionLost, WaitTimeout) as error:
             if wait.over or stop.is_set():
                 raise
             wait.say(error)
@@ -92,9 +86,7 @@ class Beat:
         try:
             self.client.withdraw(self.record.incarnation)
         except EagleRpcError as error:
-            logger.warning(
-                "%s stays in the registry until its time to live is over: %s", self.record.name, error
-            )
+            logger.warning("%s stays in the registry for its time to live: %s", self.record.name, error)
 
     def _run(self) -> None:
         reached = True

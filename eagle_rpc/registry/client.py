@@ -8,7 +8,6 @@ from eagle_rpc.errors import (
     AccessRefused,
     ConfigError,
     ConnectionLost,
-    EagleRpcError,
     InvalidRequest,
     NameTaken,
     WaitTimeout,
@@ -27,18 +26,17 @@ from eagle_rpc.registry.wire import MAX_REQUEST_BYTES, Conversation
 # Shorter than the silence after which a worker is dead, with the default intervals.
 REQUEST_TIMEOUT = 2.0
 
-_FAILURES: dict[str, type[EagleRpcError]] = {
-    error.__name__: error for error in (AccessRefused, ConfigError, InvalidRequest, NameTaken, WaitTimeout)
+_REFUSALS = {
+    one.__name__: one for one in (AccessRefused, ConfigError, InvalidRequest, NameTaken, WaitTimeout)
 }
 
 
 class RegistryClient:
-    """Asks the registry, with one connection per call, so from any thread.
+    """Asks the registry, from any thread: each call has a connection of its own.
 
-    A call takes at most `timeout` seconds beside the look-up of a host name. Every call raises
-    `ConnectionLost` if the registry cannot be reached, `WaitTimeout` if it does not answer in time,
-    `AccessRefused` if it has another token or is not a registry, and the error with which the registry
-    refuses the request.
+    A call takes at most `timeout` seconds beside the look-up of a host name. It raises `ConnectionLost` if the
+    registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has another token
+    or is not a registry, and the error with which the registry refuses the request.
     """
 
     def __init__(self, address: str, token: bytes, timeout: float = REQUEST_TIMEOUT) -> None:
@@ -51,10 +49,7 @@ class RegistryClient:
 
     def new_id(self) -> int:
         """A worker id that was never used. Raises `ConfigError` if all are used."""
-        value = self._ask("new_id")
-        if type(value) is not int:
-            raise InvalidRequest(f"{self} must answer new_id with a whole number, got {value!r:.80}")
-        return value
+        return self._ask("new_id")
 
     def announce(self, record: Record) -> None:
         """Registers this worker or renews it. Raises `NameTaken` while another living worker has its name."""
@@ -66,23 +61,17 @@ class RegistryClient:
 
     def records(self) -> list[Sighting]:
         """All living and, for a while, silent workers with their whole status: for people."""
-        return [sighting_from_json(one) for one in self._list("records")]
+        return [sighting_from_json(one) for one in self._ask("records")]
 
     def living(self) -> list[Record]:
         """The living workers, for their peers: of a status it has only `draining`."""
-        return [record_from_json(one) for one in self._list("living")]
-
-    def _list(self, operation: str) -> list[Any]:
-        value = self._ask(operation)
-        if not isinstance(value, list):
-            raise InvalidRequest(f"{self} must answer {operation} with a list, got {value!r:.80}")
-        return value
+        return [record_from_json(one) for one in self._ask("living")]
 
     def _ask(self, operation: str, **arguments: Any) -> Any:
         request = to_json({"operation": operation, **arguments})
         if len(request) > MAX_REQUEST_BYTES:
-            rule = f"{operation} must have at most {MAX_REQUEST_BYTES} bytes as JSON"
-            raise InvalidRequest(f"{rule}, got {len(request)}")
+            found = f"{operation} has {len(request)}"
+            raise InvalidRequest(f"a request must have at most {MAX_REQUEST_BYTES} bytes, {found}")
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
             connection.settimeout(self.timeout)
             conversation = Conversation(connection, peer=str(self), token=self._token, seconds=self.timeout)
@@ -97,5 +86,5 @@ class RegistryClient:
             case {"value": value}:
                 return value
             case {"error": str(name), "message": str(message)}:
-                raise _FAILURES.get(name, InvalidRequest)(message)
+                raise _REFUSALS.get(name, InvalidRequest)(message)
         raise InvalidRequest(f"{self} must answer with a value or an error, got {answer!r:.80}")

@@ -64,17 +64,13 @@ class Directory:
     def __init__(self, ids: IdFile, *, ttl: float, clock: Callable[[], float] | None = None) -> None:
         """`clock` gives seconds; a `RunningClock` by default."""
         self.clock = clock or RunningClock()
-        self._ids = ids
+        self.ids = ids
         self._ttl = ttl
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str, str], _Entry] = {}
         self._last_id_before = ids.last()
         # Without an id no worker can be there yet.
         self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
-
-    def new_id(self) -> int:
-        """Raises `ConfigError` if all ids are used, `WaitTimeout` while another registry locks the file."""
-        return self._ids.next()
 
     def announce(self, record: Record) -> None:
         """Registers or renews a worker.
@@ -110,15 +106,17 @@ class Directory:
             self._forget_silent(now)
             return [
                 Sighting(record=one.record, seconds_silent=now - one.last_beat, living=self._lives(one, now))
-                for _, one in sorted(self._entries.items(), key=lambda item: item[0])
+                for one in self._sorted()
             ]
 
     def living(self) -> bytes:
         """The outlines of the living workers as a JSON list, in the order of `sightings`."""
         with self._lock:
             now = self.clock()
-            entries = [entry for _, entry in sorted(self._entries.items(), key=lambda item: item[0])]
-            return b"[%b]" % b",".join(entry.outline for entry in entries if self._lives(entry, now))
+            return b"[%b]" % b",".join(one.outline for one in self._sorted() if self._lives(one, now))
+
+    def _sorted(self) -> list[_Entry]:
+        return sorted(self._entries.values(), key=lambda one: one.record.place)
 
     def _lives(self, entry: _Entry, now: float) -> bool:
         return now - entry.last_beat < self._ttl
@@ -126,16 +124,13 @@ class Directory:
     def _check_admission(self, record: Record, held: _Entry | None, now: float) -> None:
         """Raises `NameTaken` if a living worker has, or may have, the place of `record`."""
         if held is not None and self._lives(held, now):
-            raise NameTaken(
-                f"{record.name} must be the name of one living {record.role}: {held.record} has it, "
-                f"heard of {now - held.last_beat:.1f} s ago, dead after {self._ttl:g} s"
-            )
+            rule = f"{record.name} must be the name of one living {record.role}"
+            heard = f"heard of {now - held.last_beat:.1f} s ago, dead after {self._ttl:g} s"
+            raise NameTaken(f"{rule}: {held.record} has it, {heard}")
         if record.id > self._last_id_before and now < self._newcomers_from:
-            raise NameTaken(
-                f"{record.name} may belong to a living {record.role} "
-                "that a restarted registry has not heard of yet: "
-                f"free in {self._newcomers_from - now:.1f} s"
-            )
+            holder = f"a living {record.role} that a restarted registry has not heard of yet"
+            wait = self._newcomers_from - now
+            raise NameTaken(f"{record.name} may belong to {holder}: free in {wait:.1f} s")
         if held is None:
             logger.info("%s has joined", record)
         else:

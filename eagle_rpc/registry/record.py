@@ -98,8 +98,7 @@ def encoded_record(record: Record) -> bytes:
 def record_from_json(value: Any) -> Record:
     """Raises `InvalidRequest` for anything but a record."""
     if not isinstance(value, dict) or value.keys() != _RULES.keys():
-        found = sorted(map(str, value)) if isinstance(value, dict) else value
-        raise InvalidRequest(f"a record must have exactly the fields {', '.join(_RULES)}, got {found!r:.200}")
+        raise InvalidRequest(f"a record must have exactly the fields {', '.join(_RULES)}, got {value!r:.80}")
     return Record(**value)
 
 
@@ -111,14 +110,11 @@ def sighting_to_json(sighting: Sighting) -> dict[str, Any]:
 
 def sighting_from_json(value: Any) -> Sighting:
     """Raises `InvalidRequest` for anything but a sighting."""
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"a sighting must be a dict, got {value!r:.80}")
-    record = dict(value)
-    silent, living = record.pop("seconds_silent", None), record.pop("living", None)
-    if type(silent) not in (int, float) or not isinstance(living, bool):
-        rule = "seconds_silent of a sighting must be a number and living a bool"
-        raise InvalidRequest(f"{rule}, got {silent!r:.40} and {living!r:.40}")
-    return Sighting(record=record_from_json(record), seconds_silent=float(silent), living=living)
+    match value:
+        case {"seconds_silent": int() | float() as silent, "living": bool() as living, **record}:
+            return Sighting(record=record_from_json(record), seconds_silent=silent, living=living)
+    rule = "a sighting must have the number seconds_silent and the bool living"
+    raise InvalidRequest(f"{rule}, got {value!r:.80}")
 
 
 def to_json(value: Any) -> bytes:
@@ -131,11 +127,11 @@ def to_json(value: Any) -> bytes:
 
 def from_json(text: bytes) -> Any:
     """Raises `InvalidRequest` for anything but JSON."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not a JSON number")
+
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"a message must be JSON: {error}, got {text!r:.80}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

@@ -1,6 +1,7 @@
 """The socket of the registry: a bounded number of connections, each with one authenticated request."""
 
 import contextlib
+import functools
 import logging
 import socketserver
 import threading
@@ -62,12 +63,10 @@ class RegistryServer(socketserver.ThreadingTCPServer):
         try:
             super().__init__(address, socketserver.BaseRequestHandler)
         except OSError as error:
-            rule = "rpc.registry must be a free address of this host"
             found = f"{address[0]}:{address[1]} ({error.strerror or error})"
-            raise ConfigError(f"{rule}, got {found}") from None
-        self._thread = threading.Thread(
-            target=self.serve_forever, args=(_POLL_SECONDS,), name="registry", daemon=True
-        )
+            raise ConfigError(f"rpc.registry must be a free address of this host, got {found}") from None
+        serve = functools.partial(self.serve_forever, _POLL_SECONDS)
+        self._thread = threading.Thread(target=serve, name="registry", daemon=True)
         self._thread.start()
 
     @property
@@ -101,9 +100,8 @@ class RegistryServer(socketserver.ThreadingTCPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Runs in the thread of the connection."""
         host, port = client_address
-        conversation = Conversation(
-            request, peer=f"{host}:{port}", token=self._token, seconds=self._message_seconds
-        )
+        peer, seconds = f"{host}:{port}", self._message_seconds
+        conversation = Conversation(request, peer=peer, token=self._token, seconds=seconds)
         try:
             conversation.reply(self._answer(conversation.receive_request()))
         except AccessRefused as error:
@@ -124,15 +122,15 @@ class RegistryServer(socketserver.ThreadingTCPServer):
 
     def _answer(self, request: bytes) -> bytes:
         try:
-            return b'{"value":%b}' % self._perform(from_json(request))
+            return b'{"value":%b}' % self._value_of(from_json(request))
         except EagleRpcError as error:
             return _failure(error)
 
-    def _perform(self, request: Any) -> bytes:
-        """Runs the operation; returns its value as JSON."""
+    def _value_of(self, request: Any) -> bytes:
+        """Runs the operation; its value is JSON."""
         match request:
             case {"operation": "new_id"}:
-                return to_json(self._directory.new_id())
+                return to_json(self._directory.ids.next())
             case {"operation": "announce", "record": record}:
                 self._directory.announce(record_from_json(record))
                 return b"null"

@@ -35,9 +35,8 @@ def load_token(path: Path) -> bytes:
     try:
         token = bytes.fromhex(text.decode("ascii"))
     except ValueError:
-        raise ConfigError(
-            f"rpc.token_file must hold hexadecimal digits, {path} holds something else"
-        ) from None
+        rule = "rpc.token_file must hold hexadecimal digits"
+        raise ConfigError(f"{rule}, {path} holds something else") from None
     if len(token) < MIN_TOKEN_BYTES:
         rule = f"rpc.token_file must hold at least {MIN_TOKEN_BYTES} bytes"
         raise ConfigError(f"{rule}, {path} holds {len(token)}")
@@ -51,7 +50,9 @@ def load_or_create_token(path: Path) -> bytes:
         # A link of a complete file: readers never see half a token, and of two makers the first one counts.
         fresh = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
         try:
-            _make_directories(path.parent)
+            # The mode of mkdir holds for the last directory only, so each one is made by itself.
+            for missing in reversed([one for one in path.parents if not one.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "w", encoding="ascii") as file:
                 file.write(secrets.token_hex(MIN_TOKEN_BYTES) + "\n")
@@ -64,9 +65,3 @@ def load_or_create_token(path: Path) -> bytes:
             with contextlib.suppress(OSError):
                 fresh.unlink(missing_ok=True)
     return load_token(path)
-
-
-def _make_directories(directory: Path) -> None:
-    # The mode of mkdir holds for the last directory only, so each one is made by itself.
-    for missing in reversed([one for one in (directory, *directory.parents) if not one.exists()]):
-        missing.mkdir(mode=0o700, exist_ok=True)

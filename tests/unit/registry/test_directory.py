@@ -108,10 +108,10 @@ def test_withdrawing_frees_the_name_at_once_and_only_that_incarnations(directory
 
 
 def test_after_a_restart_a_newcomer_waits_until_living_workers_have_beaten(ids, directory, clock):
-    holder = directory.new_id()
+    holder = ids.next()
     directory.announce(target(incarnation="a", id=holder))
     restarted = Directory(ids, ttl=TTL, clock=clock)
-    newcomer = target(incarnation="b", id=restarted.new_id())
+    newcomer = target(incarnation="b", id=ids.next())
     with pytest.raises(NameTaken, match=r"free in 3\.0 s"):
         restarted.announce(newcomer)
     clock.now += 1
@@ -123,15 +123,15 @@ def test_after_a_restart_a_newcomer_waits_until_living_workers_have_beaten(ids, 
 
 
 def test_after_a_restart_a_name_that_nobody_claims_is_free_after_the_time_to_live(ids, directory, clock):
-    directory.new_id()
+    ids.next()
     restarted = Directory(ids, ttl=TTL, clock=clock)
     clock.now += TTL
-    restarted.announce(target(incarnation="b", id=restarted.new_id()))
+    restarted.announce(target(incarnation="b", id=ids.next()))
     assert names(restarted) == [("target0", "b")]
 
 
-def test_a_registry_that_never_had_workers_admits_them_at_once(directory):
-    directory.announce(target(id=directory.new_id()))
+def test_a_registry_that_never_had_workers_admits_them_at_once(ids, directory):
+    directory.announce(target(id=ids.next()))
     assert len(directory.sightings()) == 1
 
 
