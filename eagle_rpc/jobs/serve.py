@@ -45,10 +45,9 @@ def elastic_target(
     Raises the errors of `announced` and `load_server`, and of `hosted_registry` if it runs the registry too.
     """
     superseded = threading.Event()
-    with (
-        hosted_registry(config) if hosts_registry else contextlib.nullcontext(),
-        announced(config, name, Role.target, device, stop, when_superseded=superseded.set) as membership,
-    ):
+    give_way = superseded.set
+    registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
+    with registry, announced(config, name, Role.target, device, stop, when_superseded=give_way) as membership:
         server = load_server(config, device, incarnation=membership.me.incarnation)
         yield TargetLifecycle(
             server=server,

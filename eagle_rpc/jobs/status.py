@@ -1,4 +1,4 @@
-"""`job=status`: shows a running service as its registry knows it, once or again and again."""
+"""`job=status`: shows a running service as its registry knows it, once or repeatedly."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 
 from eagle_rpc.config import Config
@@ -17,7 +17,7 @@ from eagle_rpc.process import stop_signals
 from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.registry import RegistryClient, load_token
 from eagle_rpc.registry.record import sighting_to_json
-from eagle_rpc.report.service_view import failed_view, service_view
+from eagle_rpc.report.service_view import service_view
 
 # A pipe has no width of its own; nothing is cut off at this one.
 _PIPE_COLUMNS = 200
@@ -59,20 +59,18 @@ def _looks(client: RegistryClient, interval: float, stop: threading.Event) -> It
         stop.wait(interval)
 
 
-def _view(look: dict[str, Any]) -> RenderableType:
-    return failed_view(look) if "error" in look else service_view(look)
-
-
 def _print(look: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(look) + "\n")
         sys.stdout.flush()
     else:
-        Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(_view(look))
+        Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS, highlight=False).print(
+            service_view(look)
+        )
 
 
 def _refresh(looks: Iterator[dict[str, Any]]) -> None:
     """Redraws in place, on the terminal's alternate screen, which keeps the earlier output."""
     with Live(console=Console(highlight=False), screen=True, auto_refresh=False) as live:
         for look in looks:
-            live.update(_view(look), refresh=True)
+            live.update(service_view(look), refresh=True)

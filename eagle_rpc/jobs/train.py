@@ -30,11 +30,8 @@ def run(config: Config) -> int:
     """
     world = read_world()
     elastic = config.rpc.membership is MembershipKind.elastic
-    cast = (
-        assign_elastic_roles(Role.trainer, config.topology, world)
-        if elastic
-        else assign_roles(config.topology, world)
-    )
+    topology = config.topology
+    cast = assign_elastic_roles(Role.trainer, topology, world) if elastic else assign_roles(topology, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -60,13 +57,8 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
             return
         with contextlib.ExitStack() as stack:
             if config.topology.single:
-                server = load_server(config, device)
-                life = TargetLifecycle(
-                    server=server,
-                    config=config.rpc,
-                    stop=stop,
-                    when_serving=lambda: membership.mark(READY),
-                )
+                server, serving = load_server(config, device), lambda: membership.mark(READY)
+                life = TargetLifecycle(server=server, config=config.rpc, stop=stop, when_serving=serving)
                 stack.enter_context(life.hosted())
             membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, stop=stop)
             if not stop.is_set():

@@ -55,9 +55,8 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
             agent_hosts_store=environ["TORCHELASTIC_USE_AGENT_STORE"] == "True",
         )
     except KeyError as missing:
-        raise ConfigError(
-            f"RANK is set but {missing.args[0]} is not: start the workers with torchrun"
-        ) from None
+        found = f"RANK is set but {missing.args[0]} is not"
+        raise ConfigError(f"{found}: start the workers with torchrun") from None
 
 
 def prepare_environment() -> None:

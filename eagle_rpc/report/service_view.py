@@ -23,12 +23,17 @@ _STYLES = {"serving": "green", "training": "green", "draining": "yellow", "start
 
 
 def service_view(look: Row) -> RenderableType:
-    """Draws one look of `job=status` at a registry that answered."""
-    targets, trainers = ([_row_of(one) for one in look[role]] for role in ("targets", "trainers"))
+    """Draws one look of `job=status` at the registry, which may have failed to answer (`error`)."""
+    clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
+    title = Text.assemble((clock, "bold"), f"  {_clean(look['registry'])}: ")
+    if "error" in look:
+        return Group(title + Text("no answer"), Text(f"\n{_clean(look['error'])}", style="red"))
+    # The registry has checked its own fields, so they count before those of the status.
+    targets, trainers = ([{**one["status"], **one} for one in look[role]] for role in ("targets", "trainers"))
     sessions = [{**one, "target": row["name"]} for row in targets for one in _dicts(row, "sessions")]
     links = [{**one, "from": row["name"]} for row in trainers for one in _dicts(row, "targets")]
-    living = [sum(row["living"] for row in rows) for rows in (targets, trainers)]
-    summary = f"{_counted(living[0], 'target')}, {_counted(living[1], 'trainer')} living"
+    num_targets, num_trainers = (sum(row["living"] for row in rows) for rows in (targets, trainers))
+    title.append(f"{_counted(num_targets, 'target')}, {_counted(num_trainers, 'trainer')} living")
     tables = (
         ("Targets", _TARGETS, targets),
         ("Load", _LOAD, targets),
@@ -36,29 +41,12 @@ def service_view(look: Row) -> RenderableType:
         ("Trainers", _TRAINERS, trainers),
         ("Targets as trainers see them", _LINKS, links),
     )
-    parts: list[RenderableType] = [_heading(look, summary)]
-    for title, columns, rows in tables:
+    shown: list[RenderableType] = [title]
+    for name, columns, rows in tables:
         if rows:
-            parts += [
-                Text(f"\n{title}", style="bold"),
-                Padding(_table(columns, rows), (0, 0, 0, 2), expand=False),
-            ]
-    return Group(*parts)
-
-
-def failed_view(look: Row) -> RenderableType:
-    """Draws one look at a registry that did not answer."""
-    return Group(_heading(look, "no answer"), Text(f"\n{_clean(look['error'])}", style="red"))
-
-
-def _heading(look: Row, summary: str) -> Text:
-    clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
-    return Text.assemble((clock, "bold"), f"  {_clean(look['registry'])}: {summary}")
-
-
-def _row_of(worker: Row) -> Row:
-    """Status and registry's fields of a worker in one; the latter are checked, so they count."""
-    return {**worker["status"], **worker}
+            table = Padding(_table(columns, rows), (0, 0, 0, 2), expand=False)
+            shown += [Text(f"\n{name}", style="bold"), table]
+    return Group(*shown)
 
 
 def _table(columns: Mapping[str, Cell], rows: Iterable[Row]) -> Table:
@@ -130,14 +118,6 @@ def _failed(row: Row) -> str:
     return ", ".join(f"{_clean(kind)} {_scaled(count, *_COUNTS)}" for kind, count in counts if kind != "ok")
 
 
-def _answered(row: Row) -> str:
-    return _scaled(_counts(row, "requests").get("ok", 0), *_COUNTS)
-
-
-def _step(row: Row) -> str:
-    return f"{_number('step')(row)}/{_number('total_steps')(row)}"
-
-
 # --- values
 
 
@@ -153,9 +133,8 @@ def _dicts(row: Row, key: str) -> list[Row]:
 
 def _counts(row: Row, key: str) -> dict[str, float]:
     found = row.get(key)
-    return (
-        {name: count for name, count in found.items() if _is_number(count)} if isinstance(found, dict) else {}
-    )
+    counts = found.items() if isinstance(found, dict) else ()
+    return {name: count for name, count in counts if _is_number(count)}
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -217,7 +196,7 @@ _LOAD: dict[str, Cell] = {
     ">MB/s": _megabytes("reply_bytes_per_second"),
     ">held": _size("reply_bytes_held"),
     ">limit": _size("max_reply_bytes"),
-    ">answered": _answered,
+    ">answered": lambda row: _scaled(_counts(row, "requests").get("ok", 0), *_COUNTS),
     "failed~": _failed,
 }
 _SESSIONS: dict[str, Cell] = {
@@ -238,7 +217,7 @@ _TRAINERS: dict[str, Cell] = {
     "state": _state("training"),
     "run": _text("run"),
     "device": _text("device"),
-    ">step": _step,
+    ">step": lambda row: f"{_number('step')(row)}/{_number('total_steps')(row)}",
     ">tok/s": _count("tokens_per_second"),
     ">waiting": _share("wait_share"),
     ">failovers": _number("failovers"),

@@ -56,9 +56,8 @@ def probe_fence() -> None:
         if PayloadRefused.__name__ not in str(error):
             raise
     else:
-        raise ConfigError(
-            f"torch {torch.__version__} bypasses the fence around RPC: it ran a function that is not listed"
-        )
+        bypass = f"torch {torch.__version__} bypasses the fence around RPC"
+        raise ConfigError(f"{bypass}: it ran a function that is not listed")
 
 
 def _never_permitted() -> None:

@@ -86,10 +86,8 @@ class FairQueue:
 
     def remove(self, unwanted: Callable[[Work], bool]) -> list[Work]:
         """Removes all requests for which `unwanted` holds."""
-        waiting = [
-            work for sessions in self._runs.values() for works in sessions.values() for work in works.values()
-        ]
-        removed = [work for work in waiting if unwanted(work)]
+        waiting = [works for sessions in self._runs.values() for works in sessions.values()]
+        removed = [work for works in waiting for work in works.values() if unwanted(work)]
         for work in removed:
             self._remove(work)
         return removed

@@ -70,10 +70,8 @@ class ForwardPass:
     def _run(self, request: PassRequest) -> ReadSupervision:
         session, tokens = request.session, request.tokens
         output = run_target(self._target, tokens)
-        rows = BatchRows.of(tokens).to(self._device)
-        return read_supervision(
-            output, rows, session.vocab, encoding=session.spec.encoding, chunk_rows=self._chunk_rows
-        )
+        rows, encoding = BatchRows.of(tokens).to(self._device), session.spec.encoding
+        return read_supervision(output, rows, session.vocab, encoding=encoding, chunk_rows=self._chunk_rows)
 
 
 class StartedPass:

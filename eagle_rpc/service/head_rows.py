@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -12,12 +11,6 @@ from eagle_rpc.supervision import DraftHead, Eagle3Target, ModelInfo
 
 # Seconds after its last use that a copy is kept.
 _KEPT = 2.0
-
-
-@dataclass(slots=True)
-class _Copy:
-    head: DraftHead
-    used: float
 
 
 class HeadRows:
@@ -36,26 +29,25 @@ class HeadRows:
         self._budget = budget
         self._clock = clock
         self._lock = threading.Lock()
-        self._copies: dict[str, _Copy] = {}  # by the mapping's digest
+        self._copies: dict[str, DraftHead] = {}  # by the mapping's digest
+        self._used: dict[str, float] = {}  # when
 
     def get(self, session: Session, *, num_runs: int) -> DraftHead:
         """The head's rows of the session's draft vocabulary [K, H], on the CPU.
 
         Raises `UnsupportedTarget` if the target offers none, and the errors of `ReplyBudget.promise`.
         """
+        digest = session.mapping_digest
         with self._lock:
-            kept = self._copies.get(session.mapping_digest)
-            if kept is None:
-                kept = self._copies[session.mapping_digest] = _Copy(self._make(session, num_runs), 0.0)
-            kept.used = self._clock()
-            return kept.head
+            if digest not in self._copies:
+                self._copies[digest] = self._copy(session, num_runs)
+            self._used[digest] = self._clock()
+            return self._copies[digest]
 
-    def _make(self, session: Session, num_runs: int) -> DraftHead:
+    def _copy(self, session: Session, num_runs: int) -> DraftHead:
         ids = session.vocab.selected_token_ids
-        num_bytes = len(ids) * self._bytes_per_row
-        promised = self._budget.promise(
-            num_bytes, run=session.spec.run, session=session.id, num_runs=num_runs
-        )
+        size = len(ids) * self._bytes_per_row
+        promised = self._budget.promise(size, run=session.spec.run, session=session.id, num_runs=num_runs)
         try:
             head = self._target.draft_head(ids).to(torch.device("cpu"))
         except BaseException:
@@ -68,6 +60,5 @@ class HeadRows:
         """Drops the copies without a recent use, or all."""
         oldest = self._clock() - _KEPT
         with self._lock:
-            self._copies = {
-                digest: copy for digest, copy in self._copies.items() if copy.used > oldest and not at_once
-            }
+            for digest in [one for one in self._copies if at_once or self._used[one] <= oldest]:
+                del self._copies[digest], self._used[digest]

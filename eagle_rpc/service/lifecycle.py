@@ -95,9 +95,8 @@ class TargetLifecycle:
             return ""
         if self.trainers_done is None:
             return "the last session has ended"
-        raise ConnectionLost(
-            f"no trainer has had a session for {self.unused_after:.0f} s (target.session_lease)"
-        )
+        silence = f"no trainer has had a session for {self.unused_after:.0f} s"
+        raise ConnectionLost(f"{silence} (target.session_lease)")
 
     def _wait_for_trainers(self, wait: BoundedWait) -> None:
         """Stays for the trainers of a static job, who cannot connect again, until they are done or silent."""

@@ -67,10 +67,8 @@ class ReplyBudget:
             ("max_reply_bytes", self._max_bytes),
         ):
             if num_bytes > bound:
-                raise InvalidRequest(
-                    f"the reply would need {num_bytes} bytes, target.{name} is {bound}; send fewer tokens "
-                    "at a time"
-                )
+                need = f"the reply would need {num_bytes} bytes, target.{name} is {bound}"
+                raise InvalidRequest(f"{need}; send fewer tokens at a time")
         promised = ReplyBytes(session, run, num_bytes)
         with self._lock:
             if self._lack(promised, num_runs) is not None:

@@ -71,8 +71,7 @@ class ForwardScheduler:
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
-        self.num_passes = 0
-        """Passes that were finished."""
+        self.num_passes = 0  # finished
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -126,19 +125,15 @@ class ForwardScheduler:
         running = sum(isinstance(work, Work) and work.session == session for work in self._running)
         of_session, of_all = self._max_queued_per_session, self._max_queued
         if self._queue.num_of_session(run, session) + running >= of_session:
-            raise TargetBusy(
-                f"a session must have at most {of_session} requests under way (target.max_queued_per_session)"
-            )
+            rule = f"a session must have at most {of_session} requests under way"
+            raise TargetBusy(f"{rule} (target.max_queued_per_session)")
         if len(self._queue) >= of_all:
-            raise TargetBusy(
-                f"the target's queue must hold at most {of_all} requests (target.max_queued_requests)"
-            )
+            rule = f"the target's queue must hold at most {of_all} requests"
+            raise TargetBusy(f"{rule} (target.max_queued_requests)")
         share = max(1, of_all // num_runs)
         if self._queue.num_of_run(run) >= share:
-            raise TargetBusy(
-                f"each of {num_runs} runs must have at most {share} of {of_all} requests queued "
-                "(target.max_queued_requests)"
-            )
+            rule = f"each of {num_runs} runs must have at most {share} of {of_all} requests queued"
+            raise TargetBusy(f"{rule} (target.max_queued_requests)")
 
     def submit_first(self, run: Callable[[], Any]) -> Future[Any]:
         """Queues `run` before all requests. Raises `TargetBusy`, `TargetDraining`."""
@@ -147,9 +142,8 @@ class ForwardScheduler:
             if self._draining:
                 raise TargetDraining("the target is shutting down and takes no new sessions")
             if len(self._urgent) >= self._max_queued:
-                raise TargetBusy(
-                    f"at most {self._max_queued} new sessions must wait (target.max_queued_requests)"
-                )
+                rule = f"at most {self._max_queued} new sessions must wait"
+                raise TargetBusy(f"{rule} (target.max_queued_requests)")
             self._urgent.append(urgent)
             self._changed.notify_all()
         return urgent.answer
@@ -182,9 +176,7 @@ class ForwardScheduler:
         """Refuses new work and waits up to `timeout` seconds until all work is answered; whether it is."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(
-                lambda: not self._queue and not self._urgent and not self._running, timeout
-            )
+            return self._changed.wait_for(lambda: not (self._queue or self._urgent or self._running), timeout)
 
     def stop(self, timeout: float) -> bool:
         """Refuses new work, answers waiting work with `TargetDraining`, and ends the thread.
@@ -240,9 +232,8 @@ class ForwardScheduler:
         again = []
         if before and not self._finish(before, alone=self._begun is None):
             again.append(before.work)
-        if self._begun and (
-            again or isinstance(self._begun.started, EagleRpcError) or not self._passes.overlaps
-        ):
+        at_once = again or not self._passes.overlaps
+        if self._begun and (at_once or isinstance(self._begun.started, EagleRpcError)):
             if not self._finish(self._begun, alone=before is None):
                 again.append(self._begun.work)
             self._begun = None

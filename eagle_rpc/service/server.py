@@ -178,9 +178,8 @@ class TargetModelServer:
         check_request(request)
         info = self._info
         if request.incarnation != info.incarnation:
-            raise StaleIncarnation(
-                f"the request is for incarnation {request.incarnation:.80}, this is {info.incarnation}"
-            )
+            meant = f"the request is for incarnation {request.incarnation:.80}"
+            raise StaleIncarnation(f"{meant}, this is {info.incarnation}")
         session = self._sessions.renew(request.session)
         request.tokens.check(
             vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens

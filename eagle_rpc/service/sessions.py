@@ -35,7 +35,7 @@ class Session:
     vocab: DraftVocabOnDevice
 
     def __str__(self) -> str:
-        """For the log."""
+        """For the log, whose records must not keep the mapping alive."""
         return f"session {self.id[:8]} of {self.spec.trainer or 'an unnamed trainer'}"
 
 
@@ -81,9 +81,8 @@ class SessionTable:
         digest = mapping.digest
         with self._lock:
             if len(self._registered) >= self._max_sessions:
-                busy = TargetBusy(
-                    f"the target must hold at most {self._max_sessions} sessions (target.max_sessions)"
-                )
+                rule = f"the target must hold at most {self._max_sessions} sessions"
+                busy = TargetBusy(f"{rule} (target.max_sessions)")
                 busy.retry_after = LONGEST_RETRY
                 raise busy
             sessions = (one.session for one in self._registered.values())
@@ -92,11 +91,9 @@ class SessionTable:
             spec = dataclasses.replace(spec, selected_token_ids=vocab.selected_token_ids)
             session = Session(secrets.token_hex(16), spec, digest, vocab)
             self._registered[session.id] = Registration(session, renewed=self._clock())
-        logger.info(
-            "%s opened, run %s: %d of %d tokens, encoding %s, rows %s",
-            *(str(session), spec.run or "(unnamed)", len(mapping), mapping.target_vocab_size),
-            *(spec.encoding, spec.rows),
-        )
+        line = "%s opened, run %s: %d of %d tokens, encoding %s, rows %s"
+        sizes, settings = (len(mapping), mapping.target_vocab_size), (spec.encoding, spec.rows)
+        logger.info(line, str(session), spec.run or "(unnamed)", *sizes, *settings)
         return session
 
     def serves(self, mapping_digest: str, encoding: str) -> bool:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,25 @@ class RecentRate:
         """`clock`: seconds, as `time.monotonic`."""
         self._clock = clock
         self._started = clock()
-        self._recent: deque[list[float]] = deque()  # [second, amount], at most one a second
+        self._recent: dict[int, int] = {}  # amount by second
         self.total = 0
 
     def add(self, amount: int) -> None:
         self.total += amount
-        second = float(int(self._clock()))
-        if self._recent and self._recent[-1][0] == second:
-            self._recent[-1][1] += amount
-        else:
-            self._forget_old()
-            self._recent.append([second, amount])
+        self._forget_old()
+        second = int(self._clock())
+        self._recent[second] = self._recent.get(second, 0) + amount
 
     @property
     def per_second(self) -> float:
         """Mean over the last ten seconds, or since the start where that is less."""
         self._forget_old()
         age = min(self._clock() - self._started, _WINDOW)
-        return sum(amount for _, amount in self._recent) / max(age, 1.0)
+        return sum(self._recent.values()) / max(age, 1.0)
 
     def _forget_old(self) -> None:
         oldest = self._clock() - _WINDOW
-        while self._recent and self._recent[0][0] <= oldest:
-            self._recent.popleft()
+        self._recent = {second: amount for second, amount in self._recent.items() if second > oldest}
 
 
 class Throughput:
@@ -95,9 +91,8 @@ def describe_load(
 ) -> dict[str, Any]:
     """A target's work, under way and done.
 
-    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real
-    tokens of the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made
-    and not yet sent;
+    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real tokens of
+    the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and not yet sent;
     `lease_left`: seconds.
     """
     held = budget.held

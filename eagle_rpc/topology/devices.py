@@ -34,7 +34,8 @@ def plan_devices(
         return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
     devices = {name: device_of(name, cast.names.index(name)) for name in peers}
-    maps = {name: {device: theirs} for name, theirs in devices.items() if _are_gpus(device, theirs)}
+    gpus = {name: theirs for name, theirs in devices.items() if theirs.startswith("cuda")}
+    maps = {name: {device: theirs} for name, theirs in gpus.items()} if device.startswith("cuda") else {}
     return DevicePlan(device, maps)
 
 
@@ -44,17 +45,10 @@ def resolve_device(setting: str, *, local_rank: int = 0, num_gpus: int | None = 
     `num_gpus` None: as many as torch finds.
     """
     if setting == "auto":
-        num_gpus = _count_gpus() if num_gpus is None else num_gpus
+        if num_gpus is None:
+            # Roles and names are needed where torch is not loaded.
+            import torch
+
+            num_gpus = torch.cuda.device_count()
         return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
     return "cuda:0" if setting == "cuda" else setting
-
-
-def _are_gpus(*devices: str) -> bool:
-    return all(device.startswith("cuda") for device in devices)
-
-
-def _count_gpus() -> int:
-    # Roles and names are needed where torch is not loaded.
-    import torch
-
-    return torch.cuda.device_count()

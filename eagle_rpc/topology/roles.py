@@ -53,16 +53,13 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
         return Cast(me, (SINGLE_NAME,), (SINGLE_NAME,))
     expected = topology.targets + topology.trainers
     if world.size != expected:
-        raise ConfigError(
-            f"topology with {topology.targets} targets and {topology.trainers} trainers needs "
-            f"{expected} workers, got {world.size}: "
-            f"start it with torchrun --nproc-per-node={expected} -m eagle_rpc"
-        )
+        rule = f"topology with {topology.targets} targets and {topology.trainers} trainers needs {expected} workers"
+        command = f"torchrun --nproc-per-node={expected} -m eagle_rpc"
+        raise ConfigError(f"{rule}, got {world.size}: start it with {command}")
     if world.num_agents > 1 and world.max_restarts > 0:
-        raise ConfigError(
-            "torchrun --max-restarts must be 0 with several agents in a static job, "
-            f"since their restart counts can differ, got {world.max_restarts} with {world.num_agents} agents"
-        )
+        rule = "torchrun --max-restarts must be 0 with several agents in a static job"
+        found = f"got {world.max_restarts} with {world.num_agents} agents"
+        raise ConfigError(f"{rule}, since their restart counts can differ, {found}")
     role, index = _role_and_index(topology, world)
     return Cast(
         Worker(f"{role.value}{index}", frozenset([role]), index),
@@ -82,10 +79,9 @@ def assign_elastic_roles(role: Role, topology: TopologyConfig, world: World) -> 
 def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
     if world.role_name == "default":
         if world.num_agents > 1:
-            raise ConfigError(
-                "torchrun --role must be target or trainer with several agents, "
-                f"since ranks depend on their order of arrival, got {world.num_agents} agents without it"
-            )
+            rule = "torchrun --role must be target or trainer with several agents"
+            why = "since ranks depend on their order of arrival"
+            raise ConfigError(f"{rule}, {why}, got {world.num_agents} agents without it")
         if world.rank < topology.targets:
             return Role.target, world.rank
         return Role.trainer, world.rank - topology.targets
@@ -95,7 +91,6 @@ def _role_and_index(topology: TopologyConfig, world: World) -> tuple[Role, int]:
         raise ConfigError(f"torchrun --role must be target or trainer, got {world.role_name!r}") from None
     expected = topology.targets if role is Role.target else topology.trainers
     if world.role_size != expected:
-        raise ConfigError(
-            f"topology needs {expected} workers with --role {role.value}, got {world.role_size}"
-        )
+        rule = f"topology needs {expected} workers with --role {role.value}"
+        raise ConfigError(f"{rule}, got {world.role_size}")
     return role, world.role_rank

@@ -13,7 +13,7 @@ from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConnectionLost
 from eagle_rpc.jobs import status
 from eagle_rpc.registry import Directory, IdFile, Record, RegistryClient, RegistryServer, load_or_create_token
-from eagle_rpc.report.service_view import failed_view, service_view
+from eagle_rpc.report.service_view import service_view
 
 TARGET_STATUS = {
     "architecture": "LlamaForCausalLM",
@@ -203,7 +203,7 @@ def test_a_status_of_another_version_is_drawn_as_far_as_it_goes(strange):
 
 def test_a_registry_without_an_answer_is_shown_as_such():
     lines = text_of(
-        failed_view({"time": 0.0, "registry": "the registry at here:1", "error": "ConnectionLost: gone"})
+        service_view({"time": 0.0, "registry": "the registry at here:1", "error": "ConnectionLost: gone"})
     )
     assert "the registry at here:1: no answer" in lines[0] and lines[-1] == "ConnectionLost: gone"
 
