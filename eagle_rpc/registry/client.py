@@ -34,9 +34,9 @@ _REFUSALS = {
 class RegistryClient:
     """Asks the registry, from any thread: each call has a connection of its own.
 
-    A call takes at most `timeout` seconds beside the look-up of a host name. It raises `ConnectionLost` if the
-    registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has another token
-    or is not a registry, and the error with which the registry refuses the request.
+    A call takes at most `timeout` seconds beside the look-up of a host name. It raises `ConnectionLost` if
+    the registry cannot be reached, `WaitTimeout` if it does not answer in time, `AccessRefused` if it has
+    another token or is not a registry, and the error with which the registry refuses the request.
     """
 
     def __init__(self, address: str, token: bytes, timeout: float = REQUEST_TIMEOUT) -> None:

@@ -16,7 +16,7 @@ _LOOK_SECONDS = 0.2  # between two looks at whether the answer is still wanted
 
 
 class PendingCall:
-    """One RPC under way. It waits for an event: `Future.wait` has no bound and ignores Ctrl-C until it ends."""
+    """One RPC under way. It waits for an event: `Future.wait` has no bound and ignores Ctrl-C."""
 
     def __init__(self, future: Future[Any], *, peer: str, what: str, timeout: float) -> None:
         """`what` names the call in errors; `timeout`: seconds that torch gives the call."""
@@ -35,10 +35,7 @@ class PendingCall:
         self._future.add_done_callback(lambda _: callback())
 
     def result(self, unless: Callable[[], bool] = lambda: False) -> Any:
-        """The remote value. Raises `WaitTimeout`, `ConnectionLost`, `PayloadRefused`, or `TargetFailed` for a remote exception.
-
-        The wait ends early with `WaitTimeout` once `unless` holds.
-        """
+        """The remote value. Raises as `classify`, and `WaitTimeout` at the bound or once `unless` holds."""
         while not self._done.wait(min(_LOOK_SECONDS, self._wait.left)):
             if self._wait.over:
                 raise WaitTimeout(f"{self._peer} did not answer {self._what} within {self._timeout:g} s")

@@ -110,7 +110,7 @@ class ElasticMembership:
         link.release(broken=lost)
 
     def admit(self, worker_id: int) -> None:
-        """Adds a peer that has introduced itself, so that RRefs can call it back; closes files for dead peers.
+        """Adds a peer that has introduced itself, so that RRefs can call it back. Closes files of dead ones.
 
         Raises `ConnectionLost` if the registry does not know the peer or cannot be reached.
         """
@@ -185,10 +185,10 @@ def join_elastic(
 ) -> Iterator[ElasticMembership]:
     """This worker's membership, announced at the registry while the body runs. Its agent shuts down alone.
 
-    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name, each
-    `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or `WaitTimeout` without
-    a registry, `ConfigError` if all worker ids are used or this process has joined before, `NameTaken` while a
-    living worker has the name; otherwise raises and exits as `running_agent`.
+    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
+    each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
+    `WaitTimeout` without a registry, `ConfigError` if all worker ids are used or this process has joined
+    before, `NameTaken` while a living worker has the name; otherwise raises and exits as `running_agent`.
     """
     if _memberships:
         raise ConfigError(f"{name} must join RPC in a process of its own, got one that has joined it before")

@@ -1,4 +1,4 @@
-"""Reads the error texts of torch RPC: its own failures have nothing else, and it loses the class of most remote exceptions.
+"""Reads the error texts of torch RPC, which loses the classes of its own and of most remote errors.
 
 Seen on torch 2.11 to 2.14; `tests/rpc` provokes each kind.
 """
@@ -19,7 +19,9 @@ _CPP_FRAMES = ("frame #", "Exception raised from")
 
 
 def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:
-    """The exception of this package for an error of the RPC `what` to `peer`."""
+    """The error of this package for an error of the RPC `what` to `peer`: `WaitTimeout`, `ConnectionLost`,
+    `PayloadRefused`, or `TargetFailed` for an exception that the peer raised.
+    """
     # Some classes (KeyError) quote their text when printed.
     text = str(error.args[0] if error.args else error).strip()
     text = text.partition(_PYTHON_FRAMES)[0].removeprefix(_CALLBACK)
@@ -29,6 +31,6 @@ def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:
         return PayloadRefused(f"{peer} refused {what}: {text.removeprefix(_REFUSAL)}")
     if any(mark in text for mark in _CONNECTION):
         return ConnectionLost(f"lost the connection to {peer} during {what}: {text.splitlines()[0]}")
-    # The text is the peer's traceback. Its last line that is no C++ frame names the error; the peer's log has the rest.
+    # The text is the peer's traceback: its last line that is no C++ frame names the error.
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith(_CPP_FRAMES)]
     return TargetFailed(f"{peer} raised during {what}: {lines[-1] if lines else text}")

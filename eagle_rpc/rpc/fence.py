@@ -1,6 +1,6 @@
-"""The fence around RPC: torch runs and builds whatever a peer names; the fence permits listed functions and values only.
+"""The fence around RPC: torch runs and builds anything that a peer names, the fence permits a list only.
 
-`docs/security.md` says what it stops and what it does not: operators that torch calls below Python bypass it.
+`docs/security.md` says which attacks it stops. Operators that torch calls below Python bypass it.
 """
 
 import logging
@@ -25,7 +25,7 @@ _MAX_TEXT = 2000  # characters of an error that a peer gets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Permissions:
-    """Everything that peers may have this process do."""
+    """The functions, methods, values and sizes that this process permits in messages of peers."""
 
     functions: frozenset[Callable[..., Any]] = frozenset()  # of modules
     # By class, of objects whose RRef a function has returned.
@@ -39,7 +39,7 @@ class Permissions:
 def install_fence(permissions: Permissions) -> None:
     """Puts a fence around the agent that this process starts next; it replaces an earlier fence.
 
-    Raises `ConfigError` if an agent runs already, which the fence would not reach, or if torch's private parts have changed.
+    Raises `ConfigError` if an agent runs already, which it would not reach, or if torch has changed.
     """
     if internals.agent_runs():
         raise ConfigError("the fence around RPC must be installed before RPC starts, got a running agent")
@@ -49,7 +49,7 @@ def install_fence(permissions: Permissions) -> None:
 
 
 def probe_fence() -> None:
-    """Sends the running agent a call that the fence must refuse. Raises `ConfigError` if the call succeeds."""
+    """Sends the running agent a call to refuse. Raises `ConfigError` if the call succeeds."""
     try:
         rpc.rpc_sync(internals.my_name().name, _never_permitted, timeout=_PROBE_TIMEOUT)
     except RuntimeError as error:
@@ -92,7 +92,7 @@ class _Fence:
     # --- called by torch's C++, with torch's parameter names
 
     def deserialize(self, binary_data: bytes, tensor_table: list[torch.Tensor]) -> Any:
-        """The value of a message, or torch's failure: `run` returns it for a request, a waiting caller raises it for a reply."""
+        """The value of a message, or torch's failure, which `run` returns or a waiting caller raises."""
         return self._guarded(self._read, binary_data, tensor_table)
 
     def run(self, python_udf: Any) -> Any:

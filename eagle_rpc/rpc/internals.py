@@ -20,7 +20,7 @@ _PARAMETERS: dict[tuple[Any, str], str] = {}
 
 
 def _part(owner: Any, name: str, parameters: str) -> Any:
-    """A part of torch with the parameters (or fields) that `check_internals` expects; None if this torch lacks it."""
+    """A part of torch and the parameters that `check_internals` expects of it; None if torch lacks it."""
     _PARAMETERS[owner, name] = parameters
     return getattr(owner, name, None)
 
@@ -53,14 +53,13 @@ INVOKE_ASYNC_METHOD = _part(rref_proxy, "_local_invoke_async_execution", "rref, 
 
 
 def check_internals() -> None:
-    """Raises `ConfigError` that names the first part of torch that has changed: no RPC is better than an open one."""
+    """Raises `ConfigError` for a part of torch that has changed: no RPC is better than an open one."""
     for (owner, name), expected in _PARAMETERS.items():
         part = getattr(owner, name, None)
         found = ", ".join(inspect.signature(part).parameters) if callable(part) else None
         if found != expected:
-            raise ConfigError(
-                f"{owner.__name__}.{name} must take ({expected}) for the fence around RPC, torch {torch.__version__} has {found}"
-            )
+            rule = f"{owner.__name__}.{name} must take ({expected}) for the fence around RPC"
+            raise ConfigError(f"{rule}, torch {torch.__version__} has {found}")
 
 
 def replace_handlers(*, deserialize: Callable[[bytes, list[Any]], Any], run: Callable[[Any], Any]) -> None:
@@ -93,13 +92,13 @@ def agent_runs() -> bool:
 
 
 def bound_url(name: str) -> str:
-    """Address of the running agent, whose RPC name is `name`: `transport://host:port` of its last transport."""
+    """Address of the running agent `name`: `transport://host:port` of its last transport."""
     return _agent().store.get(f"addrs/{name}").decode()
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerName:
-    """Replaces torch's `WorkerInfo` in messages: a `WorkerInfo` without its values reads uninitialised memory."""
+    """In messages in place of torch's `WorkerInfo`, which without its values reads uninitialised memory."""
 
     name: str
     id: int
@@ -135,7 +134,7 @@ def add_peer(name: str, worker_id: int, url: str, device_maps: Mapping[str, Mapp
 
 
 def remove_peer(name: str, worker_id: int) -> None:
-    """Removes a peer. torch drops all device maps and devices that it is not given here, so it is given those of all others."""
+    """Removes a peer. torch keeps only the device maps and devices given here: those of all others."""
     agent = _agent()
     kept: dict[str, dict[torch.device, torch.device]] = {
         info.name: {} for info in agent.get_worker_infos() if info.name != name
@@ -156,7 +155,7 @@ def rref_id(rref: Any) -> str:
 def fork_identity(fork: Any) -> tuple[int, str]:
     """The owner's worker id and the `rref_id` of an RRef in the form in which it travels.
 
-    Raises `PayloadRefused` for a malformed one: torch's C++ would parse any type in it, however deeply nested.
+    Raises `PayloadRefused` for another form: torch's C++ would parse any type in it, nested at any depth.
     """
     if type(fork) is not tuple or [type(part) for part in fork] != [int] * 6 + [str] or fork[6] != "PyObject":
         raise PayloadRefused("an RRef must be six numbers and the type PyObject")

@@ -80,11 +80,11 @@ class Link:
         timeout: float,
         service: str = SERVICE_NAME,
     ) -> None:
-        """`peer` names it in errors; `data`, `control`: RPC names of the connections for tensors and for the rest.
+        """`data`, `control`: RPC names of the connections for tensors and for the rest; `peer`: for errors.
 
-        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA tensors.
-        Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost` if it cannot be
-        reached within `timeout` seconds.
+        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA
+        tensors. Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost`
+        if it cannot be reached within `timeout` seconds.
         """
         self.peer = peer
         self.incarnation = incarnation

@@ -1,7 +1,7 @@
-"""Python's own unpickler with an allow-list: the names that a message may refer to and the pickle operations it may use.
+"""Python's own unpickler with an allow-list of names and of pickle operations.
 
-Names alone are not enough: one operation (BUILD) sets attributes of any named object. So a name stands for something that a
-message cannot change: text for a function, a sealed subclass for a class.
+Names alone are not enough: the operation BUILD sets attributes of any named object. So a message gets a
+stand-in that it cannot change: text for a function, a sealed subclass for a class.
 """
 
 import io
@@ -13,16 +13,18 @@ from typing import Any, NoReturn
 
 from eagle_rpc.errors import PayloadRefused
 
-# The operations in which Python writes plain values, dataclasses, and calls of the functions that read tensors and RRefs.
+# Operations for plain values, dataclasses, and calls of the functions that read tensors and RRefs.
 _OPERATIONS = frozenset(
-    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS "
-    "EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS STACK_GLOBAL NEWOBJ BUILD REDUCE".split()
+    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 "
+    "BINFLOAT SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS STACK_GLOBAL NEWOBJ BUILD "
+    "REDUCE".split()
 )
-# Their results may occur twice in a message, as text or a tensor may. Containers that hold another one twice, sixty levels
-# deep, could never be printed.
+# Results that a message may hold twice. A container that holds another one twice, at sixty levels, cannot be
+# printed.
 _SHARED = frozenset("SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES STACK_GLOBAL REDUCE".split())
-# Five times the largest legitimate message, a status with 256 sessions. Hashing a tuple 200,000 levels deep ends the process.
+# Five times the largest message, a status with 256 sessions. Hashing a tuple 200,000 levels deep ends the
+# process.
 MAX_OPERATIONS = 50_000
 
 
@@ -84,7 +86,7 @@ class _Sealed(type):
 def stand_in(cls: type) -> type:
     """A subclass of `cls` for messages to name in its place.
 
-    A pickle makes a dataclass from it with exactly the fields of `cls`, a named tuple, and no object of another class.
+    A pickle makes from it a dataclass with exactly the fields of `cls`, or a named tuple, nothing else.
     """
     making: dict[str, Any] = {"__new__": None}
     if is_dataclass(cls):
@@ -98,7 +100,7 @@ def _field_setter(cls: type) -> Callable[[Any, Any], None]:
     names = [field.name for field in fields(cls)]
 
     def set_fields(made: Any, state: Any) -> None:
-        # (None, a dictionary of slots) in general, a list of values from a frozen dataclass, a tuple of values from torch.
+        # (None, slots) in general, a list of values from a frozen dataclass, a tuple of values from torch.
         slots = type(state) is tuple and state[0] is None
         values = state[1] if slots else dict(zip(names, state, strict=True))
         if set(values) != set(names):

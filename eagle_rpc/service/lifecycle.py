@@ -26,20 +26,15 @@ class TargetLifecycle:
 
     server: TargetModelServer
     config: RpcConfig
-    stop: threading.Event
-    """Set when the process is told to stop."""
-    when_serving: Callable[[], None] = lambda: None
-    """Tells the trainers that the target serves."""
-    when_stopped: Callable[[], None] = lambda: None
-    """Tells the other workers that this one leaves before them."""
-    superseded: Callable[[], bool] = lambda: False
-    """Whether another process serves under this target's name."""
-    reachable: Callable[[], bool] = lambda: True
-    """Whether trainers that come now can connect."""
-    trainers_done: Callable[[], bool] | None = None
-    """Whether all trainers of a static job are done; None: trainers come and go."""
-    unused_after: float | None = None
-    """Seconds without a session, after the first one, that end the target; None: it goes on."""
+    stop: threading.Event  # set when the process is told to stop
+    when_serving: Callable[[], None] = lambda: None  # tells the trainers that the target serves
+    when_stopped: Callable[[], None] = lambda: (
+        None
+    )  # tells the other workers that this one leaves before them
+    superseded: Callable[[], bool] = lambda: False  # whether another process serves under this name
+    reachable: Callable[[], bool] = lambda: True  # whether trainers that come now can connect
+    trainers_done: Callable[[], bool] | None = None  # all trainers of a static job; None: they come and go
+    unused_after: float | None = None  # seconds without a session, after the first, that end it; None: never
 
     def run(self) -> None:
         """Serves until it is told to stop, the trainers are done, or no trainer is left; drains and closes.

@@ -22,7 +22,7 @@ from eagle_rpc.service.arguments import check_request, check_spec, check_type, c
 from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
-from eagle_rpc.service.reply_budget import ReplyBudget, ReplyBytes
+from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
@@ -86,9 +86,7 @@ class TargetModelServer:
         self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
         self.device = device_of(self._target)
         """The device of the target, and of the supervision."""
-        self._sessions = SessionTable(
-            max_sessions=config.max_sessions, lease=config.session_lease, device=self.device, clock=clock
-        )
+        self._sessions = SessionTable(config, self.device, clock)
         self._scheduler = ForwardScheduler(
             ForwardPass(self._target, config),
             max_queued=config.max_queued_requests,
@@ -141,7 +139,7 @@ class TargetModelServer:
         if ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(mapping.digest, spec.encoding):
             # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
             spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
-            return self._scheduler.submit_first(functools.partial(self._probe_and_open, spec, mapping))
+            return self._scheduler.submit_first(functools.partial(self._open, spec, mapping, probe=True))
         opened: Future[OpenedSession] = Future()
         opened.set_result(self._open(spec, mapping))
         return opened
@@ -150,17 +148,12 @@ class TargetModelServer:
         """The reference's call: `open_session` with default settings for the draft vocabulary [K]."""
         return self.open_session(SessionSpec(selected_token_ids=selected_token_ids))
 
-    def _probe_and_open(self, spec: SessionSpec, mapping: VocabMapping) -> OpenedSession:
+    def _open(self, spec: SessionSpec, mapping: VocabMapping, *, probe: bool = False) -> OpenedSession:
         # Several trainers may have asked before the first of them was answered.
-        if not self._sessions.serves(mapping.digest, spec.encoding):
+        if probe and not self._sessions.serves(mapping.digest, spec.encoding):
             check_encoding(self._target, mapping.selected_token_ids, spec.encoding)
-        return self._open(spec, mapping)
-
-    def _open(self, spec: SessionSpec, mapping: VocabMapping) -> OpenedSession:
-        session = self._sessions.open(spec, mapping)
-        return OpenedSession(
-            id=session.id, credits=self._config.max_queued_per_session, lease=self._config.session_lease
-        )
+        session, config = self._sessions.open(spec, mapping), self._config
+        return OpenedSession(id=session.id, credits=config.max_queued_per_session, lease=config.session_lease)
 
     def generate(self, request: GenerateRequest) -> Future[EncodedSupervision]:
         """The supervision of one batch; on a GPU ready in the order of the device's default stream.
@@ -196,13 +189,23 @@ class TargetModelServer:
         num_tokens = int(tokens.attention_mask.sum())
         num_bytes = most_reply_bytes(self._info, session, tokens, num_tokens)
         promised = self._budget.promise(num_bytes, run=run, session=session.id, num_runs=num_runs)
+
+        def record(outcome: EncodedSupervision | EagleRpcError) -> None:
+            if isinstance(outcome, EagleRpcError):
+                self._budget.release(promised)
+                self._throughput.refused(outcome.code)
+            else:
+                self._budget.fulfil(promised, outcome)
+                self._sessions.count(session, num_tokens)
+                self._throughput.answered(num_tokens, outcome.num_bytes)
+
         work = Work(
             PassRequest(session, compact(tokens)),
             run=run,
             session=session.id,
             request_id=request.request_id,
             deadline=self._clock() + request.seconds_left,
-            record=functools.partial(self._record, session, promised, num_tokens),
+            record=record,
             answer=Future(),
         )
         try:
@@ -211,22 +214,6 @@ class TargetModelServer:
             self._budget.release(promised)
             raise
         return work.answer
-
-    def _record(
-        self,
-        session: Session,
-        promised: ReplyBytes,
-        num_tokens: int,
-        outcome: EncodedSupervision | EagleRpcError,
-    ) -> None:
-        """Counts the outcome of an accepted request just before it is handed out."""
-        if isinstance(outcome, EagleRpcError):
-            self._budget.release(promised)
-            self._throughput.refused(outcome.code)
-        else:
-            self._budget.fulfil(promised, outcome)
-            self._sessions.count(session, num_tokens)
-            self._throughput.answered(num_tokens, outcome.num_bytes)
 
     def cancel(self, session: str, request_ids: list[str]) -> int:
         """Ends the session's waiting requests of these ids with `RequestExpired`; returns their number."""
@@ -251,14 +238,9 @@ class TargetModelServer:
         `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo` and
         `describe_load`.
         """
-        info = self._info
+        identity = "architecture hidden_size vocab_size dtype weights_fingerprint incarnation".split()
         return {
-            "architecture": info.architecture,
-            "hidden_size": info.hidden_size,
-            "vocab_size": info.vocab_size,
-            "dtype": info.dtype,
-            "weights_fingerprint": info.weights_fingerprint,
-            "incarnation": info.incarnation,
+            **{name: getattr(self._info, name) for name in identity},
             "uptime": self._clock() - self._started,
             "max_reply_bytes": self._config.max_reply_bytes,
             **describe_load(self._sessions, self._scheduler, self._budget, self._throughput),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import TargetBusy, UnknownSession
 from eagle_rpc.service.fairness import LONGEST_RETRY
 from eagle_rpc.supervision import (
@@ -66,10 +67,9 @@ class SessionTable:
     Equal mappings are held once, for as long as a session uses them.
     """
 
-    def __init__(self, *, max_sessions: int, lease: float, device: torch.device, clock: Callable[[], float]):
-        """`lease`: seconds of silence that end a session; `clock`: seconds, as `time.monotonic`."""
-        self._max_sessions = max_sessions
-        self._lease = lease
+    def __init__(self, config: TargetConfig, device: torch.device, clock: Callable[[], float]):
+        """`clock`: seconds, as `time.monotonic`."""
+        self._max_sessions, self._lease = config.max_sessions, config.session_lease
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()

@@ -91,9 +91,9 @@ def describe_load(
 ) -> dict[str, Any]:
     """A target's work, under way and done.
 
-    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real tokens of
-    the batches answered; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and not yet sent;
-    `lease_left`: seconds.
+    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real
+    tokens of answered batches; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and
+    not yet sent; `lease_left`: seconds.
     """
     held = budget.held
     return {

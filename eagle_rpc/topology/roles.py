@@ -53,9 +53,9 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
         return Cast(me, (SINGLE_NAME,), (SINGLE_NAME,))
     expected = topology.targets + topology.trainers
     if world.size != expected:
-        rule = f"topology with {topology.targets} targets and {topology.trainers} trainers needs {expected} workers"
+        rule = f"topology with {topology.targets} targets and {topology.trainers} trainers needs {expected}"
         command = f"torchrun --nproc-per-node={expected} -m eagle_rpc"
-        raise ConfigError(f"{rule}, got {world.size}: start it with {command}")
+        raise ConfigError(f"{rule} workers, got {world.size}: start it with {command}")
     if world.num_agents > 1 and world.max_restarts > 0:
         rule = "torchrun --max-restarts must be 0 with several agents in a static job"
         found = f"got {world.max_restarts} with {world.num_agents} agents"

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.processes import free_port
 from support.tiny_target import tiny_target_config
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TargetConfig
+from eagle_rpc.config.texts import parse_address
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import SERVICE_NAME, ElasticMembership, host, join_elastic
@@ -27,6 +29,8 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Role
 
 WAIT = 60.0
+# A worker is silent after 5 s: a busy machine may keep a living one from answering for a second or two.
+HEARTBEATS: dict[str, Any] = {"heartbeat_interval": 0.2, "heartbeat_misses": 25}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["support.elastic", "transformers.models.llama.modeling_llama"])
@@ -85,11 +89,9 @@ class Registry:
         self.token_file = directory / "token"
         self.token = load_or_create_token(self.token_file)
         self._ids = IdFile(directory / "ids")
-        self._server = self._start(0)
-        self.address = self._server.address
-
-    def _start(self, port: int) -> RegistryServer:
-        return RegistryServer(("127.0.0.1", port), self.token, Directory(self._ids, ttl=3.0))
+        # No outgoing connection takes this port while the registry is down.
+        self.address = f"127.0.0.1:{free_port()}"
+        self.restart()
 
     @property
     def client(self) -> RegistryClient:
@@ -99,7 +101,10 @@ class Registry:
         self._server.close()
 
     def restart(self) -> None:
-        self._server = self._start(int(self.address.rpartition(":")[2]))
+        directory = Directory(
+            self._ids, ttl=HEARTBEATS["heartbeat_interval"] * HEARTBEATS["heartbeat_misses"]
+        )
+        self._server = RegistryServer(parse_address(self.address), self.token, directory)
 
 
 @contextlib.contextmanager
@@ -109,8 +114,7 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
         request_timeout=20.0,
         shutdown_timeout=20.0,
         registry=address,
-        heartbeat_interval=0.2,
-        heartbeat_misses=5,
+        **HEARTBEATS,
     )
     with join_elastic(
         name,
@@ -151,8 +155,7 @@ def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iter
         "prefetch": 3,
         "request_timeout": 20.0,
         "reconnect_deadline": WAIT,
-        "heartbeat_interval": 0.2,
-        "heartbeat_misses": 5,
+        **HEARTBEATS,
     }
     with joined(name, "trainer", address, token) as membership:
         backend = RemoteEagle3TargetModel(
