@@ -1,6 +1,6 @@
 """Speed, memory and share of the ceiling of a target that makes supervision.
 
-    python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 8x2048] [--systems plain ...]
+    python benchmarks/target.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems plain ...]
     python benchmarks/target.py --out DIR --device cpu --shapes small --sizes 1x64 2x64 --chats 20      a try on a CPU
 
 Weights and tokens are random. `plain` is the reference (`compute_supervision`: full logits, shift, argmax,

@@ -1,7 +1,7 @@
 """EAGLE-3 drafts trained against a target that runs as a torch.distributed.rpc service.
 
-`eagle_rpc.NAME` is a name of `eagle_rpc/library.py`, which is loaded, and torch with it, when it is first used.
-Import this package before torch: torch reads the environment that is set here.
+`eagle_rpc.NAME` is a name of `eagle_rpc/library.py`, which is loaded, and torch with it, when it is first
+used. Import this package before torch: torch reads the environment that is set here.
 """
 
 import importlib.util

@@ -82,7 +82,8 @@ class TargetServer:
     def wait(self) -> None:
         """Waits for SIGTERM or Ctrl-C, in the main thread; a second one ends the process at once.
 
-        Raises `NameTaken` if another process serves under this name, `ConnectionLost` if peers cannot connect.
+        Raises `NameTaken` if another process serves under this name, `ConnectionLost` if peers cannot
+        connect.
         """
         with stop_signals() as self._life.stop:
             self._life.wait()
@@ -99,8 +100,8 @@ def serve(
 ) -> Iterator[TargetServer]:
     """Serves a target while the body runs, then drains it for `rpc.drain_timeout` seconds at most.
 
-    `index` (0 to 63) tells the replicas of one registry apart. `host_registry`, in place of that of `rpc`: whether
-    this process runs the registry at `rpc.registry`, as one process has to.
+    `index` (0 to 63) tells the replicas of one registry apart. `host_registry`, in place of that of `rpc`:
+    whether this process runs the registry at `rpc.registry`, as one process has to.
 
     Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
     supervision, `NameTaken` for an index in use, `AccessRefused` for a token file that others may read,
@@ -175,12 +176,13 @@ class StepFigures:
 class DraftTraining:
     """A draft in training on batches of the caller, in one process, without checkpoints.
 
-    Opens a session with `mapping`, which gives `draft.vocab_size`, at the backend of `connect` or `load_target`.
-    Its batches have to be on `train.device`. Of `train`, settings of the loop (epochs, batch size, validation,
-    checkpoints, log) have no effect, except `max_steps`, which also shapes the learning rate.
+    Opens a session with `mapping`, which gives `draft.vocab_size`, at the backend of `connect` or
+    `load_target`. Its batches have to be on `train.device`. Of `train`, settings of the loop (epochs, batch
+    size, validation, checkpoints, log) have no effect, except `max_steps`, which also shapes the learning
+    rate.
 
-    Raises `ConfigError` also for a draft that cannot work, `TargetMismatch` for a backend of another model than
-    `target`, `InvalidRequest` for a mapping of another vocabulary.
+    Raises `ConfigError` also for a draft that cannot work, `TargetMismatch` for a backend of another model
+    than `target`, `InvalidRequest` for a mapping of another vocabulary.
     """
 
     def __init__(
@@ -208,8 +210,8 @@ class DraftTraining:
     def steps(self, batches: Iterable[TokenBatch]) -> Iterator[StepFigures]:
         """Takes an optimiser step for each `train.accumulation` batches, until they or `train.max_steps` end.
 
-        Asks the backend ahead, so it may take a few batches more. A second call continues the training. Raises
-        the backend's errors, `ConfigError` for a `draft.loss` that the encoding does not allow, and
+        Asks the backend ahead, so it may take a few batches more. A second call continues the training.
+        Raises the backend's errors, `ConfigError` for a `draft.loss` that the encoding does not allow, and
         `TrainingDiverged` for a loss or gradient norm that is not finite.
         """
         learner, train = self._learner, self._config.train
@@ -253,8 +255,9 @@ def evaluate_draft(
 ) -> Evaluation:
     """Decodes prompts (token ids) by the target alone and with the draft, both in `settings.dtype`.
 
-    Of `settings`, `max_new_tokens`, `num_draft_tokens` and `near_tie` count beside it. Raises `ConfigError` also
-    without prompts or for one beyond the target's context, `TargetMismatch` for a draft of another target.
+    Of `settings`, `max_new_tokens`, `num_draft_tokens` and `near_tie` count beside it. Raises `ConfigError`
+    also without prompts or for one beyond the target's context, `TargetMismatch` for a draft of another
+    target.
     """
     config = _config(target=target, evaluate=settings, run=run)
     asked, files = config.evaluate, config.run

@@ -121,7 +121,7 @@ class RpcConfig:
     worker_threads: Annotated[int, rules.AT_LEAST_2] = 4
     """Threads of each worker that handle RPC; a handler may wait for another one."""
     transports: Annotated[list[str], rules.UV_LAST] = field(default_factory=lambda: ["uv"])
-    """TensorPipe transports; peers use the address of `uv`. `shm` is faster on large hosts but takes a core."""
+    """TensorPipe transports; peers use the address of `uv`. `shm` is faster on large hosts, takes a core."""
     channels: list[str] = field(default_factory=list)
     """TensorPipe channels; empty: `basic`, and torch's choice for GPUs. `mpt_uv` uses several connections
     between hosts. `cma` reads the sender's memory, which torch may free early if the connection breaks."""

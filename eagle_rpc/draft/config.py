@@ -44,7 +44,8 @@ class Eagle3DraftConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.draft_vocab_size > self.vocab_size:
             raise ConfigError(
-                f"draft_vocab_size must be at most the target's {self.vocab_size}, got {self.draft_vocab_size}"
+                f"draft_vocab_size must be at most the target's {self.vocab_size}, "
+                f"got {self.draft_vocab_size}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(

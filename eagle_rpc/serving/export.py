@@ -79,7 +79,7 @@ def export_draft(
     _check_shapes(tensors, draft_config)
     if (len(mapping), mapping.target_vocab_size) != (draft_config.draft_vocab_size, draft_config.vocab_size):
         raise ConfigError(
-            f"the vocab mapping must hold {draft_config.draft_vocab_size} of {draft_config.vocab_size} tokens "
+            f"the mapping must hold {draft_config.draft_vocab_size} of {draft_config.vocab_size} tokens "
             f"as the draft's config says, got {len(mapping)} of {mapping.target_vocab_size}"
         )
     stored = {

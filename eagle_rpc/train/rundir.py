@@ -14,7 +14,7 @@ from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"
-# Workers open their logs before the directory is claimed, and `job=regenerate` may have written answers to it.
+# Workers open their logs before the directory is claimed; `job=regenerate` may have written answers.
 _MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs", "answers.jsonl"})
 
 
