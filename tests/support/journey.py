@@ -17,13 +17,12 @@ from support.service_training import service_config
 from support.tiny_target import VOCAB_SIZE, tiny_mapping
 
 import eagle_rpc
-from eagle_rpc.client import SERVICE_NAME
 from eagle_rpc.client.dispatcher import PendingRequest
 from eagle_rpc.config.schema import SupervisionConfig, TopologyConfig
 from eagle_rpc.data import BatchPlan, ChatDataset
 from eagle_rpc.data.dataset import Example
 from eagle_rpc.jobs.assembly import connect_target, make_draft
-from eagle_rpc.jobs.permissions import static_permissions
+from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import fence, join_static
@@ -152,10 +151,10 @@ def travel() -> tuple[Files, Files]:
     target_config = load_target_config(config.target, cache_dir="unused")
     with (
         _recorded(journey),
-        join_static(cast, world, config.rpc, devices, static_permissions(config.rpc)) as membership,
+        join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership,
     ):
         server = load_server(config, torch.device("cpu"))
-        with TargetLifecycle(server=server, service=SERVICE_NAME, config=config.rpc, stop=stop).hosted():
+        with TargetLifecycle(server=server, config=config.rpc, stop=stop).hosted():
             membership.mark("ready")
             backend = connect_target(config, target_config, None, torch.device("cpu"), cast, membership, stop)
             backend.open_session(tiny_mapping())

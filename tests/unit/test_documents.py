@@ -39,13 +39,16 @@ def listed_modules() -> list[str]:
 
 
 def defined(file: Path) -> set[str]:
-    """Functions of a module, methods as `Class.method`, and classes."""
+    """Classes and functions of a module, those inside others as `Outer.inner`."""
     names = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-        if isinstance(node, ast.ClassDef):
-            names |= {f"{node.name}.{one.name}" for one in node.body if isinstance(one, ast.FunctionDef)}
+
+    def note(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+                note(node.body, f"{prefix}{node.name}.")
+
+    note(ast.parse(file.read_text()).body, "")
     return names
 
 
