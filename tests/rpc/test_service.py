@@ -285,7 +285,7 @@ def absent_service() -> Any:
         try:
             Link(
                 me,
-                "nothing",
+                service="nothing",
                 incarnation="",
                 data=me,
                 control=me,

@@ -11,7 +11,7 @@ from eagle_rpc.registry import Directory, IdFile, Record, RegistryClient, Regist
 
 TOKEN = b"t" * 32
 TTL = 3.0
-# Seconds that no test takes, whatever else the machine does.
+# Seconds that no test takes, on a busy machine either.
 BOUND = 60.0
 
 

@@ -271,7 +271,7 @@ def test_an_address_in_use_is_named_and_free_after_closing(tmp_path):
 
 @contextlib.contextmanager
 def impostor(says: bytes) -> Iterator[str]:
-    """Answers one connection with fixed bytes, whatever it asks."""
+    """Answers any request of one connection with fixed bytes."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:

@@ -23,42 +23,42 @@ def promise(budget, num_bytes, session="a", run="job", num_runs=1):
 
 
 def test_a_promise_counts_until_it_is_released():
-    books = budget()
-    promised = promise(books, 400)
-    assert (books.held, books.held_of("a"), books.held_of("b")) == (400, 400, 0)
-    books.release(promised)
-    assert (books.held, books.held_of("a")) == (0, 0)
+    replies = budget()
+    promised = promise(replies, 400)
+    assert (replies.held, replies.held_of("a"), replies.held_of("b")) == (400, 400, 0)
+    replies.release(promised)
+    assert (replies.held, replies.held_of("a")) == (0, 0)
 
 
 def test_a_reply_counts_for_its_tensors_while_one_of_them_lives():
-    books = budget()
+    replies = budget()
     value = Value(torch.zeros(10), torch.zeros(20))
-    books.fulfil(promise(books, 400), value)
-    assert books.held == books.held_of("a") == 120
+    replies.fulfil(promise(replies, 400), value)
+    assert replies.held == replies.held_of("a") == 120
     kept = value.second
     value.first = None
-    assert books.held == 120
+    assert replies.held == 120
     del value, kept
-    assert (books.held, books.held_of("a")) == (0, 0)
+    assert (replies.held, replies.held_of("a")) == (0, 0)
 
 
 def test_a_view_keeps_its_whole_storage():
-    books = budget()
+    replies = budget()
     whole = torch.zeros(30)
-    books.fulfil(promise(books, 400), Value(whole[:2], whole[5:]))
-    assert books.held == 120
+    replies.fulfil(promise(replies, 400), Value(whole[:2], whole[5:]))
+    assert replies.held == 120
     view = whole[:1]
     del whole
-    assert books.held == 120
+    assert replies.held == 120
     del view
-    assert books.held == 0
+    assert replies.held == 0
 
 
 def test_tensors_without_elements_take_nothing():
-    books = budget()
+    replies = budget()
     value = Value(torch.zeros(0))
-    books.fulfil(promise(books, 400), value)
-    assert books.held == 0
+    replies.fulfil(promise(replies, 400), value)
+    assert replies.held == 0
 
 
 def test_what_could_never_be_had_is_refused_for_good():
@@ -71,43 +71,43 @@ def test_what_could_never_be_had_is_refused_for_good():
 
 
 def test_bounds_hold_for_a_session_and_for_all_and_room_comes_back():
-    books = budget()
-    first = promise(books, 600, session="a")
+    replies = budget()
+    first = promise(replies, 600, session="a")
     with pytest.raises(
         TargetBusy, match=r"take 600 bytes, this one would take 1, target.max_reply_bytes_per_session is 600"
     ):
-        promise(books, 1, session="a")
-    promise(books, 400, session="b")
+        promise(replies, 1, session="a")
+    promise(replies, 400, session="b")
     with pytest.raises(
         TargetBusy, match=r"all unsent replies take 1000 bytes.*target.max_reply_bytes is 1000"
     ):
-        promise(books, 1, session="c")
-    books.release(first)
-    promise(books, 600, session="c")
+        promise(replies, 1, session="c")
+    replies.release(first)
+    promise(replies, 600, session="c")
 
 
 def test_room_of_sent_replies_is_found_when_it_is_needed():
-    books = budget()
+    replies = budget()
     value = Value(torch.zeros(150))
-    books.fulfil(promise(books, 600), value)
+    replies.fulfil(promise(replies, 600), value)
     with pytest.raises(TargetBusy):
-        promise(books, 600)
+        promise(replies, 600)
     del value
-    promise(books, 600)
+    promise(replies, 600)
 
 
 def test_a_run_among_others_keeps_to_its_share_but_gets_its_first_reply():
-    books = budget()
-    promise(books, 400, session="a", run="greedy", num_runs=2)
+    replies = budget()
+    promise(replies, 400, session="a", run="greedy", num_runs=2)
     with pytest.raises(TargetBusy, match=r"its share of target.max_reply_bytes among 2 runs is 500"):
-        promise(books, 200, session="b", run="greedy", num_runs=2)
-    promise(books, 600, session="c", run="modest", num_runs=2)
+        promise(replies, 200, session="b", run="greedy", num_runs=2)
+    promise(replies, 600, session="c", run="modest", num_runs=2)
 
 
 def test_waiting_ends_when_everything_is_sent_or_the_time_is_over():
-    books = budget()
+    replies = budget()
     value = Value(torch.zeros(10))
-    books.fulfil(promise(books, 400), value)
-    assert not books.wait_sent(0.02)
+    replies.fulfil(promise(replies, 400), value)
+    assert not replies.wait_sent(0.02)
     del value
-    assert books.wait_sent(20.0)
+    assert replies.wait_sent(20.0)
