@@ -36,7 +36,7 @@ def _later(method: Callable[..., Future[Any]]) -> Callable[..., torch.futures.Fu
     def call(self: "TargetEndpoint", *arguments: Any) -> torch.futures.Future[Reply]:
         reply, started = _future(self.server), reply_of(lambda: method(self.server, *arguments))
         if isinstance(started, Ok):
-            started.value.add_done_callback(lambda done: reply.set_result(_reply_of_done(done)))
+            started.value.add_done_callback(lambda done: _complete(reply, done, self.server.device))
         else:
             reply.set_result(started)
         return reply
@@ -76,6 +76,14 @@ def _future(server: TargetModelServer) -> torch.futures.Future[Reply]:
     """A future that may hold tensors of the target's device."""
     device = server.device
     return torch.futures.Future(devices=[device] if device.type == "cuda" else None)
+
+
+def _complete(reply: torch.futures.Future[Reply], done: Future[Any], device: torch.device) -> None:
+    """Hands over the answer, on the forward thread or, if it is there already, on the caller's RPC thread."""
+    if device.type == "cuda":
+        # torch sends tensors in the order of this thread's stream; they were made on the default stream.
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+    reply.set_result(_reply_of_done(done))
 
 
 def _reply_of_done(done: Future[Any]) -> Reply:
