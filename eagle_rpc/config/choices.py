@@ -8,6 +8,8 @@ class JobName(Enum):
 
     regenerate = "regenerate"
     """Asks the target the user turns of a prompt file and appends its answers to a chat file."""
+    inspect = "inspect"
+    """Shows what training would see: samples with supervised tokens, lengths, coverage, skipped records."""
     train = "train"
     """Trains a draft: targets and trainers under one torchrun, or trainers of a running service."""
     export = "export"
@@ -100,6 +102,19 @@ class PromptSource(Enum):
     """The files exist."""
     chitchat = "chitchat"
     """Absent files are written from the installed package chitchat-dataset."""
+    self = "self"
+    """The target writes absent files itself, from its template's user header on (section `prompts`)."""
+
+
+class AnswerBackend(Enum):
+    """What answers the prompts of `job=regenerate`."""
+
+    engine = "engine"
+    """The target, loaded into this process."""
+    openai = "openai"
+    """OpenAI-compatible servers (`regenerate.endpoints`)."""
+    service = "service"
+    """The targets of a running service, all replicas."""
 
 
 class VerifySide(Enum):

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from eagle_rpc.config.choices import DType
-from eagle_rpc.config.texts import ADDRESS_RULE, NAME_RULE, is_address, is_name, is_pair
+from eagle_rpc.config.texts import ADDRESS_RULE, NAME_RULE, is_address, is_date, is_name, is_pair
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ THREE_LAYERS = Rule(
     "be three distinct layers in ascending order", lambda v: len(v) == 3 and v == sorted(set(v))
 )
 NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
+DATE = Rule("be a day as 2026-01-31", is_date)
 NAME = Rule(f"be {NAME_RULE}", is_name)
 ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
 TOPOLOGIES = Rule(

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from eagle_rpc.config import rules
 from eagle_rpc.config.choices import (
+    AnswerBackend,
     CompileMode,
     DraftLoss,
     DType,
@@ -213,13 +214,26 @@ class DraftConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One of several sources of chats."""
+
+    path: str = MISSING
+    """Chats in any form that `data.train_path` takes."""
+    weight: Positive[float] = 1.0
+    """How often an epoch has each chat; of 0.5 a fixed half of the chats, of 2.5 two or three times each."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Chats, and the rows that they fill."""
 
     train_path: str = MISSING
-    """JSONL file with one chat a line: `messages`, or ShareGPT's `conversations`."""
+    """Chats: a file (JSON lines, JSON, gzip, zstd, parquet), a directory, a pattern of files or a dataset of
+    the Hugging Face hub."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Further chats to train on, each with a weight."""
     validation_path: str | None = None
-    """A file of the same form; null: `data.validation_share` of the chats of `data.train_path`."""
+    """Chats of the same forms; null: `data.validation_share` of the chats to train on."""
     validation_share: Annotated[float, rules.SHARE_BELOW_1] = 0.02
     """Share of the chats that validate instead of train, chosen by a hash of their content."""
     max_length: Annotated[int, rules.AT_LEAST_3] = 2048
@@ -236,6 +250,12 @@ class DataConfig:
     """Tokens of a packed row, at least `data.max_length`; null: the last bucket, or `data.max_length`."""
     chat_template: str | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the template for every rendering, such as `{enable_thinking: false}`."""
+    date: Annotated[str, rules.DATE] | None = None
+    """Day that templates write, as 2026-01-31; null: the day on which the run started."""
+    workers: NotNegative[int] = 0
+    """Processes that tokenise large data; 0: one for each core."""
     prompt_source: PromptSource = PromptSource.files
     """Origin of the two prompt files."""
 
@@ -337,16 +357,66 @@ class RegenerateConfig:
     """JSONL file that answers are appended to; a chat that is already in it is not asked again."""
     num_prompts: Positive[int] | None = None
     """Prompts to answer; null: all."""
+    backend: AnswerBackend = AnswerBackend.engine
+    """What answers: a model in this process, endpoints, or the targets of a service."""
+    endpoints: list[str] = field(default_factory=list)
+    """Base URLs of OpenAI-compatible servers, as http://127.0.0.1:8000/v1, for `regenerate.backend=openai`."""
+    api_key_file: str | None = None
+    """File with the key that the endpoints ask for; null: no key."""
+    concurrency: Positive[int] = 64
+    """Requests under way at a time at each endpoint."""
     batch_size: Positive[int] = 128
-    """Answers that are decoded at a time; a finished one makes room for the next prompt."""
-    max_new_tokens: Positive[int] = 96
+    """Answers that the engine decodes at a time; a finished one makes room for the next prompt."""
+    max_new_tokens: Positive[int] = 2048
     """Tokens of one answer, the end of turn included."""
-    max_prompt_tokens: Positive[int] = 512
+    max_prompt_tokens: Positive[int] = 2048
     """Longer prompts are skipped and counted."""
+    answers_per_prompt: Positive[int] = 1
+    """Answers to each prompt; more than one needs a temperature above 0."""
     temperature: NotNegative[float] = 0.0
     """Sampling temperature; 0: greedy."""
+    top_p: Annotated[float, rules.DECAY] = 1.0
+    """Smallest set of tokens of at least this probability that sampling chooses from; 1: all tokens."""
+    top_k: NotNegative[int] = 0
+    """Number of most probable tokens that sampling chooses from; 0: all tokens."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer, beside the target's own end of turn."""
     dtype: DType = DType.bfloat16
     """Format of the target while it answers."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptsConfig:
+    """Prompts that the target writes itself, for `data.prompt_source=self`."""
+
+    num_train: Positive[int] = 2000
+    """Prompts to train on that are kept after filtering."""
+    num_heldout: Positive[int] = 200
+    """Prompts for evaluation, none of which is among those to train on."""
+    system: str = ""
+    """System prompt before the user's turn; empty: none beside the template's own."""
+    temperature: Positive[float] = 1.0
+    """Sampling temperature."""
+    top_p: Annotated[float, rules.DECAY] = 0.99
+    """Smallest set of tokens of at least this probability that sampling chooses from."""
+    max_tokens: Positive[int] = 256
+    """Longest prompt; longer ones are left out."""
+    min_chars: Positive[int] = 12
+    """Shorter prompts are left out."""
+    scripts: list[str] = field(default_factory=list)
+    """Scripts by their Unicode names, as LATIN, that a prompt's letters must have; empty: any."""
+    max_attempts_per_prompt: Positive[int] = 10
+    """The job ends with an error if this many attempts for each wanted prompt do not give enough."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectConfig:
+    """The report of `job=inspect`."""
+
+    output: str = "${run.dir}/inspection.html"
+    """HTML page to write."""
+    num_samples: Positive[int] = 8
+    """Samples that are shown with their supervised tokens."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -365,3 +435,5 @@ class Config:
     serving: ServingConfig = field(default_factory=ServingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    inspect: InspectConfig = field(default_factory=InspectConfig)

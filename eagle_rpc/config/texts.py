@@ -1,6 +1,7 @@
 """Forms of text that several rooms accept, defined once: the configuration refuses all that they refuse."""
 
 import re
+from datetime import date
 from typing import Any
 
 from eagle_rpc.errors import ConfigError
@@ -28,6 +29,14 @@ def parse_address(text: str) -> tuple[str, int]:
         raise ConfigError(f"rpc.registry must be {ADDRESS_RULE}, got {text!r}")
     host, port = text.split(":")
     return host, int(port)
+
+
+def is_date(text: str) -> bool:
+    """Whether `text` is a day as in 2026-01-31."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def is_pair(text: str) -> bool:

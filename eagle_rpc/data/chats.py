@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,36 @@ _ROLES = {
 class Message:
     """One turn."""
 
-    role: str  # system, user or assistant
-    content: str
+    role: str  # system, user, assistant or tool
+    content: str  # empty if an assistant's turn only calls tools
+    thought: str | None = None  # the reasoning before an assistant's content, without the template's marks
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    others: dict[str, Any] = field(default_factory=dict)  # further keys for the template: name, tool_call_id
+    supervised: bool = True  # of an assistant's turn: whether the draft learns from it
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """An answer as token ids: what the target was asked and what it said."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]  # with the token that ended it, unless it was truncated
+    truncated: bool = False  # it reached a limit of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """The turns of one record: an optional system turn, then the user's first turn."""
+    """One record: an optional system turn, then turns that the user begins.
+
+    `answers` or `tokens` take the place of a rendering of `messages` where the record has token ids.
+    """
 
     messages: list[Message]
     line: int  # counted from 1
     truncated: bool = False  # whether the last answer ended at a limit of tokens
+    tools: list[dict[str, Any]] = field(default_factory=list)  # descriptions of functions
+    answers: list[KeptAnswer] = field(default_factory=list)  # of each assistant turn, kept by regeneration
+    tokens: tuple[list[int], list[bool]] | None = None  # ids and loss mask of a record without messages
 
 
 @dataclass(frozen=True, slots=True)
