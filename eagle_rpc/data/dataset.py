@@ -127,11 +127,14 @@ class _Tokenising:
         title = f"tokenising {self._file.path.name}"
         for chat in with_progress(self._file.chats, "chat", title=title, shown=show_progress):
             with self._problems.record(chat.line):
-                ids, mask = self._template.supervised_ids(chat.messages, truncated=chat.truncated)
-                if len(ids) > self._config.max_length:
-                    ids, mask = self._shorten(ids, mask)
-                if ids:
-                    yield Example(torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool))
+                for sample in self._template.samples(chat):
+                    ids, mask = sample.ids, sample.mask
+                    if len(ids) > self._config.max_length:
+                        ids, mask = self._shorten(ids, mask)
+                    if ids:
+                        yield Example(
+                            torch.tensor(ids, dtype=torch.int64), torch.tensor(mask, dtype=torch.bool)
+                        )
 
     def summary(self, examples: Sequence[Example]) -> str:
         tokens = sum(len(example.input_ids) for example in examples)

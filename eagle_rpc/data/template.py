@@ -1,146 +1,224 @@
-"""Chats as token ids, with a loss mask on the assistant's tokens.
+"""Chats as token ids: the prompt of each answer, and the answer as the target says it.
 
-There are two ways to find these tokens. A template with `{% generation %}` markers marks them. Without
-markers, an assistant turn consists of the tokens that the rendering up to the turn's end adds to the
-rendering of its prompt. That requires each of these renderings to be a prefix of the whole; chats where it is
-not are refused (Qwen3's template, for example, removes earlier thoughts).
+A chat is rendered as a server renders it: the prompt of an answer is the template's rendering of the turns
+before it, with the generation prompt. A template may render an earlier answer in another way than it was said
+(Qwen3's drops thoughts); `samples_of` then makes several samples of one chat. Answers whose ids were kept
+when the target gave them are not rendered at all.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from eagle_rpc.data.chats import Message
+from eagle_rpc.data.chats import Chat, KeptAnswer, Message
 from eagle_rpc.data.problems import RecordProblem
-from eagle_rpc.errors import ConfigError
+from eagle_rpc.data.rendering import ChatRenderer
+from eagle_rpc.data.samples import Sample, samples_of
+from eagle_rpc.data.template_check import check_template
 
-# As transformers recognises the marker.
-_GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_THOUGHT_BEGINS = re.compile(r"\s*<(?:\w+:)?think(?:ing)?>")
+_MARK = re.compile(r"</?\w+>|\[/?[A-Z]+\]")
 
 
 class ChatTemplate:
-    """A tokenizer and its chat template."""
+    """A tokenizer, its chat template, and the arguments of every rendering.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> None:
+    `findings` says what the template does; `identity` is a hash of all that token ids depend on.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        stop_token_ids: Collection[int] = (),
+    ) -> None:
         """`path` is a Jinja file that replaces the tokenizer's template.
 
-        Raises `ConfigError` if there is no template, or if it cannot be rendered.
+        `date` (ISO) is the day that the template writes, null: today. `stop_token_ids` end an answer; the
+        first one after an answer's content is its end of turn, or else the first special token.
+        Raises `ConfigError` if there is no template, if it does not render questions and answers, or if it
+        reads none of `arguments`.
         """
         self.tokenizer = tokenizer
-        self._template = _own_template(tokenizer) if path is None else _read_template(path)
-        self._marks_answers = _GENERATION_MARKER.search(self._template) is not None
-        if self._marks_answers and not tokenizer.is_fast:
-            raise ConfigError(
-                "a template with generation markers must go with a fast tokenizer, "
-                f"got {type(tokenizer).__name__}; give one without markers as data.chat_template"
-            )
+        self._renderer = ChatRenderer(tokenizer, path, arguments or {}, date)
         self._special_ids = special_token_ids(tokenizer)
-        try:
-            self._render([Message("user", "Hello")], add_generation_prompt=True)
-        except RecordProblem as problem:
-            raise ConfigError(f"data.chat_template must render a question, got: {problem}") from problem
+        self._stop_ids = frozenset(stop_token_ids)
+        self.findings = check_template(self._renderer.text)
+        self._end_of_turn = self._find_end_of_turn()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt for the assistant's answer to `messages`. Raises `RecordProblem`."""
-        return self._tokenise([self._render(messages, add_generation_prompt=True)])[0]
+    @property
+    def identity(self) -> str:
+        """Hash of template, arguments, day, tokenizer and stop tokens."""
+        parts = [self._renderer.identity, tokenizer_fingerprint(self.tokenizer), sorted(self._stop_ids)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def supervised_ids(
-        self, messages: Sequence[Message], *, truncated: bool = False
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of a chat and their loss mask, both up to the last supervised token.
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Token ids of the prompt for the assistant's answer to `messages`.
 
-        The mask is true on the content of each assistant turn and on the token that ends the turn, not on
-        white space that the template writes after it, which the target never emits. With generation markers
-        the mask covers the marked text. A `truncated` chat loses the token that ends its last turn, since the
-        target had not finished. Raises `RecordProblem` if the template refuses the chat or is not
-        prefix-stable on it, or if no token is supervised.
+        Raises `RecordProblem` if the template refuses the turns or leaves one of them out.
         """
-        ids, mask = self._marked_ids(messages) if self._marks_answers else self._ids_by_prefix(messages)
-        # No token precedes the first one, so it cannot be predicted.
-        if not any(mask[1:]):
-            raise RecordProblem(
-                "the template leaves no supervised token in the chat", kind="without supervised token"
+        return self._tokenise(self._renderer.prompt(messages, tools))
+
+    def samples(self, chat: Chat) -> list[Sample]:
+        """The samples of a chat; at least one. Raises `RecordProblem`."""
+        samples = [Sample(*chat.tokens)] if chat.tokens else samples_of(self.answers(chat))
+        if not samples:
+            raise RecordProblem("the chat has no supervised token", kind="without supervised token")
+        return samples
+
+    def answers(self, chat: Chat) -> Iterator[KeptAnswer]:
+        """The supervised answers of a chat: the ids that were kept, or the rendering of its text.
+
+        Raises `RecordProblem` if the template refuses the chat, renders it without a turn, or renders an
+        answer that the target would not say.
+        """
+        indices = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
+        for number, index in enumerate(indices):
+            if not chat.messages[index].supervised:
+                continue
+            if chat.answers:
+                yield chat.answers[number]
+                continue
+            answer = self._rendered_answer(
+                chat.messages[: index + 1], chat.tools, truncated=chat.truncated and index == indices[-1]
             )
-        length = len(mask) - mask[::-1].index(True)
-        if truncated and ids[length - 1] in self._special_ids:
-            length -= 1
-        return ids[:length], mask[:length]
+            if answer is not None:
+                yield answer
 
-    def _marked_ids(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        encoded = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return encoded["input_ids"], [bool(marked) for marked in encoded["assistant_masks"]]
+    def _rendered_answer(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, truncated: bool
+    ) -> KeptAnswer | None:
+        """The last of `messages` as the answer to the others; None if generation markers leave it out."""
+        prompt = self._renderer.prompt(messages[:-1], tools)
+        prompt_ids = self._tokenise(prompt)
+        if self._renderer.has_markers and not self._renderer.is_marked(messages, tools, len(prompt_ids)):
+            return None
+        said, has_end = self._said(prompt, messages, tools, truncated=truncated)
+        said_ids = self._ids_after(prompt, prompt_ids, said)
+        if has_end:
+            said_ids = self._up_to_end(said_ids, included=not truncated)
+        elif not truncated:
+            said_ids = said_ids + self._end_of_turn
+        if self._stop_ids.intersection(said_ids[:-1]):
+            raise RecordProblem(
+                f"message {len(messages)} has an end of turn inside the answer",
+                kind="with an end of turn inside",
+            )
+        return KeptAnswer(prompt_ids, said_ids, truncated)
 
-    def _ids_by_prefix(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Without the turns after the last answer."""
-        answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-        prompts = self._tokenise(
-            [self._render(messages[:index], add_generation_prompt=True) for index in answers]
-        )
-        turns = self._tokenise([self._render(messages[: index + 1]) for index in answers])
-        ids = turns[-1]
-        mask = [False] * len(ids)
-        for index, prompt, turn in zip(answers, prompts, turns, strict=True):
-            if ids[: len(prompt)] != prompt or ids[: len(turn)] != turn:
-                raise RecordProblem(
-                    f"the chat template renders the chat up to message {index + 1} differently when more "
-                    "messages follow, so the answer's tokens cannot be found; mark them with "
-                    "{% generation %} in a template of your own (data.chat_template)",
-                    kind="not prefix-stable",
-                )
-            for position in range(len(prompt), self._end_of_turn(turn, len(prompt))):
-                mask[position] = True
-        return ids, mask
+    def _said(
+        self, prompt: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, truncated: bool
+    ) -> tuple[str, bool]:
+        """The text that the target says after `prompt`, and whether it includes the end of the turn."""
+        findings, answer = self.findings, messages[-1]
+        self._check_thought(answer, len(messages), truncated=truncated)
+        whole = self._renderer.text(messages, tools)
+        header = prompt.removesuffix(findings.lacking)
+        rest = whole[len(header) :]
+        if not whole.startswith(header) or not self._is_rendered_in(answer, rest):
+            return self._said_by_content(answer, len(messages)), False
+        if not answer.thought and findings.empty_thought.strip() not in answer.content:
+            rest = rest.removeprefix(findings.empty_thought)
+        if findings.opening:
+            rest = _without_opening(rest, findings.opening)
+        said = rest.removesuffix(findings.ending)
+        return said, said == rest and bool(findings.ending)
 
-    def _end_of_turn(self, turn: list[int], start: int) -> int:
-        """End of a turn's supervision: after its last special token if only white space follows."""
-        end = len(turn)
-        while end > start and turn[end - 1] not in self._special_ids and self._is_space(turn[end - 1]):
+    def _check_thought(self, answer: Message, number: int, *, truncated: bool) -> None:
+        """Raises `RecordProblem` unless a thought is there as the generation prompt demands."""
+        findings = self.findings
+        has_thought = bool(answer.thought) or findings.closing in answer.content
+        if findings.opening and not has_thought and not truncated:
+            raise RecordProblem(
+                f"message {number} must begin with a thought, which the generation prompt opens with "
+                f"{findings.opening}: let the target answer (job=regenerate), or choose a prompt without it "
+                "(data.template_arguments)",
+                kind="without the thought that the prompt opens",
+            )
+        if findings.forbids_thought and (answer.thought or _THOUGHT_BEGINS.match(answer.content)):
+            raise RecordProblem(
+                f"message {number} must have no thought, since the generation prompt ends it: "
+                "choose a prompt with thoughts (data.template_arguments)",
+                kind="with a thought that the prompt forbids",
+            )
+
+    def _said_by_content(self, answer: Message, number: int) -> str:
+        """An answer that the template renders without its thought, or in another place: as it was said."""
+        opening, closing = self.findings.opening or "<think>", self.findings.closing or "</think>"
+        if answer.tool_calls:
+            raise RecordProblem(
+                f"message {number} has tool_calls, which the chat template does not render",
+                kind="with tool calls that the template does not render",
+            )
+        if answer.thought is None:
+            return _without_opening(answer.content, self.findings.opening)
+        if not self.findings.opening and opening.strip("<>") not in self._renderer.words:
+            raise RecordProblem(
+                f"message {number} has a thought, which the chat template does not render",
+                kind="with a thought that the template does not render",
+            )
+        thought = f"{answer.thought}\n{closing}\n\n{answer.content}"
+        return thought if self.findings.opening else f"{opening}\n{thought}"
+
+    def _is_rendered_in(self, answer: Message, rest: str) -> bool:
+        """Whether `rest` shows the content of the answer with its thought and calls."""
+        calls = [str(call.get("function", call).get("name", "")) for call in answer.tool_calls]
+        parts = [answer.content, answer.thought or "", *calls]
+        # Templates take a thought out of the content and write it elsewhere: compare it piece by piece.
+        pieces = [piece.strip() for part in parts for piece in _MARK.split(part)]
+        return all(piece in rest for piece in pieces)
+
+    def _ids_after(self, prompt: str, prompt_ids: list[int], said: str) -> list[int]:
+        """Token ids of `said` after a prompt, whose own ids stay as they are."""
+        whole = self._tokenise(prompt + said)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        # The last token of the prompt merges with the answer; a special token before it keeps them apart.
+        anchor = self.tokenizer.all_special_tokens[0] if self.tokenizer.all_special_tokens else ""
+        return self._tokenise(anchor + said)[len(self._tokenise(anchor)) :]
+
+    def _up_to_end(self, ids: list[int], *, included: bool) -> list[int]:
+        """An answer up to its end of turn, from ids that may go on with white space."""
+        end = len(ids)
+        while end and ids[end - 1] not in self._special_ids and self._is_space(ids[end - 1]):
             end -= 1
-        return end if end > start and turn[end - 1] in self._special_ids else len(turn)
+        start = end
+        while start and ids[start - 1] in self._special_ids:
+            start -= 1
+        if not included:
+            return ids[:start]
+        return ids[: next((index + 1 for index in range(start, end) if ids[index] in self._stop_ids), end)]
+
+    def _find_end_of_turn(self) -> list[int]:
+        """The token that ends an answer: the first stop token that the template writes after it."""
+        for text in (self.findings.ending, self.findings.later_ending):
+            ids = self._tokenise(text) if text else []
+            ends = [token for token in ids if token in self._stop_ids]
+            ends = ends or [token for token in ids if token in self._special_ids]
+            if ends:
+                return ends[:1]
+        return []
 
     def _is_space(self, token_id: int) -> bool:
         return str(self.tokenizer.decode([token_id])).isspace()
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    def _tokenise(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        dicts = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            return self.tokenizer.apply_chat_template(dicts, chat_template=self._template, **options)
-        except TemplateError as error:
-            raise RecordProblem(
-                f"the chat template refuses the chat: {error}", kind="refused by the template"
-            ) from error
 
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+def _without_opening(text: str, opening: str) -> str:
+    """An answer without the mark that its prompt ends with already."""
+    return re.sub(rf"^\s*{re.escape(opening)}\n?", "", text) if opening else text
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of all special tokens: those with a role, and added tokens with the flag `special`."""
     flagged = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return flagged.union(tokenizer.all_special_ids)
-
-
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise ConfigError(
-            "data.chat_template must name a Jinja file: "
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template"
-        ) from error
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"data.chat_template must be a readable Jinja file, got {path!r}: {error}"
-        ) from error
