@@ -34,7 +34,8 @@ _DAY_CODES = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdDeFg
 class ChatRenderer:
     """A chat template with the arguments of every rendering.
 
-    `words` are the names and words in its source, `identity` is all that its text depends on, as JSON values.
+    `words` are the words in its `source`, names of variables among them; `identity` is all that its text
+    depends on, as JSON values.
     """
 
     def __init__(
@@ -55,12 +56,12 @@ class ChatRenderer:
                 f"data.template_arguments.{name} must be a variable of the chat template, which does not read it"
             )
         self.has_markers = _GENERATION_MARKER.search(source) is not None and tokenizer.is_fast
-        self._tokenizer, self._source, self._arguments = tokenizer, source, dict(arguments)
+        self._tokenizer, self.source, self._arguments = tokenizer, source, dict(arguments)
         if "strftime_now" in self.words:
             date = Date.today() if day is None else Date.fromisoformat(day)
-            self._source = _FIXED_DAY + source
+            self.source = _FIXED_DAY + source
             self._arguments["eagle_rpc_day"] = {code: date.strftime(code) for code in _DAY_CODES}
-        self.identity = [self._source, self._arguments]
+        self.identity = [self.source, self._arguments]
 
     def text(
         self,
@@ -101,7 +102,7 @@ class ChatRenderer:
             return self._tokenizer.apply_chat_template(
                 turns,
                 tools=list(tools) or None,
-                chat_template=self._source,
+                chat_template=self.source,
                 **self._arguments,
                 **options,
             )

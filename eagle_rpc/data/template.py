@@ -19,6 +19,7 @@ from eagle_rpc.data.problems import RecordProblem
 from eagle_rpc.data.rendering import ChatRenderer
 from eagle_rpc.data.samples import Sample, samples_of
 from eagle_rpc.data.template_check import check_template
+from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
 
 _THOUGHT_BEGINS = re.compile(r"\s*<(?:\w+:)?think(?:ing)?>")
 _MARK = re.compile(r"</?\w+>|\[/?[A-Z]+\]")
@@ -106,11 +107,6 @@ class ChatTemplate:
             said_ids = self._up_to_end(said_ids, included=not truncated)
         elif not truncated:
             said_ids = said_ids + self._end_of_turn
-        if self._stop_ids.intersection(said_ids[:-1]):
-            raise RecordProblem(
-                f"message {len(messages)} has an end of turn inside the answer",
-                kind="with an end of turn inside",
-            )
         return KeptAnswer(prompt_ids, said_ids, truncated)
 
     def _said(
@@ -118,27 +114,36 @@ class ChatTemplate:
     ) -> tuple[str, bool]:
         """The text that the target says after `prompt`, and whether it includes the end of the turn."""
         findings, answer = self.findings, messages[-1]
-        self._check_thought(answer, len(messages), truncated=truncated)
+        self._check_answer(answer, len(messages), truncated=truncated)
+        if findings.opens_thought and answer.thought is None and not answer.tool_calls:
+            # The content holds the thought, or the beginning of it.
+            return _without_opening(answer.content, findings.opening), False
         whole = self._renderer.text(messages, tools)
-        header = prompt.removesuffix(findings.lacking)
+        header = prompt if whole.startswith(prompt) else prompt.removesuffix(findings.lacking)
         rest = whole[len(header) :]
         if not whole.startswith(header) or not self._is_rendered_in(answer, rest):
             return self._said_by_content(answer, len(messages)), False
-        if not answer.thought and findings.empty_thought.strip() not in answer.content:
-            rest = rest.removeprefix(findings.empty_thought)
-        if findings.opening:
+        if findings.opens_thought:
             rest = _without_opening(rest, findings.opening)
+        elif answer.thought is None and findings.empty_thought.strip() not in answer.content:
+            rest = rest.removeprefix(findings.empty_thought)
         said = rest.removesuffix(findings.ending)
         return said, said == rest and bool(findings.ending)
 
-    def _check_thought(self, answer: Message, number: int, *, truncated: bool) -> None:
-        """Raises `RecordProblem` unless a thought is there as the generation prompt demands."""
+    def _check_answer(self, answer: Message, number: int, *, truncated: bool) -> None:
+        """Raises `RecordProblem` for a text that the target cannot say after its prompt."""
         findings = self.findings
-        has_thought = bool(answer.thought) or findings.closing in answer.content
-        if findings.opening and not has_thought and not truncated:
+        ends = [str(self.tokenizer.convert_ids_to_tokens(token)) for token in self._stop_ids]
+        if any(end in answer.content or end in (answer.thought or "") for end in ends):
             raise RecordProblem(
-                f"message {number} must begin with a thought, which the generation prompt opens with "
-                f"{findings.opening}: let the target answer (job=regenerate), or choose a prompt without it "
+                f"message {number} must not have an end of turn inside the answer",
+                kind="with an end of turn inside an answer",
+            )
+        has_thought = answer.thought is not None or findings.closing.strip() in answer.content
+        if findings.opens_thought and not truncated and not has_thought:
+            raise RecordProblem(
+                f"message {number} must begin with a thought, which the generation prompt opens: "
+                "let the target answer (job=regenerate), or choose a prompt without it "
                 "(data.template_arguments)",
                 kind="without the thought that the prompt opens",
             )
@@ -151,21 +156,21 @@ class ChatTemplate:
 
     def _said_by_content(self, answer: Message, number: int) -> str:
         """An answer that the template renders without its thought, or in another place: as it was said."""
-        opening, closing = self.findings.opening or "<think>", self.findings.closing or "</think>"
+        findings = self.findings
         if answer.tool_calls:
             raise RecordProblem(
                 f"message {number} has tool_calls, which the chat template does not render",
                 kind="with tool calls that the template does not render",
             )
         if answer.thought is None:
-            return _without_opening(answer.content, self.findings.opening)
-        if not self.findings.opening and opening.strip("<>") not in self._renderer.words:
+            return answer.content
+        if not findings.opens_thought and "</think>" not in self._renderer.source:
             raise RecordProblem(
                 f"message {number} has a thought, which the chat template does not render",
                 kind="with a thought that the template does not render",
             )
-        thought = f"{answer.thought}\n{closing}\n\n{answer.content}"
-        return thought if self.findings.opening else f"{opening}\n{thought}"
+        thought = answer.thought + findings.closing + answer.content
+        return thought if findings.opens_thought else f"{findings.opening or '<think>'}\n{thought}"
 
     def _is_rendered_in(self, answer: Message, rest: str) -> bool:
         """Whether `rest` shows the content of the answer with its thought and calls."""
@@ -185,25 +190,24 @@ class ChatTemplate:
         return self._tokenise(anchor + said)[len(self._tokenise(anchor)) :]
 
     def _up_to_end(self, ids: list[int], *, included: bool) -> list[int]:
-        """An answer up to its end of turn, from ids that may go on with white space."""
-        end = len(ids)
-        while end and ids[end - 1] not in self._special_ids and self._is_space(ids[end - 1]):
-            end -= 1
-        start = end
-        while start and ids[start - 1] in self._special_ids:
-            start -= 1
-        if not included:
-            return ids[:start]
-        return ids[: next((index + 1 for index in range(start, end) if ids[index] in self._stop_ids), end)]
+        """An answer up to the end of its turn, from ids that may go on behind it."""
+        end = next((index for index, token in enumerate(ids) if token in self._stop_ids), None)
+        if end is None:
+            end = len(ids)
+            while end and ids[end - 1] not in self._special_ids and self._is_space(ids[end - 1]):
+                end -= 1
+            while end and ids[end - 1] in self._special_ids:
+                end -= 1
+        return ids[: end + included]
 
     def _find_end_of_turn(self) -> list[int]:
-        """The token that ends an answer: the first stop token that the template writes after it."""
+        """The ids that end an answer: up to the first stop token that the template writes after it."""
         for text in (self.findings.ending, self.findings.later_ending):
             ids = self._tokenise(text) if text else []
-            ends = [token for token in ids if token in self._stop_ids]
-            ends = ends or [token for token in ids if token in self._special_ids]
-            if ends:
-                return ends[:1]
+            for ends in (self._stop_ids, self._special_ids):
+                found = next((index for index, token in enumerate(ids) if token in ends), None)
+                if found is not None:
+                    return ids[: found + 1]
         return []
 
     def _is_space(self, token_id: int) -> bool:

@@ -16,8 +16,9 @@ Render = Callable[..., str]  # messages, add_generation_prompt=False -> text; ra
 _SYSTEM, _QUESTION = Message("system", "Zebrasystem"), Message("user", "Zebraquestion")
 _ANSWER, _THOUGHT = "Zebraanswer", "Zebrathought"
 _OPENING_MARK = re.compile(r"(?:<([\w:]+)>|\[([A-Z]+)\])\s*$")
-# A thought without content, as <think>\n\n</think> or [THINK][/THINK].
-_EMPTY_THOUGHT = re.compile(r"\s*(?:<([\w:]+)>\s*</\1>|\[([A-Z]+)\]\s*\[/\2\])\s*")
+# A thought without content, as <think>\n\n</think>, [THINK][/THINK] or </think> alone.
+_EMPTY_THOUGHT = re.compile(r"\s*(?:<([\w:]+)>\s*</\1>|\[([A-Z]+)\]\s*\[/\2\]|</[\w:]+>)\s*")
+_MARK_BEGINS = re.compile(r"(?:<|\[)[^<>\[\]]*$")
 _THOUGHT_IS_OVER = re.compile(r"</(?:\w+:)?think(?:ing)?>\s*$")
 
 
@@ -25,29 +26,29 @@ _THOUGHT_IS_OVER = re.compile(r"</(?:\w+:)?think(?:ing)?>\s*$")
 class TemplateFindings:
     """The behaviour of a template with its arguments."""
 
-    opening: str  # mark of a thought that the generation prompt begins, such as "<think>"; empty: none
-    closing: str  # mark that ends this thought
+    opens_thought: bool  # the generation prompt begins a thought
+    opening: str  # mark that begins a thought, such as "<think>"; empty: not known
+    closing: str  # text between a thought and the content, such as "\n</think>\n\n"
     forbids_thought: bool  # the generation prompt holds a thought that is over, so the answer comes without
     lacking: str  # end of the generation prompt that a rendered answer lacks
     empty_thought: str  # thought without content that begins a rendered answer which has no thought
     ending: str  # text after the content of the last answer
     later_ending: str  # text after the content of an answer that a user's turn follows
     keeps_space: bool  # white space around an answer's content is rendered
-    renders_thought: bool  # a thought given apart from the content is rendered in the last answer
-    keeps_thought: bool  # and in an answer that a user's turn follows
+    keeps_answers: bool  # an answer is rendered as it was said when a user's turn follows
     renders_system: bool
 
     def lines(self) -> list[str]:
         """A sentence for each finding."""
         lines = [f"an answer ends with {self.ending!r}" if self.ending else "no text follows an answer"]
-        if self.opening:
-            lines.append(f"the generation prompt opens a thought with {self.opening}: answers must have one")
+        if self.opens_thought:
+            lines.append(f"the generation prompt opens a thought {self.opening}: answers must have one")
         if self.forbids_thought:
             lines.append("the generation prompt holds an empty thought: answers must have none")
         if self.empty_thought:
             lines.append("an answer without a thought is rendered with an empty one, which is not supervised")
-        if self.renders_thought and not self.keeps_thought:
-            lines.append("the thoughts of earlier answers are dropped: each answer is a sample of its own")
+        if not self.keeps_answers:
+            lines.append("earlier answers are rendered unlike they were said: each is a sample of its own")
         if not self.keeps_space:
             lines.append("white space around an answer is trimmed")
         if not self.renders_system:
@@ -70,29 +71,52 @@ def check_template(render: Render) -> TemplateFindings:
             f"got the prompt {prompt!r:.200} and the answer {turn!r:.200}"
         )
     before, ending = turn.split(_ANSWER)
-    shared = next(
+    shared = _shared_length(prompt, before)
+    lacking, lead = prompt[shared:], before[shared:]
+    plain, thoughtful = Message("assistant", _ANSWER), Message("assistant", _ANSWER, thought=_THOUGHT)
+    with_thought = _render_or_nothing(render, _QUESTION, thoughtful).partition(_ANSWER)[0]
+    renders_thought = _THOUGHT in with_thought
+    thought_lead, _, closing = with_thought[shared:].partition(_THOUGHT) if renders_thought else ("", "", "")
+    mark = _OPENING_MARK.search(prompt)
+    # The prompt has more than a rendered answer has before its thought, or as much as it has.
+    has_more = bool(lacking.strip() or lead.strip()) and thought_lead.strip() in ("", lacking.strip())
+    opens = mark is not None or (renders_thought and has_more)
+    empty_thought = "" if opens else _empty_thought(lead, thought_lead + closing)
+    said = with_thought.removeprefix(prompt) if renders_thought else lead.removeprefix(empty_thought)
+    answer = thoughtful if renders_thought else plain
+    return TemplateFindings(
+        opens_thought=opens,
+        opening=mark[0].strip() if mark else thought_lead.strip(),
+        closing=closing or _closing_of(mark),
+        forbids_thought=_THOUGHT_IS_OVER.search(prompt) is not None,
+        lacking=lacking,
+        empty_thought=empty_thought,
+        ending=ending,
+        later_ending=_render_or_nothing(render, _QUESTION, plain, _QUESTION).partition(_ANSWER)[2],
+        keeps_space=f"  {_ANSWER}  "
+        in _render_or_nothing(render, _QUESTION, Message("assistant", f"  {_ANSWER}  ")),
+        keeps_answers=_render_or_nothing(render, _QUESTION, answer, _QUESTION).startswith(
+            prompt + said + _ANSWER
+        ),
+        renders_system=_SYSTEM.content in _render_or_nothing(render, _SYSTEM, _QUESTION),
+    )
+
+
+def _shared_length(prompt: str, before: str) -> int:
+    """Length of the common beginning of a prompt and a rendered turn that does not end inside a mark."""
+    length = next(
         (index for index, pair in enumerate(zip(prompt, before, strict=False)) if pair[0] != pair[1]),
         min(len(prompt), len(before)),
     )
-    thoughtful = Message("assistant", _ANSWER, thought=_THOUGHT)
-    with_thought = _render_or_nothing(render, _QUESTION, thoughtful)
-    mark = _OPENING_MARK.search(prompt)
-    return TemplateFindings(
-        opening=mark[0].strip() if mark else "",
-        closing=(f"</{mark[1]}>" if mark[1] else f"[/{mark[2]}]") if mark else "",
-        forbids_thought=_THOUGHT_IS_OVER.search(prompt) is not None,
-        lacking=prompt[shared:],
-        empty_thought=_empty_thought(before[shared:], with_thought[shared:].partition(_ANSWER)[0]),
-        ending=ending,
-        later_ending=_render_or_nothing(
-            render, _QUESTION, Message("assistant", _ANSWER), _QUESTION
-        ).partition(_ANSWER)[2],
-        keeps_space=f"  {_ANSWER}  "
-        in _render_or_nothing(render, _QUESTION, Message("assistant", f"  {_ANSWER}  ")),
-        renders_thought=_THOUGHT in with_thought,
-        keeps_thought=_THOUGHT in _render_or_nothing(render, _QUESTION, thoughtful, _QUESTION),
-        renders_system=_SYSTEM.content in _render_or_nothing(render, _SYSTEM, _QUESTION),
-    )
+    inside_mark = _MARK_BEGINS.search(prompt[:length]) if length < len(prompt) else None
+    return inside_mark.start() if inside_mark else length
+
+
+def _closing_of(mark: re.Match[str] | None) -> str:
+    """The text that ends the thought which a mark begins, in the usual form."""
+    if mark is None:
+        return "\n</think>\n\n"
+    return f"\n</{mark[1]}>\n\n" if mark[1] else f"[/{mark[2]}]"
 
 
 def _render_or_nothing(render: Render, *messages: Message) -> str:
@@ -103,9 +127,10 @@ def _render_or_nothing(render: Render, *messages: Message) -> str:
         return ""
 
 
-def _empty_thought(lead: str, lead_with_thought: str) -> str:
-    """`lead`, the text between prompt and answer, if it is a thought without content; else empty."""
-    without_space = "".join(lead.split())
-    emptied = "".join(lead_with_thought.replace(_THOUGHT, "").split())
-    is_thought = _THOUGHT in lead_with_thought and emptied == without_space
-    return lead if without_space and (is_thought or _EMPTY_THOUGHT.fullmatch(lead)) else ""
+def _empty_thought(lead: str, thought_marks: str) -> str:
+    """`lead`, the text between prompt and answer, if it is a thought without content; else empty.
+
+    `thought_marks` is the text around a thought in this place.
+    """
+    is_thought = "".join(lead.split()) == "".join(thought_marks.split()) or _EMPTY_THOUGHT.fullmatch(lead)
+    return lead if lead.strip() and is_thought else ""
