@@ -97,7 +97,7 @@ def test_a_chat_that_the_template_cannot_supervise_is_named_or_skipped(tmp_path,
     )
     template = ChatTemplate(make_tiny_tokenizer(shouting))
     path = write_chats(tmp_path / "chats.jsonl", ("hello", "loud"), ("hello", "quiet"), ("hello", "louder"))
-    with pytest.raises(DataError, match=r"chats\.jsonl, line 2: the template leaves no supervised token"):
+    with pytest.raises(DataError, match=r"chats\.jsonl, line 2: the chat has no supervised token"):
         ChatDataset.load(path, template, DataConfig(train_path=str(path)))
     with caplog.at_level(logging.INFO):
         dataset = ChatDataset.load(path, template, DataConfig(train_path=str(path), on_error=OnError.skip))
