@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -29,7 +28,7 @@ class _Dialogue:
     """A chat whose answers are being made."""
 
     prompt: str  # hash of all system and user turns
-    line: int
+    place: str
     coming: list[Message]  # system and user turns that the target has not been asked yet
     messages: list[Message] = field(default_factory=list)
 
@@ -52,7 +51,7 @@ class Regeneration:
         self._writer = writer
         self._settings = answer_settings(config, model)
         self._longest_prompt = _longest_prompt(config, model)
-        self._problems = RecordProblems(Path(self._config.prompts), config.data.on_error)
+        self._problems = RecordProblems(config.data.on_error)
         stop = stop_token_ids(model, template.tokenizer)
         if not stop:
             raise ConfigError(
@@ -97,7 +96,7 @@ class Regeneration:
             prompt = content_hash(turns)
             if prompt not in known:
                 known.add(prompt)
-                yield _Dialogue(prompt, chat.line, turns)
+                yield _Dialogue(prompt, chat.place, turns)
 
     def _continue(self, dialogue: _Dialogue) -> None:
         """Asks the next user turn, or writes the chat if there is none that can be asked."""
@@ -112,7 +111,7 @@ class Regeneration:
 
     def _ask(self, dialogue: _Dialogue) -> bool:
         """Submits the chat so far, unless it is too long or the template refuses it."""
-        with self._problems.record(dialogue.line):
+        with self._problems.record(dialogue.place):
             token_ids = self._template.prompt_ids(dialogue.messages)
             if len(token_ids) <= self._longest_prompt:
                 self._asked[dialogue.key] = dialogue

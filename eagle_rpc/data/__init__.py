@@ -1,11 +1,13 @@
 """From chat files to batches of tokens, and the draft vocabulary."""
 
 from eagle_rpc.data.batches import BatchPlan
-from eagle_rpc.data.chats import Chat, ChatFile, ChatWriter, KeptAnswer, Message, content_hash, read_chats
-from eagle_rpc.data.dataset import ChatDataset, Example, load_datasets
+from eagle_rpc.data.chats import Chat, ChatWriter, KeptAnswer, Message, content_hash
+from eagle_rpc.data.dataset import ChatDataset, Example
+from eagle_rpc.data.reading import ChatFile, read_chats
 from eagle_rpc.data.samples import Sample
 from eagle_rpc.data.template import ChatTemplate
-from eagle_rpc.data.vocab import build_vocab_mapping, count_predicted_tokens
+from eagle_rpc.data.token_cache import datasets_of, load_data
+from eagle_rpc.data.vocab import build_vocab_mapping
 
 __all__ = [
     "BatchPlan",
@@ -20,7 +22,7 @@ __all__ = [
     "Sample",
     "build_vocab_mapping",
     "content_hash",
-    "count_predicted_tokens",
-    "load_datasets",
+    "datasets_of",
+    "load_data",
     "read_chats",
 ]

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.errors import DataError
@@ -18,15 +17,14 @@ class RecordProblem(DataError):
 
 
 class RecordProblems:
-    """The faults of one file."""
+    """The faults of one pass over records."""
 
-    def __init__(self, path: Path, on_error: OnError) -> None:
+    def __init__(self, on_error: OnError) -> None:
         self.skipped: Counter[str] = Counter()
-        self._path = path
         self._on_error = on_error
 
     @contextmanager
-    def record(self, line: int) -> Iterator[None]:
+    def record(self, place: str) -> Iterator[None]:
         """Counts a `RecordProblem` of the body, which processes one record, or raises `DataError`.
 
         The error, with `data.on_error=fail`, names file, line and fault.
@@ -36,7 +34,7 @@ class RecordProblems:
         except RecordProblem as problem:
             if self._on_error is OnError.fail:
                 raise DataError(
-                    f"{self._path}, line {line}: {problem} (data.on_error=skip leaves such records out)"
+                    f"{place}: {problem} (data.on_error=skip leaves such records out)"
                 ) from problem
             self.skipped[problem.kind] += 1
 

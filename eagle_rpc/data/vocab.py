@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.data.dataset import ChatDataset
 from eagle_rpc.data.template import special_token_ids
-from eagle_rpc.errors import ConfigError, DataError, InvalidRequest
+from eagle_rpc.errors import ConfigError, InvalidRequest
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
 from eagle_rpc.supervision.vocab import VocabMapping
@@ -68,29 +67,10 @@ def build_vocab_mapping(
     return mapping, coverage
 
 
-def count_predicted_tokens(dataset: ChatDataset, target_vocab_size: int) -> Tensor:
-    """How often the draft has to guess each token, [V] int64.
-
-    A supervised token is judged by the target's output there, which predicts the token after it. Raises
-    `DataError` for ids outside the vocabulary.
-    """
-    counts_V = torch.zeros(target_vocab_size, dtype=torch.int64)
-    for example in dataset:
-        highest = int(example.input_ids.max())
-        if highest >= target_vocab_size:
-            raise DataError(
-                f"token ids must be below the target's vocabulary size {target_vocab_size}, got {highest}: "
-                "the tokenizer is not the target's"
-            )
-        predicted = example.input_ids[1:][example.loss_mask[:-1]]
-        counts_V.index_add_(0, predicted, torch.ones_like(predicted))
-    return counts_V
-
-
 def _build(
     dataset: ChatDataset, special: Sequence[int], target_vocab_size: int, draft_vocab_size: int
 ) -> tuple[VocabMapping, float]:
-    counts_V = count_predicted_tokens(dataset, target_vocab_size)
+    counts_V = torch.from_numpy(dataset.token_counts(target_vocab_size)[1])
     ranking_V = counts_V.clone()
     ranking_V[list(special)] = torch.iinfo(torch.int64).max
     # A stable sort keeps equal counts, zero included, in the order of their ids.

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from eagle_rpc.config import Config
-from eagle_rpc.data import ChatTemplate, build_vocab_mapping, load_datasets
+from eagle_rpc.data import ChatTemplate, build_vocab_mapping, datasets_of, load_data
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.assembly import (
     connect_target,
@@ -43,7 +43,10 @@ def train_until_done(
         raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
     target_config = load_target_config(config.target, cache_dir=cache_dir)
     template = ChatTemplate(tokenizer, config.data.chat_template)
-    training, validation = load_datasets(config.data, template, show_progress=index == 0)
+    data = load_data(config.data, template, cache_dir=cache_dir, show_progress=index == 0)
+    for source in data.sources:
+        source.require_ids_below(target_config.vocab_size)
+    training, validation = datasets_of(config.data, data)
     if index == 0:
         log_padding(config, training, len(cast.trainer_names))
     mapping, _ = build_vocab_mapping(
