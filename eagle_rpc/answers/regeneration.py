@@ -52,7 +52,7 @@ class Regeneration:
         self._settings = answer_settings(config, model)
         self._longest_prompt = _longest_prompt(config, model)
         self._problems = RecordProblems(config.data.on_error)
-        stop = stop_token_ids(model, template.tokenizer)
+        stop = stop_token_ids(model.config, model.generation_config, template.tokenizer)
         if not stop:
             raise ConfigError(
                 "target.model must have an eos_token_id in any of its configs or tokenizer, got none"

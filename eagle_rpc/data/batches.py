@@ -60,8 +60,12 @@ class BatchPlan:
         num_ranks: int = 1,
         bucket_lengths: Sequence[int] = (),
         packed_length: int | None = None,
+        endless: bool = True,
     ) -> None:
-        """Raises `DataError` on an empty dataset, `ConfigError` on values that cannot work."""
+        """Without `endless` the data end with the first epoch, whose last micro-batch may be smaller.
+
+        Raises `DataError` on an empty dataset, `ConfigError` on values that cannot work.
+        """
         if not len(dataset):
             raise DataError("a dataset must hold at least one chat to form batches, got none")
         if batch_size <= 0:
@@ -82,6 +86,7 @@ class BatchPlan:
         self._dataset = dataset
         self._batch_size = batch_size
         self._seed = seed
+        self._endless = endless
         self._rank = rank
         self._num_ranks = num_ranks
         self._buckets = np.array(sorted(bucket_lengths), dtype=np.int64)
@@ -137,7 +142,10 @@ class BatchPlan:
         # The rank that gets the longest sequences changes from batch to batch.
         place = (self._rank + position // self.sequences_per_batch) % self._num_ranks
         start = position + place * self._batch_size
-        return [self._sequence(number) for number in range(start, start + self._batch_size)]
+        stop = start + self._batch_size
+        if not self._endless:
+            stop = min(stop, self.sequences_per_epoch)
+        return [self._sequence(number) for number in range(start, stop)]
 
     def _sequence(self, number: int) -> tuple[int, ...]:
         epoch, index = divmod(number, self.sequences_per_epoch)

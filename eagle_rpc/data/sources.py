@@ -116,8 +116,11 @@ def _json_records(file: Path, stream: IO[bytes]) -> Iterator[Record]:
         head += itertools.islice(lines, 1)
     first = head[-1] if head else b""
     _check_start(file, first)
-    lines = itertools.chain(head, lines)
-    if first.lstrip().startswith(b"[") or not _is_complete(first):
+    second = next(lines, b"")
+    lines = itertools.chain(head, [second] if second else [], lines)
+    # A broken first line is followed by a record, a record over several lines is not.
+    over_lines = not _is_complete(first) and not (second.startswith(b"{") and _is_complete(second))
+    if first.lstrip().startswith(b"[") or over_lines:
         for number, value in enumerate(_values(file, lines), start=1):
             yield from ((f"{file}, record {number}", record) for record in _unwrapped(value))
         return

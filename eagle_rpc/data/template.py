@@ -55,6 +55,11 @@ class ChatTemplate:
         self._end_of_turn = self._find_end_of_turn()
 
     @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the given ones and the end of turn that the template writes."""
+        return self._stop_ids.union(self._end_of_turn[-1:])
+
+    @property
     def identity(self) -> str:
         """Hash of template, arguments, day, tokenizer and stop tokens."""
         parts = [self._renderer.identity, tokenizer_fingerprint(self.tokenizer), sorted(self._stop_ids)]

@@ -9,7 +9,7 @@ import json
 import logging
 from array import array
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
@@ -184,7 +184,7 @@ def _write(directory: Path, path: str, tokeniser: Tokeniser, *, show_progress: b
         np.save(fresh / _FIRST, np.frombuffer(first, dtype=np.int64))
         np.save(fresh / _CHATS, np.frombuffer(chats, dtype=np.uint64))
         digest = digest_of(_map_tokens(fresh / _TOKENS), np.frombuffer(first, dtype=np.int64))
-        facts = {"digest": digest, "counts": asdict(counts)}
+        facts = {"digest": digest, "counts": {name: getattr(counts, name) for name in Counts.__slots__}}
         (fresh / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 

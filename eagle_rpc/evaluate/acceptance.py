@@ -126,7 +126,7 @@ def evaluate_draft(
     proposer = draft_proposer(model, export, num_draft_tokens=num_draft_tokens)
     for prompt_ids in prompts:
         check_fits(target, prompt_ids, max_new_tokens + num_draft_tokens)
-    stop = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
+    stop = stop_token_ids(model.config, model.generation_config, tokenizer) if stop_ids is None else stop_ids
     _decode_both(target, proposer, prompts[0], min(_WARM_UP_TOKENS, max_new_tokens), stop, None)
     counts = DecodingCounts([0] * num_draft_tokens)
     results = []

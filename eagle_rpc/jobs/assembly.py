@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.data import BatchPlan, ChatDataset
+from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.rpc import Membership
@@ -23,6 +23,7 @@ from eagle_rpc.supervision import (
     tokenizer_fingerprint,
 )
 from eagle_rpc.target.capture import aux_layers
+from eagle_rpc.target.stop_tokens import stored_stop_token_ids
 from eagle_rpc.topology import Cast, Worker
 from eagle_rpc.train import RunRecord, TrainerGroup, join_trainers, plain
 
@@ -98,8 +99,24 @@ def join_group(
     )
 
 
-def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ranks: int = 1) -> BatchPlan:
-    """The micro-batches of one trainer."""
+def chat_template(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, date: str | None = None
+) -> ChatTemplate:
+    """The template of this configuration; `date` is the day that it writes, null: `data.date`."""
+    stop = stored_stop_token_ids(config.target, tokenizer, cache_dir=config.run.cache_dir)
+    return ChatTemplate(
+        tokenizer,
+        config.data.chat_template,
+        arguments=config.data.template_arguments,
+        date=date or config.data.date,
+        stop_token_ids=stop,
+    )
+
+
+def plan_batches(
+    config: Config, dataset: ChatDataset, *, rank: int = 0, num_ranks: int = 1, endless: bool = True
+) -> BatchPlan:
+    """The micro-batches of one trainer; without `endless` those of one epoch."""
     return BatchPlan(
         dataset,
         batch_size=config.train.batch_size,
@@ -108,6 +125,7 @@ def plan_batches(config: Config, dataset: ChatDataset, *, rank: int = 0, num_ran
         num_ranks=num_ranks,
         bucket_lengths=config.data.bucket_lengths,
         packed_length=config.data.longest_row if config.data.packing else None,
+        endless=endless,
     )
 
 

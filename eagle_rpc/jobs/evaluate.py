@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from eagle_rpc.config import Config
-from eagle_rpc.data import ChatTemplate
 from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.evaluate import evaluate_draft, read_prompts
+from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
@@ -30,7 +30,7 @@ def run(config: Config) -> int:
     result = evaluate_draft(
         model,
         export,
-        read_prompts(config, ChatTemplate(tokenizer, config.data.chat_template)),
+        read_prompts(config, chat_template(config, tokenizer)),
         max_new_tokens=settings.max_new_tokens,
         num_draft_tokens=settings.num_draft_tokens,
         near_tie=settings.near_tie,

@@ -6,8 +6,9 @@ import torch
 
 from eagle_rpc.answers.regeneration import Regeneration
 from eagle_rpc.config import Config
-from eagle_rpc.data import ChatTemplate, ChatWriter
+from eagle_rpc.data import ChatWriter
 from eagle_rpc.demo.prompts import ensure_prompts
+from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.target.loading import load_with_tokenizer
 from eagle_rpc.topology import resolve_device
@@ -23,7 +24,7 @@ def run(config: Config) -> int:
     target = replace(config.target, dtype=config.regenerate.dtype)
     device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
-    template = ChatTemplate(tokenizer, config.data.chat_template)
+    template = chat_template(config, tokenizer)
     with ChatWriter(config.regenerate.output) as writer:
         Regeneration(config, model, template, writer).run()
     return 0

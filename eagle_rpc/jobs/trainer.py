@@ -1,15 +1,20 @@
 """A worker that trains the draft, from the data to the last step."""
 
 import contextlib
+import datetime
+import logging
 import threading
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from eagle_rpc.config import Config
-from eagle_rpc.data import ChatTemplate, build_vocab_mapping, datasets_of, load_data
+from eagle_rpc.config.choices import Resume
+from eagle_rpc.data import build_vocab_mapping, datasets_of, load_data
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.assembly import (
+    chat_template,
     connect_target,
     join_group,
     log_padding,
@@ -22,6 +27,9 @@ from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
 from eagle_rpc.train import RunDirectory, Trainer
+from eagle_rpc.train.checkpoint import latest_checkpoint, read_saved_config
+
+logger = logging.getLogger(__name__)
 
 
 def train_until_done(
@@ -42,7 +50,11 @@ def train_until_done(
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
     target_config = load_target_config(config.target, cache_dir=cache_dir)
-    template = ChatTemplate(tokenizer, config.data.chat_template)
+    config = replace(config, data=replace(config.data, date=_date_of_run(config, index, store)))
+    template = chat_template(config, tokenizer)
+    if index == 0:
+        for finding in template.findings.lines():
+            logger.info("chat template: %s", finding)
     data = load_data(config.data, template, cache_dir=cache_dir, show_progress=index == 0)
     for source in data.sources:
         source.require_ids_below(target_config.vocab_size)
@@ -67,7 +79,7 @@ def train_until_done(
                 draft=make_draft(config, target_config, backend, device),
                 backend=backend,
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
-                validation=plan_batches(config, validation) if len(validation) else None,
+                validation=plan_batches(config, validation, endless=False) if len(validation) else None,
                 group=group,
                 run=RunDirectory.of(config),
                 record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
@@ -76,3 +88,13 @@ def train_until_done(
             if isinstance(membership, ElasticMembership):
                 membership.report(lambda: {**trainer.status(), **backend.status()})
             trainer.train()
+
+
+def _date_of_run(config: Config, index: int, store: dist.Store) -> str:
+    """The day that templates write: of the first start of the run, the same for all of its trainers."""
+    if index == 0:
+        newest = latest_checkpoint(RunDirectory.of(config).checkpoints)
+        resumed = newest is not None and config.train.resume is Resume.auto
+        saved = read_saved_config(newest)["data"].get("date") if newest is not None and resumed else None
+        store.set("date", config.data.date or saved or datetime.date.today().isoformat())
+    return store.get("date").decode()

@@ -22,7 +22,7 @@ from eagle_rpc.train.record import RunRecord
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step_(\d+)")
 _FACTS, _WEIGHTS, _OPTIMISER = "checkpoint.json", "draft.safetensors", "optimiser.safetensors"
 _MAPPING = "vocab_mapping.safetensors"
@@ -34,7 +34,7 @@ class Checkpoint:
     """The state from which a run continues bit for bit. Tensors are on the CPU after reading."""
 
     step: int  # optimiser steps done
-    micro_batches: int  # consumed by each trainer, without prefetched ones
+    sequences: int  # of the data, consumed by all trainers, without prefetched ones
     record: RunRecord
     weights: dict[str, Tensor]  # of the draft, without the frozen embedding
     optimiser: dict[str, Tensor]  # in the form of `optimiser_tensors`
@@ -47,7 +47,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> P
     facts = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
-        "micro_batches": checkpoint.micro_batches,
+        "sequences": checkpoint.sequences,
         "running_sums": checkpoint.running_sums,
         **checkpoint.record.to_json(),
     }
@@ -88,7 +88,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             )
         return Checkpoint(
             step=facts["step"],
-            micro_batches=facts["micro_batches"],
+            sequences=facts["sequences"],
             record=RunRecord.from_json(facts, mapping),
             weights=_load_tensors(path / _WEIGHTS),
             optimiser=_load_tensors(path / _OPTIMISER),
@@ -98,6 +98,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise
     except (KeyError, TypeError, EagleRpcError) as error:
         raise CheckpointError(f"{path} must be a checkpoint of format {FORMAT_VERSION}: {error!r}") from error
+
+
+def read_saved_config(path: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was made with, as JSON values. Raises `CheckpointError`."""
+    return dict(_read_facts(path / _FACTS).get("config", {}))
 
 
 def save_target_embedding(path: Path, embedding: Tensor) -> None:

@@ -69,7 +69,7 @@ class Learner:
         self._config = config
         self._objective = objective
         self._group = group
-        self._total_steps = total_steps
+        self.total_steps = total_steps
         self._masters = hold_weights(draft, config, group)
         self._optimiser = make_optimiser(draft, config)
         self._ttt = make_ttt_step(draft, config, objective, self._masters.gradients)
@@ -93,7 +93,7 @@ class Learner:
         self._group.sum_(sums.flat, "losses")
         self._masters.reduce_gradients()
         grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
-        rate = learning_rate(self.steps_done, self._total_steps, self._config)
+        rate = learning_rate(self.steps_done, self.total_steps, self._config)
         set_learning_rate(self._optimiser, rate)
         self._optimiser.step()
         self._ttt.refresh_weights()

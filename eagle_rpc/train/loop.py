@@ -1,7 +1,7 @@
 """The training loop: supervision, optimiser steps, figures, validation, checkpoints.
 
-Supervision is requested ahead of training; the data position counts the micro-batches that training has
-consumed.
+Supervision is requested ahead of training; the position in the data counts the sequences that all trainers
+have trained on.
 """
 
 import contextlib
@@ -75,10 +75,10 @@ class Trainer:
         self._run = run
         self._record = record
         self._stop = stop
-        self.total_steps = planned_steps(config, batches.batches_per_epoch)
+        self.total_steps = planned_steps(config, batches)
         self.learner = Learner(draft, config, objective, group, self.total_steps)
         self._sums = self.learner.empty_sums()  # since the last line of metrics
-        self._micro_batches = 0  # consumed by this trainer
+        self._position = 0  # sequences consumed by all trainers
         self._learning_rate = 0.0
         self._last_saved = 0  # optimiser steps
         self._metrics: MetricsLog | None = None  # of the primary trainer
@@ -103,7 +103,7 @@ class Trainer:
                 self._metrics = stack.enter_context(contextlib.closing(metrics))
             progress = Progress("step", total, done=done, shown=self._group.is_primary)
             stack.enter_context(contextlib.closing(progress))
-            batches = self._batches.batches(self._micro_batches)
+            batches = self._batches.batches(self._position)
             stream = stack.enter_context(supervised(self._backend, batches))
             self._pace.restart()
             try:
@@ -141,7 +141,7 @@ class Trainer:
 
     def _train_step(self, stream: Iterator[Eagle3TargetBatch], progress: Progress) -> None:
         outcome = self.learner.learn(islice(stream, self._config.accumulation))
-        self._micro_batches += self._config.accumulation
+        self._position += self._config.accumulation * self._batches.sequences_per_batch
         self._sums.add_step(outcome.sums, outcome.grad_norm)
         self._learning_rate = outcome.learning_rate
         progress.advance(lambda: in_one_line(self._training_figures()))
@@ -226,7 +226,7 @@ class Trainer:
             return
         checkpoint = Checkpoint(
             step=self.learner.steps_done,
-            micro_batches=self._micro_batches,
+            sequences=self._position,
             record=self._record,
             weights=weights,
             optimiser=optimiser,
@@ -244,7 +244,10 @@ class Trainer:
             require_same_run(checkpoint.record, self._record)
             self.learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
             self._sums.load(checkpoint.running_sums)
-            self._micro_batches = checkpoint.micro_batches
+            self._position = checkpoint.sequences
+            self.total_steps = self.learner.total_steps = planned_steps(
+                self._config, self._batches, steps_done=checkpoint.step, position=checkpoint.sequences
+            )
             self._last_saved = checkpoint.step
             logger.info("resuming from %s", newest)
         elif self._group.is_primary:
@@ -267,8 +270,10 @@ def supervised(
             stream.close()
 
 
-def planned_steps(config: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimiser steps of the run; `batches_per_epoch` counts the micro-batches of one trainer."""
+def planned_steps(config: TrainConfig, batches: BatchPlan, *, steps_done: int = 0, position: int = 0) -> int:
+    """Optimiser steps of the run, `steps_done` of which have consumed the first `position` sequences."""
     if config.max_epochs is None:
         return config.max_steps
-    return min(config.max_steps, math.ceil(config.max_epochs * batches_per_epoch / config.accumulation))
+    left = config.max_epochs * batches.sequences_per_epoch - position
+    steps_left = math.ceil(max(0, left) / (config.accumulation * batches.sequences_per_batch))
+    return min(config.max_steps, steps_done + steps_left)

@@ -17,20 +17,17 @@ logger = logging.getLogger(__name__)
 # The saved data position and optimiser state are valid only for the same values of these.
 _FIXED_SETTINGS = (
     "run.seed",
-    "topology.trainers",
     "train.batch_size",
     "train.accumulation",
     "draft.ttt_steps",
     "draft.step_decay",
-    "data.train_path",
-    "data.validation_path",
     "data.validation_share",
     "data.max_length",
     "data.overlong",
     "data.bucket_lengths",
     "data.packing",
     "data.row_length",
-    "data.chat_template",
+    "data.template_arguments",
 )
 _WATCHED_SECTIONS = ("train", "draft", "supervision", "data")
 _TARGET_FIELDS = (

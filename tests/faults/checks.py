@@ -10,12 +10,12 @@ from typing import Any
 from support.processes import descendants
 
 from faults.isolation import Isolation, listening_ports, shared_memory_files
-from faults.workspace import ACCUMULATION, Workspace
+from faults.workspace import SEQUENCES_PER_STEP, Workspace
 
 # Metrics that depend on the machine's speed.
 _PACE = ("tokens_per_second", "wait_share")
 _STATE = ("draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors")
-_POSITION = ("step", "micro_batches", "running_sums")
+_POSITION = ("step", "sequences", "running_sums")
 # A cache of torch that stays, and a directory that a killed torchrun leaves behind.
 _TORCHS_OWN = ("torchinductor_", "torchelastic_")
 
@@ -62,8 +62,8 @@ def differences(ours: Path, theirs: Path, steps: int) -> list[str]:
     found = [name for name in _STATE if (ends[0] / name).read_bytes() != (ends[1] / name).read_bytes()]
     facts = [json.loads((end / "checkpoint.json").read_text()) for end in ends]
     found += [name for name in _POSITION if facts[0][name] != facts[1][name]]
-    if facts[0]["micro_batches"] != steps * ACCUMULATION:
-        found.append(f"{facts[0]['micro_batches']} micro-batches consumed in {steps} steps of {ACCUMULATION}")
+    if facts[0]["sequences"] != steps * SEQUENCES_PER_STEP:
+        found.append(f"{facts[0]['sequences']} sequences consumed in {steps} steps of {SEQUENCES_PER_STEP}")
     return found
 
 

@@ -10,8 +10,8 @@ import torch
 from support.trainer import compose, elastic_trainer
 
 from eagle_rpc.config import Config
-from eagle_rpc.data import BatchPlan, ChatTemplate, load_datasets
-from eagle_rpc.jobs.assembly import plan_batches
+from eagle_rpc.data import BatchPlan, datasets_of, load_data
+from eagle_rpc.jobs.assembly import chat_template, plan_batches
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 
@@ -34,10 +34,9 @@ def main() -> None:
 
 def data_of(config: Config) -> tuple[BatchPlan, VocabMapping]:
     """The batches of `job=train`; the draft vocabulary is the first ids of the target's."""
-    template = ChatTemplate(
-        load_tokenizer(config.target, cache_dir=config.run.cache_dir), config.data.chat_template
-    )
-    training, _ = load_datasets(config.data, template, show_progress=False)
+    template = chat_template(config, load_tokenizer(config.target, cache_dir=config.run.cache_dir))
+    data = load_data(config.data, template, cache_dir=config.run.cache_dir, show_progress=False)
+    training, _ = datasets_of(config.data, data)
     vocab_size = load_target_config(config.target, cache_dir=config.run.cache_dir).vocab_size
     mapping = VocabMapping.from_token_ids(torch.arange(config.draft.vocab_size), vocab_size)
     return plan_batches(config, training), mapping

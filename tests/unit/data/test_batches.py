@@ -39,18 +39,50 @@ def same(batch, other):
     )
 
 
+def stream(num_ranks, count, *, batch_size=4, start=0, **options):
+    """The first `count` sequences or more that trainers see together from position `start` on."""
+    ranks = plans(num_ranks=num_ranks, batch_size=batch_size, **options)
+    seen = []
+    for position in range(start, start + count, ranks[0].sequences_per_batch):
+        parts = [plan._sequences_from(position) for plan in ranks]
+        turn = position // ranks[0].sequences_per_batch
+        for place in range(num_ranks):
+            seen += parts[(place - turn) % num_ranks]
+    return seen
+
+
+@pytest.mark.parametrize("packed_length", [None, 256])
+def test_the_order_of_the_data_does_not_depend_on_the_number_of_trainers(packed_length):
+    alone = stream(1, 600, packed_length=packed_length)
+    for num_ranks in (2, 3, 8):
+        assert stream(num_ranks, 500, packed_length=packed_length)[:500] == alone[:500]
+
+
+@pytest.mark.parametrize("packed_length", [None, 256])
 @pytest.mark.parametrize(("num_ranks", "batch_size"), [(1, 4), (2, 4), (3, 5), (7, 1), (2, 300)])
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_ranks_together_see_each_chat_once_an_epoch_and_the_wrap_fills_the_rest(
-    num_ranks, batch_size, number
-):
-    ranks = plans(num_ranks=num_ranks, batch_size=batch_size)
-    seen = Counter(chat for plan in ranks for i in epoch(plan, number) for chat in chats_of(plan.batch(i)))
-    total = ranks[0].batches_per_epoch * num_ranks * batch_size
-    assert set(seen) == set(range(len(LENGTHS)))
-    assert seen.total() == total
-    assert total - len(LENGTHS) < num_ranks * batch_size
-    assert max(seen.values()) - min(seen.values()) <= 1
+def test_every_epoch_has_each_chat_exactly_once(num_ranks, batch_size, packed_length):
+    options = {"batch_size": batch_size, "packed_length": packed_length}
+    size = plans(**options)[0].sequences_per_epoch
+    seen = stream(num_ranks, 3 * size, **options)
+    for number in range(3):
+        sequences = seen[number * size : (number + 1) * size]
+        assert Counter(chat for sequence in sequences for chat in sequence) == Counter(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("packed_length", [None, 256])
+def test_trainers_of_another_number_go_on_where_the_others_stopped(packed_length):
+    options = {"packed_length": packed_length}
+    size = plans(**options)[0].sequences_per_epoch
+    first = stream(2, 40, **options)
+    rest = stream(3, 2 * size - len(first), start=len(first), **options)
+    assert (first + rest)[: 2 * size] == stream(1, 2 * size, **options)[: 2 * size]
+
+
+def test_data_that_end_have_one_epoch_with_a_smaller_last_batch():
+    plan = plans(batch_size=50, endless=False)[0]
+    batches = [plan.batch(number) for number in epoch(plan)]
+    assert [len(batch.input_ids) for batch in batches] == [50, 50, 50, 50, 3]
+    assert Counter(chat for batch in batches for chat in chats_of(batch)) == Counter(range(len(LENGTHS)))
 
 
 def test_a_batch_is_a_function_of_the_arguments_and_its_number():
@@ -63,7 +95,8 @@ def test_a_batch_is_a_function_of_the_arguments_and_its_number():
 def test_a_stream_resumes_at_any_number_across_epochs():
     plan = plans(num_ranks=2)[1]
     start = plan.batches_per_epoch - 2
-    for number, batch in enumerate(islice(plan.batches(start), 5), start=start):
+    position = start * plan.sequences_per_batch
+    for number, batch in enumerate(islice(plan.batches(position), 5), start=start):
         assert same(batch, plan.batch(number))
     assert same(next(plan.batches()), plan.batch(0))
 
@@ -101,22 +134,18 @@ def test_chats_of_similar_length_share_a_batch_but_long_batches_do_not_come_in_a
     plan = plans(batch_size=8)[0]
     longest = [max(LENGTHS[chat] for chat in chats(plan, i)) for i in epoch(plan)]
     tokens = sum(LENGTHS[chat] for i in epoch(plan) for chat in chats(plan, i))
-    assert tokens / (8 * sum(longest)) > 0.9
+    assert tokens / (8 * sum(longest)) > 0.75
     rises = sum(earlier < later for earlier, later in pairwise(longest))
     assert 0.25 < rises / len(longest) < 0.75
 
 
 def test_the_ranks_get_about_as_many_tokens():
-    ranks = plans(num_ranks=4, batch_size=2)
-    shares = [sum(LENGTHS[chat] for i in epoch(plan) for chat in chats(plan, i)) for plan in ranks]
+    dataset = dataset_of_lengths(*(3 + (number * 37) % 190 for number in range(4000)))
+    ranks = plans(dataset, num_ranks=4, batch_size=2)
+    tokens = [[sum(dataset.lengths[chats(plan, i)]) for plan in ranks] for i in epoch(ranks[0])]
+    shares = [sum(column) for column in zip(*tokens, strict=True)]
     assert max(shares) / min(shares) < 1.03
-    within = [[sum(LENGTHS[chat] for chat in chats(plan, i)) for plan in ranks] for i in epoch(ranks[0])]
-    assert sum(map(max, within)) / sum(map(min, within)) < 1.15
-
-
-def test_long_and_short_chats_are_dealt_against_each_other():
-    ranks = plans(dataset_of_lengths(100, 90, 20, 10), num_ranks=2, batch_size=2)
-    assert {frozenset(chats(plan, 0)) for plan in ranks} == {frozenset({0, 3}), frozenset({1, 2})}
+    assert sum(map(max, tokens)) / (sum(map(sum, tokens)) / 4) < 1.05
 
 
 def test_the_longest_chat_of_a_batch_falls_to_each_rank_in_turn():

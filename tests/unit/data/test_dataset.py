@@ -7,7 +7,8 @@ from support.tiny_tokenizer import make_tiny_tokenizer
 
 from eagle_rpc.config.choices import OnError, Overlong
 from eagle_rpc.config.schema import DataConfig
-from eagle_rpc.data import ChatDataset, ChatTemplate, Example, load_datasets
+from eagle_rpc.data import ChatDataset, ChatTemplate, Example, datasets_of, load_data
+from eagle_rpc.data.token_cache import tokenised_source
 from eagle_rpc.errors import DataError
 
 TEMPLATE = ChatTemplate(make_tiny_tokenizer())
@@ -21,8 +22,11 @@ def many_chats(count):
     return [(f"question {number}", f"answer {number}") for number in range(count)]
 
 
-def load(path, **options):
-    return ChatDataset.load(path, TEMPLATE, DataConfig(train_path=str(path), **options))
+def load(path, template=TEMPLATE, **options):
+    source = tokenised_source(
+        str(path), template, DataConfig(train_path=str(path), **options), cache_dir=path.parent / "cache"
+    )
+    return ChatDataset.of_stores([source.store], [1.0], max_length=options.get("max_length", 2048))
 
 
 def contents(dataset):
@@ -55,7 +59,7 @@ def test_a_long_chat_is_cut_to_the_limit(tmp_path, caplog):
     assert set(supervised(dataset[0])) == {"a"}
     assert dataset.max_length == 40
     assert "2 chats" in caplog.text
-    assert "1 chats truncated to 40 tokens, 0 dropped as too long, none skipped" in caplog.text
+    assert "1 samples truncated to 40 tokens, 0 dropped as too long, none skipped" in caplog.text
 
 
 def test_a_chat_of_exactly_the_limit_is_left_alone(tmp_path, caplog):
@@ -63,7 +67,7 @@ def test_a_chat_of_exactly_the_limit_is_left_alone(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         dataset = load(path, max_length=len(load(path)[0].input_ids))
     assert supervised(dataset[0]) == "hi<|im_end|>"
-    assert "1 chats truncated" not in caplog.text
+    assert "1 samples truncated" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_a_long_chat_is_dropped_and_counted(tmp_path, caplog, long_chat, policy)
     with caplog.at_level(logging.INFO):
         dataset = load(path, max_length=40, overlong=policy)
     assert [supervised(example) for example in dataset] == ["hi<|im_end|>"]
-    assert "0 chats truncated to 40 tokens, 1 dropped as too long" in caplog.text
+    assert "0 samples truncated to 40 tokens, 1 dropped as too long" in caplog.text
 
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
@@ -98,9 +102,9 @@ def test_a_chat_that_the_template_cannot_supervise_is_named_or_skipped(tmp_path,
     template = ChatTemplate(make_tiny_tokenizer(shouting))
     path = write_chats(tmp_path / "chats.jsonl", ("hello", "loud"), ("hello", "quiet"), ("hello", "louder"))
     with pytest.raises(DataError, match=r"chats\.jsonl, line 2: the chat has no supervised token"):
-        ChatDataset.load(path, template, DataConfig(train_path=str(path)))
+        load(path, template)
     with caplog.at_level(logging.INFO):
-        dataset = ChatDataset.load(path, template, DataConfig(train_path=str(path), on_error=OnError.skip))
+        dataset = load(path, template, on_error=OnError.skip)
     assert len(dataset) == 2
     assert "1 skipped (1 without supervised token)" in caplog.text
 
@@ -146,9 +150,10 @@ def test_a_validation_file_replaces_the_split(tmp_path):
     train_path = write_chats(tmp_path / "train.jsonl", *many_chats(50))
     validation_path = write_chats(tmp_path / "validation.jsonl", ("hello", "hi"))
     config = DataConfig(train_path=str(train_path), validation_share=0.5)
-    assert sum(map(len, load_datasets(config, TEMPLATE))) == 50
+    data = load_data(config, TEMPLATE, cache_dir=tmp_path)
+    assert sum(map(len, datasets_of(config, data))) == 50
     config.validation_path = str(validation_path)
-    train, validation = load_datasets(config, TEMPLATE)
+    train, validation = datasets_of(config, load_data(config, TEMPLATE, cache_dir=tmp_path))
     assert (len(train), [supervised(example) for example in validation]) == (50, ["hi<|im_end|>"])
 
 
@@ -162,4 +167,5 @@ def test_the_digest_sees_tokens_masks_and_order(tmp_path):
     assert len(digests) == 4
     assert load(tmp_path / "0.jsonl").digest in digests
     ids = torch.arange(5)
-    assert Example(ids, ids > 2).digest != Example(ids, ids > 3).digest
+    examples = [Example(ids, ids > 2), Example(ids, ids > 3)]
+    assert len({ChatDataset([one], max_length=9).digest for one in examples}) == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer
 
-from eagle_rpc.data import ChatDataset, Example, build_vocab_mapping, count_predicted_tokens
+from eagle_rpc.data import ChatDataset, Example, build_vocab_mapping
 from eagle_rpc.errors import ConfigError, DataError
 
 TOKENIZER = make_tiny_tokenizer()
@@ -27,8 +27,15 @@ def build(dataset, tmp_path, *, size=8, target=VOCAB_SIZE):
 
 
 def test_what_counts_is_the_token_after_each_supervised_one():
-    counts = count_predicted_tokens(dataset_of(((50, 51), 52, 53, 54), ((50,), 53, 54)), VOCAB_SIZE)
-    assert {index: int(counts[index]) for index in counts.nonzero().flatten().tolist()} == {53: 1, 54: 2}
+    everywhere, guessed = dataset_of(((50, 51), 52, 53, 54), ((50,), 53, 54)).token_counts(VOCAB_SIZE)
+    assert {index: int(guessed[index]) for index in guessed.nonzero()[0]} == {53: 1, 54: 2}
+    assert {index: int(everywhere[index]) for index in everywhere.nonzero()[0]} == {
+        50: 2,
+        51: 1,
+        52: 1,
+        53: 2,
+        54: 2,
+    }
 
 
 def test_special_tokens_come_first_then_frequent_ones_then_low_ids(tmp_path):
@@ -53,7 +60,7 @@ def test_special_tokens_that_the_target_has_no_row_for_are_left_out(tmp_path):
 def test_a_second_call_reads_the_first_ones_file(tmp_path, monkeypatch, caplog):
     dataset = dataset_of(((9,), 9, 90, 80, 70))
     mapping, coverage = build(dataset, tmp_path, size=5)
-    monkeypatch.setattr("eagle_rpc.data.vocab.count_predicted_tokens", None)
+    monkeypatch.setattr(ChatDataset, "token_counts", None)
     with caplog.at_level(logging.INFO):
         again, coverage_again = build(dataset, tmp_path, size=5)
     assert (again.digest, coverage_again) == (mapping.digest, coverage)

@@ -57,11 +57,21 @@ def train_an_epoch(draft, *, num_ranks: int, batch_size: int, packed_length: int
     """
     plans = [
         BatchPlan(
-            dataset(), batch_size=batch_size, rank=rank, num_ranks=num_ranks, packed_length=packed_length
+            dataset(),
+            batch_size=batch_size,
+            rank=rank,
+            num_ranks=num_ranks,
+            packed_length=packed_length,
+            endless=False,
         )
         for rank in range(num_ranks)
     ]
-    batches = [supervised(plan.batch(number)) for plan in plans for number in range(plan.batches_per_epoch)]
+    batches = [
+        supervised(plan.batch(number))
+        for plan in plans
+        for number in range(plan.batches_per_epoch)
+        if plan.sequences(number)
+    ]
     denominators = sum(count_rows(batch, STEPS) for batch in batches)
     draft.zero_grad(set_to_none=True)
     results = [

@@ -21,9 +21,10 @@ def test_every_end_of_sequence_token_ends_an_answer(config, generation, tokenize
         config=SimpleNamespace(eos_token_id=config),
         generation_config=SimpleNamespace(eos_token_id=generation),
     )
-    assert stop_token_ids(model, SimpleNamespace(eos_token_id=tokenizer)) == expected
+    owners = (model.config, model.generation_config, SimpleNamespace(eos_token_id=tokenizer))
+    assert stop_token_ids(*owners) == expected
 
 
 def test_neither_tokenizer_nor_generation_config_is_needed():
     model = SimpleNamespace(config=SimpleNamespace(eos_token_id=[3]), generation_config=None)
-    assert stop_token_ids(model, None) == {3}
+    assert stop_token_ids(model.config, model.generation_config, None) == {3}

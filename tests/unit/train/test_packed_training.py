@@ -81,8 +81,7 @@ def test_validation_figures_do_not_depend_on_packing():
     data, target = chats(), TableTarget()
     learner = Learner(random_draft(), SETTINGS, OBJECTIVE, TrainerGroup(), total_steps=1)
     figures = []
-    # The padded plan takes all chats at once, so neither repeats one.
-    for plan in (packed_plan(), BatchPlan(data, batch_size=len(data))):
+    for plan in (packed_plan(endless=False), BatchPlan(data, batch_size=len(data))):
         sums = learner.empty_sums()
         for number in range(plan.batches_per_epoch):
             learner.judge(target.supervise(plan.batch(number)), sums)

@@ -115,7 +115,7 @@ def test_every_stream_is_closed_when_training_ends_and_when_it_fails(tmp_path):
 
 def test_prefetched_batches_do_not_count_as_consumed(tmp_path):
     make_trainer(tmp_path, train_config(max_steps=3, accumulation=2, checkpoint_every=3)).train()
-    assert read_checkpoint(latest_checkpoint(tmp_path / "checkpoints")).micro_batches == 6
+    assert read_checkpoint(latest_checkpoint(tmp_path / "checkpoints")).sequences == 12
 
 
 class PoisonedTarget(TableTarget):
@@ -159,9 +159,18 @@ def test_weights_that_are_not_finite_stop_before_a_checkpoint(tmp_path):
 
 
 def test_epochs_end_the_run_early():
-    assert planned_steps(train_config(max_steps=100), 5) == 100
-    assert planned_steps(train_config(max_steps=100, max_epochs=3, accumulation=2), 5) == 8
-    assert planned_steps(train_config(max_steps=4, max_epochs=3), 5) == 4
+    five = RandomPlan(batches_per_epoch=5)
+    assert planned_steps(train_config(max_steps=100), five) == 100
+    assert planned_steps(train_config(max_steps=100, max_epochs=3, accumulation=2), five) == 8
+    assert planned_steps(train_config(max_steps=4, max_epochs=3), five) == 4
+
+
+def test_another_number_of_trainers_finishes_the_epochs_that_the_others_began():
+    config = train_config(max_steps=100, max_epochs=3)
+    one, three = RandomPlan(batches_per_epoch=12), RandomPlan(size=3, batches_per_epoch=4)
+    assert one.sequences_per_epoch == three.sequences_per_epoch == 24
+    assert planned_steps(config, one) == 36
+    assert planned_steps(config, three, steps_done=6, position=12) == 6 + 10
 
 
 def test_a_draft_of_another_dtype_is_refused(tmp_path):

@@ -90,6 +90,14 @@ class RandomPlan:
     batch_size: int = 2
     batches_per_epoch: int = 5
 
+    @property
+    def sequences_per_batch(self) -> int:
+        return self.size * self.batch_size
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        return self.batches_per_epoch * self.sequences_per_batch
+
     def batch(self, index: int) -> TokenBatch:
         generator = torch.Generator().manual_seed(1000 * self.seed + index * self.size + self.rank)
         shape = (self.batch_size, 12)
@@ -102,8 +110,8 @@ class RandomPlan:
             loss_mask=loss_mask,
         )
 
-    def batches(self, start: int) -> Iterator[TokenBatch]:
-        return (self.batch(index) for index in itertools.count(start))
+    def batches(self, position: int) -> Iterator[TokenBatch]:
+        return (self.batch(index) for index in itertools.count(position // self.sequences_per_batch))
 
 
 class RepeatedPlan(RandomPlan):
