@@ -31,6 +31,7 @@ class Answer:
     key: str
     token_ids: list[int]  # without the stop token
     truncated: bool  # it reached the limit without a stop token
+    stop_token: int | None = None  # the token that ended it, unless it is truncated
 
 
 @dataclass(order=True, slots=True)
@@ -84,15 +85,15 @@ class AnswerEngine:
             None  # tokens whose keys and values stand first in every row; null: not known
         )
 
-    def submit(self, key: str, prompt: Sequence[int]) -> None:
+    def submit(self, key: str, prompt: Sequence[int], *, draws: str | None = None) -> None:
         """Queues a prompt, also while `answers()` runs. Long prompts go first: a batch has similar lengths.
 
-        Raises `InvalidRequest` on an empty prompt.
+        Sampling depends on `draws`, by default the key, and on the seed. Raises `InvalidRequest` on an empty prompt.
         """
         if not prompt:
             raise InvalidRequest(f"prompt must hold at least one token, got an empty one for {key!r}")
         rank = (-len(prompt), self._num_submitted)
-        sequence = _Sequence(rank, key, list(prompt), random.Random(f"{self.seed}/{key}"))
+        sequence = _Sequence(rank, key, list(prompt), random.Random(f"{self.seed}/{draws or key}"))
         heapq.heappush(self._waiting, sequence)
         self._num_submitted += 1
 
@@ -101,17 +102,30 @@ class AnswerEngine:
         while self._waiting or self._active:
             yield from self._run_until_some_finish()
 
+    def step(self) -> list[Answer]:
+        """Adds one token to every answer that has a row; returns the answers that this finishes."""
+        with torch.inference_mode(), batch_attention(self.model):
+            return self._step()
+
+    def drop(self, keys: Collection[str]) -> None:
+        """Forgets prompts whose answers are not finished."""
+        self._waiting = [one for one in self._waiting if one.key not in keys]
+        heapq.heapify(self._waiting)
+        self._remove([row for row, one in enumerate(self._active) if one.key in keys])
+
     @torch.inference_mode()
     def _run_until_some_finish(self) -> list[Answer]:
         with batch_attention(self.model):
-            while True:
-                # A prefill of a few prompts costs as much as one of many, and empty rows cost nothing.
-                if len(self._active) <= self.batch_size * 7 // 8 and self._waiting:
-                    self._admit()
-                self._decode()
-                finished = self._take_finished()
-                if finished:
-                    return finished
+            while not (finished := self._step()):
+                pass
+            return finished
+
+    def _step(self) -> list[Answer]:
+        # A prefill of a few prompts costs as much as one of many, and empty rows cost nothing.
+        if len(self._active) <= self.batch_size * 7 // 8 and self._waiting:
+            self._admit()
+        self._decode()
+        return self._take_finished()
 
     def _admit(self) -> None:
         """Gives free rows to waiting prompts and computes all of their tokens except the last."""
@@ -171,23 +185,30 @@ class AnswerEngine:
         return output.logits[:, -1]
 
     def _take_finished(self) -> list[Answer]:
-        """Removes finished sequences. The last active rows move into the gaps, so active rows come first."""
+        """Removes finished sequences."""
         answers, finished = [], []
         for row, sequence in enumerate(self._active):
-            stopped = sequence.answer[-1] in self.stop_token_ids
-            if stopped or len(sequence.answer) == self.max_new_tokens:
-                token_ids = sequence.answer[:-1] if stopped else sequence.answer
-                answers.append(Answer(sequence.key, token_ids, truncated=not stopped))
-                finished.append(row)
-        num_left = len(self._active) - len(finished)
-        gaps = [row for row in finished if row < num_left]
-        movers = sorted(set(range(num_left, len(self._active))) - set(finished))
+            *before, last = sequence.answer
+            if last in self.stop_token_ids:
+                answers.append(Answer(sequence.key, before, truncated=False, stop_token=last))
+            elif len(sequence.answer) == self.max_new_tokens:
+                answers.append(Answer(sequence.key, sequence.answer, truncated=True))
+            else:
+                continue
+            finished.append(row)
+        self._remove(finished)
+        return answers
+
+    def _remove(self, rows: list[int]) -> None:
+        """Frees `rows`, in ascending order. The last active rows move into the gaps: active rows come first."""
+        num_left = len(self._active) - len(rows)
+        gaps = [row for row in rows if row < num_left]
+        movers = sorted(set(range(num_left, len(self._active))) - set(rows))
         if gaps:
             self._cache.move(movers, gaps)
         for gap, mover in zip(gaps, movers, strict=True):
             self._active[gap] = self._active[mover]
         del self._active[num_left:]
-        return answers
 
 
 def _common_prefix(sequences: list[list[int]]) -> list[int]:

@@ -171,6 +171,10 @@ class TargetConfig:
     """Bytes of replies, over all sessions, that may be promised or made but not yet sent."""
     max_reply_bytes_per_session: Positive[int] = 4 * 2**30
     """The same limit for one session; at most `target.max_reply_bytes`."""
+    max_answers: Positive[int] = 128
+    """Prompts that the target answers at a time, and prompts that may wait for it."""
+    max_answer_tokens: Positive[int] = 131072
+    """Tokens whose keys and values answers may hold: the prompts answered at a time x the longest of them."""
     max_sessions: Positive[int] = 256
     """Sessions that may be open at a time."""
     session_lease: Positive[float] = 60.0

@@ -7,12 +7,16 @@ from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.supervision import (
+    AnswerPrompt,
+    AnswerRequest,
+    AnswerSettings,
     DraftHead,
     EncodedSupervision,
     GenerateRequest,
     HeartbeatReply,
     ModelInfo,
     OpenedSession,
+    PromptAnswer,
     SessionSpec,
     TargetExpectation,
     TokenBatch,
@@ -20,7 +24,17 @@ from eagle_rpc.supervision import (
 from eagle_rpc.topology import Role
 
 _REQUESTS = {GenerateRequest, SessionSpec, TargetExpectation, TokenBatch}
-_ANSWERS = {Ok, Failure, DraftHead, EncodedSupervision, HeartbeatReply, ModelInfo, OpenedSession}
+_REQUESTS |= {AnswerPrompt, AnswerRequest, AnswerSettings}
+_REPLIES = {
+    Ok,
+    Failure,
+    DraftHead,
+    EncodedSupervision,
+    HeartbeatReply,
+    ModelInfo,
+    OpenedSession,
+    PromptAnswer,
+}
 
 
 def permissions(config: RpcConfig, role: Role | None) -> Permissions:
@@ -30,7 +44,7 @@ def permissions(config: RpcConfig, role: Role | None) -> Permissions:
     return Permissions(
         functions=frozenset(functions if serves else ()),
         methods={TargetEndpoint: CONTROL_METHODS} if serves else {},
-        types=frozenset((_REQUESTS if serves else set()) | (_ANSWERS if asks else set())),
+        types=frozenset((_REQUESTS if serves else set()) | (_REPLIES if asks else set())),
         proxied=frozenset([TargetEndpoint] if asks else []),
         max_pickle_bytes=config.max_pickle_bytes,
         max_request_bytes=config.max_request_bytes,

@@ -5,7 +5,16 @@ from typing import Any
 
 from eagle_rpc.config.texts import NAME_RULE, is_name
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision import GenerateRequest, SessionSpec, TargetExpectation, TokenBatch, own_storage
+from eagle_rpc.supervision import (
+    AnswerPrompt,
+    AnswerRequest,
+    AnswerSettings,
+    GenerateRequest,
+    SessionSpec,
+    TargetExpectation,
+    TokenBatch,
+    own_storage,
+)
 
 
 def check_type(name: str, value: Any, wanted: type) -> None:
@@ -34,15 +43,28 @@ def check_spec(spec: Any) -> None:
         check_name(name, getattr(spec, name))
     check_type("expected", spec.expected, TargetExpectation)
     check_type("through_host", spec.through_host, bool)
+    check_type("answers", spec.answers, bool)
     spec.check()
 
 
 def check_request(request: Any) -> None:
     """Raises `InvalidRequest` unless `request` is a `GenerateRequest`, of any session and tokens."""
-    check_type("request", request, GenerateRequest)
+    _check_fields(request, GenerateRequest)
+    check_type("tokens", request.tokens, TokenBatch)
+
+
+def check_answer_request(request: Any) -> None:
+    """Raises `InvalidRequest` unless `request` is an `AnswerRequest`, of any session, ids and settings."""
+    _check_fields(request, AnswerRequest)
+    check_type("prompt", request.prompt, AnswerPrompt)
+    check_name("key", request.prompt.key)
+    check_type("settings", request.prompt.settings, AnswerSettings)
+
+
+def _check_fields(request: Any, wanted: type) -> None:
+    check_type("request", request, wanted)
     check_name("request_id", request.request_id)
     check_type("incarnation", request.incarnation, str)
-    check_type("tokens", request.tokens, TokenBatch)
     check_seconds("seconds_left", request.seconds_left)
 
 

@@ -16,7 +16,7 @@ from eagle_rpc.service.server import TargetModelServer
 
 # The methods that peers may call. A server is drained and closed only by the process that started it.
 CONTROL_METHODS = frozenset(
-    "cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings "
+    "answer cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings "
     "probe_transfer set_vocab_mapping status".split()
 )
 
@@ -64,6 +64,7 @@ class TargetEndpoint:
     open_session = _later(TargetModelServer.open_session)
     set_vocab_mapping = _later(TargetModelServer.set_vocab_mapping)
     generate = _later(TargetModelServer.generate)
+    answer = _later(TargetModelServer.answer)
 
     @async_execution
     def probe_transfer(self) -> torch.futures.Future[Reply]:

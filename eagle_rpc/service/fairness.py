@@ -73,15 +73,20 @@ class FairQueue:
         """Adds `work` behind its session's other work, or in the place of a request with the same id."""
         self._runs.setdefault(work.run, OrderedDict()).setdefault(work.session, {})[work.request_id] = work
 
-    def take(self) -> Work | None:
-        """Removes the next request in turn; None if the queue is empty."""
+    def first(self) -> Work | None:
+        """The next request in turn; None if the queue is empty."""
         if not self._runs:
             return None
         sessions = next(iter(self._runs.values()))
-        work = next(iter(next(iter(sessions.values())).values()))
-        sessions.move_to_end(work.session)
-        self._runs.move_to_end(work.run)
-        self._remove(work)
+        return next(iter(next(iter(sessions.values())).values()))
+
+    def take(self) -> Work | None:
+        """Removes the next request in turn; None if the queue is empty."""
+        work = self.first()
+        if work is not None:
+            self._runs[work.run].move_to_end(work.session)
+            self._runs.move_to_end(work.run)
+            self._remove(work)
         return work
 
     def remove(self, unwanted: Callable[[Work], bool]) -> list[Work]:

@@ -1,4 +1,7 @@
-"""One thread that runs forward passes, and its bounded queue, fair between runs and their sessions."""
+"""One thread that runs forward passes, and its bounded queue, fair between runs and their sessions.
+
+Between two passes the thread decodes answers for a slice of time.
+"""
 
 import logging
 import threading
@@ -17,6 +20,7 @@ from eagle_rpc.errors import (
     TargetOutOfMemory,
     UnknownSession,
 )
+from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, FairQueue, Work, set_outcome
 from eagle_rpc.service.forward_pass import ForwardPass, StartedPass, outcome_of
 
@@ -55,10 +59,17 @@ class ForwardScheduler:
     """Runs requests. Each accepted one is answered exactly once, by a value or by an `EagleRpcError`."""
 
     def __init__(
-        self, passes: ForwardPass, *, max_queued: int, max_queued_per_session: int, clock: Callable[[], float]
+        self,
+        passes: ForwardPass,
+        answers: AnswerDesk,
+        *,
+        max_queued: int,
+        max_queued_per_session: int,
+        clock: Callable[[], float],
     ):
         """`clock`: seconds, as `time.monotonic`."""
         self._passes = passes
+        self._answers = answers
         self._max_queued = max_queued
         self._max_queued_per_session = max_queued_per_session
         self._clock = clock
@@ -121,6 +132,14 @@ class ForwardScheduler:
         if replaced is not None:
             replaced.finish(RequestExpired(f"request {work.request_id!r:.80} was sent again before it ran"))
 
+    def submit_prompt(self, work: Work, *, num_runs: int) -> None:
+        """Queues a prompt. Raises `TargetDraining`, and `TargetBusy` as `AnswerDesk.submit`."""
+        with self._changed:
+            if self._draining:
+                raise TargetDraining("the target is shutting down and takes no new prompts")
+            self._answers.submit(work, num_runs=num_runs)
+            self._changed.notify_all()
+
     def _check_room(self, run: str, session: str, num_runs: int) -> None:
         running = sum(isinstance(work, Work) and work.session == session for work in self._running)
         of_session, of_all = self._max_queued_per_session, self._max_queued
@@ -170,13 +189,18 @@ class ForwardScheduler:
             self._changed.notify_all()
         for work in dropped:
             work.finish(reason)
-        return len(dropped)
+        return len(dropped) + self._answers.remove(unwanted, reason)
 
     def drain(self, timeout: float) -> bool:
-        """Refuses new work and waits up to `timeout` seconds until all work is answered; whether it is."""
+        """Refuses new work, and prompts that no decoder works on yet.
+
+        Waits up to `timeout` seconds until all other work is answered; whether it is.
+        """
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not (self._queue or self._urgent or self._running), timeout)
+        self._answers.refuse_waiting()
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._is_wanted or self._running), timeout)
 
     def stop(self, timeout: float) -> bool:
         """Refuses new work, answers waiting work with `TargetDraining`, and ends the thread.
@@ -197,11 +221,14 @@ class ForwardScheduler:
             urgent.answer.set_exception(error)
         for work in requests:
             work.finish(error)
+        self._answers.remove(lambda work: True, error)
 
     def _serve(self) -> None:
         try:
             while self._serve_next():
-                pass
+                self._answers.run_slice()
+                with self._changed:
+                    self._changed.notify_all()
         except Exception as error:
             # Trainers go elsewhere at once instead of waiting for a thread that has ended.
             logger.exception("the forward thread failed, and with it this target")
@@ -244,9 +271,14 @@ class ForwardScheduler:
             self._changed.notify_all()
         return True
 
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether the thread has something to begin or to decode."""
+        return bool(self._urgent or self._queue or self._answers.busy)
+
     def _wait_for_work(self) -> None:
         """Waits until there is work to begin, or a pass to finish without waiting for a GPU."""
-        while not (self._urgent or self._queue or self._stopping):
+        while not (self._is_wanted or self._stopping):
             if self._begun is None:
                 self._changed.wait()
             elif self._begun.is_done:

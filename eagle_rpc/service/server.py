@@ -4,12 +4,13 @@ Plain logic without transport: methods return values or futures of them, and rai
 `eagle_rpc.errors`. The module loads no model code.
 """
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,7 +19,14 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
-from eagle_rpc.service.arguments import check_request, check_spec, check_type, compact
+from eagle_rpc.service.answering import AnswerDesk, Answering, NoAnswering
+from eagle_rpc.service.arguments import (
+    check_answer_request,
+    check_request,
+    check_spec,
+    check_type,
+    compact,
+)
 from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
@@ -28,6 +36,7 @@ from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
 from eagle_rpc.supervision import (
     ENCODINGS,
+    AnswerRequest,
     DraftHead,
     EncodedSupervision,
     GenerateRequest,
@@ -35,6 +44,7 @@ from eagle_rpc.supervision import (
     ModelInfo,
     OpenedSession,
     PlainTarget,
+    PromptAnswer,
     SessionSpec,
     VocabMapping,
     as_target,
@@ -66,9 +76,11 @@ class TargetModelServer:
         config: TargetConfig,
         *,
         incarnation: str | None = None,
+        answering: Answering | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`incarnation`: of this process, random by default; `clock`: seconds.
+        """`incarnation`: of this process, random by default; `answering`: None answers no prompts; `clock`:
+        seconds.
 
         Raises `ConfigError` if limits of `config` exceed the model's.
         """
@@ -87,8 +99,16 @@ class TargetModelServer:
         self.device = device_of(self._target)
         """The device of the target, and of the supervision."""
         self._sessions = SessionTable(config, self.device, clock)
+        self._answering = answering or NoAnswering()
+        self._answers = AnswerDesk(
+            self._answering,
+            max_answers=config.max_answers,
+            max_tokens=config.max_answer_tokens,
+            clock=clock,
+        )
         self._scheduler = ForwardScheduler(
             ForwardPass(self._target, config),
+            self._answers,
             max_queued=config.max_queued_requests,
             max_queued_per_session=config.max_queued_per_session,
             clock=clock,
@@ -129,13 +149,16 @@ class TargetModelServer:
         """Registers a trainer: at once, or after a probe of the head, which runs before waiting requests.
 
         Raises `InvalidRequest` for the mapping or a setting, `TargetMismatch`, `TargetDraining`,
-        `TargetBusy`; from the future also `UnsupportedTarget` if the encoding would not be exact.
+        `TargetBusy`; from the future also `UnsupportedTarget` if the encoding would not be exact, or if the
+        session is for answers and this target gives none.
         """
         check_spec(spec)
         if self._scheduler.draining:
             raise TargetDraining("the target is shutting down and takes no new sessions")
         mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
         spec.expected.check(self._info)
+        if spec.answers:
+            return self._scheduler.submit_first(functools.partial(self._open_for_answers, spec, mapping))
         if ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(mapping.digest, spec.encoding):
             # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
             spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
@@ -153,7 +176,12 @@ class TargetModelServer:
         if probe and not self._sessions.serves(mapping.digest, spec.encoding):
             check_encoding(self._target, mapping.selected_token_ids, spec.encoding)
         session, config = self._sessions.open(spec, mapping), self._config
-        return OpenedSession(id=session.id, credits=config.max_queued_per_session, lease=config.session_lease)
+        credits = config.max_answers if spec.answers else config.max_queued_per_session
+        return OpenedSession(id=session.id, credits=credits, lease=config.session_lease)
+
+    def _open_for_answers(self, spec: SessionSpec, mapping: VocabMapping) -> OpenedSession:
+        self._answering.check()
+        return self._open(spec, mapping)
 
     def generate(self, request: GenerateRequest) -> Future[EncodedSupervision]:
         """The supervision of one batch; on a GPU ready in the order of the device's default stream.
@@ -161,27 +189,43 @@ class TargetModelServer:
         Raises `InvalidRequest`, `StaleIncarnation`, `UnknownSession`, `TargetDraining`, `TargetBusy` with the
         seconds until the next try; from the future `RequestExpired`, `TargetOutOfMemory`, `TargetFailed` too.
         """
+        with self._refusals_counted():
+            check_request(request)
+            session, info = self._session_of(request), self._info
+            request.tokens.check(
+                vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens
+            )
+            return self._submit(session, request)
+
+    def answer(self, request: AnswerRequest) -> Future[PromptAnswer]:
+        """The answer to one prompt, decoded between forward passes; `cancel` ends it at any time.
+
+        Raises as `generate`; from the future also `UnsupportedTarget` for a target that answers no prompts.
+        """
+        with self._refusals_counted():
+            check_answer_request(request)
+            session = self._session_of(request)
+            request.prompt.check(vocab_size=self._info.vocab_size, max_length=self._info.max_length)
+            return self._submit_prompt(session, request)
+
+    @contextlib.contextmanager
+    def _refusals_counted(self) -> Iterator[None]:
         try:
-            return self._accept(request)
+            yield
+        except TargetBusy as busy:
+            busy.retry_after = self._scheduler.retry_after
+            self._throughput.refused(busy.code)
+            raise
         except Exception as error:
             self._throughput.refused(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
             raise
 
-    def _accept(self, request: GenerateRequest) -> Future[EncodedSupervision]:
-        check_request(request)
-        info = self._info
-        if request.incarnation != info.incarnation:
+    def _session_of(self, request: GenerateRequest | AnswerRequest) -> Session:
+        """The request's session, whose lease starts anew. Raises `StaleIncarnation`, `UnknownSession`."""
+        if request.incarnation != self._info.incarnation:
             meant = f"the request is for incarnation {request.incarnation:.80}"
-            raise StaleIncarnation(f"{meant}, this is {info.incarnation}")
-        session = self._sessions.renew(request.session)
-        request.tokens.check(
-            vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens
-        )
-        try:
-            return self._submit(session, request)
-        except TargetBusy as busy:
-            busy.retry_after = self._scheduler.retry_after
-            raise
+            raise StaleIncarnation(f"{meant}, this is {self._info.incarnation}")
+        return self._sessions.renew(request.session)
 
     def _submit(self, session: Session, request: GenerateRequest) -> Future[EncodedSupervision]:
         run, tokens = session.spec.run, request.tokens
@@ -215,8 +259,33 @@ class TargetModelServer:
             raise
         return work.answer
 
+    def _submit_prompt(self, session: Session, request: AnswerRequest) -> Future[PromptAnswer]:
+        prompt = request.prompt
+
+        def record(outcome: PromptAnswer | EagleRpcError) -> None:
+            if isinstance(outcome, EagleRpcError):
+                self._throughput.refused(outcome.code)
+            else:
+                self._sessions.count(session, len(outcome.token_ids))
+                self._throughput.said(len(outcome.token_ids))
+
+        work = Work(
+            dataclasses.replace(prompt, token_ids=own_storage(prompt.token_ids)),
+            run=session.spec.run,
+            session=session.id,
+            request_id=request.request_id,
+            deadline=self._clock() + request.seconds_left,
+            record=record,
+            answer=Future(),
+        )
+        self._scheduler.submit_prompt(work, num_runs=self._demand.note(session.spec.run))
+        return work.answer
+
     def cancel(self, session: str, request_ids: list[str]) -> int:
-        """Ends the session's waiting requests of these ids with `RequestExpired`; returns their number."""
+        """Ends the session's waiting requests, and its prompts, of these ids with `RequestExpired`.
+
+        Returns their number.
+        """
         check_type("request_ids", request_ids, list)
         for request_id in request_ids:
             check_type("request_id", request_id, str)
@@ -243,7 +312,7 @@ class TargetModelServer:
             **{name: getattr(self._info, name) for name in identity},
             "uptime": self._clock() - self._started,
             "max_reply_bytes": self._config.max_reply_bytes,
-            **describe_load(self._sessions, self._scheduler, self._budget, self._throughput),
+            **describe_load(self._sessions, self._scheduler, self._answers, self._budget, self._throughput),
             **describe_memory(self.device),
         }
 

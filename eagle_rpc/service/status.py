@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import SessionTable
@@ -55,6 +56,7 @@ class Throughput:
         self._requests: Counter[str] = Counter()
         self._tokens = RecentRate(clock)
         self._reply_bytes = RecentRate(clock)
+        self._said = RecentRate(clock)
 
     @property
     def requests(self) -> dict[str, int]:
@@ -68,6 +70,12 @@ class Throughput:
             self._requests["ok"] += 1
             self._tokens.add(num_tokens)
             self._reply_bytes.add(num_bytes)
+
+    def said(self, num_tokens: int) -> None:
+        """Counts a prompt that got its answer of `num_tokens`."""
+        with self._lock:
+            self._requests["ok"] += 1
+            self._said.add(num_tokens)
 
     def refused(self, code: str) -> None:
         """Counts a request that was answered by an error."""
@@ -83,17 +91,23 @@ class Throughput:
                 "tokens_per_second": self._tokens.per_second,
                 "reply_bytes": self._reply_bytes.total,
                 "reply_bytes_per_second": self._reply_bytes.per_second,
+                "answer_tokens": self._said.total,
+                "answer_tokens_per_second": self._said.per_second,
             }
 
 
 def describe_load(
-    sessions: SessionTable, scheduler: ForwardScheduler, budget: ReplyBudget, throughput: Throughput
+    sessions: SessionTable,
+    scheduler: ForwardScheduler,
+    answers: AnswerDesk,
+    budget: ReplyBudget,
+    throughput: Throughput,
 ) -> dict[str, Any]:
     """A target's work, under way and done.
 
     `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real
     tokens of answered batches; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and
-    not yet sent; `lease_left`: seconds.
+    not yet sent; `lease_left`: seconds; `prompts_*`, `answer_tokens*`: of answers to prompts.
     """
     held = budget.held
     return {
@@ -101,6 +115,8 @@ def describe_load(
         "queued": scheduler.num_queued,
         "running": scheduler.num_running,
         "passes": scheduler.num_passes,
+        "prompts_waiting": answers.num_waiting,
+        "prompts_running": answers.num_running,
         "sessions": [
             {
                 "id": one.session.id[:8],

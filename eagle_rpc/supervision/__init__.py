@@ -1,5 +1,6 @@
 """The contract between target and trainer."""
 
+from eagle_rpc.supervision.answers import AnswerPrompt, AnswerRequest, AnswerSettings, PromptAnswer
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
 from eagle_rpc.supervision.batch import (
     DraftTargets,
@@ -45,7 +46,8 @@ from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, shifted_loss_mas
 from eagle_rpc.supervision.vocab import DraftVocabOnDevice, VocabMapping
 
 # Requests and sessions.
-__all__ = ["BatchRows", "GenerateRequest", "HeartbeatReply", "ModelInfo", "OpenedSession", "SessionSettings"]
+__all__ = ["AnswerPrompt", "AnswerRequest", "AnswerSettings", "PromptAnswer"]
+__all__ += ["BatchRows", "GenerateRequest", "HeartbeatReply", "ModelInfo", "OpenedSession", "SessionSettings"]
 __all__ += ["SessionSpec", "TargetExpectation", "TokenBatch", "VocabMapping", "shifted_loss_mask"]
 # The target's side.
 __all__ += [

@@ -61,6 +61,7 @@ class SessionSettings:
     run: str = ""  # trainers of one run share it
     trainer: str = ""  # worker name, for logs
     through_host: bool = False  # replies go through CPU memory: RPC does not connect the two GPUs
+    answers: bool = False  # the session asks for answers to prompts, not for supervision
 
     def check(self) -> None:
         """Raises `InvalidRequest` for an unknown encoding or row rule."""

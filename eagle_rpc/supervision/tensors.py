@@ -1,7 +1,12 @@
-"""The shift of the contract, storages, and moves between devices."""
+"""The shift of the contract, checks, storages, and moves between devices."""
+
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from eagle_rpc.errors import InvalidRequest
 
 
 def shift_left(x: Tensor, dim: int = 1) -> Tensor:
@@ -10,6 +15,17 @@ def shift_left(x: Tensor, dim: int = 1) -> Tensor:
     length = x.shape[dim]
     shifted.narrow(dim, 0, length - 1).copy_(x.narrow(dim, 1, length - 1))
     return shifted
+
+
+def check_dense(name: str, value: Any, dtypes: Collection[torch.dtype]) -> None:
+    """Raises `InvalidRequest` unless `value` is a dense tensor with data, of one of the `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise InvalidRequest(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_meta:
+        found = f"{value.layout} on {value.device}"
+        raise InvalidRequest(f"{name} must be a dense tensor with data, got {found}")
+    if value.dtype not in dtypes:
+        raise InvalidRequest(f"{name} must have dtype {' or '.join(map(str, dtypes))}, got {value.dtype}")
 
 
 def own_storage(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.segments import chat_starts
-from eagle_rpc.supervision.tensors import shift_left, to_device
+from eagle_rpc.supervision.tensors import check_dense, shift_left, to_device
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int32, torch.int64)
 
@@ -69,20 +69,12 @@ def _check_shapes(tokens: TokenBatch, *, max_length: int, max_tokens: int) -> No
     for name, value in ((field.name, getattr(tokens, field.name)) for field in fields(tokens)):
         if value is None and name == "segment_ids":
             continue
-        if not isinstance(value, Tensor):
-            raise InvalidRequest(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.layout != torch.strided or value.is_meta:
-            found = f"{value.layout} on {value.device}"
-            raise InvalidRequest(f"{name} must be a dense tensor with data, got {found}")
+        check_dense(name, value, _MASK_DTYPES if name.endswith("mask") else (torch.int64,))
         if value.dim() != 2:
             raise InvalidRequest(f"{name} must have shape [B, T], got {list(value.shape)}")
         if value.shape != tokens.input_ids.shape:
             shape = list(tokens.input_ids.shape)
             raise InvalidRequest(f"{name} must have the shape of input_ids {shape}, got {list(value.shape)}")
-        allowed = _MASK_DTYPES if name.endswith("mask") else (torch.int64,)
-        if value.dtype not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise InvalidRequest(f"{name} must have dtype {wanted}, got {value.dtype}")
     batch, length = tokens.shape
     if batch == 0 or length == 0:
         raise InvalidRequest(f"input_ids must hold at least one token, got shape {[batch, length]}")

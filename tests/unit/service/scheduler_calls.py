@@ -4,6 +4,7 @@ import itertools
 import math
 from concurrent.futures import Future
 
+from eagle_rpc.service.answering import AnswerDesk, NoAnswering
 from eagle_rpc.service.fairness import Work
 
 
@@ -17,6 +18,11 @@ class Done:
 
     def finish(self):
         return self._value
+
+
+def no_answers(clock):
+    """The desk of a target that answers no prompts."""
+    return AnswerDesk(NoAnswering(), max_answers=1, max_tokens=1, clock=clock)
 
 
 class OneByOne:

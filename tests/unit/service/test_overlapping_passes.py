@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from scheduler_calls import submit
+from scheduler_calls import no_answers, submit
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest
@@ -76,7 +76,9 @@ def gpu():
 
 @pytest.fixture
 def scheduler(gpu, clock):
-    made = ForwardScheduler(gpu, max_queued=4, max_queued_per_session=4, clock=clock)
+    made = ForwardScheduler(
+        gpu, no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock
+    )
     yield made
     assert made.stop(WAIT)
 

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from scheduler_calls import OneByOne, submit
+from scheduler_calls import OneByOne, no_answers, submit
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest, TargetBusy, TargetDraining, TargetFailed, UnknownSession
@@ -26,7 +26,7 @@ class Gate:
 
 @pytest.fixture
 def scheduler(clock):
-    made = ForwardScheduler(OneByOne(), max_queued=4, max_queued_per_session=4, clock=clock)
+    made = ForwardScheduler(OneByOne(), no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock)
     yield made
     assert made.stop(WAIT)
 
@@ -67,7 +67,7 @@ def test_a_full_queue_is_busy_and_takes_work_again_later(scheduler, gate):
 
 def test_a_session_has_credits_and_the_running_request_takes_one(clock):
     scheduler, gate = (
-        ForwardScheduler(OneByOne(), max_queued=9, max_queued_per_session=2, clock=clock),
+        ForwardScheduler(OneByOne(), no_answers(clock), max_queued=9, max_queued_per_session=2, clock=clock),
         Gate(),
     )
     submit(scheduler, gate, session="a")

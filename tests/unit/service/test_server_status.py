@@ -18,6 +18,7 @@ KEYS = {
     ),
     *("queued", "running", "passes", "sessions", "requests", "tokens", "tokens_per_second", "reply_bytes"),
     *("reply_bytes_per_second", "reply_bytes_held", "max_reply_bytes", "resident_bytes", "device_bytes"),
+    *("prompts_waiting", "prompts_running", "answer_tokens", "answer_tokens_per_second"),
 }
 
 

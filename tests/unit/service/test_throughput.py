@@ -39,12 +39,15 @@ def test_figures_are_kept_by_outcome():
     throughput.answered(30, 1000)
     throughput.answered(20, 500)
     throughput.refused("busy")
+    throughput.said(40)
     assert throughput.describe() == {
-        "requests": {"ok": 2, "busy": 1},
+        "requests": {"ok": 3, "busy": 1},
         "tokens": 50,
         "tokens_per_second": 10.0,
         "reply_bytes": 1500,
         "reply_bytes_per_second": 300.0,
+        "answer_tokens": 40,
+        "answer_tokens_per_second": 8.0,
     }
 
 

@@ -1,0 +1,193 @@
+"""Answers to prompts: the forward thread decodes them, a slice at a time, between forward passes.
+
+The process that serves injects the decoder, so that this room knows neither models nor engines.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from eagle_rpc.errors import EagleRpcError, TargetBusy, TargetDraining, UnsupportedTarget
+from eagle_rpc.service.fairness import FairQueue, Work
+from eagle_rpc.service.forward_pass import outcome_of
+from eagle_rpc.supervision import AnswerSettings, PromptAnswer
+
+SLICE_SECONDS = 0.1
+"""Seconds of decoding between two forward passes while both are wanted; a step that takes longer is ended."""
+
+
+class Decoded(NamedTuple):
+    """An answer that a decoder has finished."""
+
+    key: str
+    token_ids: Sequence[int]  # as said, with the stop token unless `truncated`
+    truncated: bool
+
+
+class Decoder(Protocol):
+    """Decodes prompts of equal settings together. Only the forward thread calls it."""
+
+    def submit(self, key: str, token_ids: Sequence[int], *, draws: str) -> None:
+        """Takes a prompt. `key` is unique here; sampling depends on `draws` and the seed alone."""
+
+    def step(self) -> Collection[Decoded]:
+        """Reads a few prompts, or adds a token to each answer; returns the answers that this finishes."""
+
+    def drop(self, keys: Collection[str]) -> None:
+        """Forgets prompts that are not answered yet."""
+
+
+class Answering(Protocol):
+    """The way in which a target answers prompts."""
+
+    def check(self) -> None:
+        """Raises `UnsupportedTarget` if it answers none. The forward thread calls it."""
+
+    def decoder(self, settings: AnswerSettings, num_rows: int) -> Decoder:
+        """A decoder of at most `num_rows` prompts at a time. Raises as `check`."""
+
+
+class NoAnswering:
+    """Of a target without an engine."""
+
+    def check(self) -> None:
+        raise UnsupportedTarget("this target answers no prompts: no engine decodes its model in batches")
+
+    def decoder(self, settings: AnswerSettings, num_rows: int) -> Decoder:
+        self.check()
+        raise AssertionError("`check` raises")
+
+
+class AnswerDesk:
+    """Prompts of all sessions, which take turns by run. One decoder works at a time.
+
+    Prompts of other settings than its own wait until the decoder has none left. Any thread may submit and
+    remove prompts; only the forward thread runs slices.
+    """
+
+    def __init__(
+        self, answering: Answering, *, max_answers: int, max_tokens: int, clock: Callable[[], float]
+    ) -> None:
+        """`max_tokens`: of the decoder's rows, each as long as the longest; `clock`: seconds."""
+        self._answering = answering
+        self._max_answers, self._max_tokens = max_answers, max_tokens
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting = FairQueue()
+        self._running: dict[str, Work] = {}  # by key at the decoder
+        self._unwanted: list[str] = []  # keys that the decoder has yet to drop
+        self._coming: list[str] = []  # keys that the decoder has yet to take
+        self._keys = map(str, itertools.count())
+        self._settings: AnswerSettings | None = None  # of the decoder
+        self._decoder: Decoder | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a slice has something to do."""
+        return bool(self._waiting or self._running or self._decoder)
+
+    @property
+    def num_waiting(self) -> int:
+        with self._lock:
+            return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def submit(self, work: Work, *, num_runs: int) -> None:
+        """Queues the `AnswerPrompt` of `work`.
+
+        Raises `TargetBusy` while `max_answers` prompts of the session are under way, or while that many, or
+        among `num_runs` the run's equal share of them, wait.
+        """
+        with self._lock:
+            running = sum(one.session == work.session for one in self._running.values())
+            of_session = self._waiting.num_of_session(work.run, work.session) + running
+            share = max(1, self._max_answers // num_runs)
+            if (
+                max(of_session, len(self._waiting)) >= self._max_answers
+                or self._waiting.num_of_run(work.run) >= share
+            ):
+                rule = f"at most {self._max_answers} prompts must wait, {share} of a run"
+                raise TargetBusy(f"{rule} (target.max_answers)")
+            self._waiting.put(work)
+
+    def remove(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
+        """Answers all prompts for which `unwanted` holds with `reason`; returns their number."""
+        with self._lock:
+            removed = self._waiting.remove(unwanted)
+            for key, work in list(self._running.items()):
+                if unwanted(work):
+                    removed.append(self._running.pop(key))
+                    self._unwanted.append(key)
+        for work in removed:
+            work.finish(reason)
+        return len(removed)
+
+    def refuse_waiting(self) -> None:
+        """Answers prompts that no decoder works on yet with `TargetDraining`: they are asked elsewhere."""
+        with self._lock:
+            waiting = self._waiting.remove(lambda work: True)
+        for work in waiting:
+            work.finish(TargetDraining("the target is shutting down and has not begun to answer this prompt"))
+
+    # --- the forward thread
+
+    def run_slice(self) -> None:
+        """Decodes for `SLICE_SECONDS`, or for one step that takes longer."""
+        end = self._clock() + SLICE_SECONDS
+        while self._take_turns():
+            outcome = outcome_of(self._step)
+            for work, answer in self._answered(outcome):
+                work.finish(answer)
+            if self._clock() >= end:
+                return
+
+    def _take_turns(self) -> bool:
+        """Gives free rows to waiting prompts; whether there is anything to decode."""
+        with self._lock:
+            if not self._running:
+                # Frees the keys and values.
+                self._decoder, self._unwanted = None, []
+            while (first := self._waiting.first()) is not None:
+                settings: AnswerSettings = first.request.settings
+                if not self._running:
+                    self._settings = settings
+                if settings != self._settings or len(self._running) >= self._num_rows(settings):
+                    break
+                self._waiting.take()
+                self._coming.append(next(self._keys))
+                self._running[self._coming[-1]] = first
+            return bool(self._running)
+
+    def _num_rows(self, settings: AnswerSettings) -> int:
+        return max(1, min(self._max_answers, self._max_tokens // settings.max_length))
+
+    def _step(self) -> Collection[Decoded]:
+        with self._lock:
+            unwanted, self._unwanted = self._unwanted, []
+            coming = {key: self._running[key].request for key in self._coming if key in self._running}
+            self._coming = []
+        if self._decoder is None:
+            assert self._settings is not None
+            self._decoder = self._answering.decoder(self._settings, self._num_rows(self._settings))
+        self._decoder.drop(unwanted)
+        for key, prompt in coming.items():
+            self._decoder.submit(key, prompt.token_ids.tolist(), draws=prompt.key)
+        return self._decoder.step()
+
+    def _answered(self, outcome: Collection[Decoded] | EagleRpcError) -> list[tuple[Work, Any]]:
+        """The prompts that end with the outcome of a step, and their answers; an error ends all."""
+        with self._lock:
+            if isinstance(outcome, EagleRpcError):
+                failed, self._running, self._decoder = list(self._running.values()), {}, None
+                return [(work, outcome) for work in failed]
+            said = [one for one in outcome if one.key in self._running]
+            return [
+                (self._running.pop(one.key), PromptAnswer(torch.tensor(one.token_ids), one.truncated))
+                for one in said
+            ]
