@@ -33,6 +33,11 @@ class Answer:
     truncated: bool  # it reached the limit without a stop token
     stop_token: int | None = None  # the token that ended it, unless it is truncated
 
+    @property
+    def said_ids(self) -> list[int]:
+        """All tokens that the target said."""
+        return self.token_ids if self.stop_token is None else [*self.token_ids, self.stop_token]
+
 
 @dataclass(order=True, slots=True)
 class _Sequence:

@@ -1,4 +1,4 @@
-"""The requests of a trainer, each of which is answered by some target."""
+"""The requests of a trainer, batches or prompts, each of which is answered by some target."""
 
 import concurrent.futures
 import contextlib
@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from eagle_rpc import errors
 from eagle_rpc.client.fleet import Fleet
@@ -18,9 +18,12 @@ from eagle_rpc.client.routing import Router
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetFailed, TargetUnavailable
 from eagle_rpc.process.waiting import BoundedWait
-from eagle_rpc.supervision import EncodedSupervision, TokenBatch
+from eagle_rpc.supervision import AnswerPrompt, EncodedSupervision, PromptAnswer, TokenBatch
 
 logger = logging.getLogger(__name__)
+
+Content = TokenBatch | AnswerPrompt
+Answer = EncodedSupervision | PromptAnswer
 
 # Seconds between two looks at the clock when nothing happens.
 _TICK = 0.1
@@ -41,36 +44,32 @@ class PendingRequest:
     waiting and under way at the same time if all replicas that were asked are silent.
     """
 
-    def __init__(self, number: int, request_id: str, tokens: TokenBatch, seconds: float) -> None:
+    def __init__(self, number: int, request_id: str, content: Content, seconds: float) -> None:
         self.number = number
         self.id = request_id
-        self.tokens = tokens
+        self.content = content
         self.deadline = time.monotonic() + seconds
         self.attempts: dict[Replica, SessionCall] = {}
         self.num_failures = 0
         self.failed_at: set[Replica] = set()  # asked again only if there is no other
-        self._answer: concurrent.futures.Future[EncodedSupervision] = concurrent.futures.Future()
+        self.answer: concurrent.futures.Future[Answer] = concurrent.futures.Future()
 
     @property
     def done(self) -> bool:
-        return self._answer.done()
+        return self.answer.done()
 
-    def complete(self, reply: EncodedSupervision) -> None:
+    def complete(self, reply: Answer) -> None:
         """The first outcome counts, here and in `fail`."""
         if not self.done:
-            self._answer.set_result(reply)
+            self.answer.set_result(reply)
 
     def fail(self, error: EagleRpcError) -> None:
         if not self.done:
-            self._answer.set_exception(error)
+            self.answer.set_exception(error)
 
-    def wait(self, seconds: float) -> bool:
-        """Whether it is done within `seconds`."""
-        return bool(concurrent.futures.wait([self._answer], seconds).done)
-
-    def result(self) -> EncodedSupervision:
+    def result(self) -> Answer:
         """The answer of a request that is done, or its error raised."""
-        return self._answer.result()
+        return self.answer.result()
 
 
 class Dispatcher:
@@ -102,25 +101,32 @@ class Dispatcher:
 
     # --- called from other threads
 
-    def submit(self, tokens: TokenBatch) -> PendingRequest:
+    def submit(self, content: Content) -> PendingRequest:
         """Starts a request and returns at once."""
         number = next(self._numbers)
         request_id = f"{self._settings.session.trainer}-{number}"
-        request = PendingRequest(number, request_id, tokens, self._request_seconds)
+        request = PendingRequest(number, request_id, content, self._request_seconds)
         self._events.put(functools.partial(self._waiting.add, request))
         return request
 
-    def wait(self, request: PendingRequest) -> EncodedSupervision:
+    def wait(self, request: PendingRequest) -> Answer:
         """The answer. Raises the target's refusal, or `TargetUnavailable` after the reconnect deadline."""
+        self.wait_any([request])
+        return request.result()
+
+    def wait_any(self, requests: Collection[PendingRequest]) -> list[PendingRequest]:
+        """Waits until some of `requests` are done, and returns those. Raises only if none will be soon."""
         seconds_left = _STOP_SECONDS
-        while not request.wait(_LOOK_SECONDS):
+        while not (done := [request for request in requests if request.done]):
             if not self._thread.is_alive():
                 raise TargetFailed("the dispatch thread has ended; its log says why")
             if self._stop.is_set():
-                seconds_left -= _LOOK_SECONDS
                 if seconds_left <= 0 or self._absence is not None:
-                    raise TargetUnavailable(f"told to stop while request {request.id} waited for a target")
-        return request.result()
+                    raise TargetUnavailable("told to stop while requests waited for a target")
+                seconds_left -= _LOOK_SECONDS
+            answers = [request.answer for request in requests]
+            concurrent.futures.wait(answers, _LOOK_SECONDS, concurrent.futures.FIRST_COMPLETED)
+        return done
 
     def abandon(self, requests: list[PendingRequest]) -> None:
         """Gives up requests whose answers are not needed any more."""
@@ -174,7 +180,7 @@ class Dispatcher:
                 continue
             self._waiting.discard(request)
             self._under_way.add(request)
-            attempt = request.attempts[replica] = replica.send(request.id, request.tokens)
+            attempt = request.attempts[replica] = replica.send(request.id, request.content)
             finish = functools.partial(self._finish_attempt, request, replica, attempt)
             attempt.call.when_done(functools.partial(self._events.put, finish))
 

@@ -17,6 +17,7 @@ from eagle_rpc.supervision import (
     ENCODINGS,
     DraftHead,
     Eagle3TargetBatch,
+    EncodedSupervision,
     ModelInfo,
     SessionSpec,
     TargetExpectation,
@@ -27,11 +28,8 @@ from eagle_rpc.supervision import (
 )
 
 
-class RemoteEagle3TargetModel:
-    """An `Eagle3TargetBackend` over RPC, with all target servers of `membership`.
-
-    Targets may come, go and return. Batches arrive in order, each once, with the same bits from every target.
-    """
+class RemoteTargets:
+    """All target servers of `membership`. They may come, go and return."""
 
     def __init__(
         self,
@@ -39,19 +37,15 @@ class RemoteEagle3TargetModel:
         *,
         settings: ClientSettings,
         expected: TargetExpectation,
-        device: torch.device,
         stop: threading.Event,
     ) -> None:
-        """Waits for a target. `device`: of decoded batches; `stop`: once set, waiting ends.
+        """Waits for a target. `stop`: once set, waiting ends.
 
         Raises `TargetMismatch` for a target that differs from `expected` or from the others,
         `TargetUnavailable` after the reconnect deadline.
         """
         self._settings = settings
         self._expected = expected
-        self._device = device
-        self._head: DraftHead | None = None
-        self._seconds_waited = 0.0
         self._fleet = Fleet(membership, expected, settings, stop)
         self._dispatcher = Dispatcher(self._fleet, settings, stop)
         try:
@@ -63,6 +57,46 @@ class RemoteEagle3TargetModel:
     def model_info(self) -> ModelInfo:
         """The identity and limits that all targets share."""
         return self._info
+
+    def status(self) -> dict[str, Any]:
+        """The targets as this trainer sees them, in types that JSON has."""
+        targets = [
+            {
+                "name": replica.name,
+                "incarnation": replica.info.incarnation,
+                "state": replica.state,
+                "outstanding": replica.num_outstanding,
+                "seconds_per_request": replica.seconds_per_request,
+            }
+            for replica in self._fleet.replicas()
+        ]
+        return {"failovers": self._dispatcher.num_failovers, "targets": targets}
+
+    def close(self) -> None:
+        """Ends the sessions at all targets. Raises nothing, so that an earlier error is not hidden."""
+        self._dispatcher.close()
+        self._fleet.close()
+
+
+class RemoteEagle3TargetModel(RemoteTargets):
+    """An `Eagle3TargetBackend` over RPC. Batches arrive in order, each once, with the same bits from every
+    target.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        *,
+        settings: ClientSettings,
+        expected: TargetExpectation,
+        device: torch.device,
+        stop: threading.Event,
+    ) -> None:
+        """As `RemoteTargets`. `device`: of decoded batches."""
+        self._device = device
+        self._head: DraftHead | None = None
+        self._seconds_waited = 0.0
+        super().__init__(membership, settings=settings, expected=expected, stop=stop)
 
     def input_embeddings(self) -> Tensor:
         """The token embedding [V, H] on the CPU, the start of the draft's."""
@@ -110,29 +144,11 @@ class RemoteEagle3TargetModel:
         started = time.monotonic()
         encoded = self._dispatcher.wait(request)
         self._seconds_waited += time.monotonic() - started
+        assert isinstance(request.content, TokenBatch) and isinstance(encoded, EncodedSupervision)
         encoded = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
-        return decode_supervision(encoded, request.tokens, self._head)
+        return decode_supervision(encoded, request.content, self._head)
 
     @property
     def seconds_waited(self) -> float:
         """Seconds that the caller has waited for supervision since the start."""
         return self._seconds_waited
-
-    def status(self) -> dict[str, Any]:
-        """The targets as this trainer sees them, in types that JSON has."""
-        targets = [
-            {
-                "name": replica.name,
-                "incarnation": replica.info.incarnation,
-                "state": replica.state,
-                "outstanding": replica.num_outstanding,
-                "seconds_per_request": replica.seconds_per_request,
-            }
-            for replica in self._fleet.replicas()
-        ]
-        return {"failovers": self._dispatcher.num_failovers, "targets": targets}
-
-    def close(self) -> None:
-        """Ends the sessions at all targets. Raises nothing, so that an earlier error is not hidden."""
-        self._dispatcher.close()
-        self._fleet.close()

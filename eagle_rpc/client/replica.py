@@ -13,6 +13,8 @@ from torch import Tensor
 from eagle_rpc.errors import TargetFailed, UnknownSession
 from eagle_rpc.rpc import Link, ServiceCall
 from eagle_rpc.supervision import (
+    AnswerPrompt,
+    AnswerRequest,
     DraftHead,
     GenerateRequest,
     ModelInfo,
@@ -126,19 +128,23 @@ class Replica:
 
     # --- requests
 
-    def send(self, request_id: str, tokens: TokenBatch) -> SessionCall:
+    def send(self, request_id: str, content: TokenBatch | AnswerPrompt) -> SessionCall:
         """Starts one request, which carries its deadline as seconds remaining."""
         assert self.session is not None
-        request = GenerateRequest(
-            session=self.session.id,
-            incarnation=self.info.incarnation,
-            request_id=request_id,
-            tokens=tokens,
-            seconds_left=self._request_timeout,
-        )
+        request: GenerateRequest | AnswerRequest
+        fields: dict[str, Any] = {
+            "session": self.session.id,
+            "incarnation": self.info.incarnation,
+            "request_id": request_id,
+            "seconds_left": self._request_timeout,
+        }
+        if isinstance(content, TokenBatch):
+            method, request = "generate", GenerateRequest(tokens=content, **fields)
+        else:
+            method, request = "answer", AnswerRequest(prompt=content, **fields)
         self._under_way[request_id] = time.monotonic()
         what, timeout = f"request {request_id}", self._request_timeout
-        call = self.link.call("generate", request, what=what, timeout=timeout)
+        call = self.link.call(method, request, what=what, timeout=timeout)
         return SessionCall(call, self.session.id)
 
     def finish(self, request_id: str, *, answered: bool) -> None:

@@ -1,6 +1,6 @@
 """The batched engine of `answers/`, as a target's service uses it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 

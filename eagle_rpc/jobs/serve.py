@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from eagle_rpc.config import Config
+from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.registry import hosted_registry
 from eagle_rpc.process import read_world, stop_signals, tolerate_stop
@@ -65,4 +66,6 @@ def load_server(config: Config, device: torch.device, *, incarnation: str | None
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
-    return TargetModelServer(target, config.target, incarnation=incarnation)
+    return TargetModelServer(
+        target, config.target, incarnation=incarnation, answering=EngineAnswering(target.model)
+    )

@@ -194,7 +194,6 @@ _LOAD: dict[str, Cell] = {
     ">sessions": lambda row: str(len(_dicts(row, "sessions"))),
     ">tok/s": _count("tokens_per_second"),
     ">MB/s": _megabytes("reply_bytes_per_second"),
-    ">said/s": _count("answer_tokens_per_second"),
     ">held": _size("reply_bytes_held"),
     ">limit": _size("max_reply_bytes"),
     ">answered": lambda row: _scaled(_counts(row, "requests").get("ok", 0), *_COUNTS),

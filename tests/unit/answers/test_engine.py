@@ -164,7 +164,7 @@ def test_an_end_of_turn_at_once_is_an_empty_answer():
     first = reference_answer(model, [5, 6], {VOCAB})[0][0]
     engine = AnswerEngine(model, batch_size=1, max_new_tokens=4, stop_token_ids={first})
     engine.submit("a", [5, 6])
-    assert list(engine.answers()) == [Answer("a", [], truncated=False)]
+    assert list(engine.answers()) == [Answer("a", [], truncated=False, stop_token=first)]
 
 
 def test_attention_sinks_are_refused_rather_than_left_out():

@@ -76,9 +76,7 @@ def gpu():
 
 @pytest.fixture
 def scheduler(gpu, clock):
-    made = ForwardScheduler(
-        gpu, no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock
-    )
+    made = ForwardScheduler(gpu, no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock)
     yield made
     assert made.stop(WAIT)
 

@@ -26,7 +26,9 @@ class Gate:
 
 @pytest.fixture
 def scheduler(clock):
-    made = ForwardScheduler(OneByOne(), no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock)
+    made = ForwardScheduler(
+        OneByOne(), no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock
+    )
     yield made
     assert made.stop(WAIT)
 
