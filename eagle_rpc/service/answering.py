@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from eagle_rpc.errors import EagleRpcError, TargetBusy, TargetDraining, UnsupportedTarget
+from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnsupportedTarget
 from eagle_rpc.service.fairness import FairQueue, Work
 from eagle_rpc.service.forward_pass import outcome_of
 from eagle_rpc.supervision import AnswerSettings, PromptAnswer
@@ -99,22 +99,27 @@ class AnswerDesk:
         return len(self._running)
 
     def submit(self, work: Work, *, num_runs: int) -> None:
-        """Queues the `AnswerPrompt` of `work`.
+        """Queues the `AnswerPrompt` of `work`. One that waits under its id is answered with `RequestExpired`.
 
         Raises `TargetBusy` while `max_answers` prompts of the session are under way, or while that many, or
         among `num_runs` the run's equal share of them, wait.
         """
         with self._lock:
-            running = sum(one.session == work.session for one in self._running.values())
-            of_session = self._waiting.num_of_session(work.run, work.session) + running
-            share = max(1, self._max_answers // num_runs)
-            if (
-                max(of_session, len(self._waiting)) >= self._max_answers
-                or self._waiting.num_of_run(work.run) >= share
-            ):
-                rule = f"at most {self._max_answers} prompts must wait, {share} of a run"
-                raise TargetBusy(f"{rule} (target.max_answers)")
+            replaced = self._waiting.find(work.run, work.session, work.request_id)
+            if replaced is None:
+                self._check_room(work, num_runs)
             self._waiting.put(work)
+        if replaced is not None:
+            replaced.finish(RequestExpired(f"prompt {work.request_id!r:.80} was sent again before its turn"))
+
+    def _check_room(self, work: Work, num_runs: int) -> None:
+        running = sum(one.session == work.session for one in self._running.values())
+        of_session = self._waiting.num_of_session(work.run, work.session) + running
+        share = max(1, self._max_answers // num_runs)
+        full = max(of_session, len(self._waiting)) >= self._max_answers
+        if full or self._waiting.num_of_run(work.run) >= share:
+            rule = f"at most {self._max_answers} prompts must wait, {share} of a run"
+            raise TargetBusy(f"{rule} (target.max_answers)")
 
     def remove(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
         """Answers all prompts for which `unwanted` holds with `reason`; returns their number."""
