@@ -18,6 +18,9 @@ from eagle_rpc.supervision import AnswerSettings, PromptAnswer
 SLICE_SECONDS = 0.1
 """Seconds of decoding between two forward passes while both are wanted; a step that takes longer is ended."""
 
+# Tokens of prompts after which no further prompt is read in the same step.
+_READ_TOKENS = 8192
+
 
 class Decoded(NamedTuple):
     """An answer that a decoder has finished."""
@@ -158,7 +161,8 @@ class AnswerDesk:
             if not self._running:
                 # Frees the keys and values.
                 self._decoder, self._unwanted = None, []
-            while (first := self._waiting.first()) is not None:
+            num_tokens = 0
+            while (first := self._waiting.first()) is not None and num_tokens < _READ_TOKENS:
                 settings: AnswerSettings = first.request.settings
                 if not self._running:
                     self._settings = settings
@@ -167,6 +171,7 @@ class AnswerDesk:
                 self._waiting.take()
                 self._coming.append(next(self._keys))
                 self._running[self._coming[-1]] = first
+                num_tokens += len(first.request.token_ids)
             return bool(self._running)
 
     def _num_rows(self, settings: AnswerSettings) -> int:

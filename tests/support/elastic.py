@@ -19,6 +19,7 @@ from support.tiny_target import tiny_target_config
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TargetConfig
 from eagle_rpc.config.texts import parse_address
+from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import SERVICE_NAME, ElasticMembership, host, join_elastic
@@ -131,24 +132,29 @@ def joined(name: str, role: str, address: str, token: bytes) -> Iterator[Elastic
 
 
 def serve_tiny_target(link: Link, name: str, address: str, token: bytes) -> None:
-    """A target until the test sends anything; says its incarnation when it serves."""
+    """A target until the test sends anything; says its incarnation when it serves. Told to drain, it drains
+    first.
+    """
     serve_target(link, name, tiny_target_config(), address, token)
 
 
 def serve_target(link: Link, name: str, config: TargetConfig, address: str, token: bytes) -> None:
     with joined(name, "target", address, token) as membership:
         target = HFEagle3TargetModel.load(config, "cpu", cache_dir="unused", seed=0)
-        server = TargetModelServer(target, config, incarnation=membership.me.incarnation)
+        answering = EngineAnswering(target.model)
+        incarnation = membership.me.incarnation
+        server = TargetModelServer(target, config, incarnation=incarnation, answering=answering)
         host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
         membership.report(server.status)
-        link.send(membership.me.incarnation)
-        link.receive()
+        link.send(incarnation)
+        if link.receive() == "drain":
+            server.drain(WAIT)
+            link.send("drained")
+            link.receive()
         server.close()
 
 
-@contextlib.contextmanager
-def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iterator[RemoteEagle3TargetModel]:
-    """A trainer's client in an elastic service."""
+def client_settings(name: str, **changes: Any) -> ClientSettings:
     settings: dict[str, Any] = {
         "session": SessionSettings(run="test", trainer=name),
         "index": 0,
@@ -157,10 +163,16 @@ def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iter
         "reconnect_deadline": WAIT,
         **HEARTBEATS,
     }
+    return ClientSettings(**{**settings, **changes})
+
+
+@contextlib.contextmanager
+def remote_target(name: str, address: str, token: bytes, **changes: Any) -> Iterator[RemoteEagle3TargetModel]:
+    """A trainer's client in an elastic service."""
     with joined(name, "trainer", address, token) as membership:
         backend = RemoteEagle3TargetModel(
             membership,
-            settings=ClientSettings(**{**settings, **changes}),
+            settings=client_settings(name, **changes),
             expected=TargetExpectation(),
             device=torch.device("cpu"),
             stop=threading.Event(),
