@@ -12,31 +12,19 @@ import itertools
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.answers.cache import BatchCache, batch_attention
 from eagle_rpc.errors import InvalidRequest
+from eagle_rpc.supervision import weights_fingerprint
 
 # Tokens of one prefill: enough to fill the matrix units, few enough that attention scores stay small.
 _PREFILL_TOKENS = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The target's answer to one prompt."""
-
-    key: str
-    token_ids: list[int]  # without the stop token
-    truncated: bool  # it reached the limit without a stop token
-    stop_token: int | None = None  # the token that ended it, unless it is truncated
-
-    @property
-    def said_ids(self) -> list[int]:
-        """All tokens that the target said."""
-        return self.token_ids if self.stop_token is None else [*self.token_ids, self.stop_token]
 
 
 @dataclass(order=True, slots=True)
@@ -89,6 +77,16 @@ class AnswerEngine:
         self._prefix: list[int] | None = (
             None  # tokens whose keys and values stand first in every row; null: not known
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the model's weights."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a prompt and its answer at most; null: the model has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def submit(self, key: str, prompt: Sequence[int], *, draws: str | None = None) -> None:
         """Queues a prompt, also while `answers()` runs. Long prompts go first: a batch has similar lengths.

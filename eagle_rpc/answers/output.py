@@ -9,18 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from eagle_rpc.config import Config
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.supervision import weights_fingerprint
 
 
-def answer_settings(config: Config, model: PreTrainedModel) -> dict[str, Any]:
-    """All that an answer depends on besides its prompt."""
+def answer_settings(config: Config, fingerprint: str) -> dict[str, Any]:
+    """All that an answer depends on besides its prompt; `fingerprint`: of the target's weights."""
     template = config.data.chat_template
     return {
-        "target": weights_fingerprint(model),
+        "target": fingerprint,
         "chat_template": template and hashlib.sha256(Path(template).read_bytes()).hexdigest()[:16],
         "max_new_tokens": config.regenerate.max_new_tokens,
         "temperature": config.regenerate.temperature,

@@ -9,16 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from transformers import PreTrainedModel
-
-from eagle_rpc.answers.engine import Answer, AnswerEngine
+from eagle_rpc.answers.answerer import Answer, Answerer
 from eagle_rpc.answers.output import answer_settings, finished_prompts
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, ChatWriter, Message, content_hash, read_chats
 from eagle_rpc.data.problems import RecordProblems
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.report.progress import Progress
-from eagle_rpc.target.stop_tokens import stop_token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -42,29 +39,17 @@ class Regeneration:
     """One run over `regenerate.prompts`. `writer` is at the end of `regenerate.output`."""
 
     def __init__(
-        self, config: Config, model: PreTrainedModel, template: ChatTemplate, writer: ChatWriter
+        self, config: Config, answerer: Answerer, template: ChatTemplate, writer: ChatWriter
     ) -> None:
-        """Raises `ConfigError` if the context has no room for answers, or if no token ends an answer."""
+        """Raises `ConfigError` if the target's context has no room for answers."""
         self._config = config.regenerate
         self._on_error = config.data.on_error
         self._template = template
         self._writer = writer
-        self._settings = answer_settings(config, model)
-        self._longest_prompt = _longest_prompt(config, model)
+        self._settings = answer_settings(config, answerer.fingerprint)
+        self._longest_prompt = longest_prompt(config, answerer.context)
         self._problems = RecordProblems(config.data.on_error)
-        stop = stop_token_ids(model.config, model.generation_config, template.tokenizer)
-        if not stop:
-            raise ConfigError(
-                "target.model must have an eos_token_id in any of its configs or tokenizer, got none"
-            )
-        self._engine = AnswerEngine(
-            model,
-            batch_size=self._config.batch_size,
-            max_new_tokens=self._config.max_new_tokens,
-            stop_token_ids=stop,
-            temperature=self._config.temperature,
-            seed=config.run.seed,
-        )
+        self._answerer = answerer
         self._asked: dict[str, _Dialogue] = {}
         self._counts: Counter[str] = Counter()
 
@@ -80,7 +65,7 @@ class Regeneration:
         self._progress = Progress("chat", len(dialogues))
         for dialogue in dialogues:
             self._continue(dialogue)
-        for answer in self._engine.answers():
+        for answer in self._answerer.answers():
             self._add_answer(self._asked.pop(answer.key), answer)
         self._progress.close()
         counts = ", ".join(
@@ -115,7 +100,7 @@ class Regeneration:
             token_ids = self._template.prompt_ids(dialogue.messages)
             if len(token_ids) <= self._longest_prompt:
                 self._asked[dialogue.key] = dialogue
-                self._engine.submit(dialogue.key, token_ids)
+                self._answerer.submit(dialogue.key, token_ids)
                 return True
             self._counts[f"prompts over {self._longest_prompt} tokens"] += 1
         return False
@@ -149,13 +134,12 @@ class Regeneration:
 
     def _rate(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._engine.num_generated / seconds:.0f} answer tokens/s"
+        return f"{self._answerer.num_generated / seconds:.0f} answer tokens/s"
 
 
-def _longest_prompt(config: Config, model: PreTrainedModel) -> int:
+def longest_prompt(config: Config, context: int | None) -> int:
     """Tokens of the longest prompt that is asked: with its answer it fits the target's context."""
     settings = config.regenerate
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         return settings.max_prompt_tokens
     if context <= settings.max_new_tokens:

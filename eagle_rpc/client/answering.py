@@ -10,6 +10,7 @@ import torch
 from eagle_rpc.client.dispatcher import PendingRequest
 from eagle_rpc.client.remote import RemoteTargets
 from eagle_rpc.client.settings import ClientSettings
+from eagle_rpc.errors import TargetUnavailable
 from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import AnswerPrompt, PromptAnswer, SessionSpec, TargetExpectation
 
@@ -32,6 +33,7 @@ class AnsweringTargets(RemoteTargets):
         super().__init__(membership, settings=settings, expected=expected, stop=stop)
         self._waiting: deque[AnswerPrompt] = deque()
         self._under_way: dict[PendingRequest, AnswerPrompt] = {}
+        self._stop = stop
         # A session has a draft vocabulary; nothing here reads it. `logits` needs no probe of the head.
         session = replace(settings.session, answers=True, encoding="logits")
         try:
@@ -47,9 +49,13 @@ class AnsweringTargets(RemoteTargets):
     def answers(self) -> Iterator[tuple[AnswerPrompt, PromptAnswer]]:
         """Yields answers in the order in which they come, until no prompt is left.
 
-        Raises a target's refusal of a prompt, and `TargetUnavailable` after the reconnect deadline.
+        Raises a target's refusal of a prompt, and `TargetUnavailable` after the reconnect deadline or once
+        told to stop.
         """
         while self._waiting or self._under_way:
+            if self._stop.is_set():
+                left = len(self._waiting) + len(self._under_way)
+                raise TargetUnavailable(f"told to stop while {left} prompts had no answer yet")
             room = self._settings.prefetch * max(1, len(self._fleet.replicas()))
             while self._waiting and len(self._under_way) < room:
                 prompt = self._waiting.popleft()

@@ -2,7 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 
-from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization
+from eagle_rpc.config.choices import (
+    AnswerBackend,
+    DraftLoss,
+    DType,
+    Encoding,
+    JobName,
+    MembershipKind,
+    Quantization,
+)
 from eagle_rpc.config.rules import broken_rules
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
@@ -49,6 +57,9 @@ def _broken_between(config: Config) -> Iterator[str]:
         )
     if job.name is JobName.serve and not elastic:
         yield "job=serve must go with rpc.membership=elastic (rpc=elastic), got static"
+    asks_service = config.regenerate.backend is AnswerBackend.service
+    if job.name is JobName.regenerate and asks_service and not elastic:
+        yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
     if data.packing and target.compile_shapes and not target.compile_packed:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:

@@ -368,7 +368,9 @@ class RegenerateConfig:
     api_key_file: str | None = None
     """File with the key that the endpoints ask for; null: no key."""
     concurrency: Positive[int] = 64
-    """Requests under way at a time at each endpoint."""
+    """Requests under way at a time at each endpoint, or prompts at each target of a service."""
+    answer_timeout: Positive[float] = 1800.0
+    """Seconds for one answer of an endpoint or a target, its wait there included; then it is asked again."""
     batch_size: Positive[int] = 128
     """Answers that the engine decodes at a time; a finished one makes room for the next prompt."""
     max_new_tokens: Positive[int] = 2048

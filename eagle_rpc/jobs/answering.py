@@ -1,13 +1,25 @@
-"""The batched engine of `answers/`, as a target's service uses it."""
+"""Answers over RPC: the batched engine of a target that serves, and the service as seen by who asks it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.answers.engine import AnswerEngine
+from eagle_rpc.answers.regeneration import longest_prompt
+from eagle_rpc.answers.service import ServiceAnswerer
+from eagle_rpc.client.answering import AnsweringTargets
+from eagle_rpc.config import Config
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.jobs.assembly import client_settings, expectation
+from eagle_rpc.jobs.elastic_worker import announced
+from eagle_rpc.process import stop_signals
 from eagle_rpc.service.answering import Decoded
 from eagle_rpc.supervision import AnswerSettings
+from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.topology import Role, Worker
 
 
 class EngineAnswering:
@@ -27,6 +39,8 @@ class EngineAnswering:
 
     def decoder(self, settings: AnswerSettings, num_rows: int) -> "_EngineDecoder":
         self.check()
+        if settings.top_p < 1 or settings.top_k > 0:
+            raise UnsupportedTarget("the engine of this target samples from all tokens: no top_p, no top_k")
         engine = AnswerEngine(
             self._model,
             batch_size=num_rows,
@@ -48,3 +62,43 @@ class _EngineDecoder:
 
     def step(self) -> list[Decoded]:
         return [Decoded(one.key, one.said_ids, one.truncated) for one in self._engine.step()]
+
+
+@contextlib.contextmanager
+def service_answerer(
+    config: Config, tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...]
+) -> Iterator[ServiceAnswerer]:
+    """All targets of the registry, while the body runs.
+
+    Raises `TargetMismatch`, `UnsupportedTarget`, `TargetUnavailable`.
+    """
+    asked, me = config.regenerate, Worker("regenerate", frozenset([Role.trainer]), 0)
+    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    settings = replace(
+        client_settings(config, me), prefetch=asked.concurrency, request_timeout=asked.answer_timeout
+    )
+    # Any layers may be captured: answers do not depend on them.
+    expected = replace(expectation(config, target_config, tokenizer), aux_layer_ids=None)
+    with (
+        stop_signals() as stop,
+        announced(
+            config, me.name, Role.trainer, torch.device("cpu"), stop, when_superseded=stop.set
+        ) as membership,
+        contextlib.closing(
+            AnsweringTargets(membership, settings=settings, expected=expected, stop=stop)
+        ) as targets,
+    ):
+        membership.report(targets.status)
+        longest = longest_prompt(config, targets.model_info().max_length) + asked.max_new_tokens
+        yield ServiceAnswerer(
+            targets,
+            AnswerSettings(
+                max_new_tokens=asked.max_new_tokens,
+                max_length=longest,
+                stop_token_ids=stop_token_ids,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                top_k=asked.top_k,
+                seed=config.run.seed if asked.temperature > 0 else 0,
+            ),
+        )

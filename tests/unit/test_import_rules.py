@@ -22,7 +22,7 @@ ALLOWED = {
     "service": {"config", "process", "rpc", "supervision"},
     "client": {"process", "rpc", "supervision"},
     "data": {"config", "process", "report", "supervision"},
-    "answers": {"config", "data", "process", "report", "supervision", "target"},
+    "answers": {"client", "config", "data", "process", "report", "supervision", "target"},
     "draft": {"supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},
     "serving": {"config", "process", "supervision", "draft"},
