@@ -33,6 +33,7 @@ SMALL = [
     "train.checkpoint_every=2",
     "train.validate_every=0",
     "regenerate.max_new_tokens=12",
+    "regenerate.dtype=float32",
     "evaluate.num_prompts=3",
     "evaluate.max_new_tokens=10",
 ]
@@ -443,6 +444,26 @@ def test_a_service_outlives_the_trainers_of_other_directories_and_everything_end
             assert target.wait(60) == 0
         directory_of_workers.send_signal(signal.SIGTERM)
         assert directory_of_workers.wait(30) == 0
+
+
+def test_a_service_gives_the_answers_of_the_own_engine_to_a_process_without_a_model(
+    workplace: tuple[Path, list[str]], tmp_path: Path
+):
+    directory, overrides = workplace
+    service = [f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={tmp_path}/token"]
+    ask = ["job=regenerate", "rpc=elastic", "regenerate.backend=service", *overrides, *service]
+    with started(tmp_path, "job=serve", "rpc.host_registry=true", *overrides, *service) as target:
+        status_until(tmp_path, service, lambda seen: bool(seen["targets"]))
+        done = run(PYTHON, tmp_path, *ask, "run.name=asked")
+        assert done.returncode == 0, done.stderr
+        assert "parameters" not in done.stderr, "no model is loaded"
+        own, asked = ((place / "answers.jsonl").read_text() for place in (directory, tmp_path))
+        assert sorted(asked.splitlines()) == sorted(own.splitlines())
+        other = run(PYTHON, tmp_path, *ask, "run.name=other", "regenerate.dtype=bfloat16")
+        assert other.returncode == 1
+        assert "dtype must be bfloat16, the target has float32" in other.stderr
+        target.send_signal(signal.SIGTERM)
+        assert target.wait(60) == 0
 
 
 def test_a_service_without_a_registry_names_it_and_gives_up(tmp_path: Path):
