@@ -29,6 +29,9 @@ from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import TargetEndpoint
 from eagle_rpc.supervision import (
+    AnswerPrompt,
+    AnswerRequest,
+    AnswerSettings,
     EncodedSupervision,
     GenerateRequest,
     SessionSpec,
@@ -276,12 +279,39 @@ SPECS = st.builds(
     expected=EXPECTED,
     run=ANYTHING,
     trainer=ANYTHING,
+    answers=ANYTHING,
 )
 REQUESTS = st.builds(
     request, ANYTHING, ANYTHING, TOKENS | ANYTHING, request_id=ANYTHING, seconds_left=ANYTHING
 )
+NUMBERS = st.integers(-1, 70) | ANYTHING
+ANSWER_SETTINGS = st.builds(
+    AnswerSettings,
+    max_new_tokens=NUMBERS,
+    max_length=NUMBERS,
+    stop_token_ids=st.lists(NUMBERS, max_size=3).map(tuple) | ANYTHING,
+    temperature=NUMBERS,
+    top_p=NUMBERS,
+    top_k=NUMBERS,
+    seed=NUMBERS,
+)
+PROMPTS = st.builds(
+    AnswerPrompt,
+    key=ANYTHING,
+    token_ids=ANYTHING | st.lists(st.integers(-1, 100), max_size=70).map(torch.tensor),
+    settings=ANSWER_SETTINGS | ANYTHING,
+)
+ANSWER_REQUESTS = st.builds(
+    AnswerRequest,
+    session=ANYTHING,
+    incarnation=ANYTHING,
+    request_id=ANYTHING,
+    prompt=PROMPTS | ANYTHING,
+    seconds_left=ANYTHING,
+)
 CALLS = st.one_of(
     st.tuples(st.just("generate"), REQUESTS | ANYTHING),
+    st.tuples(st.just("answer"), ANSWER_REQUESTS | ANYTHING),
     st.tuples(st.just("open_session"), SPECS | ANYTHING),
     st.tuples(st.just("set_vocab_mapping"), ANYTHING),
     st.tuples(st.sampled_from(["heartbeat", "disconnect", "output_embeddings"]), ANYTHING),
