@@ -263,9 +263,8 @@ class Fleet:
     def _connect(self, address: TargetAddress, target: _Target) -> Replica:
         """Raises `TargetMismatch` unless it holds the model that the draft expects and the others hold."""
         link = self._membership.connect(address)
-        timeout = self._settings.request_timeout
         try:
-            replica = Replica(address.name, link, request_timeout=timeout, stop=self._stop)
+            replica = Replica(address.name, link, self._settings, self._stop)
             self._expected.check(replica.info)
             with self._changed:
                 self.info = self.info or replica.info

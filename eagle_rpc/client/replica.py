@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import TargetFailed, UnknownSession
 from eagle_rpc.rpc import Link, ServiceCall
 from eagle_rpc.supervision import (
@@ -41,7 +42,7 @@ class SessionCall(NamedTuple):
 class Replica:
     """One incarnation of a target. Every call is bounded, and raises the error that the target answers."""
 
-    def __init__(self, name: str, link: Link, *, request_timeout: float, stop: threading.Event) -> None:
+    def __init__(self, name: str, link: Link, settings: ClientSettings, stop: threading.Event) -> None:
         """Asks the target for its identity. `stop`: once set, waiting ends."""
         self.name = name
         self.link = link
@@ -52,7 +53,7 @@ class Replica:
         self.seconds_per_request: float | None = None  # at the target, without waiting for earlier requests
         self._last_answer = time.monotonic()
         self._under_way: dict[str, float] = {}  # request id -> when it was sent
-        self._request_timeout = request_timeout
+        self._request_timeout, self._prefetch = settings.request_timeout, settings.prefetch
         self._stop = stop
         self.info: ModelInfo = self._control("model_info")
 
@@ -101,7 +102,8 @@ class Replica:
     def open_session(self, spec: SessionSpec) -> OpenedSession:
         spec = replace(spec, through_host=not self._gpus_connected)
         # The first session that needs the head waits for the forward thread, which probes it.
-        self.session = self._control("open_session", spec, timeout=self._request_timeout)
+        opened: OpenedSession = self._control("open_session", spec, timeout=self._request_timeout)
+        self.session = replace(opened, credits=min(opened.credits, self._prefetch))
         return self.session
 
     def disconnect(self) -> None:

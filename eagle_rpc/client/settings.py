@@ -11,7 +11,7 @@ class ClientSettings:
 
     session: SessionSettings  # its `trainer` also begins request ids
     index: int  # number among the trainers; spreads their first requests over the targets
-    prefetch: int  # requests under way at a time while streaming (> 0)
+    prefetch: int  # requests under way: of a stream, or at each target (> 0)
     request_timeout: float  # of one attempt at one target, queue included
     reconnect_deadline: float  # without any target
     heartbeat_interval: float

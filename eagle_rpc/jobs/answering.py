@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.answers.engine import AnswerEngine
+from eagle_rpc.answers.probe import probe_engine
 from eagle_rpc.answers.regeneration import longest_prompt
 from eagle_rpc.answers.service import ServiceAnswerer
 from eagle_rpc.client.answering import AnsweringTargets
@@ -33,8 +34,10 @@ class EngineAnswering:
         """Raises `UnsupportedTarget` for a model on several devices, or one that the engine cannot decode."""
         if self._checked:
             return
-        if len(devices := {str(weight.device) for weight in self._model.parameters()}) > 1:
+        devices = {weight.device for weight in self._model.parameters()}
+        if len(devices) > 1:
             raise UnsupportedTarget(f"to answer prompts, a target must be on one device, got {len(devices)}")
+        probe_engine(self._model)
         self._checked = True
 
     def decoder(self, settings: AnswerSettings, num_rows: int) -> "_EngineDecoder":

@@ -8,13 +8,14 @@ from fake_membership import FakeMembership, remote_model
 from support.tiny_target import tiny_mapping, tiny_target_config
 
 from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 
 def serve_tiny_target(seed: int) -> TargetModelServer:
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=seed)
-    return TargetModelServer(target, tiny_target_config())
+    return TargetModelServer(target, tiny_target_config(), answering=EngineAnswering(target.model))
 
 
 @pytest.fixture(scope="module")

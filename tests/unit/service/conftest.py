@@ -1,6 +1,7 @@
 """Servers of tiny random targets."""
 
 import pytest
+from answer_calls import ScriptedAnswering
 from gated_target import GatedTarget
 from server_calls import Clock, config
 
@@ -32,3 +33,24 @@ def gated(model):
     target = GatedTarget(HFEagle3TargetModel(model))
     yield target
     target.opened.set()
+
+
+@pytest.fixture
+def answering():
+    made = ScriptedAnswering()
+    yield made
+    made.opened.set()
+
+
+@pytest.fixture
+def serve_answers(model, clock):
+    servers = []
+
+    def start(answering, target=None, **changes):
+        target = target or HFEagle3TargetModel(model)
+        servers.append(TargetModelServer(target, config(**changes), answering=answering, clock=clock))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        assert server.close()
