@@ -1,7 +1,7 @@
 """Answers over RPC: the batched engine of a target that serves, and the service as seen by who asks it."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,7 +69,7 @@ class _EngineDecoder:
 
 @contextlib.contextmanager
 def service_answerer(
-    config: Config, tokenizer: PreTrainedTokenizerBase, stop_token_ids: tuple[int, ...]
+    config: Config, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Collection[int]
 ) -> Iterator[ServiceAnswerer]:
     """All targets of the registry, while the body runs.
 
@@ -98,7 +98,7 @@ def service_answerer(
             AnswerSettings(
                 max_new_tokens=asked.max_new_tokens,
                 max_length=longest,
-                stop_token_ids=stop_token_ids,
+                stop_token_ids=tuple(sorted(stop_token_ids)),
                 temperature=asked.temperature,
                 top_p=asked.top_p,
                 top_k=asked.top_k,
