@@ -60,6 +60,8 @@ def _broken_between(config: Config) -> Iterator[str]:
     asks_service = config.regenerate.backend is AnswerBackend.service
     if job.name is JobName.regenerate and asks_service and not elastic:
         yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
+    if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
+        yield "data.train_path must be given, or data.sources, got nothing"
     if data.packing and target.compile_shapes and not target.compile_packed:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:

@@ -231,11 +231,11 @@ class SourceConfig:
 class DataConfig:
     """Chats, and the rows that they fill."""
 
-    train_path: str = MISSING
-    """Chats: a file (JSON lines, JSON, gzip, zstd, parquet), a directory, a pattern of files or a dataset of
-    the Hugging Face hub."""
+    train_path: str | None = None
+    """Chats: a file (JSON lines, JSON, parquet, Arrow; also in gzip or zstd), a directory, a pattern of files
+    or a dataset of the Hugging Face hub as `owner/name:config[split]`; null: `data.sources` alone."""
     sources: list[SourceConfig] = field(default_factory=list)
-    """Further chats to train on, each with a weight."""
+    """Further chats to train on, each with a weight, as `[{path: chats.jsonl, weight: 2}]`."""
     validation_path: str | None = None
     """Chats of the same forms; null: `data.validation_share` of the chats to train on."""
     validation_share: Annotated[float, rules.SHARE_BELOW_1] = 0.02
@@ -338,7 +338,8 @@ class EvaluateConfig:
     draft: str = "${serving.dir}"
     """Directory of an exported draft."""
     prompts: str = "${run.cache_dir}/chitchat/heldout.jsonl"
-    """JSONL file of chats; the last user turn of each is answered, assistant turns after it are ignored."""
+    """Chats in any form that `data.train_path` takes. The last user turn of each is answered, or the first of
+    several without answers between them; assistant turns after it are ignored."""
     num_prompts: Positive[int] = 16
     """Prompts that are decoded."""
     max_new_tokens: Positive[int] = 64
@@ -356,7 +357,7 @@ class RegenerateConfig:
     """Answers of the target to prompts, which a draft then learns from."""
 
     prompts: str = "${run.cache_dir}/chitchat/train.jsonl"
-    """JSONL file of chats; the target answers their user turns."""
+    """Chats in any form that `data.train_path` takes; the target answers their user turns."""
     output: str = "${run.dir}/answers.jsonl"
     """JSONL file that answers are appended to; a chat that is already in it is not asked again."""
     num_prompts: Positive[int] | None = None

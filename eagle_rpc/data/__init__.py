@@ -3,8 +3,9 @@
 from eagle_rpc.data.batches import BatchPlan
 from eagle_rpc.data.chats import Chat, ChatWriter, KeptAnswer, Message, content_hash
 from eagle_rpc.data.dataset import ChatDataset, Example
-from eagle_rpc.data.reading import ChatFile, read_chats
+from eagle_rpc.data.records import ChatFile, iter_chats, parse_chat, read_chats
 from eagle_rpc.data.samples import Sample
+from eagle_rpc.data.sources import read_records, training_sources
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.data.token_cache import datasets_of, load_data
 from eagle_rpc.data.vocab import build_vocab_mapping
@@ -23,6 +24,10 @@ __all__ = [
     "build_vocab_mapping",
     "content_hash",
     "datasets_of",
+    "iter_chats",
     "load_data",
+    "parse_chat",
     "read_chats",
+    "read_records",
+    "training_sources",
 ]

@@ -1,20 +1,15 @@
-"""Chat files: JSON lines, one chat each.
-
-A record holds its turns under `messages` or `conversations`. A turn is `{"role", "content"}` or ShareGPT's
-`{"from", "value"}`. `"truncated": true` in a record says that its last answer is incomplete. Other keys are
-ignored.
-"""
+"""Chats, and the file that regeneration appends chats to."""
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from eagle_rpc.data.problems import Place
 
+# Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 
 
@@ -22,7 +17,7 @@ MAX_LINE_BYTES = 16 * 2**20
 class Message:
     """One turn."""
 
-    role: str  # system, user, assistant or tool
+    role: str  # system, developer, user, assistant or tool
     content: str  # empty if an assistant's turn only calls tools
     thought: str | None = None  # the reasoning before an assistant's content, without the template's marks
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
@@ -47,11 +42,12 @@ class Chat:
     """
 
     messages: list[Message]
-    place: str  # as in "chats.jsonl, line 3"
+    place: Place
     truncated: bool = False  # whether the last answer ended at a limit of tokens
     tools: list[dict[str, Any]] = field(default_factory=list)  # descriptions of functions
     answers: list[KeptAnswer] = field(default_factory=list)  # of each assistant turn, kept by regeneration
-    tokens: tuple[list[int], list[bool]] | None = None  # ids and loss mask of a record without messages
+    tokenizer: str | None = None  # fingerprint of the tokenizer that made the ids of `answers`
+    tokens: tuple[list[int], list[bool]] | None = None  # ids and loss mask of a tokenised record
 
 
 def content_hash(messages: Sequence[Message]) -> str:

@@ -3,13 +3,27 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.errors import DataError
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a record comes from: a line of a file, an element of a JSON array, or a row of a table."""
+
+    file: str
+    unit: Literal["line", "record", "row"]
+    number: int  # counted from 1
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
 class RecordProblem(DataError):
-    """The fault of one record; `RecordProblems` adds file and line to it, or counts it under its `kind`."""
+    """The fault of one record; `RecordProblems` adds the place to it, or counts it under its `kind`."""
 
     def __init__(self, detail: str, *, kind: str = "broken") -> None:
         super().__init__(detail)
@@ -17,17 +31,17 @@ class RecordProblem(DataError):
 
 
 class RecordProblems:
-    """The faults of one pass over records."""
+    """The faults of one source."""
 
     def __init__(self, on_error: OnError) -> None:
         self.skipped: Counter[str] = Counter()
         self._on_error = on_error
 
     @contextmanager
-    def record(self, place: str) -> Iterator[None]:
+    def record(self, place: Place) -> Iterator[None]:
         """Counts a `RecordProblem` of the body, which processes one record, or raises `DataError`.
 
-        The error, with `data.on_error=fail`, names file, line and fault.
+        The error, with `data.on_error=fail`, names place and fault.
         """
         try:
             yield
@@ -43,3 +57,9 @@ def describe(skipped: Counter[str]) -> str:
     """How many records were skipped, and why."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.most_common())
     return f"{skipped.total()} skipped ({kinds})" if skipped else "none skipped"
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,269 +1,178 @@
-"""Records of data files: JSON in its usual layouts, compressed or not, parquet, Arrow, and datasets of the hub.
+"""Sources of records: files of several formats, directories and patterns of files, datasets of the hub.
 
-JSON is read here, since the `datasets` library gives the records of a file the same keys and types.
-Everything else goes through `datasets`.
+The content of a file tells its format, not its name.
 """
 
 import glob
 import gzip
-import io
-import itertools
-import json
-import re
-from collections.abc import Iterable, Iterator
+import os
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from eagle_rpc.config.schema import DataConfig, SourceConfig
-from eagle_rpc.data.problems import RecordProblem
-from eagle_rpc.data.records import FORM_KEYS
+from eagle_rpc.data.json_records import json_records
+from eagle_rpc.data.problems import Place
+from eagle_rpc.data.tables import (
+    INSTALL,
+    arrow_rows,
+    hub_rows,
+    is_hub_name,
+    is_saved_dataset,
+    parquet_rows,
+    saved_rows,
+)
 from eagle_rpc.errors import DataError
 
-# Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
-MAX_RECORD_BYTES = 16 * 2**20
-
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-_COMPRESSED = (".gz", ".zst")
-# Files of a directory that describe a dataset instead of holding it.
-_DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<split>[\w.-]+))?")
-_FOREIGN = {
-    b"version https://git-lfs": "a pointer of git-lfs instead of the file: run git lfs pull",
-    b"\xff\xfe": "UTF-16 text: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it",
-    b"\xfe\xff": "UTF-16 text: iconv -f UTF-16 -t UTF-8 makes UTF-8 of it",
-    b"{\x00": "UTF-16 text: iconv -f UTF-16LE -t UTF-8 makes UTF-8 of it",
-    b"\x00": "binary data or UTF-16 text, not JSON in UTF-8",
-    b"PK\x03\x04": "a zip archive: unpack it",
-    b"\x93NUMPY": "a NumPy array: write records with input_ids and loss_mask",
-    b"BZh": "a bzip2 file: unpack it, or compress it with gzip or zstd",
-    b"\xfd7zXZ": "an xz file: unpack it, or compress it with gzip or zstd",
-}
-Record = tuple[str, Any]  # its place, as in "chats.jsonl, line 3", and its value or the `RecordProblem` of it
-
-
-def read_records(path: str) -> Iterator[Record]:
-    """The records of a file, of a directory or pattern of files in the order of their names, or of a dataset.
-
-    A dataset of the hub is `owner/name`, `owner/name:config` or `owner/name@split`, by default the split
-    train. Raises `DataError` for a path that names nothing, and for a file that does not hold records.
-    """
-    location = Path(path).expanduser()
-    if location.is_dir() and (
-        (location / "state.json").exists() or (location / "dataset_dict.json").exists()
-    ):
-        yield from _saved_dataset(location)
-        return
-    for file in data_files(path):
-        try:
-            yield from _file_records(file)
-        except (OSError, EOFError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{file} must be a readable file of chats, got: {reason}") from error
-    if not data_files(path):
-        yield from _hub_dataset(path)
-
-
-def data_files(path: str) -> list[Path]:
-    """The files of a path, sorted; empty if it names a dataset of the hub. Raises `DataError`."""
-    location = Path(path).expanduser()
-    if location.is_dir():
-        files = [file for file in sorted(location.rglob("*")) if _is_data(file.relative_to(location), file)]
-        if not files:
-            raise DataError(
-                f"{path} must be a directory with files of chats ({', '.join(_SUFFIXES)}), got none"
-            )
-        return files
-    if location.exists():
-        return [location]
-    found = [Path(name) for name in sorted(glob.glob(str(location), recursive=True)) if Path(name).is_file()]
-    if found or (_HUB_NAME.fullmatch(path) and not path.endswith((*_SUFFIXES, *_COMPRESSED))):
-        return found
-    raise DataError(f"{path} must be a file of chats, a directory or a pattern of files, got: no such file")
-
-
-def _is_data(inside: Path, file: Path) -> bool:
-    hidden = any(part.startswith((".", "_")) for part in inside.parts)
-    name = file.name.removesuffix(".gz").removesuffix(".zst")
-    return name.endswith(_SUFFIXES) and name not in _DESCRIPTIONS and not hidden and file.is_file()
-
-
-def _file_records(file: Path) -> Iterator[Record]:
-    with file.open("rb") as raw:
-        start = raw.read(64)
-        if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
-            kind = "parquet" if start.startswith(b"PAR1") else "arrow"
-            datasets = _library("datasets", f"{file} is a {kind} file")
-            yield from _rows(
-                file, datasets.load_dataset(kind, data_files=str(file), split="train", streaming=True)
-            )
-            return
-        raw.seek(0)
-        stream: IO[bytes] = raw
-        if start.startswith(b"\x1f\x8b"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw))
-        elif start.startswith(b"\x28\xb5\x2f\xfd"):
-            zstandard = _library("zstandard", f"{file} is compressed with zstd")
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-        yield from _json_records(file, stream)
-
-
-def _json_records(file: Path, stream: IO[bytes]) -> Iterator[Record]:
-    """One record a line; or a list of records, or records over several lines each."""
-    lines = _lines(stream)
-    head = list(itertools.islice(lines, 1))
-    while head and not head[-1].strip():
-        head += itertools.islice(lines, 1)
-    first = head[-1] if head else b""
-    _check_start(file, first)
-    second = next(lines, b"")
-    lines = itertools.chain(head, [second] if second else [], lines)
-    # A broken first line is followed by a record, a record over several lines is not.
-    over_lines = not _is_complete(first) and not (second.startswith(b"{") and _is_complete(second))
-    if first.lstrip().startswith(b"[") or over_lines:
-        for number, value in enumerate(_values(file, lines), start=1):
-            yield from ((f"{file}, record {number}", record) for record in _unwrapped(value))
-        return
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield from ((f"{file}, line {number}", record) for record in _unwrapped(_parsed(line)))
-
-
-def _check_start(file: Path, first: bytes) -> None:
-    for mark, meaning in _FOREIGN.items():
-        if first.startswith(mark):
-            raise DataError(f"{file} must hold chats as JSON in UTF-8, it is {meaning}")
-    if first.strip() and first.lstrip()[:1] not in b"{[":
-        text = first[:40].decode(errors="replace")
-        raise DataError(f"{file} must hold chats as JSON, which begins with {{ or [, got {text!r}")
-
-
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """Lines without a byte order mark at the beginning; a longer one is cut to just over the limit."""
-    mark = b"\xef\xbb\xbf"
-    while line := stream.readline(MAX_RECORD_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_RECORD_BYTES and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_RECORD_BYTES + 1)
-        yield line.removeprefix(mark)
-        mark = b"\n\n"  # in no line
-
-
-def _is_complete(line: bytes) -> bool:
-    """Whether a line is JSON, or is wrong before its end; otherwise its record goes on in the next line."""
-    try:
-        json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.pos < len(line.rstrip().decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return True
-    return True
-
-
-def _parsed(line: bytes) -> Any:
-    """The value of a line, or its problem."""
-    if len(line) > MAX_RECORD_BYTES:
-        return RecordProblem(f"the line must have at most {MAX_RECORD_BYTES} bytes", kind="too long")
-    try:
-        return json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return RecordProblem(_not_utf8(error), kind="not UTF-8")
-    except (ValueError, RecursionError) as error:
-        return RecordProblem(f"the line is not JSON: {error}", kind="not JSON")
-
-
-def _values(file: Path, lines: Iterator[bytes]) -> Iterator[Any]:
-    """The elements of a list, or values one after the other, from text that is read piece by piece."""
-    decoder, buffer, wanted, in_list = json.JSONDecoder(), "", 0, False
-    while True:
-        buffer = buffer.lstrip(" \t\r\n,")
-        if buffer.startswith("[") and not in_list:
-            buffer, in_list = buffer[1:], True
-            continue
-        if buffer.startswith("]"):
-            return
-        try:
-            value, end = decoder.raw_decode(buffer)
-        except ValueError as error:
-            pieces = list(itertools.islice(lines, 1)) if len(buffer) <= MAX_RECORD_BYTES else []
-            # A value that is wrong before the end of the text does not become right by more of it.
-            if not pieces or (isinstance(error, json.JSONDecodeError) and error.pos < wanted):
-                if not buffer and not in_list:
-                    return
-                raise DataError(f"{file} must be whole JSON, got: {error}") from error
-            while len(pieces) * 80 < len(buffer) and (more := next(lines, None)):
-                pieces.append(more)
-            buffer += _decoded(file, b"".join(pieces))
-            continue
-        yield value
-        buffer, wanted = buffer[end:], 0
-
-
-def _decoded(file: Path, text: bytes) -> str:
-    try:
-        return text.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: {_not_utf8(error)}") from error
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"the text is not UTF-8 at byte {error.start} ({error.object[error.start]:#x}): if it is of a Windows "
-        "code page, iconv -f WINDOWS-1252 -t UTF-8 makes UTF-8 of it"
-    )
-
-
-def _unwrapped(value: Any) -> list[Any]:
-    """The records of an object that holds a list of them under one key, otherwise the value alone."""
-    if isinstance(value, dict) and not value.keys() & (FORM_KEYS - {"data"}):
-        for inner in value.values():
-            if isinstance(inner, list) and inner and all(_is_record(one) for one in inner):
-                return inner
-    return [value]
-
-
-def _is_record(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value.keys() & FORM_KEYS)
-
-
-def _saved_dataset(directory: Path) -> Iterator[Record]:
-    datasets = _library("datasets", f"{directory} is a saved dataset")
-    yield from _rows(directory, _one_split(str(directory), datasets.load_from_disk(str(directory))))
-
-
-def _hub_dataset(path: str) -> Iterator[Record]:
-    match = _HUB_NAME.fullmatch(path)
-    assert match is not None
-    datasets = _library("datasets", f"{path} is no file and may be a dataset of the hub")
-    try:
-        found = datasets.load_dataset(match["name"], match["config"], split=match["split"], streaming=True)
-    except Exception as error:
-        raise DataError(
-            f"{path} must be a file, a directory or a dataset of the hub, got: {error}"
-        ) from error
-    yield from _rows(Path(path), _one_split(path, found))
-
-
-def _one_split(path: str, found: Any) -> Iterable[Any]:
-    if not isinstance(found, dict):
-        return found
-    if "train" in found or len(found) == 1:
-        return found.get("train") or next(iter(found.values()))
-    raise DataError(f"{path} must have a split train or one split alone, got {', '.join(sorted(found))}")
-
-
-def _rows(path: Path, rows: Iterable[Any]) -> Iterator[Record]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}, row {number}", row
-
-
-def _library(name: str, need: str) -> ModuleType:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise DataError(f"{need}, which needs the package {name}: pip install 'eagle-rpc[data]'") from error
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_PARQUET = b"PAR1"
+_ARROW = (b"\xff\xff\xff\xff", b"ARROW1")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff", b"{\0", b"[\0", b"\0{", b"\0[")
+# Beginnings of files that hold no records, what they are, and the way out.
+_OTHERS = (
+    (b"version https://git-lfs", "a git-lfs pointer in place of the file: fetch it with git lfs pull"),
+    (b"\x93NUMPY", "a numpy array: write records with input_ids and loss_mask"),
+    (b"PK\x03\x04", "a zip archive (perhaps of numpy arrays or of torch): unpack it, or write records"),
+    (b"BZh", "compressed with bzip2: unpack it, or compress it with gzip or zstd"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it, or compress it with gzip or zstd"),
+)
+_HEAD_BYTES = 2**16
+_KINDS = {"jsonl": "JSON", "ndjson": "JSON", "json": "JSON", "parquet": "parquet", "arrow": "Arrow"}
+_COMPRESSIONS = (".gz", ".zst", ".zstd")
+_ABOUT_THE_DATA = ("readme", "license", "notice", "dataset_infos.json")  # beginnings of names
 
 
 def training_sources(config: DataConfig) -> list[SourceConfig]:
-    """All sources of a run."""
-    return [SourceConfig(path=config.train_path), *config.sources]
+    """`data.train_path`, if it is given, and `data.sources`."""
+    own = [] if config.train_path is None else [SourceConfig(path=config.train_path)]
+    return own + config.sources
+
+
+def read_records(path: str) -> Iterator[tuple[Place, Any]]:
+    """Places and records of a source, one after the other; those of several files in the order of names.
+
+    `path` is a file, a directory, a pattern of files, or a name of the hub (`owner/name:config[split]`); `~`
+    is the home directory. A record that cannot be decoded comes as a `RecordProblem`. Raises `DataError`,
+    which says what the source is and what to do, for all that does not hold records.
+    """
+    if not path.strip():
+        raise DataError(f"the path of a source must not be empty, got {path!r}")
+    expanded = os.path.expanduser(path)
+    try:
+        if not os.path.lexists(expanded) and is_hub_name(path):
+            yield from hub_rows(path)
+            return
+        for file in _files(Path(expanded)):
+            yield from saved_rows(file) if file.is_dir() else _file_records(file)
+    except OSError as error:
+        raise DataError(f"{path} must be readable, got: {error.strerror or error}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    """Files and saved datasets of a path."""
+    if path.is_file() or is_saved_dataset(path):
+        return [path]
+    if path.is_dir():
+        return _files_of_directory(path)
+    if os.path.lexists(path):
+        raise DataError(f"{path} must be a file or a directory, got something else or a broken link")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    saved = [match for match in matches if is_saved_dataset(match)]
+    files = [m for m in matches if m in saved or (m.is_file() and not set(saved) & set(m.parents))]
+    if not files:
+        kind = (
+            "a pattern that matches files" if glob.has_magic(str(path)) else "an existing file or directory"
+        )
+        raise DataError(f"{path} must be {kind}, got none")
+    return files
+
+
+def _files_of_directory(path: Path) -> list[Path]:
+    """The data files below a directory. Raises `DataError` if there are none, or several kinds."""
+    visible = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    files = [file for file in visible if not _is_about_the_data(file)]
+    others = [file for file in files if _kind(file) is None]
+    kinds = sorted({kind for file in files if (kind := _kind(file)) is not None})
+    if not kinds:
+        found = f", got {others[0].name}" if others else ", got none"
+        raise DataError(f"{path} must hold files of records (JSON, parquet or Arrow){found}")
+    if others or len(kinds) > 1:
+        found = others[0].name if others else " and ".join(kinds)
+        raise DataError(
+            f"{path} must hold files of records of one kind, got also {found}: "
+            f"name the files by a pattern, as {path}/*{next(f for f in files if _kind(f)).suffix}"
+        )
+    return files
+
+
+def _kind(file: Path) -> str | None:
+    name = file.name.lower()
+    for compression in _COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return _KINDS.get(name.rpartition(".")[2])
+
+
+def _is_about_the_data(file: Path) -> bool:
+    return file.name.lower().startswith(_ABOUT_THE_DATA) or file.suffix.lower() == ".md"
+
+
+def _file_records(path: Path) -> Iterator[tuple[Place, Any]]:
+    try:
+        with _opened(path) as file:
+            head = file.read(_HEAD_BYTES)
+        if head.startswith(_PARQUET):
+            yield from parquet_rows(path)
+        elif head.startswith(_ARROW):
+            yield from arrow_rows(path)
+        else:
+            if fault := _fault(head, path):
+                raise DataError(f"{path} must hold records, but it is {fault}")
+            yield from json_records(partial(_opened, path), str(path))
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or not whole: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path} must be a readable file, got: {error.strerror or error}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The content of a file, decompressed."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(_GZIP):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if start != _ZSTD:
+        return path.open("rb")
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"{path} is compressed with zstd, which needs another package: {INSTALL}") from error
+    # Unlike the package zstandard, pyarrow notices an end that is missing.
+    return BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+
+
+def _fault(head: bytes, path: Path) -> str | None:
+    """What a file is that holds no JSON, and what to do about it; None if it may hold JSON."""
+    for beginning, fault in _OTHERS:
+        if head.startswith(beginning):
+            return fault
+    if head.startswith(_UTF16):
+        return "text in UTF-16 and must be UTF-8: convert it, as with iconv -f utf-16 -t utf-8"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it"
+    if b"\0" in head:
+        return "a binary file: write records as JSON lines or parquet"
+    lines = head.removeprefix(b"\xef\xbb\xbf").splitlines()
+    if not any(line.strip() for line in lines):
+        return "empty" if len(head) < _HEAD_BYTES else None
+    if any(line.lstrip().startswith((b"{", b"[")) for line in lines):
+        return None
+    if path.suffix.lower() in (".csv", ".tsv") or b"," in lines[0] or b"\t" in lines[0]:
+        return "perhaps a CSV table, which has no turns: convert it to JSON lines"
+    return "plain text: write records as JSON lines or parquet, with messages"

@@ -27,10 +27,11 @@ def run(config: Config) -> int:
     target = replace(config.target, dtype=settings.dtype)
     device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
+    context = model.config.get_text_config().max_position_embeddings
     result = evaluate_draft(
         model,
         export,
-        read_prompts(config, chat_template(config, tokenizer)),
+        read_prompts(config, chat_template(config, tokenizer), context),
         max_new_tokens=settings.max_new_tokens,
         num_draft_tokens=settings.num_draft_tokens,
         near_tie=settings.near_tie,
