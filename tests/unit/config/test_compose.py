@@ -66,6 +66,13 @@ def test_an_impossible_value_names_field_rule_and_value(override: str, message: 
         load(override)
 
 
+def test_training_needs_a_path_or_sources():
+    with pytest.raises(ConfigError, match=r"data\.train_path must be given, or data\.sources, got nothing"):
+        load("data=chats")
+    sources = load("data=chats", "data.sources=[{path: a.jsonl}, {path: b, weight: 0.5}]").data.sources
+    assert [(source.path, source.weight) for source in sources] == [("a.jsonl", 1.0), ("b", 0.5)]
+
+
 def test_single_takes_one_of_each():
     with pytest.raises(ConfigError, match=r"topology\.single .* got 2 and 1"):
         load("topology=single", "topology.targets=2")
