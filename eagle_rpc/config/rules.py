@@ -1,7 +1,7 @@
 """Rules for single settings. A field's type carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -33,6 +33,7 @@ THREE_LAYERS = Rule(
     "be three distinct layers in ascending order", lambda v: len(v) == 3 and v == sorted(set(v))
 )
 NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
+NOT_BLANK = Rule("be given", lambda value: bool(value.strip()))
 DATE = Rule("be a day as 2026-01-31", is_date)
 NAME = Rule(f"be {NAME_RULE}", is_name)
 ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
@@ -56,11 +57,16 @@ def rule_of(hint: Any) -> Rule | None:
 def broken_rules(config: Any) -> Iterator[tuple[str, str]]:
     """Each setting of `config`, a dataclass of sections, that breaks its rule: its path and a message."""
     for section in fields(config):
-        settings = getattr(config, section.name)
-        for name, hint in get_type_hints(type(settings), include_extras=True).items():
-            rule, value = rule_of(hint), getattr(settings, name)
-            nullable = type(None) in get_args(hint)
-            if rule and not (nullable and value is None) and not rule.holds(value):
-                got = value.name if isinstance(value, Enum) else value
-                path = f"{section.name}.{name}"
-                yield path, f"{path} must {rule.text}{' or null' if nullable else ''}, got {got}"
+        yield from _broken_settings(getattr(config, section.name), section.name)
+
+
+def _broken_settings(settings: Any, parent: str) -> Iterator[tuple[str, str]]:
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        rule, value, path = rule_of(hint), getattr(settings, name), f"{parent}.{name}"
+        nullable = type(None) in get_args(hint)
+        if rule and not (nullable and value is None) and not rule.holds(value):
+            got = value.name if isinstance(value, Enum) else value
+            yield path, f"{path} must {rule.text}{' or null' if nullable else ''}, got {got}"
+        for index, entry in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(entry):
+                yield from _broken_settings(entry, f"{path}[{index}]")

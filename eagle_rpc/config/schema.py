@@ -221,7 +221,7 @@ class DraftConfig:
 class SourceConfig:
     """One of several sources of chats."""
 
-    path: str = MISSING
+    path: Annotated[str, rules.NOT_BLANK] = ""
     """Chats in any form that `data.train_path` takes."""
     weight: Positive[float] = 1.0
     """How often an epoch has each chat; of 0.5 a fixed half of the chats, of 2.5 two or three times each."""

@@ -62,13 +62,19 @@ def read_records(path: str) -> Iterator[tuple[Place, Any]]:
         raise DataError(f"the path of a source must not be empty, got {path!r}")
     expanded = os.path.expanduser(path)
     try:
-        if not os.path.lexists(expanded) and is_hub_name(path):
+        if _may_be_on_the_hub(Path(expanded)):
             yield from hub_rows(path)
             return
         for file in _files(Path(expanded)):
             yield from saved_rows(file) if file.is_dir() else _file_records(file)
     except OSError as error:
         raise DataError(f"{path} must be readable, got: {error.strerror or error}") from error
+
+
+def _may_be_on_the_hub(path: Path) -> bool:
+    """Whether a path is a name of the hub and not a mistake in the name of a file."""
+    is_file_name = path.exists() or path.parent.exists() or _kind(path) is not None
+    return is_hub_name(str(path)) and not is_file_name
 
 
 def _files(path: Path) -> list[Path]:
@@ -81,7 +87,12 @@ def _files(path: Path) -> list[Path]:
         raise DataError(f"{path} must be a file or a directory, got something else or a broken link")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     saved = [match for match in matches if is_saved_dataset(match)]
-    files = [m for m in matches if m in saved or (m.is_file() and not set(saved) & set(m.parents))]
+    files = [
+        match
+        for match in matches
+        if match in saved
+        or (match.is_file() and not _is_about_the_data(match) and not set(saved) & set(match.parents))
+    ]
     if not files:
         kind = (
             "a pattern that matches files" if glob.has_magic(str(path)) else "an existing file or directory"

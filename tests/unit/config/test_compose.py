@@ -73,6 +73,13 @@ def test_training_needs_a_path_or_sources():
     assert [(source.path, source.weight) for source in sources] == [("a.jsonl", 1.0), ("b", 0.5)]
 
 
+def test_each_source_keeps_the_rules():
+    with pytest.raises(ConfigError) as caught:
+        load("data=chats", "data.sources=[{path: a}, {weight: 0}]")
+    assert "data.sources[1].path must be given, got" in str(caught.value)
+    assert "data.sources[1].weight must be positive, got 0" in str(caught.value)
+
+
 def test_single_takes_one_of_each():
     with pytest.raises(ConfigError, match=r"topology\.single .* got 2 and 1"):
         load("topology=single", "topology.targets=2")

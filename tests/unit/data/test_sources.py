@@ -290,12 +290,15 @@ def test_several_splits_are_refused_by_name(tmp_path):
     ("path", "message"),
     [
         ("absent.jsonl", "must be an existing file or directory, got none"),
+        ("data/absent.jsonl", "must be an existing file or directory, got none"),
+        ("here/absent", "must be an existing file or directory, got none"),
         ("./*.absent", "must be a pattern that matches files, got none"),
         (" ", "must not be empty"),
     ],
 )
 def test_an_absent_source_is_named(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(DataError, match=message):
         list(read_records(path))
 
