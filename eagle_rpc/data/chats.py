@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eagle_rpc.data.problems import Place
-
 # Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
 MAX_LINE_BYTES = 16 * 2**20
 
@@ -42,7 +40,7 @@ class Chat:
     """
 
     messages: list[Message]
-    place: Place
+    place: str  # as in "chats.jsonl, line 3"
     truncated: bool = False  # whether the last answer ended at a limit of tokens
     tools: list[dict[str, Any]] = field(default_factory=list)  # descriptions of functions
     answers: list[KeptAnswer] = field(default_factory=list)  # of each assistant turn, kept by regeneration

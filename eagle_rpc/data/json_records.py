@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from eagle_rpc.data.chats import MAX_LINE_BYTES
-from eagle_rpc.data.problems import Place, RecordProblem
+from eagle_rpc.data.problems import Record, RecordProblem
 from eagle_rpc.errors import DataError
 
 _CHUNK = 2**18
@@ -23,7 +23,7 @@ class _NotJSON(Exception):
     """The text is no JSON; the message says why and where."""
 
 
-def json_records(open_file: Callable[[], BinaryIO], name: str) -> Iterator[tuple[Place, Any]]:
+def json_records(open_file: Callable[[], BinaryIO], name: str) -> Iterator[Record]:
     """Places and records of a file, which is opened more than once and called `name` in messages.
 
     A line that is no JSON comes as a `RecordProblem`. Raises `DataError` where an array is no JSON, because
@@ -44,7 +44,7 @@ def json_records(open_file: Callable[[], BinaryIO], name: str) -> Iterator[tuple
     # Lines, the first of which may be broken.
     with open_file() as file:
         for number, raw in numbered_lines(file):
-            yield Place(name, "line", number), _parse_line(raw)
+            yield f"{name}, line {number}", _parse_line(raw)
 
 
 def _is_lines(open_file: Callable[[], BinaryIO]) -> bool:
@@ -90,7 +90,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     )
 
 
-def _values(text: "_Text", name: str) -> Iterator[tuple[Place, Any]]:
+def _values(text: "_Text", name: str) -> Iterator[Record]:
     """Records of the values in a text: elements of arrays, elements of an object's list, or objects."""
     number = 0
     while start := text.peek():
@@ -103,10 +103,10 @@ def _values(text: "_Text", name: str) -> Iterator[tuple[Place, Any]]:
             raise _NotJSON(f"{start!r} in line {line}, where an object or a list should begin")
         for record in records:
             if isinstance(record, _Whole):
-                yield Place(name, "line", line), dict(record)
+                yield f"{name}, line {line}", dict(record)
             else:
                 number += 1
-                yield Place(name, "record", number), record
+                yield f"{name}, record {number}", record
             text.start_record()
 
 

@@ -3,23 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.errors import DataError
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a record comes from: a line of a file, an element of a JSON array, or a row of a table."""
-
-    file: str
-    unit: Literal["line", "record", "row"]
-    number: int  # counted from 1
-
-    def __str__(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}"
+# The place of a record, as in "chats.jsonl, line 3", and its value; or the `RecordProblem` in place of it.
+Record = tuple[str, Any]
 
 
 class RecordProblem(DataError):
@@ -38,10 +28,10 @@ class RecordProblems:
         self._on_error = on_error
 
     @contextmanager
-    def record(self, place: Place) -> Iterator[None]:
+    def record(self, place: str) -> Iterator[None]:
         """Counts a `RecordProblem` of the body, which processes one record, or raises `DataError`.
 
-        The error, with `data.on_error=fail`, names place and fault.
+        `place` is as in "chats.jsonl, line 3". The error, with `data.on_error=fail`, names place and fault.
         """
         try:
             yield

@@ -16,7 +16,7 @@ from typing import Any
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.data.chats import Chat, Message
-from eagle_rpc.data.problems import Place, RecordProblem, RecordProblems, describe, shown
+from eagle_rpc.data.problems import RecordProblem, RecordProblems, describe, shown
 from eagle_rpc.data.sources import read_records
 from eagle_rpc.data.token_records import kept_answers, tokens_of
 from eagle_rpc.data.tool_calls import decoded, parse_tools
@@ -74,29 +74,25 @@ def iter_chats(path: str | Path, problems: RecordProblems, needed_role: str = "a
     Each chat has a turn of `needed_role`: assistant to train on, user to be asked. Keys that are not read are
     reported once at the end. Raises `DataError` for a source that cannot be read.
     """
-    unread: set[str] = set()
+    unread = Counter[str]()
     for place, record in read_records(str(path)):
         with problems.record(place):
-            chat = parse_chat(record, place, unread)
-            check_role(chat, needed_role)
-            yield chat
+            yield parse_chat(record, place, needed_role, unread=unread)
     if unread:
-        logger.info("%s: not read: %s", path, ", ".join(sorted(unread)))
+        logger.info("%s: %s", path, describe_unread(unread))
 
 
-def check_role(chat: Chat, needed_role: str) -> None:
-    """Raises `RecordProblem` if no turn of the chat has the role. Token ids hold answers already."""
-    if chat.tokens is not None and needed_role == "assistant":
-        return
-    if all(message.role != needed_role for message in chat.messages):
-        advice = ": let the target answer first (job=regenerate)" if needed_role == "assistant" else ""
-        raise RecordProblem(f"the chat has no {needed_role} turn{advice}", kind=f"without {needed_role} turn")
+def describe_unread(unread: Counter[str]) -> str:
+    """The keys that records have and nothing reads."""
+    return f"not read: {', '.join(sorted(unread))}"
 
 
-def parse_chat(record: Any, place: Place, unread: set[str] | None = None) -> Chat:
-    """A record as `read_records` gives it, as a chat. Raises `RecordProblem`.
+def parse_chat(
+    record: Any, place: str, needed_role: str = "assistant", *, unread: Counter[str] | None = None
+) -> Chat:
+    """A record as `read_records` gives it, as a chat with a turn of `needed_role`. Raises `RecordProblem`.
 
-    The names of harmless keys that are not read are added to `unread`.
+    The names of harmless keys that are not read are counted in `unread`.
     """
     if isinstance(record, RecordProblem):
         raise record
@@ -110,7 +106,7 @@ def parse_chat(record: Any, place: Place, unread: set[str] | None = None) -> Cha
     left = keys.keys() - turn_keys - token_keys - _READ_WITH_EVERY_FORM
     _refuse_telling({key: keys[key] for key in left})
     if unread is not None:
-        unread |= left - (_OF_REGENERATION if "settings" in keys else frozenset())
+        unread.update(left - (_OF_REGENERATION if "settings" in keys else frozenset()))
     truncated = keys.get("truncated", False)
     if not isinstance(truncated, bool):
         raise RecordProblem(
@@ -119,7 +115,16 @@ def parse_chat(record: Any, place: Place, unread: set[str] | None = None) -> Cha
     tools = parse_tools(keys["tools"]) if "tools" in keys else []
     check_unicode([json.dumps(tools, ensure_ascii=False, default=str)], "tools")
     answers, tokenizer = kept_answers(keys, sum(message.role == "assistant" for message in messages))
+    _check_role(messages, needed_role, has_tokens=tokens is not None)
     return Chat(messages, place, truncated, tools, answers, tokenizer, tokens)
+
+
+def _check_role(messages: list[Message], needed_role: str, *, has_tokens: bool) -> None:
+    """Token ids hold answers already."""
+    found = {message.role for message in messages} | ({"assistant"} if has_tokens else set())
+    if needed_role not in found:
+        advice = ": let the target answer first (job=regenerate)" if needed_role == "assistant" else ""
+        raise RecordProblem(f"the chat has no {needed_role} turn{advice}", kind=f"without {needed_role} turn")
 
 
 def _messages(keys: dict[str, Any]) -> tuple[list[Message], set[str]]:

@@ -8,14 +8,15 @@ import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from eagle_rpc.config.schema import DataConfig, SourceConfig
 from eagle_rpc.data.json_records import json_records
-from eagle_rpc.data.problems import Place
+from eagle_rpc.data.problems import Record
 from eagle_rpc.data.tables import (
     INSTALL,
     arrow_rows,
@@ -51,22 +52,41 @@ def training_sources(config: DataConfig) -> list[SourceConfig]:
     return own + config.sources
 
 
-def read_records(path: str) -> Iterator[tuple[Place, Any]]:
-    """Places and records of a source, one after the other; those of several files in the order of names.
+def read_records(path: str) -> Iterator[Record]:
+    """The records of a source, one after the other; those of several files in the order of the names.
 
     `path` is a file, a directory, a pattern of files, or a name of the hub (`owner/name:config[split]`); `~`
     is the home directory. A record that cannot be decoded comes as a `RecordProblem`. Raises `DataError`,
     which says what the source is and what to do, for all that does not hold records.
     """
-    if not path.strip():
-        raise DataError(f"the path of a source must not be empty, got {path!r}")
-    expanded = os.path.expanduser(path)
-    try:
-        if _may_be_on_the_hub(Path(expanded)):
+    with _readable(path) as location:
+        if location is None:
             yield from hub_rows(path)
             return
-        for file in _files(Path(expanded)):
+        for file in _files(location):
             yield from saved_rows(file) if file.is_dir() else _file_records(file)
+
+
+def data_files(path: str) -> list[Path]:
+    """The files that the records of a source are in, sorted; none for a dataset of the hub.
+
+    Raises `DataError` for a path that names nothing.
+    """
+    with _readable(path) as location:
+        files = [] if location is None else _files(location)
+        return [
+            part for file in files for part in (sorted(file.rglob("*.arrow")) if file.is_dir() else [file])
+        ]
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[Path | None]:
+    """The path on this machine, None for a name of the hub. Turns an `OSError` of the body into `DataError`."""
+    if not path.strip():
+        raise DataError(f"the path of a source must not be empty, got {path!r}")
+    location = Path(os.path.expanduser(path))
+    try:
+        yield None if _may_be_on_the_hub(location) else location
     except OSError as error:
         raise DataError(f"{path} must be readable, got: {error.strerror or error}") from error
 
@@ -134,7 +154,7 @@ def _is_about_the_data(file: Path) -> bool:
     return file.name.lower().startswith(_ABOUT_THE_DATA) or file.suffix.lower() == ".md"
 
 
-def _file_records(path: Path) -> Iterator[tuple[Place, Any]]:
+def _file_records(path: Path) -> Iterator[Record]:
     try:
         with _opened(path) as file:
             head = file.read(_HEAD_BYTES)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eagle_rpc.data.problems import Place
+from eagle_rpc.data.problems import Record
 from eagle_rpc.errors import DataError
 
 INSTALL = "pip install 'eagle-rpc[data]'"
@@ -25,7 +25,7 @@ def is_hub_name(path: str) -> bool:
     return _HUB_NAME.fullmatch(path) is not None
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[Place, Any]]:
+def parquet_rows(path: Path) -> Iterator[Record]:
     """Raises `DataError` for a damaged file."""
     datasets = _datasets(str(path))
     try:
@@ -36,7 +36,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[Place, Any]]:
         raise DataError(f"{path} must be a whole parquet file, got: {error}") from error
 
 
-def arrow_rows(path: Path) -> Iterator[tuple[Place, Any]]:
+def arrow_rows(path: Path) -> Iterator[Record]:
     """Raises `DataError` for a damaged file."""
     datasets = _datasets(str(path))
     try:
@@ -45,7 +45,7 @@ def arrow_rows(path: Path) -> Iterator[tuple[Place, Any]]:
         raise DataError(f"{path} must be a whole Arrow file, got: {error}") from error
 
 
-def saved_rows(path: Path) -> Iterator[tuple[Place, Any]]:
+def saved_rows(path: Path) -> Iterator[Record]:
     """Raises `DataError` for a directory that is not whole, and for several splits."""
     datasets = _datasets(str(path))
     try:
@@ -62,7 +62,7 @@ def saved_rows(path: Path) -> Iterator[tuple[Place, Any]]:
     yield from _numbered(saved, str(path))
 
 
-def hub_rows(path: str) -> Iterator[tuple[Place, Any]]:
+def hub_rows(path: str) -> Iterator[Record]:
     """Rows of a dataset of the hub, of its split `train` unless another is named. Raises `DataError`."""
     match = _HUB_NAME.fullmatch(path)
     assert match is not None
@@ -75,12 +75,12 @@ def hub_rows(path: str) -> Iterator[tuple[Place, Any]]:
     yield from _numbered(rows, path)
 
 
-def _numbered(rows: Any, name: str) -> Iterator[tuple[Place, Any]]:
+def _numbered(rows: Any, name: str) -> Iterator[Record]:
     number = 0
     for table in rows.with_format("arrow").iter(batch_size=_ROWS):
         for row in table.to_pylist():
             number += 1
-            yield Place(name, "row", number), row
+            yield f"{name}, row {number}", row
 
 
 def _datasets(name: str) -> Any:

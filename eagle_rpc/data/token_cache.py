@@ -27,7 +27,7 @@ from eagle_rpc.report.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _TOKENS, _FIRST, _CHATS, _FACTS = "tokens.bin", "first.npy", "chats.npy", "facts.json"
 # Seconds that a process waits for another one that tokenises the same data.
 _LONGEST_WAIT = 12 * 3600.0
@@ -193,7 +193,7 @@ def _read(directory: Path) -> tuple[TokenStore, Counts] | None:
     try:
         facts = json.loads((directory / _FACTS).read_text(encoding="utf-8"))
         counts = Counts(**facts["counts"])
-        counts.skipped = Counter(counts.skipped)
+        counts.skipped, counts.unread = Counter(counts.skipped), Counter(counts.unread)
         first, chats = np.load(directory / _FIRST, mmap_mode="r"), np.load(directory / _CHATS, mmap_mode="r")
         tokens = _map_tokens(directory / _TOKENS)
         if len(tokens) != first[-1] or len(chats) != len(first) - 1 or len(chats) != counts.samples:

@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,11 @@ from numpy.typing import NDArray
 from eagle_rpc.config.choices import Overlong
 from eagle_rpc.config.schema import DataConfig
 from eagle_rpc.data.dataset import chat_hash, pack_tokens
-from eagle_rpc.data.problems import RecordProblems, describe
-from eagle_rpc.data.records import parse_chat
+from eagle_rpc.data.problems import Record, RecordProblems, describe
+from eagle_rpc.data.records import describe_unread, parse_chat
 from eagle_rpc.data.samples import Sample
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.process import die_with_parent
-
-Record = tuple[str, Any]
 
 # Records that one process takes at a time, and the number up to which no processes are started for them.
 _CHUNK, _FEW = 256, 4096
@@ -38,6 +35,7 @@ class Counts:
     truncated: int = 0
     dropped: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # records left out, by kind of fault
+    unread: Counter[str] = field(default_factory=Counter)  # keys that records have and nothing reads
     highest_id: int = -1
     highest_place: str = ""  # the record that holds it
 
@@ -45,15 +43,17 @@ class Counts:
         for name in ("chats", "samples", "tokens", "supervised", "truncated", "dropped"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.skipped += other.skipped
+        self.unread += other.unread
         if other.highest_id > self.highest_id:
             self.highest_id, self.highest_place = other.highest_id, other.highest_place
 
     def line(self, max_length: int) -> str:
         """For people."""
+        unread = f"; {describe_unread(self.unread)}" if self.unread else ""
         return (
             f"{self.chats} chats in {self.samples} samples, {self.tokens} tokens, {self.supervised} of them "
             f"supervised; {self.truncated} samples truncated to {max_length} tokens, "
-            f"{self.dropped} dropped as too long, {describe(self.skipped)}"
+            f"{self.dropped} dropped as too long, {describe(self.skipped)}{unread}"
         )
 
 
@@ -80,7 +80,7 @@ class Tokeniser:
         chats: list[int] = []
         for place, record in records:
             with problems.record(place):
-                samples = self.template.samples(parse_chat(record, place))
+                samples = self.template.samples(parse_chat(record, place, unread=counts.unread))
                 kept = [one for one in (self._shortened(sample, counts) for sample in samples) if one]
                 packed = [pack_tokens(sample.ids, sample.mask) for sample in kept]
                 rows += packed

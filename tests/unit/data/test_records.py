@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eagle_rpc.config.choices import OnError
-from eagle_rpc.data import Chat, KeptAnswer, Message, Place, parse_chat, read_chats
+from eagle_rpc.data import Chat, KeptAnswer, Message, parse_chat, read_chats
 from eagle_rpc.data.problems import RecordProblem
 from eagle_rpc.errors import DataError
 
 GOOD = {"messages": turns("hello", "hi")}
 HELLO = [Message("user", "hello"), Message("assistant", "hi")]
-PLACE = Place("chats.jsonl", "line", 3)
+PLACE = "chats.jsonl, line 3"
 IDS = {"input_ids": [5, 6, 7, 8], "loss_mask": [0, 0, 1, 1]}
 CALL = {"id": "1", "type": "function", "function": {"name": "now", "arguments": '{"zone": null}'}}
 PARSED_CALL = {**CALL, "function": {"name": "now", "arguments": {"zone": None}}}

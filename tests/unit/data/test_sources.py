@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.config.schema import DataConfig, SourceConfig
-from eagle_rpc.data import Message, Place, read_chats, read_records, training_sources
+from eagle_rpc.data import Message, read_chats, read_records, training_sources
 from eagle_rpc.data.json_records import json_records
 from eagle_rpc.data.problems import RecordProblem
+from eagle_rpc.data.sources import data_files
 from eagle_rpc.errors import DataError
 
 GOOD = {"messages": turns("hello", "hi")}
@@ -128,7 +129,7 @@ def test_an_object_with_turns_is_a_record_and_not_a_list_of_them(tmp_path):
     path = tmp_path / "chat.json"
     path.write_text(json.dumps({"tools": [{"function": {"name": "now"}}], **GOOD}, indent=2))
     (chat,) = read_chats(path, on_error=OnError.fail).chats
-    assert (chat.messages, chat.place) == (HELLO, Place(str(path), "line", 1))
+    assert (chat.messages, chat.place) == (HELLO, f"{path}, line 1")
 
 
 @pytest.mark.parametrize(
@@ -149,13 +150,12 @@ def test_a_place_names_line_record_or_row(tmp_path, container, unit, numbers):
     if numbers is None:
         begins = enumerate(path.read_text().splitlines(), start=1)
         numbers = [number for number, line in begins if line.startswith("{")]
-    assert places == [Place(str(path), unit, number) for number in numbers]
-    assert str(places[0]) == f"{path}, {unit} {numbers[0]}"
+    assert places == [f"{path}, {unit} {number}" for number in numbers]
 
 
 def test_the_files_of_a_directory_are_named_in_the_order_of_their_names(tmp_path):
     places = [place for place, _ in read_records(str(_directory(tmp_path, RECORDS)))]
-    assert [Path(place.file).name for place in places] == ["part0.jsonl", "part1.jsonl", "part2.jsonl"]
+    assert [Path(place).name for place in places] == [f"part{number}.jsonl, line 1" for number in range(3)]
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(tmp_path):
@@ -172,7 +172,7 @@ def test_a_line_over_the_limit_is_refused_and_does_not_shift_the_count(tmp_path,
     monkeypatch.setattr("eagle_rpc.data.json_records.MAX_LINE_BYTES", 200)
     path = write_lines(tmp_path / "chats.jsonl", {"messages": turns("a" * 1000, "hi")}, GOOD)
     file = read_chats(path, on_error=OnError.skip)
-    assert [chat.place.number for chat in file.chats] == [2]
+    assert [chat.place for chat in file.chats] == [f"{path}, line 2"]
     assert file.skipped == {"too long": 1}
     with pytest.raises(DataError, match="line 1: the line must have at most 200 bytes"):
         read_chats(path, on_error=OnError.fail)
@@ -321,7 +321,7 @@ def test_a_name_of_the_hub_has_configuration_and_split(monkeypatch, name, asked)
         return _dataset(RECORDS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [place for place, _ in read_records(name)] == [Place(name, "row", number) for number in (1, 2, 3)]
+    assert [place for place, _ in read_records(name)] == [f"{name}, row {number}" for number in (1, 2, 3)]
     assert called == [asked]
 
 
@@ -345,6 +345,18 @@ def test_an_absent_package_is_named_with_its_command(tmp_path, monkeypatch, cont
     (tmp_path / "chats").write_bytes(content)
     with pytest.raises(DataError, match=r"pip install 'eagle-rpc\[data\]'"):
         list(read_records(str(tmp_path / "chats")))
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_files_of_a_source_are_those_that_hold_its_records(tmp_path, container):
+    path = CONTAINERS[container](tmp_path, RECORDS)
+    files = data_files(str(path))
+    assert files == sorted(files) and all(file.suffix != ".md" and file.is_file() for file in files)
+    assert sum(len(list(read_records(str(file)))) for file in files) == len(RECORDS)
+
+
+def test_a_dataset_of_the_hub_has_no_files_here():
+    assert data_files("owner/chats:small[test]") == []
 
 
 def test_the_path_to_train_on_is_the_first_source():

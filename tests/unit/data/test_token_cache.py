@@ -92,7 +92,7 @@ def test_a_damaged_cache_is_made_anew(tmp_path, name, caplog):
 def test_an_error_leaves_no_cache_and_names_the_line(tmp_path):
     path = write_lines(tmp_path / "chats.jsonl", {"messages": turns("hello", "hi")}, {"messages": 3})
     for _ in range(2):
-        with pytest.raises(DataError, match=r"chats\.jsonl, line 2: the messages must be a list"):
+        with pytest.raises(DataError, match=r"chats\.jsonl, line 2: messages must be a list"):
             load(path)
     assert not [entry for entry in (tmp_path / "cache" / "tokens").iterdir() if entry.is_dir()]
 
