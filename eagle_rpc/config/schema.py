@@ -233,7 +233,7 @@ class DataConfig:
 
     train_path: str | None = None
     """Chats: a file (JSON lines, JSON, parquet, Arrow; also in gzip or zstd), a directory, a pattern of files
-    or a dataset of the Hugging Face hub as `owner/name:config[split]`; null: `data.sources` alone."""
+    or a dataset of the Hugging Face hub as `owner/name:config@split`; null: `data.sources` alone."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Further chats to train on, each with a weight, as `[{path: chats.jsonl, weight: 2}]`."""
     validation_path: str | None = None

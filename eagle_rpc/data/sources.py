@@ -55,7 +55,7 @@ def training_sources(config: DataConfig) -> list[SourceConfig]:
 def read_records(path: str) -> Iterator[Record]:
     """The records of a source, one after the other; those of several files in the order of the names.
 
-    `path` is a file, a directory, a pattern of files, or a name of the hub (`owner/name:config[split]`); `~`
+    `path` is a file, a directory, a pattern of files, or a name of the hub (`owner/name:config@split`); `~`
     is the home directory. A record that cannot be decoded comes as a `RecordProblem`. Raises `DataError`,
     which says what the source is and what to do, for all that does not hold records.
     """

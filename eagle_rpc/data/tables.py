@@ -10,7 +10,7 @@ from eagle_rpc.errors import DataError
 
 INSTALL = "pip install 'eagle-rpc[data]'"
 _ROWS = 256  # that are Python objects at a time
-_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(\[(?P<split>[\w.-]+)\])?")
+_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 
 def is_saved_dataset(path: Path) -> bool:
@@ -21,7 +21,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether the text has the form `owner/name`, `owner/name:config` or either with `[split]`."""
+    """Whether the text has the form `owner/name`, `owner/name:config` or either with `@split`."""
     return _HUB_NAME.fullmatch(path) is not None
 
 

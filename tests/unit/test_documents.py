@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_pages_have_no_private_words(page: Path):
     "command", [pytest.param(line, id=line.strip()) for page in GUIDES for line in commands(page)]
 )
 def test_commands_of_pages_compose(command: str):
-    load(*(word for word in command.split() if "=" in word and not word.startswith("--")))
+    load(*(word for word in shlex.split(command) if "=" in word and not word.startswith("--")))
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=relative)

@@ -308,8 +308,8 @@ def test_an_absent_source_is_named(tmp_path, monkeypatch, path, message):
     [
         ("owner/chats", ("owner/chats", None, "train")),
         ("owner/chats:small", ("owner/chats", "small", "train")),
-        ("owner/chats[train_sft]", ("owner/chats", None, "train_sft")),
-        ("owner/chats:small[test]", ("owner/chats", "small", "test")),
+        ("owner/chats@train_sft", ("owner/chats", None, "train_sft")),
+        ("owner/chats:small@test", ("owner/chats", "small", "test")),
     ],
 )
 def test_a_name_of_the_hub_has_configuration_and_split(monkeypatch, name, asked):
@@ -356,7 +356,7 @@ def test_the_files_of_a_source_are_those_that_hold_its_records(tmp_path, contain
 
 
 def test_a_dataset_of_the_hub_has_no_files_here():
-    assert data_files("owner/chats:small[test]") == []
+    assert data_files("owner/chats:small@test") == []
 
 
 def test_the_path_to_train_on_is_the_first_source():
