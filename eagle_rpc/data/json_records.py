@@ -7,6 +7,7 @@ records of a file.
 import codecs
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, BinaryIO
 
 from eagle_rpc.data.chats import MAX_LINE_BYTES
@@ -48,11 +49,14 @@ def json_records(open_file: Callable[[], BinaryIO], name: str) -> Iterator[Recor
 
 
 def _is_lines(open_file: Callable[[], BinaryIO]) -> bool:
-    """Whether the first line is JSON by itself and another one follows."""
+    """Whether the first line is JSON by itself and more follow, or is broken and the next two are JSON."""
     with open_file() as file:
         lines = (line for _, line in numbered_lines(file))
-        first = next(lines, b"")
-        return not isinstance(_parse_line(first), RecordProblem) and next(lines, None) is not None
+        first, following = next(lines, b""), list(islice(lines, 2))
+    if not following:
+        return False
+    is_whole = [not isinstance(_parse_line(line), RecordProblem) for line in (first, *following)]
+    return is_whole[0] or all(is_whole[1:])
 
 
 def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -192,7 +196,7 @@ class _Text:
                 continue
             if fault is not None:
                 line = self.line + self._window.count("\n", self._next, fault.pos)
-                raise _NotJSON(f"in line {line}: {fault.msg}") from fault
+                raise _NotJSON(f"{fault.msg} in line {line}") from fault
             self._advance(end - self._next)
             return value
 

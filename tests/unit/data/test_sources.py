@@ -218,7 +218,7 @@ def test_half_an_array_is_refused_with_its_line(tmp_path, cut):
 
 
 def test_a_broken_line_is_a_problem_of_its_record_also_if_it_is_the_first(tmp_path):
-    for records in ([GOOD, "{", GOOD], ['{"messages": [', GOOD]):
+    for records in ([GOOD, "{", GOOD], ['{"messages": [', GOOD], ["{} and more", GOOD, GOOD]):
         path = write_lines(tmp_path / "chats.jsonl", *records)
         found = [isinstance(record, RecordProblem) for _, record in read_records(str(path))]
         assert found == [isinstance(record, str) for record in records]
