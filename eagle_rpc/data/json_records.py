@@ -67,6 +67,8 @@ def numbered_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         rest = raw
         while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE_BYTES + 1)
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with this mark
         if raw.strip():
             yield number, raw
 
@@ -76,8 +78,7 @@ def _parse_line(raw: bytes) -> Any:
     if len(raw) > MAX_LINE_BYTES:
         return RecordProblem(f"the line must have at most {MAX_LINE_BYTES} bytes", kind="too long")
     try:
-        # Some editors begin a file with a byte order mark.
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode())
     except UnicodeDecodeError as error:
         return RecordProblem(f"the line is {_not_utf8(error)}", kind="not UTF-8")
     except (ValueError, RecursionError) as error:
