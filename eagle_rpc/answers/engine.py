@@ -16,7 +16,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.answers.cache import BatchCache, batch_attention
@@ -25,6 +25,8 @@ from eagle_rpc.supervision import weights_fingerprint
 
 # Tokens of one prefill: enough to fill the matrix units, few enough that attention scores stay small.
 _PREFILL_TOKENS = 2048
+# Last tokens of an answer that are searched for a stop text.
+_STOP_TEXT_TOKENS = 32
 
 
 @dataclass(order=True, slots=True)
@@ -61,14 +63,20 @@ class AnswerEngine:
         max_new_tokens: int,
         stop_token_ids: Collection[int],
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
         seed: int = 0,
+        stop_texts: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        """An answer that comes to hold one of `stop_texts`, which need a tokenizer, ends there, complete."""
         self.model = model
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.stop_token_ids = frozenset(stop_token_ids)
-        self.temperature = temperature
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.seed = seed
+        self._stop_texts, self._tokenizer = list(stop_texts), tokenizer
         self.num_generated = 0  # tokens of all answers so far, including unfinished answers and stop tokens
         self._cache = BatchCache(batch_size, model.config.get_text_config().num_hidden_layers)
         self._waiting: list[_Sequence] = []
@@ -168,7 +176,8 @@ class AnswerEngine:
         if self.temperature == 0:
             chosen_N = logits_NV.argmax(dim=-1)
         else:
-            chosen_N = _sample(logits_NV / self.temperature, [one.draws.random() for one in self._active])
+            likely_NV = _likely(logits_NV / self.temperature, self.top_p, self.top_k)
+            chosen_N = _sample(likely_NV, [one.draws.random() for one in self._active])
         for sequence, token in zip(self._active, chosen_N.tolist(), strict=True):
             sequence.answer.append(token)
         self.num_generated += len(self._active)
@@ -194,6 +203,8 @@ class AnswerEngine:
             *before, last = sequence.answer
             if last in self.stop_token_ids:
                 answers.append(Answer(sequence.key, before, truncated=False, stop_token=last))
+            elif self._holds_stop_text(sequence.answer):
+                answers.append(Answer(sequence.key, sequence.answer, truncated=False))
             elif len(sequence.answer) == self.max_new_tokens:
                 answers.append(Answer(sequence.key, sequence.answer, truncated=True))
             else:
@@ -201,6 +212,12 @@ class AnswerEngine:
             finished.append(row)
         self._remove(finished)
         return answers
+
+    def _holds_stop_text(self, answer: list[int]) -> bool:
+        if not self._stop_texts or self._tokenizer is None:
+            return False
+        end = str(self._tokenizer.decode(answer[-_STOP_TEXT_TOKENS:]))
+        return any(text in end for text in self._stop_texts)
 
     def _remove(self, rows: list[int]) -> None:
         """Frees `rows`, in ascending order. The last active rows move into the gaps: active rows come first."""
@@ -218,6 +235,19 @@ def _common_prefix(sequences: list[list[int]]) -> list[int]:
     # Where any two differ, the first and the last in lexical order differ.
     pairs = zip(min(sequences), max(sequences), strict=False)
     return [token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+
+
+def _likely(logits_NV: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Logits in which all tokens but the `top_k` best and the fewest of probability `top_p` are -inf."""
+    if top_k:
+        least_N1 = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=-1).values[:, -1:]
+        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
+    if top_p < 1:
+        sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
+        before_NV = sorted_NV.softmax(dim=-1).cumsum(dim=-1) - sorted_NV.softmax(dim=-1)
+        unlikely_NV = torch.zeros_like(before_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= top_p)
+        logits_NV = logits_NV.masked_fill(unlikely_NV, -torch.inf)
+    return logits_NV
 
 
 def _sample(logits_NV: Tensor, draws: list[float]) -> Tensor:

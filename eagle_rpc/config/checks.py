@@ -62,6 +62,14 @@ def _broken_between(config: Config) -> Iterator[str]:
         yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
     if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
         yield "data.train_path must be given, or data.sources, got nothing"
+    asked = config.regenerate
+    if asked.answers_per_prompt > 1 and asked.temperature == 0:
+        yield (
+            "regenerate.answers_per_prompt must be 1 with regenerate.temperature=0, whose answers are all "
+            f"equal, got {asked.answers_per_prompt}"
+        )
+    if asked.stop and asks_service:
+        yield "regenerate.stop must be empty with regenerate.backend=service, which ends answers by tokens alone"
     if data.packing and target.compile_shapes and not target.compile_packed:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:

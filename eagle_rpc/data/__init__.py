@@ -1,7 +1,7 @@
 """From chat files to batches of tokens, and the draft vocabulary."""
 
 from eagle_rpc.data.batches import BatchPlan
-from eagle_rpc.data.chats import Chat, ChatWriter, KeptAnswer, Message, content_hash
+from eagle_rpc.data.chats import Chat, KeptAnswer, Message, content_hash
 from eagle_rpc.data.dataset import ChatDataset, Example
 from eagle_rpc.data.records import ChatFile, iter_chats, parse_chat, read_chats
 from eagle_rpc.data.samples import Sample
@@ -16,7 +16,6 @@ __all__ = [
     "ChatDataset",
     "ChatFile",
     "ChatTemplate",
-    "ChatWriter",
     "Example",
     "KeptAnswer",
     "Message",

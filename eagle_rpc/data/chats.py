@@ -4,11 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-# Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
-MAX_LINE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,38 +48,3 @@ def content_hash(messages: Sequence[Message]) -> str:
     """Hash of roles and contents, equal for equal chats."""
     content = json.dumps([[message.role, message.content] for message in messages])
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-class ChatWriter:
-    """Appends chats to a file; the operating system has a chat's whole line when `write` returns.
-
-    Opening removes an incomplete last line, which a killed process may have left, so that the file can be
-    continued.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
-        self._file.truncate(self._end_of_last_whole_line())
-
-    def write(self, messages: Sequence[Message], **extra: Any) -> None:
-        """Appends `{"messages": [...], **extra}`; `extra` must be JSON."""
-        record = {
-            "messages": [{"role": message.role, "content": message.content} for message in messages],
-            **extra,
-        }
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-
-    def __enter__(self) -> "ChatWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-
-    def _end_of_last_whole_line(self) -> int:
-        size = self._file.seek(0, 2)
-        start = max(0, size - MAX_LINE_BYTES)
-        self._file.seek(start)
-        return start + self._file.read().rfind(b"\n") + 1

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.answers.probe import probe_engine
-from eagle_rpc.answers.regeneration import longest_prompt
+from eagle_rpc.answers.regeneration import limits
 from eagle_rpc.answers.service import ServiceAnswerer
 from eagle_rpc.client.answering import AnsweringTargets
 from eagle_rpc.config import Config
@@ -42,14 +42,14 @@ class EngineAnswering:
 
     def decoder(self, settings: AnswerSettings, num_rows: int) -> "_EngineDecoder":
         self.check()
-        if settings.top_p < 1 or settings.top_k > 0:
-            raise UnsupportedTarget("the engine of this target samples from all tokens: no top_p, no top_k")
         engine = AnswerEngine(
             self._model,
             batch_size=num_rows,
             max_new_tokens=settings.max_new_tokens,
             stop_token_ids=settings.stop_token_ids,
             temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
             seed=settings.seed,
         )
         return _EngineDecoder(engine)
@@ -92,12 +92,12 @@ def service_answerer(
         ) as targets,
     ):
         membership.report(targets.status)
-        longest = longest_prompt(config, targets.model_info().max_length) + asked.max_new_tokens
+        longest_prompt, longest_answer = limits(config, targets.model_info().max_length)
         yield ServiceAnswerer(
             targets,
             AnswerSettings(
-                max_new_tokens=asked.max_new_tokens,
-                max_length=longest,
+                max_new_tokens=longest_answer,
+                max_length=longest_prompt + longest_answer,
                 stop_token_ids=tuple(sorted(stop_token_ids)),
                 temperature=asked.temperature,
                 top_p=asked.top_p,

@@ -1,30 +1,37 @@
 """`job=regenerate`: asks the target the user turns of chats and keeps its answers."""
 
 import contextlib
-from collections.abc import Collection
+import datetime
+import logging
 from dataclasses import replace
 
 import torch
 
 from eagle_rpc.answers.answerer import Answerer
 from eagle_rpc.answers.engine import AnswerEngine
-from eagle_rpc.answers.regeneration import Regeneration
+from eagle_rpc.answers.output import open_answers
+from eagle_rpc.answers.plain import PlainAnswerer
+from eagle_rpc.answers.probe import probe_engine
+from eagle_rpc.answers.regeneration import Regeneration, limits
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import AnswerBackend
-from eagle_rpc.data import ChatTemplate, ChatWriter
+from eagle_rpc.data import ChatTemplate
 from eagle_rpc.demo.prompts import ensure_prompts
-from eagle_rpc.errors import ConfigError
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.answering import service_answerer
 from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.target.loading import load_model, load_tokenizer
 from eagle_rpc.topology import resolve_device
 
+logger = logging.getLogger(__name__)
+
 
 def run(config: Config) -> int:
     """Appends to `regenerate.output` every chat of `regenerate.prompts` that is not in it; 0 if all are.
 
-    After a kill at any moment the next run continues from the last whole line. Raises as `Regeneration` does.
+    After a kill at any moment the next run continues from the last whole line. Raises as `open_answers` and
+    `Regeneration` do.
     """
     start_worker(config, "regenerate")
     ensure_prompts(config)
@@ -33,9 +40,11 @@ def run(config: Config) -> int:
     tokenizer = load_tokenizer(config.target, cache_dir=config.run.cache_dir)
     if tokenizer is None:
         raise ConfigError("target.random has no tokenizer, which this job needs: name a stored target.model")
-    template = chat_template(config, tokenizer)
-    with _answerer(config, template) as answerer, ChatWriter(config.regenerate.output) as writer:
-        Regeneration(config, answerer, template, writer).run()
+    with open_answers(config.regenerate.output, prompts=config.regenerate.prompts) as output:
+        date = config.data.date or output.date or datetime.date.today().isoformat()
+        template = chat_template(config, tokenizer, date=date)
+        with _answerer(config, template) as answerer:
+            Regeneration(config, answerer, template, output, date=date).run()
     return 0
 
 
@@ -48,17 +57,30 @@ def _answerer(config: Config, template: ChatTemplate) -> contextlib.AbstractCont
         )
     if config.regenerate.backend is AnswerBackend.service:
         return service_answerer(config, template.tokenizer, stop)
-    return contextlib.nullcontext(_engine(config, stop))
+    return contextlib.nullcontext(_own_answerer(config, template))
 
 
-def _engine(config: Config, stop_token_ids: Collection[int]) -> AnswerEngine:
+def _own_answerer(config: Config, template: ChatTemplate) -> Answerer:
+    """The batched engine, or transformers' `generate` for a model that the engine does not decode."""
     device = torch.device(resolve_device(config.target.device))
     model, _ = load_model(config.target, device, cache_dir=config.run.cache_dir)
-    return AnswerEngine(
+    kind: type[AnswerEngine] | type[PlainAnswerer] = AnswerEngine
+    try:
+        probe_engine(model)
+    except UnsupportedTarget as error:
+        logger.warning("transformers' generate answers, which is slower: %s", error)
+        kind = PlainAnswerer
+    asked = config.regenerate
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return kind(
         model,
-        batch_size=config.regenerate.batch_size,
-        max_new_tokens=config.regenerate.max_new_tokens,
-        stop_token_ids=stop_token_ids,
-        temperature=config.regenerate.temperature,
+        batch_size=asked.batch_size,
+        max_new_tokens=limits(config, context)[1],
+        stop_token_ids=template.stop_token_ids,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
         seed=config.run.seed,
+        stop_texts=asked.stop,
+        tokenizer=template.tokenizer,
     )

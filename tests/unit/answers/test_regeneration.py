@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer
+from support.tiny_tokenizer import CHATML, VOCAB_SIZE, make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.answers.engine import AnswerEngine
+from eagle_rpc.answers.output import open_answers
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType, OnError, PromptSource
-from eagle_rpc.data import read_chats
-from eagle_rpc.errors import ConfigError
+from eagle_rpc.data import ChatTemplate, read_chats
+from eagle_rpc.errors import ConfigError, DataError, UnsupportedTarget
 from eagle_rpc.jobs import regenerate
 
 MAX_NEW_TOKENS = 8
@@ -88,7 +89,7 @@ def write_prompts(config: Config, chats) -> None:
 
 def records_of(config: Config) -> dict[str, dict]:
     records = [json.loads(line) for line in Path(config.regenerate.output).read_text().splitlines()]
-    by_prompt = {record["prompt"]: record for record in records}
+    by_prompt = {f"{record['prompt']}/{record['number']}": record for record in records}
     assert len(by_prompt) == len(records)
     return by_prompt
 
@@ -151,7 +152,8 @@ def test_a_second_run_asks_only_what_is_new(config: Config, monkeypatch: pytest.
     submit = AnswerEngine.submit
 
     def noted_submit(self, key, prompt):
-        asked.append(key)
+        if "/" in key:  # not the probe's
+            asked.append(key)
         submit(self, key, prompt)
 
     monkeypatch.setattr(AnswerEngine, "submit", noted_submit)
@@ -194,12 +196,130 @@ def test_answers_of_other_settings_are_not_mixed(config: Config, field: str, val
     assert Path(config.regenerate.output).read_bytes() == before
 
 
-def test_a_file_that_this_job_did_not_write_is_not_appended_to(config: Config):
-    foreign = '{"messages": [{"role": "user", "content": "Hello"}]}\n'
-    Path(config.regenerate.output).write_text(foreign)
-    with pytest.raises(ConfigError, match=r"regenerate.output .* line 1"):
+LINE = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(LINE) + "\n",
+        json.dumps(LINE),
+        json.dumps([LINE, LINE]),
+        json.dumps([LINE], indent=1),
+        json.dumps({"prompt": "what is it?"}) + "\n",
+        json.dumps({"prompt": "what is it?"}),
+        "some notes",
+    ],
+)
+def test_not_a_byte_is_written_to_a_file_that_is_not_of_this_job(config: Config, content: str):
+    Path(config.regenerate.output).write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"regenerate\.output must be absent or a file that this job has written"
+    ):
         regenerate.run(config)
-    assert Path(config.regenerate.output).read_text() == foreign
+    assert Path(config.regenerate.output).read_text() == content
+
+
+def test_the_file_of_the_prompts_is_not_the_output(config: Config, tmp_path: Path):
+    before = Path(config.regenerate.prompts).read_bytes()
+    for same in (config.regenerate.prompts, str(tmp_path / "link.jsonl")):
+        if same != config.regenerate.prompts:
+            Path(same).symlink_to(config.regenerate.prompts)
+        config.regenerate.output = same
+        with pytest.raises(ConfigError, match="the file of the prompts"):
+            regenerate.run(config)
+    assert Path(config.regenerate.prompts).read_bytes() == before
+
+
+def test_a_second_regeneration_of_one_output_is_refused(config: Config):
+    with open_answers(config.regenerate.output, prompts=config.regenerate.prompts):
+        with pytest.raises(ConfigError, match="another process writes"):
+            regenerate.run(config)
+    assert regenerate.run(config) == 0
+
+
+@pytest.mark.parametrize("name", ["", "prompts.jsonl/answers.jsonl"])
+def test_an_output_that_cannot_be_written_is_named(config: Config, tmp_path: Path, name: str):
+    config.regenerate.output = str(tmp_path / name)
+    with pytest.raises(ConfigError, match=r"regenerate\.output must be writable"):
+        regenerate.run(config)
+
+
+def test_training_sees_the_ids_that_were_asked_and_said(config: Config):
+    regenerate.run(config)
+    template = ChatTemplate(make_tiny_tokenizer())
+    chats = read_chats(config.regenerate.output, on_error=OnError.fail).chats
+    for chat, record in zip(chats, records_of(config).values(), strict=True):
+        (sample,) = template.samples(chat)
+        last = record["answers"][-1]
+        assert sample.ids == last["prompt_ids"] + last["answer_ids"]
+        assert sum(sample.mask) == sum(len(answer["answer_ids"]) for answer in record["answers"])
+        assert record["truncated"] == last["truncated"]
+    # Ids that no text gives back: the tokens that end answers are not those of the template.
+    ends = {
+        record["answers"][-1]["answer_ids"][-1]
+        for record in records_of(config).values()
+        if not record["truncated"]
+    }
+    assert ends - {2}
+
+
+def test_answers_of_another_tokenizer_are_not_trained(config: Config):
+    regenerate.run(config)
+    other = make_tiny_tokenizer()
+    other.add_tokens(["another"])
+    with pytest.raises(DataError, match="tokenizer"):
+        ChatTemplate(other).samples(read_chats(config.regenerate.output, on_error=OnError.fail).chats[0])
+
+
+def test_a_prompt_gets_several_answers_of_its_own(config: Config):
+    config.regenerate.temperature, config.regenerate.answers_per_prompt = 1.0, 3
+    write_prompts(config, CHATS[:1])
+    regenerate.run(config)
+    records = records_of(config)
+    assert sorted(record["number"] for record in records.values()) == [0, 1, 2]
+    assert len({json.dumps(record["answers"]) for record in records.values()}) == 3
+
+
+def test_the_share_of_cut_answers_is_a_warning(config: Config, caplog: pytest.LogCaptureFixture):
+    regenerate.run(config)
+    assert "% of the answers were cut at 8 tokens" in caplog.text
+
+
+def test_a_context_too_small_for_the_answers_bounds_them_and_says_so(config: Config, caplog):
+    config.regenerate.max_new_tokens = 2048
+    write_prompts(config, CHATS[:1])
+    with caplog.at_level(logging.INFO):
+        regenerate.run(config)
+    assert "context of 256 tokens has room for prompts of 128 and answers of 128 tokens" in caplog.text
+
+
+def test_a_model_that_the_engine_does_not_decode_is_answered_all_the_same(
+    config: Config, monkeypatch, caplog
+):
+    regenerate.run(config)
+    expected = records_of(config)
+    Path(config.regenerate.output).unlink()
+
+    def refuse(model):
+        raise UnsupportedTarget("the batched engine cannot decode it")
+
+    monkeypatch.setattr(regenerate, "probe_engine", refuse)
+    regenerate.run(config)
+    assert records_of(config) == expected
+    assert "transformers' generate answers, which is slower" in caplog.text
+
+
+def test_the_day_of_the_first_answers_is_kept(config: Config):
+    dated = Path(config.run.dir) / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    config.data.chat_template, config.data.date = str(dated), "2026-02-03"
+    write_prompts(config, CHATS[:2])
+    regenerate.run(config)
+    config.data.date = None
+    write_prompts(config, CHATS)
+    regenerate.run(config)
+    assert {record["date"] for record in records_of(config).values()} == {"2026-02-03"}
 
 
 def test_overlong_prompts_are_left_out_and_counted(config: Config, caplog: pytest.LogCaptureFixture):
