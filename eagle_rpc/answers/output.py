@@ -19,8 +19,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.data import KeptAnswer, Message
 from eagle_rpc.errors import ConfigError
 
-# The beginning of a line of this job, which a kill may have cut anywhere.
-_OWN_LINE = re.compile(rb'\{("p(r(o(m(p(t("(: ("([0-9a-f]+(".*)?)?)?)?)?)?)?)?)?)?')
+_LINE_START = b'{"prompt": "'
 _RULE = "regenerate.output must be absent or a file that this job has written"
 
 
@@ -141,7 +140,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
-                if not _OWN_LINE.fullmatch(line):
+                if not _may_be_cut(line):
                     raise ConfigError(f"{_RULE}, got {path} with a foreign end")
                 return
             try:
@@ -150,6 +149,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ConfigError(f"{_RULE}, got {path} with a foreign line {number}") from error
             yield number, {name: record.get(name) for name in ("prompt", "number", "settings", "date")}
+
+
+def _may_be_cut(end: bytes) -> bool:
+    """Whether the end of a file can be a line of this job that a kill has cut."""
+    if not end.startswith(_LINE_START):
+        return _LINE_START.startswith(end)
+    return re.fullmatch(rb'[0-9a-f]*(".*)?', end[len(_LINE_START) :]) is not None
 
 
 def _remove_cut_line(path: Path) -> None:

@@ -51,7 +51,7 @@ class Regeneration:
         self, config: Config, answerer: Answerer, template: ChatTemplate, output: AnswerFile, *, date: str
     ) -> None:
         """`date`: the day that the template writes. Raises `ConfigError` for an output of other settings."""
-        self._config = config.regenerate
+        asked = self._config = config.regenerate
         self._on_error = config.data.on_error
         self._template = template
         self._output = output
@@ -62,7 +62,14 @@ class Regeneration:
             "tokenizer": tokenizer_fingerprint(template.tokenizer),
             "date": date,
         }
-        self._longest_prompt, _ = limits(config, answerer.context)
+        self._longest_prompt, longest_answer = limits(config, answerer.context)
+        if (self._longest_prompt, longest_answer) != (asked.max_prompt_tokens, asked.max_new_tokens):
+            logger.info(
+                "the target's context of %s tokens has room for prompts of %d and answers of %d tokens",
+                answerer.context,
+                self._longest_prompt,
+                longest_answer,
+            )
         self._problems = RecordProblems(config.data.on_error)
         self._answerer = answerer
         self._asked: dict[str, _Dialogue] = {}
@@ -182,11 +189,4 @@ def limits(config: Config, context: int | None) -> tuple[int, int]:
     if context is None or asked.max_prompt_tokens + asked.max_new_tokens <= context:
         return asked.max_prompt_tokens, asked.max_new_tokens
     longest_answer = min(asked.max_new_tokens, max(context // 2, context - asked.max_prompt_tokens))
-    longest_prompt = min(asked.max_prompt_tokens, context - longest_answer)
-    logger.info(
-        "the target's context of %d tokens has room for prompts of %d and answers of %d tokens",
-        context,
-        longest_prompt,
-        longest_answer,
-    )
-    return longest_prompt, longest_answer
+    return min(asked.max_prompt_tokens, context - longest_answer), longest_answer

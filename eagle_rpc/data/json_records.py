@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, BinaryIO
 
-from eagle_rpc.data.chats import MAX_LINE_BYTES
 from eagle_rpc.data.problems import Record, RecordProblem
 from eagle_rpc.errors import DataError
+
+# Enough for a chat of a million tokens; a file without line ends cannot fill the memory.
+MAX_LINE_BYTES = 16 * 2**20
 
 _CHUNK = 2**18
 _DECODER = json.JSONDecoder()

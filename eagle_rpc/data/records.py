@@ -33,7 +33,7 @@ _SYSTEM_KEYS = ("system", "system_prompt")
 _INPUT_KEYS = ("input", "context")
 _READ_WITH_EVERY_FORM = frozenset({*_SYSTEM_KEYS, "tools", "truncated", "answers", "tokenizer"})
 # Written by regeneration for itself.
-_OF_REGENERATION = frozenset({"prompt", "settings"})
+_OF_REGENERATION = frozenset({"prompt", "number", "settings", "date"})
 _HASH = re.compile(r"[0-9a-f]{64}")
 _RENDERED = ("text", "chat")
 # Keys that change what is rendered or supervised.

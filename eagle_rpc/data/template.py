@@ -50,6 +50,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer, path, arguments or {}, date)
         self._special_ids = special_token_ids(tokenizer)
+        self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._stop_ids = frozenset(stop_token_ids)
         self.findings = check_template(self._renderer.text)
         self._end_of_turn = self._find_end_of_turn()
@@ -62,7 +63,7 @@ class ChatTemplate:
     @property
     def identity(self) -> str:
         """Hash of template, arguments, day, tokenizer and stop tokens."""
-        parts = [self._renderer.identity, tokenizer_fingerprint(self.tokenizer), sorted(self._stop_ids)]
+        parts = [self._renderer.identity, self._fingerprint, sorted(self._stop_ids)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
@@ -85,6 +86,12 @@ class ChatTemplate:
         Raises `RecordProblem` if the template refuses the chat, renders it without a turn, or renders an
         answer that the target would not say.
         """
+        if chat.answers and chat.tokenizer not in (None, self._fingerprint):
+            raise RecordProblem(
+                "the token ids of the answers must be of the target's tokenizer, they are of another one: "
+                "let this target answer (job=regenerate)",
+                kind="with token ids of another tokenizer",
+            )
         indices = [index for index, message in enumerate(chat.messages) if message.role == "assistant"]
         for number, index in enumerate(indices):
             if not chat.messages[index].supervised:
