@@ -10,7 +10,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ TURN_LISTS = ("messages", "conversations", "conversation", "turns", "data")
 QUESTIONS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "response", "output", "answer")
 
+_SYSTEM_ROLES = ("system", "developer")
 _SYSTEM_KEYS = ("system", "system_prompt")
 _INPUT_KEYS = ("input", "context")
 _READ_WITH_EVERY_FORM = frozenset({*_SYSTEM_KEYS, "tools", "truncated", "answers", "tokenizer"})
@@ -38,7 +39,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _RENDERED = ("text", "chat")
 # Keys that change what is rendered or supervised.
 _TELLING = re.compile(
-    r"functions?|function_call|images?|audios?|videos?|documents|chosen|rejected|labels|context|input|history|"
+    r"functions?|function_call|images?|audios?|videos?|documents?|chosen|rejected|labels|context|input|history|"
     r"input_ids|attention_mask|position_ids|segment_ids|reasoning|reasoning_content|thinking|"
     r"chat_template|chat_template_kwargs|template_arguments|train|train_on_turn|(\w+_)?(mask|weight|loss)s?"
 )
@@ -202,7 +203,7 @@ def _with_system(messages: list[Message], keys: dict[str, Any]) -> list[Message]
     texts = {key: text_of(keys[key], key) for key in _SYSTEM_KEYS if key in keys}
     check_unicode(texts.values(), "the system text")
     for key, text in texts.items():
-        if messages[0].role not in ("system", "developer"):
+        if messages[0].role not in _SYSTEM_ROLES:
             messages = [Message("system", text), *messages]
         elif messages[0].content.strip() != text.strip():
             raise RecordProblem(
@@ -215,14 +216,14 @@ def _with_system(messages: list[Message], keys: dict[str, Any]) -> list[Message]
 def _agree(messages: list[Message], longest: list[Message]) -> bool:
     """Whether the turns are the first ones of `longest`, system turns aside."""
     mine, its = (
-        [(turn.role, turn.content.strip()) for turn in chat if turn.role not in ("system", "developer")]
+        [replace(turn, content=turn.content.strip()) for turn in chat if turn.role not in _SYSTEM_ROLES]
         for chat in (messages, longest)
     )
     return mine == its[: len(mine)]
 
 
 def _check_order(messages: list[Message]) -> None:
-    spoken = [message.role for message in messages if message.role not in ("system", "developer")]
+    spoken = [message.role for message in messages if message.role not in _SYSTEM_ROLES]
     if not spoken or spoken[0] != "user":
         first = spoken[0] if spoken else "no turn but the system's"
         raise RecordProblem(f"the user must speak first, got {first}", kind="not begun by the user")

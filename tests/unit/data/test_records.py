@@ -278,6 +278,10 @@ REFUSED = {
         {"messages": turns("hello", "hi"), "conversations": turns("hello", "ho")},
         "different chats under messages and conversations",
     ),
+    "different thoughts": (
+        {"messages": turns("hello", "hi"), "conversations": answer_with(thinking="count")["messages"]},
+        "different chats under messages and conversations",
+    ),
     "another prompt": ({**GOOD, "prompt": "bye"}, "different chats under messages and prompt"),
     "two answers": (
         {"prompt": "hello", "completion": "hi", "response": "ho"},
