@@ -13,6 +13,7 @@ class Answer:
     token_ids: list[int]  # without the stop token
     truncated: bool  # it reached the limit without a stop token
     stop_token: int | None = None  # the token that ended it, unless it is truncated
+    refusal: str | None = None  # why there is no answer, in words; there are no tokens then
 
     @classmethod
     def of_said(cls, key: str, said_ids: Sequence[int], *, truncated: bool) -> "Answer":

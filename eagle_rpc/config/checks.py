@@ -70,6 +70,8 @@ def _broken_between(config: Config) -> Iterator[str]:
         )
     if asked.stop and asks_service:
         yield "regenerate.stop must be empty with regenerate.backend=service, which ends answers by tokens alone"
+    if config.regenerate.backend is AnswerBackend.openai and not config.regenerate.endpoints:
+        yield "regenerate.endpoints must name a server for regenerate.backend=openai, got []"
     if data.packing and target.compile_shapes and not target.compile_packed:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:

@@ -36,6 +36,10 @@ NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.fl
 NOT_BLANK = Rule("be given", lambda value: bool(value.strip()))
 DATE = Rule("be a day as 2026-01-31", is_date)
 NAME = Rule(f"be {NAME_RULE}", is_name)
+URLS = Rule(
+    "be URLs that begin with http:// or https://",
+    lambda value: all(url.startswith(("http://", "https://")) for url in value),
+)
 ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
 TOPOLOGIES = Rule(
     "name at least one topology, targets x trainers as in 1x2", lambda v: len(v) > 0 and all(map(is_pair, v))

@@ -364,7 +364,7 @@ class RegenerateConfig:
     """Prompts to answer; null: all."""
     backend: AnswerBackend = AnswerBackend.engine
     """What answers: a model in this process, endpoints, or the targets of a service."""
-    endpoints: list[str] = field(default_factory=list)
+    endpoints: Annotated[list[str], rules.URLS] = field(default_factory=list)
     """Base URLs of OpenAI-compatible servers, as http://127.0.0.1:8000/v1, for `regenerate.backend=openai`."""
     api_key_file: str | None = None
     """File with the key that the endpoints ask for; null: no key."""

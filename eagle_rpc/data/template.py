@@ -61,6 +61,11 @@ class ChatTemplate:
         return self._stop_ids.union(self._end_of_turn[-1:])
 
     @property
+    def end_of_turn_id(self) -> int | None:
+        """The stop token that the template writes after an answer; None if it writes none."""
+        return self._end_of_turn[-1] if self._end_of_turn else None
+
+    @property
     def identity(self) -> str:
         """Hash of template, arguments, day, tokenizer and stop tokens."""
         parts = [self._renderer.identity, self._fingerprint, sorted(self._stop_ids)]
