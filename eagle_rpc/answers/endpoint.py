@@ -119,11 +119,13 @@ class Endpoint:
 
     async def _models(self) -> list[Model]:
         try:
-            models = (await self._client.models.list()).data
+            found = (await self._client.models.list()).data
         except openai.OpenAIError as error:
             raise self._in_words(error) from error
         except AttributeError:
-            models = []
+            # The client takes any page for a list of models.
+            found = None
+        models = [one for one in found if isinstance(one, Model)] if isinstance(found, list) else []
         if not models:
             raise ConfigError(f"{_must_be_base_url(self.url)}, whose /models names no model")
         return models
@@ -241,8 +243,9 @@ def _extra(found: CompletionChoice | Model, name: str) -> Any:
 def _message(error: openai.APIStatusError) -> str:
     """The server's own words, in one line."""
     body: Any = error.body
-    message = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(message or error.message).split())[:300]
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail")
+    return " ".join(str(body or error.message).split())[:300]
 
 
 def _bare(text: str) -> str:
