@@ -106,16 +106,20 @@ class Endpoint:
         if self.context is not None:
             limit = min(limit, self.context - len(prompt))
         if limit < 1:
-            refusal = f"the prompt has {len(prompt)} tokens, the context of {self.url} {self.context}"
-            return Answer(key, [], truncated=False, refusal=refusal)
+            return _refusal(
+                key, f"the prompt has {len(prompt)} tokens, the context of {self.url} {self.context}"
+            )
         try:
             choice = (await self._complete(key, prompt, limit)).choices[0]
         except (InvalidRequest, TargetFailed) as error:
-            return Answer(key, [], truncated=False, refusal=str(error))
+            return _refusal(key, str(error))
         if choice.finish_reason not in ("stop", "length"):
-            refusal = f"{self.url} ended the answer because of {choice.finish_reason}"
-            return Answer(key, [], truncated=False, refusal=refusal)
-        return Answer(key, self._said(choice), truncated=choice.finish_reason == "length")
+            return _refusal(key, f"{self.url} ended the answer because of {choice.finish_reason}")
+        said, truncated = self._said(choice), choice.finish_reason == "length"
+        if said and said[-1] in self._asking.stop_token_ids:
+            return Answer.of_said(key, said, truncated=False)
+        # Ended by the limit, or by a text of `regenerate.stop`, whose tokens are part of the answer.
+        return Answer(key, said, truncated)
 
     async def _models(self) -> list[Model]:
         try:
@@ -161,10 +165,7 @@ class Endpoint:
         return completion
 
     def _said(self, choice: CompletionChoice) -> list[int]:
-        """The ids of an answer, with the token that ended it if it is complete.
-
-        A text of `regenerate.stop` may have ended it instead; its tokens are part of the ids then.
-        """
+        """The ids of an answer, with the stop token if one ended it."""
         token_ids, end = _extra(choice, "token_ids"), self._asking.end_of_turn
         if token_ids is not None:
             return [int(one) for one in token_ids]
@@ -216,6 +217,10 @@ class Endpoint:
         if isinstance(error, openai.APIConnectionError):
             return TargetUnavailable(f"{self.url} cannot be reached: {error.__cause__ or error}")
         return TargetFailed(f"{self.url} sent no completion: {error}")
+
+
+def _refusal(key: str, why: str) -> Answer:
+    return Answer(key, [], truncated=False, refusal=why)
 
 
 def _served_model(url: str, models: list[Model], target: str) -> Model:

@@ -59,10 +59,22 @@ class EndpointAnswerer:
         self._outage_seconds = config.rpc.reconnect_deadline
         self._waiting: deque[_Prompt] = deque()
         self._under_way: dict[asyncio.Task[Answer], tuple[_Desk, _Prompt]] = {}
-        self.fingerprint = "served as " + ", ".join(sorted({PurePath(one.model).name for one in endpoints}))
-        self.context = min((one.context for one in endpoints if one.context is not None), default=None)
-        self.ids_from_text = not all(one.returns_ids for one in endpoints)
-        """Whether the ids of some answers are tokenised text, because a server does not say them."""
+        self._endpoints = tuple(endpoints)
+
+    @property
+    def ids_from_text(self) -> bool:
+        """Whether ids of some answers are tokenised text, because a server does not say them."""
+        return not all(one.returns_ids for one in self._endpoints)
+
+    @property
+    def fingerprint(self) -> str:
+        """The served models by name: weights cannot be seen from here."""
+        names = ", ".join(sorted({PurePath(one.model).name for one in self._endpoints}))
+        return f"served as {names}" + (", text tokenised" if self.ids_from_text else "")
+
+    @property
+    def context(self) -> int | None:
+        return min((one.context for one in self._endpoints if one.context is not None), default=None)
 
     def submit(self, key: str, prompt: Sequence[int]) -> None:
         """Queues a prompt, also while `answers()` runs."""
@@ -86,7 +98,7 @@ class EndpointAnswerer:
                     self._rest(desk, error)
                     continue
                 desk.outage = None
-                self.num_generated += len(answer.token_ids)
+                self.num_generated += len(answer.said_ids)
                 yield answer
 
     async def close(self) -> None:

@@ -15,7 +15,7 @@ from eagle_rpc.answers.answerer import Answer, Answerer
 from eagle_rpc.answers.output import AnswerFile, RegeneratedChat, answer_settings
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, KeptAnswer, Message, content_hash, read_chats
-from eagle_rpc.data.problems import RecordProblems
+from eagle_rpc.data.problems import RecordProblem, RecordProblems
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.supervision import tokenizer_fingerprint
 
@@ -141,6 +141,11 @@ class Regeneration:
         return False
 
     def _add_answer(self, dialogue: _Dialogue, answer: Answer) -> None:
+        if answer.refusal is not None:
+            with self._problems.record(dialogue.place):
+                raise RecordProblem(answer.refusal, kind="refused by an endpoint")
+            self._write(dialogue)
+            return
         text = str(self._template.tokenizer.decode(answer.token_ids, skip_special_tokens=True))
         if answer.truncated:
             # The limit may cut through a character of several tokens.

@@ -9,6 +9,7 @@ import torch
 
 from eagle_rpc.answers.answerer import Answerer
 from eagle_rpc.answers.engine import AnswerEngine
+from eagle_rpc.answers.openai import endpoint_answerer
 from eagle_rpc.answers.output import open_answers
 from eagle_rpc.answers.plain import PlainAnswerer
 from eagle_rpc.answers.probe import probe_engine
@@ -21,7 +22,7 @@ from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.answering import service_answerer
 from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.process.startup import start_worker
-from eagle_rpc.target.loading import load_model, load_tokenizer
+from eagle_rpc.target.loading import load_model, load_target_config, load_tokenizer
 from eagle_rpc.topology import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ def _answerer(config: Config, template: ChatTemplate) -> contextlib.AbstractCont
         )
     if config.regenerate.backend is AnswerBackend.service:
         return service_answerer(config, template.tokenizer, stop)
+    if config.regenerate.backend is AnswerBackend.openai:
+        stored = load_target_config(config.target, cache_dir=config.run.cache_dir).get_text_config()
+        return endpoint_answerer(config, template, context=getattr(stored, "max_position_embeddings", None))
     return contextlib.nullcontext(_own_answerer(config, template))
 
 
