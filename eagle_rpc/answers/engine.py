@@ -104,7 +104,9 @@ class AnswerEngine:
         if not prompt:
             raise InvalidRequest(f"prompt must hold at least one token, got an empty one for {key!r}")
         rank = (-len(prompt), self._num_submitted)
-        sequence = _Sequence(rank, key, list(prompt), random.Random(f"{self.seed}/{draws or key}"))
+        sequence = _Sequence(
+            rank, key, list(prompt), random.Random(f"{self.seed}/{key if draws is None else draws}")
+        )
         heapq.heappush(self._waiting, sequence)
         self._num_submitted += 1
 

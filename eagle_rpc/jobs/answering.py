@@ -1,7 +1,7 @@
 """Answers over RPC: the batched engine of a target that serves, and the service as seen by who asks it."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,6 @@ from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.jobs.assembly import client_settings, expectation
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.process import stop_signals
-from eagle_rpc.service.answering import Decoded
 from eagle_rpc.supervision import AnswerSettings
 from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.topology import Role, Worker
@@ -40,9 +39,9 @@ class EngineAnswering:
         probe_engine(self._model)
         self._checked = True
 
-    def decoder(self, settings: AnswerSettings, num_rows: int) -> "_EngineDecoder":
+    def decoder(self, settings: AnswerSettings, num_rows: int) -> AnswerEngine:
         self.check()
-        engine = AnswerEngine(
+        return AnswerEngine(
             self._model,
             batch_size=num_rows,
             max_new_tokens=settings.max_new_tokens,
@@ -52,19 +51,6 @@ class EngineAnswering:
             top_k=settings.top_k,
             seed=settings.seed,
         )
-        return _EngineDecoder(engine)
-
-
-class _EngineDecoder:
-    def __init__(self, engine: AnswerEngine) -> None:
-        self._engine = engine
-        self.drop = engine.drop
-
-    def submit(self, key: str, token_ids: Sequence[int], *, draws: str) -> None:
-        self._engine.submit(key, token_ids, draws=draws)
-
-    def step(self) -> list[Decoded]:
-        return [Decoded(one.key, one.said_ids, one.truncated) for one in self._engine.step()]
 
 
 @contextlib.contextmanager

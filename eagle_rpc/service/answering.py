@@ -6,7 +6,7 @@ The process that serves injects the decoder, so that this room knows neither mod
 import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -22,18 +22,26 @@ SLICE_SECONDS = 0.1
 _READ_TOKENS = 8192
 
 
-class Decoded(NamedTuple):
+class Decoded(Protocol):
     """An answer that a decoder has finished."""
 
-    key: str
-    token_ids: Sequence[int]  # as said, with the stop token unless `truncated`
-    truncated: bool
+    @property
+    def key(self) -> str:
+        """As submitted."""
+
+    @property
+    def said_ids(self) -> list[int]:
+        """With the stop token unless `truncated`."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it reached its limit without a stop token."""
 
 
 class Decoder(Protocol):
     """Decodes prompts of equal settings together. Only the forward thread calls it."""
 
-    def submit(self, key: str, token_ids: Sequence[int], *, draws: str) -> None:
+    def submit(self, key: str, prompt: Sequence[int], *, draws: str) -> None:
         """Takes a prompt. `key` is unique here; sampling depends on `draws` and the seed alone."""
 
     def step(self) -> Collection[Decoded]:
@@ -54,7 +62,7 @@ class Answering(Protocol):
 
 
 class NoAnswering:
-    """Of a target without an engine."""
+    """The way of a target without an engine."""
 
     def check(self) -> None:
         raise UnsupportedTarget("this target answers no prompts: no engine decodes its model in batches")
@@ -198,6 +206,6 @@ class AnswerDesk:
                 return [(work, outcome) for work in failed]
             said = [one for one in outcome if one.key in self._running]
             return [
-                (self._running.pop(one.key), PromptAnswer(torch.tensor(one.token_ids), one.truncated))
+                (self._running.pop(one.key), PromptAnswer(torch.tensor(one.said_ids), one.truncated))
                 for one in said
             ]

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import Quantization
+from eagle_rpc.config.choices import JobName, Quantization
 from eagle_rpc.config.compose import conf_dir, load, write_config
 from eagle_rpc.errors import ConfigError
 
@@ -83,6 +83,13 @@ def test_each_source_keeps_the_rules():
 def test_single_takes_one_of_each():
     with pytest.raises(ConfigError, match=r"topology\.single .* got 2 and 1"):
         load("topology=single", "topology.targets=2")
+
+
+def test_a_service_is_asked_for_answers_by_an_elastic_worker_only():
+    asked = ["job=regenerate", "regenerate.backend=service"]
+    with pytest.raises(ConfigError, match=r"must go with rpc\.membership=elastic .* got static"):
+        load(*asked)
+    assert load(*asked, "rpc=elastic").job.name is JobName.regenerate
 
 
 def test_a_compiled_target_takes_packed_chats_only_if_it_was_compiled_for_them():

@@ -6,7 +6,8 @@ import threading
 import torch
 from server_calls import WAIT
 
-from eagle_rpc.service.answering import SLICE_SECONDS, Decoded
+from eagle_rpc.answers.answerer import Answer
+from eagle_rpc.service.answering import SLICE_SECONDS
 from eagle_rpc.supervision import AnswerPrompt, AnswerRequest, AnswerSettings
 
 SETTINGS = AnswerSettings(max_new_tokens=8, max_length=40, stop_token_ids=(2,))
@@ -36,9 +37,9 @@ class ScriptedDecoder:
     def __init__(self, owner):
         self.owner, self.left, self.ids = owner, {}, {}
 
-    def submit(self, key, token_ids, *, draws):
+    def submit(self, key, prompt, *, draws):
         assert key not in self.left
-        self.left[key], self.ids[key] = self.owner.repeats, token_ids[-1]
+        self.left[key], self.ids[key] = self.owner.repeats, prompt[-1]
         self.owner.log.append(draws)
 
     def step(self):
@@ -52,7 +53,7 @@ class ScriptedDecoder:
         done = [key for key, left in self.left.items() if left == 0]
         for key in done:
             del self.left[key]
-        return [Decoded(key, [self.ids[key]] * self.owner.repeats, True) for key in done]
+        return [Answer(key, [self.ids[key]] * self.owner.repeats, truncated=True) for key in done]
 
     def drop(self, keys):
         self.owner.dropped += keys
