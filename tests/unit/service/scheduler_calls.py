@@ -51,4 +51,12 @@ def submit(
     return work.answer
 
 
+def submit_prompt(scheduler, prompt, *, run="job", session="a"):
+    """The future of the answer to a prompt."""
+    request_id = f"p{next(_ids)}"
+    work = Work(prompt, run, session, request_id, math.inf, lambda outcome: None, Future())
+    scheduler.submit_prompt(work, num_runs=1)
+    return work.answer
+
+
 _ids = itertools.count()

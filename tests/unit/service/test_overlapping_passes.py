@@ -7,11 +7,14 @@ import weakref
 
 import pytest
 import torch
-from scheduler_calls import no_answers, submit
+from answer_calls import ScriptedAnswering
+from scheduler_calls import no_answers, submit, submit_prompt
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest
+from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.scheduler import ForwardScheduler
+from eagle_rpc.supervision import AnswerPrompt, AnswerSettings
 
 
 class Request:
@@ -225,3 +228,20 @@ def test_a_forward_thread_that_fails_answers_everybody_and_takes_no_more(gpu, sc
         one.done.set()
     assert {future.exception(WAIT).code for future in futures} == {"failed"}
     assert scheduler.draining and "the forward thread failed" in caplog.text
+
+
+def test_answers_are_decoded_while_passes_come_and_go(gpu, clock):
+    answering = ScriptedAnswering(repeats=2)
+    desk = AnswerDesk(answering, max_answers=4, max_tokens=400, clock=clock)
+    scheduler = ForwardScheduler(gpu, desk, max_queued=4, max_queued_per_session=4, clock=clock)
+    settings = AnswerSettings(max_new_tokens=2, max_length=4, stop_token_ids=())
+    prompt = AnswerPrompt(key="a", token_ids=torch.tensor([7]), settings=settings)
+    requests = [Request(name) for name in "abc"]
+    passes = [submit(scheduler, request) for request in requests]
+    answers = [submit_prompt(scheduler, prompt) for _ in range(3)]
+    for request in requests:
+        request.done.set()
+    assert [future.result(WAIT) for future in passes] == ["a", "b", "c"]
+    assert [future.result(WAIT).token_ids.tolist() for future in answers] == [[7, 7]] * 3
+    assert scheduler.drain(WAIT) and not desk.busy
+    assert scheduler.stop(WAIT)
