@@ -23,6 +23,10 @@ _HEAD = """\
 A setting is written `SECTION.FIELD=VALUE` on the command line, a choice of a group `GROUP=CHOICE`.
 Later values win: defaults of this page, files of `conf/`, the command line. `eagle-rpc --help` lists
 groups and jobs; with `--cfg job` it prints the composed configuration. Mistakes end a job at once.
+
+Text is taken as it is typed: `run.name=1e10` is no number, and paths may hold blanks, brackets or `=`. Only
+inside dicts does text with such characters need quotes: `'data.sources=[{path: "a b.jsonl"}]'`. `~` at the
+start of a path is the home directory. Commas and blanks around an element of a list of texts separate it.
 """
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from eagle_rpc.config.compose import conf_dir, refusal, register_schema, to_config
+from eagle_rpc.config.overrides import for_hydra
 from eagle_rpc.config.usage import usage
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import die_with_parent, read_world
@@ -42,13 +43,15 @@ def main() -> None:
     if read_world().launched:
         die_with_parent()
     register_schema()
+    typed = sys.argv[1:]
+    sys.argv[1:] = map(for_hydra, typed)
     # Hydra otherwise prints its own version of every exception and hides the exception itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _run()
     except (HydraException, OmegaConfBaseException) as error:
         # Flags and their values are Hydra's.
-        words = [word for before, word in pairwise(sys.argv) if "-" not in (before[0], word[0])]
+        words = [word for before, word in pairwise(['', *typed]) if "-" not in (before[0], word[0])]
         _fail(refusal(error, words))
     finally:
         # Python's last collections would walk all of torch, for seconds on a busy host, just before the end.

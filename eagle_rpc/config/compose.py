@@ -1,5 +1,6 @@
 """From YAML and overrides to checked dataclasses: the only place that knows OmegaConf and Hydra's store."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eagle_rpc.config.checks import check
-from eagle_rpc.config.overrides import explain
+from eagle_rpc.config.overrides import explain, for_hydra
+from eagle_rpc.config.rules import settings_of
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
@@ -46,7 +48,7 @@ def load(*overrides: str, directory: Path | None = None, name: str = "config") -
     register_schema()
     try:
         with initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
-            composed = compose(name, list(overrides))
+            composed = compose(name, [for_hydra(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides) from None
     return to_config(composed)
@@ -75,14 +77,24 @@ def to_config(composed: DictConfig) -> Config:
     """Plain dataclasses, checked. Raises `ConfigError` with field, rule and value of every mistake."""
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
-        given = OmegaConf.merge(composed, OmegaConf.from_dotlist([f"{path}=''" for path in missing]))
-        config = OmegaConf.to_object(given)
+        for path in missing:
+            OmegaConf.update(composed, path, "")
+        config = OmegaConf.to_object(composed)
     # AttributeError: a setting that the schema lacks, added by +NAME=VALUE.
     except (OmegaConfBaseException, AttributeError) as error:
         raise refusal(error, ()) from None
     assert isinstance(config, Config)
     check(config, missing)
+    _expand_home(config)
     return config
+
+
+def _expand_home(config: Config) -> None:
+    """Replaces `~` at the start of every path by the home directory."""
+    for setting in settings_of(config):
+        if setting.is_path:
+            name = setting.path.rpartition(".")[2]
+            setattr(setting.owner, name, os.path.expanduser(setting.value))
 
 
 def write_config(config: Config, path: Path) -> None:

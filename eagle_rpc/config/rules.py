@@ -1,5 +1,6 @@
 """Rules for single settings. A field's type carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -7,6 +8,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.texts import ADDRESS_RULE, NAME_RULE, is_address, is_date, is_name, is_pair
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 T = TypeVar("T")
 
@@ -21,6 +24,9 @@ class Rule:
 
 Positive = Annotated[T, Rule("be positive", lambda value: value > 0)]
 NotNegative = Annotated[T, Rule("not be negative", lambda value: value >= 0)]
+PATH = Rule("not be empty", lambda value: bool(value.strip()))
+FilePath = Annotated[str, PATH]
+"""Names a file or directory, or something else that may be one; `~` at its start is the home directory."""
 Share = Annotated[T, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)]
 
 AT_LEAST_2 = Rule("be at least 2", lambda value: value >= 2)
@@ -35,11 +41,12 @@ THREE_LAYERS = Rule(
 NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
 NOT_BLANK = Rule("be given", lambda value: bool(value.strip()))
 DATE = Rule("be a day as 2026-01-31", is_date)
-NAME = Rule(f"be {NAME_RULE}", is_name)
+NAME = Rule(f"be {NAME_RULE} and not empty", lambda value: is_name(value) and bool(value.strip()))
 URLS = Rule(
     "be URLs that begin with http:// or https://",
     lambda value: all(url.startswith(("http://", "https://")) for url in value),
 )
+DEVICE = Rule("be auto, cpu, cuda or cuda:N", lambda value: _DEVICE.fullmatch(value) is not None)
 ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
 TOPOLOGIES = Rule(
     "name at least one topology, targets x trainers as in 1x2", lambda v: len(v) > 0 and all(map(is_pair, v))
@@ -58,19 +65,46 @@ def rule_of(hint: Any) -> Rule | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting of a configuration."""
+
+    path: str
+    """As on the command line: `SECTION.FIELD`."""
+    hint: Any
+    """Its type, with the rule."""
+    value: Any
+    owner: Any
+    """The dataclass that holds it."""
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it names a file or directory; null does not."""
+        return rule_of(self.hint) is PATH and self.value is not None
+
+
+def settings_of(config: Any, prefix: str = "") -> Iterator[Setting]:
+    """All settings of a dataclass, and of dataclasses and lists of them inside it."""
+    hints = get_type_hints(type(config), include_extras=True)
+    for name in (field.name for field in fields(config)):
+        path, value = f"{prefix}{name}", getattr(config, name)
+        if is_dataclass(value):
+            yield from settings_of(value, f"{path}.")
+            continue
+        yield Setting(path, hints[name], value, config)
+        for position, element in enumerate(value if isinstance(value, list) else ()):
+            if is_dataclass(element):
+                yield from settings_of(element, f"{path}[{position}].")
+
+
 def broken_rules(config: Any) -> Iterator[tuple[str, str]]:
-    """Each setting of `config`, a dataclass of sections, that breaks its rule: its path and a message."""
-    for section in fields(config):
-        yield from _broken_settings(getattr(config, section.name), section.name)
-
-
-def _broken_settings(settings: Any, parent: str) -> Iterator[tuple[str, str]]:
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        rule, value, path = rule_of(hint), getattr(settings, name), f"{parent}.{name}"
-        nullable = type(None) in get_args(hint)
+    """Each setting of `config` that breaks its rule: its path and a message."""
+    for setting in settings_of(config):
+        rule, value = rule_of(setting.hint), setting.value
+        nullable = type(None) in get_args(setting.hint)
         if rule and not (nullable and value is None) and not rule.holds(value):
             got = value.name if isinstance(value, Enum) else value
-            yield path, f"{path} must {rule.text}{' or null' if nullable else ''}, got {got}"
-        for index, entry in enumerate(value if isinstance(value, list) else ()):
-            if is_dataclass(entry):
-                yield from _broken_settings(entry, f"{path}[{index}]")
+            if isinstance(value, str) and not value.strip():
+                got = repr(value)
+            or_null = " or null" if nullable else ""
+            yield setting.path, f"{setting.path} must {rule.text}{or_null}, got {got}"

@@ -26,7 +26,7 @@ from eagle_rpc.config.choices import (
     Sharding,
     VerifySide,
 )
-from eagle_rpc.config.rules import NotNegative, Positive, Share
+from eagle_rpc.config.rules import FilePath, NotNegative, Positive, Share
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,13 +57,13 @@ class JobConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """One training run and its files. Paths are relative to the working directory."""
+    """One training run and its files. Paths are relative to the working directory; `~` is the home directory."""
 
     name: Annotated[str, rules.NAME] = "smollm2"
     """Name of the run, shown by services and trackers."""
-    dir: str = "runs/${run.name}"
+    dir: FilePath = "runs/${run.name}"
     """The run directory: configuration, metrics, logs, checkpoints, export, plots."""
-    cache_dir: str = ".cache/eagle_rpc"
+    cache_dir: FilePath = ".cache/eagle_rpc"
     """Directory of converted models, vocabulary mappings and compiled code, kept between runs."""
     seed: int = 0
     """Seed of initial weights, order of the data and sampling."""
@@ -113,7 +113,7 @@ class RpcConfig:
     """Address of the registry where elastic targets and trainers meet."""
     host_registry: bool = False
     """`job=serve`: the first target runs the registry itself; no `job=registry` is needed."""
-    token_file: str = "~/.eagle_rpc/token"
+    token_file: FilePath = "~/.eagle_rpc/token"
     """File of the registry's secret. The host of the registry creates it, readable by its owner only."""
     max_pickle_bytes: Positive[int] = 8 * 2**20
     """Largest message, tensors not counted, that a worker unpickles."""
@@ -132,13 +132,13 @@ class RpcConfig:
 class TargetConfig:
     """The frozen language model and the service around it."""
 
-    model: str = MISSING
+    model: FilePath = MISSING
     """Directory or hub name of a causal language model, or `package/file.gguf` of an installed package."""
     random: dict[str, Any] = field(default_factory=dict)
     """Architecture (`model_type` and config fields) of a random model; empty: load `target.model`."""
     dtype: DType = DType.bfloat16
     """Format of weights and activations."""
-    device: str = "auto"
+    device: Annotated[str, rules.DEVICE] = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU of the local rank if there is one, else the CPU."""
     attention: Annotated[str, rules.NOT_PAGED] = "sdpa"
     """Attention implementation of transformers; packages that it needs must be installed."""
@@ -221,7 +221,7 @@ class DraftConfig:
 class SourceConfig:
     """One of several sources of chats."""
 
-    path: Annotated[str, rules.NOT_BLANK] = ""
+    path: FilePath = ""
     """Chats in any form that `data.train_path` takes."""
     weight: Positive[float] = 1.0
     """How often an epoch has each chat; of 0.5 a fixed half of the chats, of 2.5 two or three times each."""
@@ -231,12 +231,12 @@ class SourceConfig:
 class DataConfig:
     """Chats, and the rows that they fill."""
 
-    train_path: str | None = None
+    train_path: FilePath | None = None
     """Chats: a file (JSON lines, JSON, parquet, Arrow; also in gzip or zstd), a directory, a pattern of files
     or a dataset of the Hugging Face hub as `owner/name:config@split`; null: `data.sources` alone."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Further chats to train on, each with a weight, as `[{path: chats.jsonl, weight: 2}]`."""
-    validation_path: str | None = None
+    validation_path: FilePath | None = None
     """Chats of the same forms; null: `data.validation_share` of the chats to train on."""
     validation_share: Annotated[float, rules.SHARE_BELOW_1] = 0.02
     """Share of the chats that validate instead of train, chosen by a hash of their content."""
@@ -252,7 +252,7 @@ class DataConfig:
     """Fills each row with whole chats that do not see each other, instead of one chat and padding."""
     row_length: Positive[int] | None = None
     """Tokens of a packed row, at least `data.max_length`; null: the last bucket, or `data.max_length`."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Path of a Jinja template that replaces the tokenizer's."""
     template_arguments: dict[str, Any] = field(default_factory=dict)
     """Arguments of the template for every rendering, such as `{enable_thinking: false}`."""
@@ -303,7 +303,7 @@ class TrainConfig:
     """With `accumulation` on a GPU: supervision waits in pinned host memory, GPU memory does not grow."""
     sharding: Sharding = Sharding.none
     """Training state that each of several trainers holds."""
-    device: str = "auto"
+    device: Annotated[str, rules.DEVICE] = "auto"
     """Device of a trainer; values as for `target.device`."""
     validate_every: NotNegative[int] = 100
     """Optimiser steps between validations; 0: only at the end."""
@@ -323,11 +323,11 @@ class TrainConfig:
 class ServingConfig:
     """The export of a draft."""
 
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     """Checkpoint directory to export; null: the newest of the run."""
     dtype: DType = DType.bfloat16
     """Format of the exported weights."""
-    dir: str = "${run.dir}/export"
+    dir: FilePath = "${run.dir}/export"
     """Directory that the draft is written to."""
 
 
@@ -335,9 +335,9 @@ class ServingConfig:
 class EvaluateConfig:
     """Decoding of held-out prompts with a draft."""
 
-    draft: str = "${serving.dir}"
+    draft: FilePath = "${serving.dir}"
     """Directory of an exported draft."""
-    prompts: str = "${run.cache_dir}/chitchat/heldout.jsonl"
+    prompts: FilePath = "${run.cache_dir}/chitchat/heldout.jsonl"
     """Chats in any form that `data.train_path` takes. The last user turn of each is answered, or the first of
     several without answers between them; assistant turns after it are ignored."""
     num_prompts: Positive[int] = 16
@@ -356,9 +356,9 @@ class EvaluateConfig:
 class RegenerateConfig:
     """Answers of the target to prompts, which a draft then learns from."""
 
-    prompts: str = "${run.cache_dir}/chitchat/train.jsonl"
+    prompts: FilePath = "${run.cache_dir}/chitchat/train.jsonl"
     """Chats in any form that `data.train_path` takes; the target answers their user turns."""
-    output: str = "${run.dir}/answers.jsonl"
+    output: FilePath = "${run.dir}/answers.jsonl"
     """JSONL file that answers are appended to; a chat that is already in it is not asked again."""
     num_prompts: Positive[int] | None = None
     """Prompts to answer; null: all."""
@@ -366,7 +366,7 @@ class RegenerateConfig:
     """What answers: a model in this process, endpoints, or the targets of a service."""
     endpoints: Annotated[list[str], rules.URLS] = field(default_factory=list)
     """Base URLs of OpenAI-compatible servers, as http://127.0.0.1:8000/v1, for `regenerate.backend=openai`."""
-    api_key_file: str | None = None
+    api_key_file: FilePath | None = None
     """File with the key that the endpoints ask for; null: no key."""
     concurrency: Positive[int] = 64
     """Requests under way at a time at each endpoint, or prompts at each target of a service."""
@@ -420,7 +420,7 @@ class PromptsConfig:
 class InspectConfig:
     """The report of `job=inspect`."""
 
-    output: str = "${run.dir}/inspection.html"
+    output: FilePath = "${run.dir}/inspection.html"
     """HTML page to write."""
     num_samples: Positive[int] = 8
     """Samples that are shown with their supervised tokens."""

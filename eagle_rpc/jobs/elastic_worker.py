@@ -48,7 +48,7 @@ def load_registry_token(config: RpcConfig, stop: threading.Event) -> bytes:
 
     Raises `WaitTimeout` if the file does not appear, `ConfigError` or `AccessRefused` if it is unusable.
     """
-    path = Path(config.token_file).expanduser()
+    path = Path(config.token_file)
     if config.host_registry:
         # The first worker of this launch hosts the registry, but any of them may be here first.
         return load_or_create_token(path)

@@ -33,7 +33,7 @@ def hosted_registry(config: Config) -> Iterator[None]:
     if others may read the token file.
     """
     address = _address_on_interface(config.rpc.registry, config.rpc.interface)
-    token_file = Path(config.rpc.token_file).expanduser()
+    token_file = Path(config.rpc.token_file)
     token = load_or_create_token(token_file)
     ids = IdFile(token_file.with_name(f"{token_file.name}.last_worker_id"))
     directory = Directory(ids, ttl=config.rpc.heartbeat_interval * config.rpc.heartbeat_misses)

@@ -58,7 +58,7 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
             "rpc.registry='here:70000'",
             "rpc.registry must be host:port with a port in 1..65535, got here:70000",
         ),
-        (f"run.name={'n' * 129}", "run.name must be at most 128 printable characters, got nnn"),
+        (f"run.name={'n' * 129}", "run.name must be at most 128 printable characters and not empty, got nnn"),
     ],
 )
 def test_an_impossible_value_names_field_rule_and_value(override: str, message: str):
