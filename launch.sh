@@ -2,7 +2,7 @@
 # See ./launch.sh --help. The virtual environment lives beside this file; all other paths are the caller's.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
 
@@ -67,7 +67,7 @@ run_jobs() {
     if [[ $job == train ]]; then
       echo "launch: job=train with $workers workers"
       # Workers set their own thread counts (run.threads); this one only spares torchrun's warning.
-      OMP_NUM_THREADS=1 "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node="$workers" \
+      OMP_NUM_THREADS=1 "$PYTHON" -m eagle_rpc.process.launcher --standalone --nproc-per-node="$workers" \
         -m eagle_rpc job=train "${others[@]}"
     else
       echo "launch: job=$job"

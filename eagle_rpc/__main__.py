@@ -5,7 +5,6 @@ Nothing heavy is imported before the configuration is known to be good.
 
 import gc
 import importlib
-import logging
 import os
 import sys
 from itertools import pairwise
@@ -20,19 +19,21 @@ from eagle_rpc.config.overrides import for_hydra
 from eagle_rpc.config.usage import usage
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import die_with_parent, read_world
+from eagle_rpc.process.ending import end_with
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
 def _run(composed: DictConfig) -> None:
     # Hydra drops return values and prints its own advice for exceptions, so the outcome leaves as SystemExit.
+    config = None
     try:
         config = to_config(composed)
         job = importlib.import_module(f"eagle_rpc.jobs.{config.job.name.value}")
         sys.exit(job.run(config))
-    except EagleRpcError as error:
-        _fail(error)
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except Exception as error:  # noqa: BLE001 - every error ends in words
+        end_with(error, config)
 
 
 def main() -> None:
@@ -40,27 +41,24 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         sys.stdout.write(usage())
         return
-    if read_world().launched:
-        die_with_parent()
     register_schema()
-    typed = sys.argv[1:]
-    sys.argv[1:] = map(for_hydra, typed)
+    typed = list(sys.argv)
+    sys.argv[1:] = map(for_hydra, typed[1:])
     # Hydra otherwise prints its own version of every exception and hides the exception itself.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        if read_world().launched:
+            die_with_parent()
         _run()
+    except EagleRpcError as error:
+        end_with(error)
     except (HydraException, OmegaConfBaseException) as error:
         # Flags and their values are Hydra's.
-        words = [word for before, word in pairwise(['', *typed]) if "-" not in (before[0], word[0])]
-        _fail(refusal(error, words))
+        words = [word for before, word in pairwise(typed) if "-" not in (before[:1], word[:1])]
+        end_with(refusal(error, words))
     finally:
         # Python's last collections would walk all of torch, for seconds on a busy host, just before the end.
         gc.freeze()
-
-
-def _fail(error: EagleRpcError) -> None:
-    logging.getLogger(__package__).error("%s: %s", type(error).__name__, error)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

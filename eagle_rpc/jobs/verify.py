@@ -56,7 +56,13 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     directory.mkdir(parents=True)
     write_config(_side_config(config, side, directory, workers), directory / "side.yaml")
     count = workers.trainers + (workers.targets if side is VerifySide.remote else 0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "eagle_rpc.process.launcher",
+        "--standalone",
+        f"--nproc-per-node={count}",
+    ]
     job = ["-m", "eagle_rpc", "--config-path", str(directory.resolve()), "--config-name", "side"]
     log, seconds = directory / "workers.log", config.job.verify_timeout
     logger.info("%s, %s target: %d workers, log in %s", topology, side.name, count, log)

@@ -59,6 +59,17 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         raise ConfigError(f"{found}: start the workers with torchrun") from None
 
 
+def error_file(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The file in which torchrun expects the reason of this worker's failure; None without torchrun."""
+    name = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(name) if name else None
+
+
+def speaks_for_host(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the first worker on its host, also if torchrun's other variables are missing."""
+    return environ.get("LOCAL_RANK", "0") == "0"
+
+
 def prepare_environment() -> None:
     """Sets variables that torch reads at its import; call it before that. Values of the user stay.
 

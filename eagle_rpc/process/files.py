@@ -2,10 +2,18 @@
 
 import contextlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+# The number of the operating system's error in the text of an error of Rust.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# The first bytes of the file that git stores in place of a large one.
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @contextlib.contextmanager
@@ -13,13 +21,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to, which becomes `path` after the body; an exception leaves `path` unchanged.
 
     The new content is on the disk before it gets the name. Processes may replace one file at the same time:
-    the last replacement stays.
+    the last replacement stays. A failed write raises `OSError` with the name of a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
     try:
-        yield fresh
-        flush_to_disk(fresh)
+        with _named_in_errors(path):
+            yield fresh
+            flush_to_disk(fresh)
         fresh.replace(path)
     except BaseException:
         fresh.unlink(missing_ok=True)
@@ -32,17 +41,18 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     """Yields a new empty directory, which becomes `path` after the body; `path` may exist already.
 
     For one writer at a time: unfinished directories of an earlier writer are removed. After an exception
-    `path` stays unchanged.
+    `path` stays unchanged. A failed write raises `OSError` with the name of a file or directory.
     """
     fresh, old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        yield fresh
-        for file in fresh.rglob("*"):
-            flush_to_disk(file)
-        flush_to_disk(fresh)
+        with _named_in_errors(path):
+            yield fresh
+            for file in fresh.rglob("*"):
+                flush_to_disk(file)
+            flush_to_disk(fresh)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -51,6 +61,27 @@ def replaced_directory(path: Path) -> Iterator[Path]:
     fresh.rename(path)
     flush_to_disk(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Adds `path` to an `OSError` that names no file, and makes one of a failed write of safetensors."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        if (match := _OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(match[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the pointer that git leaves in place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def remove_directory(path: Path) -> None:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 _PACKAGE = __name__.partition(".")[0]
 _MARK = f"{_PACKAGE}.worker"
+_FILE_ONLY = "file_only"
 
 
 def setup_logging(worker_name: str, log_file: Path | None = None, level: int | str = logging.INFO) -> None:
@@ -22,13 +23,27 @@ def setup_logging(worker_name: str, log_file: Path | None = None, level: int | s
     handlers: list[logging.Handler] = [_BesideBars()]
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
         handler.set_name(_MARK)
         handler.setFormatter(_WorkerFormatter(worker_name))
         root.addHandler(handler)
     logging.getLogger(_PACKAGE).setLevel(level)
     logging.captureWarnings(True)
+
+
+def log_file() -> Path | None:
+    """The file that the log goes to; None if there is none, or none yet."""
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, _LogFile)]
+    return Path(files[0].baseFilename) if files else None
+
+
+def log_last_words(text: str, error: BaseException | None = None) -> None:
+    """Logs the end of this process as an error; the traceback of `error`, if given, goes to the file only."""
+    logger = logging.getLogger(_PACKAGE)
+    if error is not None:
+        logger.error("the traceback:", exc_info=error, extra={_FILE_ONLY: True})
+    logger.error("%s", text)
 
 
 class _WorkerFormatter(logging.Formatter):
@@ -48,7 +63,19 @@ class _BesideBars(logging.Handler):
     """Writes to stderr above the progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, _FILE_ONLY):
+            return
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """Says once that the file cannot be written, as on a full disk; the log goes on in the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not self.filters:
+            self.addFilter(lambda _: False)
+            reason = sys.exc_info()[1]
+            tqdm.write(f"no longer writing {self.baseFilename}: {reason}", file=sys.stderr)
