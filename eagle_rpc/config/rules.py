@@ -39,7 +39,6 @@ THREE_LAYERS = Rule(
     "be three distinct layers in ascending order", lambda v: len(v) == 3 and v == sorted(set(v))
 )
 NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
-NOT_BLANK = Rule("be given", lambda value: bool(value.strip()))
 DATE = Rule("be a day as 2026-01-31", is_date)
 NAME = Rule(f"be {NAME_RULE} and not empty", lambda value: is_name(value) and bool(value.strip()))
 URLS = Rule(

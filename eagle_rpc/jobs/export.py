@@ -15,7 +15,15 @@ from eagle_rpc.config.choices import DType
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import export_draft
-from eagle_rpc.train import RunDirectory, RunRecord, latest_checkpoint, load_target_embedding, read_checkpoint
+from eagle_rpc.train import (
+    Checkpoint,
+    RunDirectory,
+    RunRecord,
+    latest_checkpoint,
+    latest_whole_checkpoint,
+    load_target_embedding,
+    read_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +33,28 @@ def run(config: Config) -> int:
     start_worker(config, "export")
     directory = RunDirectory.of(config)
     named = config.serving.checkpoint
-    path = Path(named) if named else latest_checkpoint(directory.checkpoints)
-    if path is None:
-        raise CheckpointError(
-            f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"
-        )
-    checkpoint = read_checkpoint(path)
+    path, checkpoint = _newest(directory) if named is None else (Path(named), read_checkpoint(Path(named)))
     embedding = load_target_embedding(path.parent / directory.target_embedding.name)
     serving = config.serving
     files = export_run(checkpoint.weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype)
     logger.info("exported step %d: %s", checkpoint.step, ", ".join(map(str, files)))
     return 0
+
+
+def _newest(directory: RunDirectory) -> tuple[Path, Checkpoint]:
+    """Raises `CheckpointError` if the newest checkpoint is damaged; an older one is named, not exported."""
+    whole = latest_whole_checkpoint(directory.checkpoints)
+    if whole is None:
+        raise CheckpointError(
+            f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"
+        )
+    path, newest = whole[0], latest_checkpoint(directory.checkpoints)
+    if path != newest:
+        raise CheckpointError(
+            f"{newest} must be whole to be exported, it is damaged; train on with train.resume=auto, or "
+            f"export an older one with serving.checkpoint={path}"
+        )
+    return whole
 
 
 def export_run(

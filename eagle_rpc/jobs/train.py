@@ -90,7 +90,9 @@ def _train_elastic(
         superseded.set()
         stop.set()
 
-    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
+    device = torch.device(
+        resolve_device(config.train.device, field="train.device", local_rank=world.local_rank)
+    )
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     with announced(config, cast.me.name, Role.trainer, device, stop, when_superseded=give_way) as membership:
         train_until_done(config, device, cast, membership, store, stop)

@@ -26,8 +26,7 @@ from eagle_rpc.jobs.assembly import (
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import RunDirectory, Trainer
-from eagle_rpc.train.checkpoint import latest_checkpoint, read_saved_config
+from eagle_rpc.train import RunDirectory, Trainer, latest_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +92,8 @@ def train_until_done(
 def _date_of_run(config: Config, index: int, store: dist.Store) -> str:
     """The day that templates write: of the first start of the run, the same for all of its trainers."""
     if index == 0:
-        newest = latest_checkpoint(RunDirectory.of(config).checkpoints)
-        resumed = newest is not None and config.train.resume is Resume.auto
-        saved = read_saved_config(newest)["data"].get("date") if newest is not None and resumed else None
+        resumes = config.train.resume is Resume.auto
+        newest = latest_whole_checkpoint(RunDirectory.of(config).checkpoints) if resumes else None
+        saved = newest[1].record.config["data"].get("date") if newest else None
         store.set("date", config.data.date or saved or datetime.date.today().isoformat())
     return store.get("date").decode()

@@ -53,7 +53,9 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     cast = Cast(Worker(names[world.rank], frozenset([Role.trainer]), world.rank), (), names)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     bind_to_interface(config.rpc.interface)
-    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
+    device = torch.device(
+        resolve_device(config.train.device, field="train.device", local_rank=world.local_rank)
+    )
     store = attempt_store(world, timeout=config.rpc.start_timeout)
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed

@@ -58,23 +58,26 @@ def _about_file(error: OSError, config: Config | None) -> str:
     reason = error.strerror or str(error)
     paths = [] if config is None else [setting for setting in settings_of(config) if setting.is_path]
     if error.filename is None:
-        full = [setting for setting in paths if error.errno in _FULL and _is_full(Path(setting.value))]
-        if not full:
-            return f"{reason}; what was written before is kept"
-        return f"{full[0].path} must have room on its disk, got {full[0].value}: {reason}"
-    file = os.fsdecode(error.filename)
+        # A write to an open file tells the reason only.
+        paths = [setting for setting in paths if error.errno in _FULL and _is_full(Path(setting.value))][:1]
+        file = paths[0].value if paths else "a file"
+    else:
+        file = os.fsdecode(error.filename)
+        paths = _enclosing(paths, file)
     rule = "have room on its disk" if error.errno in _FULL else "be usable"
-    if (setting := _enclosing(paths, file)) is None:
+    if not paths:
         return f"{file} must {rule}: {reason}"
-    beside = "" if Path(setting.value) == Path(file) else f" ({file})"
-    return f"{setting.path} must {rule}, got {setting.value}: {reason}{beside}"
+    names, place = " and ".join(setting.path for setting in paths), paths[0].value
+    beside = "" if Path(place) == Path(file) else f" ({file})"
+    return f"{names} must {rule}, got {place}: {reason}{beside}"
 
 
-def _enclosing(paths: list[Setting], file: str) -> Setting | None:
-    """The setting whose path is nearest above `file`, or is `file`."""
-    around = {Path(file).absolute(), *Path(file).absolute().parents}
-    found = [setting for setting in paths if Path(setting.value).absolute() in around]
-    return max(found, key=lambda setting: len(Path(setting.value).absolute().parts), default=None)
+def _enclosing(paths: list[Setting], file: str) -> list[Setting]:
+    """The settings, several of one value, whose path is nearest above `file`, or is `file`."""
+    for place in (Path(file).absolute(), *Path(file).absolute().parents):
+        if found := [setting for setting in paths if Path(setting.value).absolute() == place]:
+            return found
+    return []
 
 
 def _is_full(path: Path) -> bool:

@@ -74,7 +74,7 @@ class _BesideBars(logging.Handler):
 class _LogFile(logging.FileHandler):
     """Says once that the file cannot be written, as on a full disk; the log goes on in the terminal."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+    def handleError(self, record: logging.LogRecord) -> None:
         if not self.filters:
             self.addFilter(lambda _: False)
             reason = sys.exc_info()[1]

@@ -4,11 +4,13 @@ Weights come from safetensors only, and no code that a model ships is run.
 """
 
 import copy
+import importlib.util
 import logging
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,9 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.process.files import is_lfs_pointer
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
 from eagle_rpc.target.quantization import is_quantised, loading_arguments
 
@@ -27,41 +31,76 @@ logger = logging.getLogger(__name__)
 
 # Files of a hub model that loading needs: no pickled weights, no code.
 _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+# A pointer of git-lfs has some 130 bytes.
+_POINTER_BYTES = 1024
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges")
+_SENTENCEPIECE = importlib.util.find_spec("sentencepiece") is not None
+_SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
 def resolve_model_dir(config: TargetConfig, cache_dir: str | Path) -> Path:
     """The local directory of `config.model`, downloaded or converted if it is absent.
 
-    Raises `ConfigError` for a random target, which has no directory, and for a model that cannot be found.
+    Raises `ConfigError` for a random target, which has no directory, for a model that cannot be found, and for
+    files that git-lfs has not fetched.
     """
+    return _local_directory(config, cache_dir, _HUB_FILES)
+
+
+def _local_directory(config: TargetConfig, cache_dir: str | Path, hub_files: list[str]) -> Path:
     if config.random:
         raise ConfigError("target.random describes a model without a directory, tokenizer or stored weights")
     if config.model.endswith(".gguf"):
         return convert_gguf(locate_gguf(config.model), Path(cache_dir))
-    if Path(config.model).is_dir():
-        return Path(config.model)
+    directory = Path(config.model)
+    if not directory.is_dir():
+        return _download(config.model, hub_files)
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.stat().st_size < _POINTER_BYTES and is_lfs_pointer(file):
+            raise ConfigError(
+                f"target.model must hold its files, got {directory} with a git-lfs pointer as {file.name}: "
+                "run git lfs pull there"
+            )
+    return directory
+
+
+def _download(name: str, files: list[str]) -> Path:
+    """These files of a hub model, from the local cache without a network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(config.model, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ConfigError(
-            f"target.model must be a directory, a hub model or package/file.gguf, got {config.model}: {error}"
-        ) from error
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HFValidationError, RepositoryNotFoundError):
+        reason = "no such directory, and no hub model of that name"
+    except LocalEntryNotFoundError:
+        reason = "no such directory, and no hub model of that name on this host; the hub cannot be reached"
+    except HfHubHTTPError as error:
+        reason = f"no such directory, and the hub refuses: {_in_one_line(error)}"
+    raise ConfigError(
+        f"target.model must be a directory, a hub model or package/file.gguf, got {name}: {reason}"
+    )
 
 
 def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> PretrainedConfig:
-    """The transformers configuration of the target, without its weights."""
+    """The transformers configuration of the target, without its weights.
+
+    Raises `ConfigError` if there is none, or one of another kind than a causal language model.
+    """
     if not config.random:
-        # For a hub model this downloads config.json only.
-        source = resolve_model_dir(config, cache_dir) if config.model.endswith(".gguf") else config.model
+        directory = _local_directory(config, cache_dir, ["config.json"])
         try:
-            return AutoConfig.from_pretrained(source, trust_remote_code=False)
+            hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"target.model must be a model that transformers knows, got {config.model}: {error}"
-            ) from error
+            rule = "target.model must be a model that transformers knows"
+            raise ConfigError(f"{rule}, got {config.model}: {_in_one_line(error)}") from error
+        _require_causal(hf_config, config.model)
+        return hf_config
     fields = dict(config.random)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -71,11 +110,37 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
         ) from error
 
 
+def _require_causal(hf_config: PretrainedConfig, name: str) -> None:
+    known = hf_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    missing = [field for field in _SHAPE if not isinstance(getattr(hf_config, field, None), int)]
+    if known and not missing:
+        return
+    why = f"without {', '.join(missing)}" if known else "which transformers does not know as one"
+    if hasattr(hf_config, "text_config"):
+        why = "which has a text model among others, such as a vision-language model"
+    raise ConfigError(
+        f"target.model must be a causal language model, got {name} of type {hf_config.model_type}, {why}"
+    )
+
+
 def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> PreTrainedTokenizerBase | None:
-    """The target's tokenizer; null for a random target, which has none."""
+    """The target's tokenizer; null for a random target, which has none. Raises `ConfigError` if it is unusable."""
     if config.random:
         return None
-    return AutoTokenizer.from_pretrained(resolve_model_dir(config, cache_dir), trust_remote_code=False)
+    directory = resolve_model_dir(config, cache_dir)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        # transformers and tokenizers raise any class for a file that is broken or missing.
+        reason = f"{type(error).__name__}: {_in_one_line(error)}"
+        found = [file.name for file in directory.iterdir() if file.name.startswith(_TOKENIZER_FILES)]
+        if not found:
+            reason = "there is no file of one"
+        elif "tokenizer.json" not in found and "tokenizer.model" in found and not _SENTENCEPIECE:
+            reason = "its tokenizer.model needs a package: pip install sentencepiece"
+        raise ConfigError(
+            f"target.model must have a tokenizer that transformers loads, got {config.model}: {reason}"
+        ) from error
 
 
 def load_model(
@@ -135,12 +200,12 @@ def _stored_model(
     placed = loading_arguments(config, dtype, device) if quantised else {}
     exact = {"dtype": dtype, "attn_implementation": attention}
     safe = {"use_safetensors": True, "trust_remote_code": False}
+    _require_whole_weights(directory)
     try:
         return AutoModelForCausalLM.from_pretrained(directory, **exact, **safe, **placed)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"target.model must be a causal language model with safetensors weights, got {directory}: {error}"
-        ) from error
+        rule = "target.model must be a causal language model with safetensors weights"
+        raise ConfigError(f"{rule}, got {directory}: {_in_one_line(error)}") from error
     except (ImportError, RuntimeError) as error:
         if not quantised:
             raise
@@ -148,6 +213,23 @@ def _stored_model(
         raise ConfigError(
             f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
         ) from error
+
+
+def _require_whole_weights(directory: Path) -> None:
+    """Raises `ConfigError` naming a weight file that is cut or of another format; reads their heads only."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ConfigError(
+                f"target.model must hold whole safetensors files, got {file} of {file.stat().st_size} bytes: "
+                f"{_in_one_line(error)}"
+            ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _random_model(hf_config: PretrainedConfig, attention: str, seed: int) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.environment import World
 from eagle_rpc.topology.roles import Cast, Role
 
@@ -26,8 +27,13 @@ def plan_devices(
     """
 
     def device_of(name: str, local_rank: int) -> str:
-        setting = trainer if name in cast.trainer_names else target
-        return resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus)
+        trains = name in cast.trainer_names
+        return resolve_device(
+            trainer if trains else target,
+            field="train.device" if trains else "target.device",
+            local_rank=local_rank,
+            num_gpus=num_gpus,
+        )
 
     device = device_of(cast.me.name, world.local_rank)
     if world.num_agents > 1:
@@ -39,16 +45,23 @@ def plan_devices(
     return DevicePlan(device, maps)
 
 
-def resolve_device(setting: str, *, local_rank: int = 0, num_gpus: int | None = None) -> str:
+def resolve_device(
+    setting: str, *, field: str = "target.device", local_rank: int = 0, num_gpus: int | None = None
+) -> str:
     """The device of a setting. `auto` is the GPU of the local rank, shared if there are too few, or the CPU.
 
-    `num_gpus` None: as many as torch finds.
+    `num_gpus` None: as many as torch finds. Raises `ConfigError` naming `field` for a GPU beyond them.
     """
-    if setting == "auto":
-        if num_gpus is None:
-            # Roles and names are needed where torch is not loaded.
-            import torch
+    if setting == "cpu":
+        return setting
+    if num_gpus is None:
+        # Roles and names are needed where torch is not loaded.
+        import torch
 
-            num_gpus = torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
+    if setting == "auto":
         return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
-    return "cuda:0" if setting == "cuda" else setting
+    number = int(setting.partition(":")[2] or 0)
+    if number >= num_gpus:
+        raise ConfigError(f"{field} must be a device of this host, which has {num_gpus} GPUs, got {setting}")
+    return f"cuda:{number}"

@@ -1,6 +1,12 @@
 """The training of a draft: loop, optimiser step, trainers' group, checkpoints, run directory."""
 
-from eagle_rpc.train.checkpoint import Checkpoint, latest_checkpoint, load_target_embedding, read_checkpoint
+from eagle_rpc.train.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    latest_whole_checkpoint,
+    load_target_embedding,
+    read_checkpoint,
+)
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers
 from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.record import RunRecord, plain
@@ -14,6 +20,7 @@ __all__ = [
     "TrainerGroup",
     "join_trainers",
     "latest_checkpoint",
+    "latest_whole_checkpoint",
     "load_target_embedding",
     "plain",
     "read_checkpoint",

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eagle_rpc.errors import CheckpointError, EagleRpcError
-from eagle_rpc.process.files import remove_directory, remove_unfinished, replaced_directory, replaced_file
+from eagle_rpc.process.files import (
+    is_lfs_pointer,
+    remove_directory,
+    remove_unfinished,
+    replaced_directory,
+    replaced_file,
+)
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.train.record import RunRecord
 
@@ -69,6 +75,26 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return complete[-1][1] if complete else None
 
 
+def latest_whole_checkpoint(directory: Path) -> tuple[Path, Checkpoint] | None:
+    """The newest checkpoint that can be read, with a warning about each newer one; None if there is none.
+
+    Raises the `CheckpointError` of the newest one if all are damaged.
+    """
+    damage: list[CheckpointError] = []
+    for _, path in reversed(_complete(directory)):
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            damage.append(error)
+            continue
+        for reason in damage:
+            logger.warning("going back to %s, since a newer checkpoint is damaged: %s", path, reason)
+        return path, checkpoint
+    if damage:
+        raise damage[0]
+    return None
+
+
 def remove_leftovers(directory: Path) -> None:
     """Removes what killed processes left unfinished. Only the process that writes checkpoints may call it."""
     if directory.is_dir():
@@ -100,11 +126,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} must be a checkpoint of format {FORMAT_VERSION}: {error!r}") from error
 
 
-def read_saved_config(path: Path) -> dict[str, Any]:
-    """The configuration that a checkpoint was made with, as JSON values. Raises `CheckpointError`."""
-    return dict(_read_facts(path / _FACTS).get("config", {}))
-
-
 def save_target_embedding(path: Path, embedding: Tensor) -> None:
     """Writes the target's token embedding [V, H] once for all checkpoints of a run."""
     with replaced_file(path) as fresh:
@@ -113,6 +134,11 @@ def save_target_embedding(path: Path, embedding: Tensor) -> None:
 
 def load_target_embedding(path: Path) -> Tensor:
     """[V, H] in the target's dtype. Raises `CheckpointError` if it is missing or damaged."""
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} must hold the target's token embedding, got no such file: copy it from the run, or run "
+            "job=train with train.resume=auto once more, which writes it"
+        )
     tensors = _load_tensors(path)
     if _EMBEDDING_KEY not in tensors:
         raise CheckpointError(f"{path} must hold {_EMBEDDING_KEY}, got {sorted(tensors)}")
@@ -146,4 +172,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
+        pointer = path.is_file() and is_lfs_pointer(path)
+        found = "a git-lfs pointer: run git lfs pull there" if pointer else error
+        raise CheckpointError(f"{path} must be a whole safetensors file, got {found}") from error

@@ -22,8 +22,7 @@ from eagle_rpc.report.progress import Progress
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch
 from eagle_rpc.train.checkpoint import (
     Checkpoint,
-    latest_checkpoint,
-    read_checkpoint,
+    latest_whole_checkpoint,
     remove_leftovers,
     save_target_embedding,
     write_checkpoint,
@@ -238,9 +237,10 @@ class Trainer:
         """Restores the newest checkpoint if the run resumes; checks that trainers have the same state."""
         if self._group.is_primary:
             remove_leftovers(self._run.checkpoints)
-        newest = latest_checkpoint(self._run.checkpoints) if self._config.resume is Resume.auto else None
+        resumes = self._config.resume is Resume.auto
+        newest = latest_whole_checkpoint(self._run.checkpoints) if resumes else None
         if newest is not None:
-            checkpoint = read_checkpoint(newest)
+            path, checkpoint = newest
             require_same_run(checkpoint.record, self._record)
             self.learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
             self._sums.load(checkpoint.running_sums)
@@ -249,8 +249,10 @@ class Trainer:
                 self._config, self._batches, steps_done=checkpoint.step, position=checkpoint.sequences
             )
             self._last_saved = checkpoint.step
-            logger.info("resuming from %s", newest)
-        elif self._group.is_primary:
+            logger.info("resuming from %s", path)
+        # Of a run that was copied without it, an export could not be made.
+        absent = newest is None or not self._run.target_embedding.exists()
+        if absent and self._group.is_primary:
             save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)
         self._group.require_equal(
             {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}

@@ -30,6 +30,10 @@ _FIXED_SETTINGS = (
     "data.template_arguments",
 )
 _WATCHED_SECTIONS = ("train", "draft", "supervision", "data")
+_OTHER_DATA = (
+    "a run keeps its chats, so train others, such as answers to more prompts, under another run.name "
+    "(regenerate.output may go on naming the answers that are there)"
+)
 _TARGET_FIELDS = (
     "weights_fingerprint",
     "tokenizer_fingerprint",
@@ -109,7 +113,7 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
-    _require_equal("the training data's digest", saved.data_digest, current.data_digest)
+    _require_equal("the training data's digest", saved.data_digest, current.data_digest, _OTHER_DATA)
     # A checkpoint of an earlier version lacks newer settings; it was made with their present defaults.
     old, new = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)
     for path in _FIXED_SETTINGS:
@@ -122,11 +126,12 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
             )
 
 
-def _require_equal(name: str, saved: Any, current: Any) -> None:
+def _require_equal(
+    name: str, saved: Any, current: Any, advice: str = "another run.name starts a run of its own"
+) -> None:
     if saved != current:
         raise CheckpointError(
-            f"{name} must be the checkpoint's to resume, it has {saved}, this run has {current}: "
-            "another run.name starts a run of its own"
+            f"{name} must be the checkpoint's to resume, it has {saved}, this run has {current}: {advice}"
         )
 
 

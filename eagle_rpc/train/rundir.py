@@ -14,8 +14,6 @@ from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
 
 _LOCK, _HOLDER = ".lock", ".lock.holder"
-# Workers open their logs before the directory is claimed; `job=regenerate` may have written answers.
-_MAY_EXIST = frozenset({_LOCK, _HOLDER, "logs", "answers.jsonl"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,7 @@ class RunDirectory:
     def claimed(self, resume: Resume) -> Iterator[None]:
         """Locks the directory while the body runs; the lock ends with the process, also if it is killed.
 
-        Raises `ConfigError` at once if another process holds the lock, or if the directory holds an earlier
+        Raises `ConfigError` at once if another process holds the lock, or if the directory holds a trained
         run and `resume` is `never`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -97,12 +95,19 @@ class RunDirectory:
             lock.release()
 
     def _require_usable(self, resume: Resume) -> None:
-        found = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _MAY_EXIST)
-        if found and resume is Resume.never:
+        if resume is Resume.never and (found := self._trained()):
             raise ConfigError(
-                f"run.dir must be empty with train.resume=never, {self.path} holds {', '.join(found)}: "
-                "choose another run.name, or continue with train.resume=auto"
+                f"run.dir must hold no trained run with train.resume=never, {self.path} holds "
+                f"{', '.join(found)}: choose another run.name, or continue with train.resume=auto"
             )
+
+    def _trained(self) -> list[str]:
+        """The names of what training or a later job has left here. Logs, settings and answers do not count."""
+        steps = self.checkpoints.glob("step_*") if self.checkpoints.is_dir() else ()
+        metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
+        files = [*sorted(steps)[:1], *([self.metrics] if metrics else ())]
+        files += [file for file in (self.export, self.evaluation) if file.exists()]
+        return [str(file.relative_to(self.path)) for file in files]
 
     def _holder(self) -> str:
         try:

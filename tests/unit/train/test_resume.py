@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,12 @@ from training_cases import (
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics_log import read_metrics
-from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
+from eagle_rpc.train.checkpoint import (
+    latest_checkpoint,
+    latest_whole_checkpoint,
+    load_target_embedding,
+    read_checkpoint,
+)
 
 SETTINGS = train_config(max_steps=10, accumulation=2, log_every=2, checkpoint_every=3, validate_every=5)
 
@@ -196,17 +202,46 @@ def test_a_restarted_target_and_longer_training_are_accepted(interrupted, caplog
     assert latest_checkpoint(interrupted / "checkpoints").name == "step_12"
 
 
-def test_a_damaged_checkpoint_is_named(interrupted):
-    newest = latest_checkpoint(interrupted / "checkpoints")
-    weights = newest / "draft.safetensors"
+def damage(checkpoint: Path) -> None:
+    weights = checkpoint / "draft.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"step_3/draft\.safetensors must be a safetensors file"):
+
+
+def test_a_damaged_checkpoint_is_named_if_there_is_no_whole_one(interrupted):
+    for checkpoint in (interrupted / "checkpoints").glob("step_*"):
+        damage(checkpoint)
+    with pytest.raises(CheckpointError, match=r"step_3/draft\.safetensors must be a whole safetensors file"):
         make_trainer(interrupted, SETTINGS).train()
 
 
+def test_a_run_goes_on_from_the_newest_whole_checkpoint_to_the_same_weights(tmp_path, undisturbed, caplog):
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(14)).train()
+    damage(latest_checkpoint(tmp_path / "checkpoints"))
+    found = latest_whole_checkpoint(tmp_path / "checkpoints")
+    assert found is not None and found[0].name == "step_3" and found[1].step == 3
+    resume_and_compare(tmp_path, undisturbed)
+    warning = (
+        r"going back to .*step_3, since a newer checkpoint is damaged: .*step_6/draft\.safetensors must be"
+    )
+    assert re.search(warning, caplog.text)
+
+
+def test_a_run_that_was_copied_without_the_embedding_writes_it_again(interrupted):
+    embedding = interrupted / "checkpoints" / "target_embedding.safetensors"
+    content = embedding.read_bytes()
+    embedding.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"must hold the target's token embedding, .* train\.resume=auto"
+    ):
+        load_target_embedding(embedding)
+    make_trainer(interrupted, SETTINGS).train()
+    assert embedding.read_bytes() == content
+
+
 def test_a_checkpoint_of_another_format_is_refused(interrupted):
-    facts = latest_checkpoint(interrupted / "checkpoints") / "checkpoint.json"
-    facts.write_text(facts.read_text().replace('"format_version": 2', '"format_version": 7'))
+    for facts in (interrupted / "checkpoints").glob("step_*/checkpoint.json"):
+        facts.write_text(facts.read_text().replace('"format_version": 2', '"format_version": 7'))
     with pytest.raises(CheckpointError, match="format_version must be 2, got 7"):
         make_trainer(interrupted, SETTINGS).train()
 

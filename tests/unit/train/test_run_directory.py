@@ -17,13 +17,31 @@ def test_a_fresh_directory_is_made_and_may_hold_logs(tmp_path):
         assert run.path.is_dir()
 
 
-def test_an_earlier_run_is_refused_unless_resuming(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step_4/checkpoint.json", "metrics.jsonl", "export/config.json"]
+)
+def test_a_trained_run_is_refused_unless_resuming(tmp_path: Path, name: str):
     run = RunDirectory(tmp_path)
-    run.metrics.write_text("")
-    refusal = r"run\.dir must be empty with train\.resume=never, .* holds metrics\.jsonl"
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}\n")
+    held = "/".join(name.split("/")[:-1]) or name
+    refusal = rf"run\.dir must hold no trained run with train\.resume=never, .* holds {held}: choose another"
     with pytest.raises(ConfigError, match=refusal), run.claimed(Resume.never):
         pass
     with run.claimed(Resume.auto):
+        pass
+
+
+def test_a_command_that_failed_before_it_trained_may_be_repeated(tmp_path: Path):
+    """Also after the answers were written, under any name."""
+    run = RunDirectory(tmp_path)
+    for file in (run.config, run.metrics, run.log_file("trainer0"), tmp_path / "my_answers.jsonl"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("" if file == run.metrics else "left behind\n")
+    run.checkpoints.mkdir()
+    run.target_embedding.write_bytes(b"")
+    (run.tensorboard).mkdir()
+    with run.claimed(Resume.never):
         pass
 
 
