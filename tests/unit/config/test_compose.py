@@ -76,7 +76,7 @@ def test_training_needs_a_path_or_sources():
 def test_each_source_keeps_the_rules():
     with pytest.raises(ConfigError) as caught:
         load("data=chats", "data.sources=[{path: a}, {weight: 0}]")
-    assert "data.sources[1].path must be given, got" in str(caught.value)
+    assert "data.sources[1].path must not be empty, got" in str(caught.value)
     assert "data.sources[1].weight must be positive, got 0" in str(caught.value)
 
 
