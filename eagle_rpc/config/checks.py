@@ -27,11 +27,11 @@ def check(config: Config, missing: Sequence[str] = ()) -> None:
         raise ConfigError(as_message(mistakes))
 
 
-def as_message(mistakes: list[str]) -> str:
+def as_message(mistakes: list[str], place: str = "in the configuration") -> str:
     """One message for one mistake or several; several have a line each."""
     if len(mistakes) == 1:
         return mistakes[0]
-    return "\n  ".join([f"{len(mistakes)} mistakes in the configuration:", *mistakes])
+    return "\n  ".join([f"{len(mistakes)} mistakes {place}:", *mistakes])
 
 
 def _broken_between(config: Config) -> Iterator[str]:

@@ -4,11 +4,13 @@ import contextlib
 import threading
 
 import torch
+import torch.distributed as dist
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.compose import write_config
 from eagle_rpc.jobs.elastic_worker import announced
+from eagle_rpc.jobs.inputs import Inputs, load_inputs_once
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.trainer import train_until_done
@@ -26,7 +28,8 @@ READY, DONE = "ready", "done"
 def run(config: Config) -> int:
     """Returns 0 when training is done, or was told to stop and has saved a checkpoint; errors are raised.
 
-    Returns 1 if another process has taken over this trainer's name, which the log reports.
+    Returns 1 if another process has taken over this trainer's name, which the log reports, and if the first
+    trainer has found a mistake in the inputs, which it raises.
     """
     world = read_world()
     elastic = config.rpc.membership is MembershipKind.elastic
@@ -41,18 +44,26 @@ def run(config: Config) -> int:
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
         stack.enter_context(tolerate_stop(stop))
+        store = attempt_store(world, timeout=config.rpc.start_timeout)
+        loaded = load_inputs_once(config, cast, store)
+        if loaded is None:
+            return 1
+        config, inputs = loaded
         if elastic:
-            _train_elastic(config, cast, world, stop, superseded)
+            assert inputs is not None, "an elastic job has trainers only"
+            _train_elastic(config, inputs, cast, world, store, stop, superseded)
         else:
-            _train_static(config, cast, world, stop)
+            _train_static(config, inputs, cast, world, stop)
     return int(superseded.is_set())
 
 
-def _train_static(config: Config, cast: Cast, world: World, stop: threading.Event) -> None:
+def _train_static(
+    config: Config, inputs: Inputs | None, cast: Cast, world: World, stop: threading.Event
+) -> None:
     devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
-        if not cast.me.has(Role.trainer):
+        if inputs is None:
             serve_until_done(config, device, membership, stop)
             return
         with contextlib.ExitStack() as stack:
@@ -62,7 +73,7 @@ def _train_static(config: Config, cast: Cast, world: World, stop: threading.Even
                 stack.enter_context(life.hosted())
             membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, stop=stop)
             if not stop.is_set():
-                train_until_done(config, device, cast, membership, membership.store, stop)
+                train_until_done(config, inputs, device, cast, membership, membership.store, stop)
             if stop.is_set():
                 membership.announce_leaving()
             membership.mark(DONE)
@@ -84,7 +95,13 @@ def serve_until_done(
 
 
 def _train_elastic(
-    config: Config, cast: Cast, world: World, stop: threading.Event, superseded: threading.Event
+    config: Config,
+    inputs: Inputs,
+    cast: Cast,
+    world: World,
+    store: dist.Store,
+    stop: threading.Event,
+    superseded: threading.Event,
 ) -> None:
     def give_way() -> None:
         superseded.set()
@@ -93,6 +110,5 @@ def _train_elastic(
     device = torch.device(
         resolve_device(config.train.device, field="train.device", local_rank=world.local_rank)
     )
-    store = attempt_store(world, timeout=config.rpc.start_timeout)
     with announced(config, cast.me.name, Role.trainer, device, stop, when_superseded=give_way) as membership:
-        train_until_done(config, device, cast, membership, store, stop)
+        train_until_done(config, inputs, device, cast, membership, store, stop)

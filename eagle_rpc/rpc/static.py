@@ -139,5 +139,7 @@ def attempt_store(world: World, *, timeout: float) -> dist.Store:
         is_master=world.rank == 0 and not world.agent_hosts_store,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout),
+        # Two stores of one process share the server.
+        multi_tenant=True,
     )
     return dist.PrefixStore(f"eagle_rpc/{world.run_id}/{world.restart_count}", tcp)

@@ -1,0 +1,161 @@
+"""The inputs of training: all that needs neither weights nor RPC, loaded and checked before anything heavy."""
+
+import contextlib
+import datetime
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from eagle_rpc.config import Config
+from eagle_rpc.config.checks import as_message
+from eagle_rpc.config.choices import Resume
+from eagle_rpc.data import ChatDataset, ChatTemplate, datasets_of
+from eagle_rpc.data.sources import data_files, training_sources
+from eagle_rpc.data.token_cache import TokenisedData, load_data
+from eagle_rpc.errors import ConfigError, EagleRpcError
+from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room
+from eagle_rpc.process.waiting import BoundedWait
+from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.topology import Cast, resolve_device
+from eagle_rpc.train import RunDirectory, latest_whole_checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Seconds that the other workers give the first trainer, which may have to tokenise a large corpus.
+_LONGEST_CHECK = 12 * 3600.0
+_LOOK_SECONDS = 0.2
+# In the store of an attempt: the day that templates write, and whether the inputs are good.
+_DATE, _CHECKED, _GOOD, _BAD = "date", "inputs", "good", "bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The data of a run in the tokens of its target."""
+
+    target_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
+    data: TokenisedData
+    training: ChatDataset
+    validation: ChatDataset
+
+
+@dataclass(slots=True)
+class _Mistakes:
+    """Mistakes that do not depend on each other, for one message."""
+
+    messages: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Notes the error of the body instead of raising it."""
+        try:
+            yield
+        except EagleRpcError as error:
+            self.messages.append(str(error))
+
+    def raise_if_any(self) -> None:
+        if self.messages:
+            raise ConfigError(as_message(list(dict.fromkeys(self.messages)), "in the inputs"))
+
+
+def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
+    """Loads and checks the inputs. Raises one `ConfigError` with all mistakes that can be told apart."""
+    mistakes, cache_dir = _Mistakes(), config.run.cache_dir
+    target_config = tokenizer = template = None
+    with mistakes.noted():
+        resolve_device(config.train.device, field="train.device")
+    with mistakes.noted():
+        target_config = load_target_config(config.target, cache_dir=cache_dir)
+    with mistakes.noted():
+        tokenizer = load_tokenizer(config.target, cache_dir=cache_dir)
+        if tokenizer is None:
+            raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
+    if target_config is not None:
+        with mistakes.noted():
+            _check_draft(config, target_config)
+        with mistakes.noted():
+            context = getattr(target_config.get_text_config(), "max_position_embeddings", None)
+            require_room(config, config.target.max_length or context or config.data.longest_row)
+    for path in _data_paths(config):
+        with mistakes.noted():
+            data_files(path)
+    if tokenizer is not None:
+        with mistakes.noted():
+            template = chat_template(config, tokenizer)
+    # Tokenising takes longest, so earlier mistakes are told first.
+    mistakes.raise_if_any()
+    assert target_config is not None and tokenizer is not None and template is not None
+    data = load_data(config.data, template, cache_dir=cache_dir, show_progress=show_progress)
+    for source in data.sources:
+        with mistakes.noted():
+            source.require_ids_below(target_config.vocab_size)
+    mistakes.raise_if_any()
+    training, validation = datasets_of(config.data, data)
+    return Inputs(target_config, tokenizer, template, data, training, validation)
+
+
+def _check_draft(config: Config, target_config: PretrainedConfig) -> None:
+    vocab_size = target_config.get_text_config().vocab_size
+    if config.draft.vocab_size > vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size must be at most the target's vocabulary {vocab_size}, "
+            f"got {config.draft.vocab_size}"
+        )
+    draft_config(config, target_config)
+
+
+def _data_paths(config: Config) -> list[str]:
+    paths = [source.path for source in training_sources(config.data)]
+    return paths + ([config.data.validation_path] if config.data.validation_path else [])
+
+
+def load_inputs_once(config: Config, cast: Cast, store: dist.Store) -> tuple[Config, Inputs | None] | None:
+    """The inputs of this trainer (null for a target), and the configuration with the day of the run.
+
+    The first trainer checks them while the others wait, so that a mistake is told once and before any weight
+    is loaded. Returns null if it found one: then this worker ends, too. Raises `WaitTimeout` if the check
+    takes too long.
+    """
+    first = cast.me.name == cast.trainer_names[0]
+    if not first and not _wait_for_check(cast, store):
+        return None
+    date = _date_of_run(config, store) if first else store.get(_DATE).decode()
+    config = replace(config, data=replace(config.data, date=date))
+    if cast.me.name not in cast.trainer_names:
+        return config, None
+    try:
+        inputs = load_inputs(config, show_progress=first)
+    except BaseException:
+        store.set(_CHECKED, _BAD)
+        raise
+    if first:
+        for finding in inputs.template.findings.lines():
+            logger.info("chat template: %s", finding)
+        store.set(_CHECKED, _GOOD)
+    return config, inputs
+
+
+def _wait_for_check(cast: Cast, store: dist.Store) -> bool:
+    """Whether the first trainer found the inputs to be good."""
+    wait = BoundedWait(f"{cast.trainer_names[0]} to check the inputs", _LONGEST_CHECK)
+    while not store.check([_CHECKED]):
+        if wait.over:
+            raise wait.timeout()
+        wait.say()
+        time.sleep(_LOOK_SECONDS)
+    return bool(store.get(_CHECKED) == _GOOD.encode())
+
+
+def _date_of_run(config: Config, store: dist.Store) -> str:
+    """The day that templates write: of the first start of the run, the same for all of its trainers."""
+    resumes = config.train.resume is Resume.auto
+    newest = latest_whole_checkpoint(RunDirectory.of(config).checkpoints) if resumes else None
+    saved = newest[1].record.config["data"].get("date") if newest else None
+    date = config.data.date or saved or datetime.date.today().isoformat()
+    store.set(_DATE, date)
+    return str(date)
