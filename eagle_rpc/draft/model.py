@@ -10,11 +10,24 @@ from torch.nn import functional as F
 
 from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache
 from eagle_rpc.draft.config import Eagle3DraftConfig
-from eagle_rpc.draft.norm import RMSNorm
 from eagle_rpc.draft.rope import RopeTables, RotaryEmbedding, rotate
 from eagle_rpc.errors import ConfigError
 
 INITIAL_STD = 0.02
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / rms(x)`, computed in fp32 (fp64 for fp64 inputs) and returned in the dtype of `x`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight.to(x.dtype) * scaled.to(x.dtype)
 
 
 class DraftAttention(nn.Module):

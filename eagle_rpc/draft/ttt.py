@@ -5,7 +5,7 @@ it.
 Legend: B batch, T sequence, N rows, S steps, H hidden.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -65,26 +65,19 @@ def count_rows(batch: Eagle3TargetBatch, steps: int) -> Tensor:
 
 
 def ttt_loss(
-    draft: Eagle3Draft,
-    batch: Eagle3TargetBatch,
-    *,
-    steps: int,
-    step_decay: float,
-    denominators: Tensor,
-    loss: str = "soft_cross_entropy",
+    draft: Eagle3Draft, batch: Eagle3TargetBatch, objective: Objective, denominators_S: Tensor
 ) -> TTTResult:
-    """The `Objective` of one batch, differentiable by the draft's parameters."""
-    outputs_SBTH = _unroll(draft, batch, steps)
-    slots_NS, valid_NS = judged_slots(batch, steps)
+    """The objective of one batch, differentiable by the draft's parameters."""
+    outputs_SBTH = _unroll(draft, batch, objective.steps)
+    slots_NS, valid_NS = judged_slots(batch, objective.steps)
     pairs = zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
     judged_NSH = torch.stack([output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in pairs], dim=1)
-    scales_S = Objective(steps=steps, step_decay=step_decay).scales(denominators)
     total, losses_NS, predicted_NS = head_loss(
         draft.norm(judged_NSH),
         draft.lm_head.weight,
         batch.targets,
-        valid_NS * scales_S,
-        loss,
+        valid_NS * objective.scales(denominators_S),
+        objective.loss,
         batch.log_normalizer,
     )
     return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
@@ -132,7 +125,7 @@ class ReferenceStep:
     def _loss(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
         device_type, enabled = batch.input_ids.device.type, self._autocast is not None
         with torch.autocast(device_type, dtype=self._autocast, enabled=enabled):
-            return ttt_loss(self._draft, batch, denominators=denominators, **asdict(self._objective))
+            return ttt_loss(self._draft, batch, self._objective, denominators)
 
 
 def result_of(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import DraftProposer, Proposer
+from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.speculative import (
     DecodingCounts,
     check_fits,
@@ -59,9 +59,7 @@ class Evaluation:
     accepted_per_position: list[int]
     identical_texts: bool  # all texts equal the target's own, except for near-ties
     differing_texts: int  # without near-ties
-    near_ties: (
-        int  # texts whose first difference is where the target's two best logits are closer than `near_tie`
-    )
+    near_ties: int  # texts that first differ where the target's two best logits are closer than `near_tie`
     num_prompts: int
     num_tokens: int
     tokens_per_second: float
@@ -151,7 +149,7 @@ def evaluate_draft(
 
 def _decode_both(
     target: GreedyTarget,
-    proposer: Proposer,
+    proposer: DraftProposer,
     prompt_ids: Sequence[int],
     max_new_tokens: int,
     stop: Collection[int],

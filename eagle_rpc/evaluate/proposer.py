@@ -1,10 +1,9 @@
-"""Proposers guess the next tokens of a sequence.
+"""The draft as a proposer: it guesses the next tokens of a sequence.
 
 Legend: N newly verified tokens, H target hidden.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,24 +11,6 @@ from torch import Tensor
 from eagle_rpc.draft.attention_memory import DraftCache
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import VocabMapping
-
-
-class Proposer(Protocol):
-    """Reads the verified tokens and guesses the next ones."""
-
-    @property
-    def num_draft_tokens(self) -> int:
-        """Guesses k of each proposal."""
-
-    def start(self) -> None:
-        """Forgets the sequence."""
-
-    def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
-        """k guesses: ids of the target vocabulary that follow the last of `next_token_ids`.
-
-        The target has read N more tokens, with the hidden states `aux_N3H`. `next_token_ids` are the N tokens
-        one place later; the target has chosen the last of them and not read it yet.
-        """
 
 
 class DraftProposer:
@@ -42,18 +23,20 @@ class DraftProposer:
     def __init__(self, draft: Eagle3Draft, mapping: VocabMapping, num_draft_tokens: int) -> None:
         self._draft = draft
         self._target_ids: list[int] = mapping.selected_token_ids.tolist()
-        self._num_draft_tokens = num_draft_tokens
-        self._cache = DraftCache()
-
-    @property
-    def num_draft_tokens(self) -> int:
-        return self._num_draft_tokens
+        self.num_draft_tokens = num_draft_tokens
+        self.start()
 
     def start(self) -> None:
+        """Forgets the sequence."""
         self._cache = DraftCache()
 
     def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
-        """The chain of guesses. Afterwards the cache holds verified tokens only."""
+        """The next `num_draft_tokens` guesses: ids of the target vocabulary after the last `next_token_ids`.
+
+        The target has read N more tokens, with the hidden states `aux_N3H`. `next_token_ids` are the N tokens
+        one place later; the target has chosen the last of them and not read it yet. Afterwards the cache
+        holds verified tokens only.
+        """
         ids = list(next_token_ids)
         hidden_1NH = self._draft.fuse(aux_N3H[None])
         verified = self._cache.length + len(ids)
@@ -62,7 +45,7 @@ class DraftProposer:
             ids_1N = torch.tensor([ids], device=aux_N3H.device)
             output_1NH, logits_1K = self._draft.decode_step(ids_1N, hidden_1NH, self._cache)
             guesses.append(self._target_ids[int(logits_1K.argmax())])
-            if len(guesses) == self._num_draft_tokens:
+            if len(guesses) == self.num_draft_tokens:
                 self._cache.truncate(verified)
                 return guesses
             ids, hidden_1NH = guesses[-1:], output_1NH[:, -1:]

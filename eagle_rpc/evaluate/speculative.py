@@ -12,7 +12,7 @@ import torch
 
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import Proposer
+from eagle_rpc.evaluate.proposer import DraftProposer
 
 
 @dataclass(slots=True)
@@ -85,7 +85,7 @@ def decode_greedily(
 @torch.inference_mode()
 def decode_speculatively(
     target: GreedyTarget,
-    proposer: Proposer,
+    proposer: DraftProposer,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,

@@ -3,8 +3,7 @@
 Names and keys are those that all versions of both engines read: `midlayer.*` without a `model.` prefix (older
 SGLang skips unknown names and serves random weights), one layer, an untied head, explicit rotary settings,
 `d2t` as offsets.
-Legend: H hidden, I feed-forward width, A width of all query heads, E width of all key heads, V target vocab,
-K draft vocab.
+Legend: H hidden, V target vocab.
 """
 
 import json
@@ -96,25 +95,10 @@ def export_draft(
 
 
 def weight_shapes(config: Eagle3DraftConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every floating point tensor of an export."""
-    H, I = config.hidden_size, config.intermediate_size  # noqa: E741
-    A, E = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {
-        "fc.weight": (H, 3 * H),
-        "midlayer.hidden_norm.weight": (H,),
-        "midlayer.input_layernorm.weight": (H,),
-        "midlayer.post_attention_layernorm.weight": (H,),
-        "midlayer.self_attn.q_proj.weight": (A, 2 * H),
-        "midlayer.self_attn.k_proj.weight": (E, 2 * H),
-        "midlayer.self_attn.v_proj.weight": (E, 2 * H),
-        "midlayer.self_attn.o_proj.weight": (H, A),
-        "midlayer.mlp.gate_proj.weight": (I, H),
-        "midlayer.mlp.up_proj.weight": (I, H),
-        "midlayer.mlp.down_proj.weight": (H, I),
-        "norm.weight": (H,),
-        "lm_head.weight": (config.draft_vocab_size, H),
-        EMBEDDING: (config.vocab_size, H),
-    }
+    """Name and shape of every floating point tensor of an export: those of the draft itself."""
+    with torch.device("meta"):
+        draft = Eagle3Draft(config, torch.empty(config.vocab_size, config.hidden_size))
+    return {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
 
 
 def load_export(directory: Path) -> ExportedDraft:

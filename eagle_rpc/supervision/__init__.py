@@ -18,7 +18,7 @@ from eagle_rpc.supervision.encoded import (
     read_supervision,
 )
 from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
-from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from eagle_rpc.supervision.fingerprint import tensors_digest, tokenizer_fingerprint, weights_fingerprint
 from eagle_rpc.supervision.output import TargetOutput
 from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
@@ -60,7 +60,7 @@ __all__ += [
 ]
 __all__ += ["check_encoding", "compute_supervision", "describe_target", "device_of", "encode_supervision"]
 __all__ += ["fused_rows_run", "read_rows", "read_rows_fused", "read_supervision", "run_target", "supervise"]
-__all__ += ["tokenizer_fingerprint", "weights_fingerprint"]
+__all__ += ["tensors_digest", "tokenizer_fingerprint", "weights_fingerprint"]
 # Replies, and the trainer's side.
 __all__ += ["ENCODINGS", "EncodedSupervision", "Encoding", "decode_supervision"]
 __all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]

@@ -1,8 +1,8 @@
-"""Short hashes of tokenizers and weights, by which different replicas and foreign drafts are noticed."""
+"""Hashes of tokenizers, weights and other tensors: by them replicas, drafts and trainers are compared."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,14 +23,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes, dtypes and evenly spread values of all parameters."""
-    digest = hashlib.sha256()
     stored = (pair for entry in sorted(model.state_dict().items()) for pair in _plain_tensors(*entry))
-    for name, tensor in stored:
+    return _digest(stored, _SAMPLES)[:16]
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and all bits."""
+    return _digest(tensors, None)
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]], samples: int | None) -> str:
+    """SHA-256 over names, shapes, dtypes and about `samples` values of each tensor; null: all values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
-        digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+        read = flat if samples is None else flat[:: max(1, flat.numel() // samples)]
+        digest.update(read.contiguous().cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -17,11 +17,10 @@ from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, TTTStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
-from eagle_rpc.supervision import Eagle3TargetBatch
-from eagle_rpc.train.digests import tensors_digest
+from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.figures import RunningSums
-from eagle_rpc.train.master_weights import MasterWeights, ReplicatedWeights
+from eagle_rpc.train.master_weights import MasterWeights
 from eagle_rpc.train.optimiser import (
     learning_rate,
     load_optimiser_tensors,
@@ -124,17 +123,17 @@ class Learner:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights by name, one after the other; each trainer has to iterate to the end."""
-        return ((name, self._masters.gathered(parameter)) for name, parameter in self.parameters.items())
+        return self._masters.gathered(self.parameters)
 
     def optimiser_state(self) -> Iterator[tuple[str, Tensor]]:
         """Whole `optimiser_tensors`, one after the other; each trainer has to iterate to the end."""
-        tensors = optimiser_tensors(self._optimiser, self.parameters)
-        return ((name, self._masters.gathered(tensor)) for name, tensor in tensors.items())
+        return self._masters.gathered(optimiser_tensors(self._optimiser, self.parameters))
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimiser state for a checkpoint; complete on the primary trainer only."""
-        tensors = optimiser_tensors(self._optimiser, self.parameters)
-        return self._masters.snapshot(self.parameters), self._masters.snapshot(tensors)
+        """Weights and optimiser state for a checkpoint, on the CPU; empty but on the primary trainer."""
+        kept = self._group.is_primary
+        weights = {name: tensor.cpu() for name, tensor in self.weights() if kept}
+        return weights, {name: tensor.cpu() for name, tensor in self.optimiser_state() if kept}
 
     @property
     def can_snapshot(self) -> bool:
@@ -165,7 +164,7 @@ def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -
     """A copy of the draft's weights, or with `train.sharding=state` and several trainers a shard of them."""
     if config.sharding is Sharding.state and group.size > 1:
         return ShardedWeights(draft, group)
-    return ReplicatedWeights(draft, group)
+    return MasterWeights(draft, group)
 
 
 def make_ttt_step(

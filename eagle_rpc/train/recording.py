@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch
-from eagle_rpc.train.digests import tensors_digest
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, tensors_digest
 
 QUANTITIES = ("supervision", "loss", "grad_norm", "weights")
 _TENSORS = (

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from eagle_rpc.train.digests import tensors_digest
+from eagle_rpc.supervision import tensors_digest
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.master_weights import all_finite, flat_buffer
+from eagle_rpc.train.master_weights import MasterWeights, all_finite, flat_buffer
 from eagle_rpc.train.optimiser import trainable_parameters
 
 
-class ShardedWeights:
+class ShardedWeights(MasterWeights):
     """`MasterWeights` sharded along dim 0 as by `torch.chunk`.
 
-    Training gives the weights of `ReplicatedWeights` but for the rounding of the global norm, which is summed
+    Training gives the weights of `MasterWeights` but for the rounding of the global norm, which is summed
     over shards. Raises `ConfigError` if drafts differ, or if trainers share a GPU.
     """
 
@@ -55,7 +55,7 @@ class ShardedWeights:
             )
         self._module = draft
         self.parameters = trainable_parameters(draft)
-        self._flat, self._padded = flat_buffer(self.parameters, group.size)
+        self._flat, self._padded = flat_buffer(self.parameters, shards=group.size)
         self.gradients = {name: self._padded[name][: len(p)] for name, p in self.parameters.items()}
         # This trainer's shard of each padded gradient.
         self._reduced = torch.zeros(len(self._flat) // group.size, device=self._flat.device)
@@ -87,9 +87,6 @@ class ShardedWeights:
         finally:
             self._draft.reshard()
 
-    def zero_gradients(self) -> None:
-        self._flat.zero_()
-
     def reduce_gradients(self) -> None:
         for name, shard in self._shards.items():
             self._group.sum_shards(shard, self._padded[name].view(-1), f"gradients of {name}")
@@ -100,20 +97,12 @@ class ShardedWeights:
         self._reduced.mul_((max_norm / norm).clamp(max=1.0))
         return norm
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        with self._group.bounded("the gathering of a checkpoint"):
-            return tensor.detach().full_tensor()  # type: ignore[attr-defined]
-
-    def snapshot(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The device holds only one whole tensor at a time."""
-        kept = {}
+    def gathered(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors.items():
-            whole = self.gathered(tensor)
-            if self._group.is_primary:
-                kept[name] = whole.cpu()
-        return kept
+            if isinstance(tensor, DTensor):
+                with self._group.bounded("the gathering of a checkpoint"):
+                    tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+            yield name, tensor
 
     def shard_of(self, whole: Tensor, parameter: nn.Parameter) -> Tensor:
         assert isinstance(parameter, DTensor)

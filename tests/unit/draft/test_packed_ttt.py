@@ -17,10 +17,11 @@ from draft_cases import (
 )
 
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
-from eagle_rpc.draft import count_rows, ttt_loss
+from eagle_rpc.draft import Objective, count_rows, ttt_loss
 from eagle_rpc.supervision import TokenBatch, shifted_loss_mask
 
 STEPS, DECAY = 5, 0.7
+OBJECTIVE = Objective(steps=STEPS, step_decay=DECAY)
 # Rotary tables and step weights are fp32 in the product.
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 LENGTHS = [3, 4, 11, 7, 5, 16, 9, 3, 12, 6, 8]  # the shortest end before the last step
@@ -74,9 +75,7 @@ def train_an_epoch(draft, *, num_ranks: int, batch_size: int, packed_length: int
     ]
     denominators = sum(count_rows(batch, STEPS) for batch in batches)
     draft.zero_grad(set_to_none=True)
-    results = [
-        ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=denominators) for batch in batches
-    ]
+    results = [ttt_loss(draft, batch, OBJECTIVE, denominators) for batch in batches]
     sum(result.loss for result in results).backward()
     sums = {
         name: sum(getattr(result, name).detach() for result in results)
@@ -116,7 +115,7 @@ def test_a_chat_is_judged_without_reading_its_neighbours(judged):
     ]
     batch = batch_of([chats], length=20, packed=True)
     batch.aux_hidden_states.requires_grad_()
-    result = ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS))
+    result = ttt_loss(draft, batch, OBJECTIVE, count_rows(batch, STEPS))
     result.loss.backward()
     read_T = batch.aux_hidden_states.grad[0].abs().sum(dim=-1) > 0
     first = (0, 8, 11)[judged]
@@ -130,8 +129,6 @@ def test_no_draft_of_a_packed_chat_reaches_into_the_next():
     whole = [random_chat(5, [0, 1, 2, 3], seed=1), random_chat(4, [0, 1, 2], seed=2)]
     batch = batch_of([whole], length=9, packed=True)
     batch.tokens.loss_mask[:] = 1
-    result = ttt_loss(
-        tiny_draft(), batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS)
-    )
+    result = ttt_loss(tiny_draft(), batch, OBJECTIVE, count_rows(batch, STEPS))
     assert result.drafts.tolist() == [4 + 3, 3 + 2, 2 + 1, 1, 0]
     assert result.rows.tolist() == [7, 5, 3, 1, 0]

@@ -3,10 +3,11 @@ import torch
 from draft_cases import DRAFT_VOCAB, HIDDEN, batch_of, gradients, random_chat, supervised_batch, tiny_draft
 from slow_ttt import slow_ttt
 
-from eagle_rpc.draft import count_rows, simulated_accept_length, ttt_loss
+from eagle_rpc.draft import Objective, count_rows, simulated_accept_length, ttt_loss
 from eagle_rpc.supervision import DraftHead, ProjectedTargets, StoredProbs, TokenBatch
 
 STEPS, DECAY = 4, 0.7
+OBJECTIVE = Objective(steps=STEPS, step_decay=DECAY)
 # Rotary tables and step weights are fp32 in the product.
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
@@ -23,7 +24,7 @@ def run(draft, batch, denominators=None):
     """Loss and gradients; the batch's own counts are the denominators unless given."""
     draft.zero_grad(set_to_none=True)
     denominators = count_rows(batch, STEPS) if denominators is None else denominators
-    result = ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=denominators)
+    result = ttt_loss(draft, batch, OBJECTIVE, denominators)
     result.loss.backward()
     return result, gradients(draft)
 
@@ -64,11 +65,7 @@ def test_gradient_equals_finite_differences():
     for step in (1e-5, -1e-5):
         with torch.no_grad():
             weight += step * direction
-            losses.append(
-                ttt_loss(
-                    draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS)
-                ).loss.item()
-            )
+            losses.append(ttt_loss(draft, batch, OBJECTIVE, count_rows(batch, STEPS)).loss.item())
             weight -= step * direction
     slope = (losses[0] - losses[1]) / 2e-5
     assert slope == pytest.approx(
@@ -212,7 +209,7 @@ def test_accepted_and_drafts_on_a_hand_case():
     tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=loss_mask)
     targets = torch.nn.functional.one_hot(torch.tensor([3, 4, 0, 6]), DRAFT_VOCAB).float()
     batch = supervised_batch(tokens, torch.zeros(1, 8, 3 * HIDDEN), torch.tensor([1, 2, 3, 4]), targets)
-    result = ttt_loss(ScriptedDraft(), batch, steps=3, step_decay=1.0, denominators=count_rows(batch, 3))
+    result = ttt_loss(ScriptedDraft(), batch, Objective(steps=3, step_decay=1.0), count_rows(batch, 3))
     assert result.rows.tolist() == [4, 4, 3]
     assert result.correct.tolist() == [3, 3, 2]
     # Slots 1..5 start a draft of one, 1..4 of two, 1..3 of three.
@@ -233,7 +230,7 @@ def test_bf16_autocast_stays_close_to_full_precision():
     exact, exact_grads = run(draft, batch)
     with torch.autocast("cpu", torch.bfloat16):
         draft.zero_grad(set_to_none=True)
-        rough = ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS))
+        rough = ttt_loss(draft, batch, OBJECTIVE, count_rows(batch, STEPS))
     rough.loss.backward()
     assert rough.loss.dtype == torch.float32
     assert rough.loss.item() == pytest.approx(exact.loss.item(), rel=0.03)
@@ -246,6 +243,6 @@ def test_validation_without_gradients_gives_the_same_numbers():
     draft, batch = tiny_draft(), batch_of([[chat] for chat in chats()], length=9)
     trained, _ = run(draft, batch)
     with torch.no_grad():
-        judged = ttt_loss(draft, batch, steps=STEPS, step_decay=DECAY, denominators=count_rows(batch, STEPS))
+        judged = ttt_loss(draft, batch, OBJECTIVE, count_rows(batch, STEPS))
     assert not judged.loss.requires_grad
     assert judged.loss.item() == trained.loss.item()
