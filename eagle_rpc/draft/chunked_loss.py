@@ -5,7 +5,7 @@ Legend: N rows, n rows of a chunk, S steps, H hidden, K draft vocab.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,25 +20,18 @@ from eagle_rpc.supervision import DraftTargets
 _CHUNK_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """N rows: the target's side, and the weight of each step's loss."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedRows:
+    """N rows of a batch: the target's side, the loss, and its weight at each step."""
 
     targets: DraftTargets
-    coefficients: Tensor  # [N, S] fp32 or fp64
-    loss: str
     log_normalizer: Tensor  # [N] fp32
+    loss: str  # one of `losses.LOSSES`
+    coefficients: Tensor  # [N, S] fp32 or fp64
 
 
-def head_loss(
-    hidden_NSH: Tensor,
-    head_KH: Tensor,
-    targets: DraftTargets,
-    coefficients_NS: Tensor,
-    loss: str,
-    log_normalizer_N: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of coefficient times loss (one of `losses.LOSSES`) over N rows, each judged at S steps.
+def head_loss(hidden_NSH: Tensor, head_KH: Tensor, rows: JudgedRows) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of coefficient times loss over N rows, each judged at S steps.
 
     `hidden_NSH` is the head's input. The draft's logits are `hidden_NSH @ head_KH.T`; that product runs in
     autocast's dtype where autocast is on, all else in fp32 (fp64 for fp64 weights). Returns the sum (scalar)
@@ -48,8 +41,8 @@ def head_loss(
     autocast = torch.is_autocast_enabled(device_type)
     matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else head_KH.dtype
     with torch.autocast(device_type, enabled=False):
-        coefficients_NS = coefficients_NS.to(torch.promote_types(matmul_dtype, torch.float32))
-        rows = _Rows(targets, coefficients_NS, loss, log_normalizer_N)
+        accurate = torch.promote_types(matmul_dtype, torch.float32)
+        rows = replace(rows, coefficients=rows.coefficients.to(accurate))
         return _HeadLoss.apply(hidden_NSH, head_KH, rows, matmul_dtype, torch.is_grad_enabled())
 
 
@@ -66,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden_NSH: Tensor,
         head_KH: Tensor,
-        rows: _Rows,
+        rows: JudgedRows,
         matmul_dtype: torch.dtype,
         with_gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
         return hidden_grad_NSH * loss_grad, head_grad_KH * loss_grad, None, None, None
 
 
-def _judge(logits_nSK: Tensor, rows: _Rows, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _judge(logits_nSK: Tensor, rows: JudgedRows, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [n, S], most likely ids [n, S] and the gradients of the losses by the logits [n, S, K]."""
     if rows.loss == "soft_cross_entropy":
         return cross_entropy_from_probs(logits_nSK, rows.targets.probs(chunk).to(logits_nSK.dtype))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft.attention_memory import UnrollMemory
-from eagle_rpc.draft.chunked_loss import head_loss
+from eagle_rpc.draft.chunked_loss import JudgedRows, head_loss
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
 from eagle_rpc.supervision.segments import chat_starts, positions_from
@@ -30,9 +30,15 @@ class Objective:
     step_decay: float  # w_k is proportional to `step_decay ** k`; the weights sum to 1
     loss: str = "soft_cross_entropy"  # one of `losses.LOSSES`
 
-    def scales(self, denominators_S: Tensor) -> Tensor:
-        """Factor of each step's losses, [S] fp32."""
-        return step_weights(self.steps, self.step_decay, denominators_S.device) / denominators_S.clamp(min=1)
+    def rows_of(self, batch: Eagle3TargetBatch, valid_NS: Tensor, denominators_S: Tensor) -> JudgedRows:
+        """The rows of `judged_slots`, with the factor of each row's loss at each step."""
+        weights_S = step_weights(self.steps, self.step_decay, denominators_S.device)
+        return JudgedRows(
+            targets=batch.targets,
+            log_normalizer=batch.log_normalizer,
+            loss=self.loss,
+            coefficients=valid_NS * (weights_S / denominators_S.clamp(min=1)),
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,14 +78,8 @@ def ttt_loss(
     slots_NS, valid_NS = judged_slots(batch, objective.steps)
     pairs = zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
     judged_NSH = torch.stack([output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in pairs], dim=1)
-    total, losses_NS, predicted_NS = head_loss(
-        draft.norm(judged_NSH),
-        draft.lm_head.weight,
-        batch.targets,
-        valid_NS * objective.scales(denominators_S),
-        objective.loss,
-        batch.log_normalizer,
-    )
+    rows = objective.rows_of(batch, valid_NS, denominators_S)
+    total, losses_NS, predicted_NS = head_loss(draft.norm(judged_NSH), draft.lm_head.weight, rows)
     return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
 
 

@@ -3,7 +3,7 @@
 Legend: N rows, H target hidden, K draft vocab.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,4 +30,4 @@ class DraftHead:
 
     def to(self, device: torch.device) -> "DraftHead":
         bias = None if self.bias is None else self.bias.to(device)
-        return DraftHead(weight=self.weight.to(device), bias=bias, scale=self.scale, soft_cap=self.soft_cap)
+        return replace(self, weight=self.weight.to(device), bias=bias)

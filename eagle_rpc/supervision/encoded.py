@@ -4,7 +4,7 @@ Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
 from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
-from eagle_rpc.supervision.output import AnyOutput, LogitsOutput, TargetOutput, as_output
-from eagle_rpc.supervision.rows import RowsRead
+from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
+from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.tensors import to_device
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, true_places
 from eagle_rpc.supervision.vocab import DraftVocabOnDevice
@@ -37,19 +37,14 @@ class EncodedSupervision:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors on the wire."""
-        tensors = (self.aux, self.supervised_rows, self.values, self.log_normalizer, self.argmax)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
         """The same reply with `function` applied to each tensor."""
-        return EncodedSupervision(
-            encoding=self.encoding,
-            aux=function(self.aux),
-            supervised_rows=function(self.supervised_rows),
-            values=function(self.values),
-            log_normalizer=function(self.log_normalizer),
-            argmax=function(self.argmax),
-        )
+        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "encoding"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,8 +106,9 @@ def read_supervision(
     than [chunk_rows, V] logits. Raises `InvalidRequest` if the encoding needs last hidden states and `output`
     has none.
     """
-    form, output = ENCODINGS[encoding], as_output(output)
-    if form.needs_head and output.last_hidden_state is None:
+    form = ENCODINGS[encoding]
+    last_hidden_state = output.last_hidden_state if isinstance(output, TargetOutput) else None
+    if form.needs_head and last_hidden_state is None:
         raise InvalidRequest(
             f"encoding {encoding} needs a target that returns last_hidden_state; use encoding logits"
         )
@@ -124,7 +120,7 @@ def read_supervision(
         encoding=form,
         rows=rows,
         aux_hidden_states=output.aux_hidden_states,
-        last_hidden_state=output.last_hidden_state if form.needs_head else None,
+        last_hidden_state=last_hidden_state if form.needs_head else None,
         values=reader.values,
         log_normalizer=reader.log_normalizer,
         argmax=vocab.draft_ids[reader.argmax],
@@ -134,11 +130,10 @@ def read_supervision(
 class _RowReader:
     """Reads rows chunk by chunk into tensors of all rows, so that only one chunk's logits exist at a time."""
 
-    def __init__(
-        self, output: TargetOutput | LogitsOutput, rows: Tensor, encoding: Encoding, ids_K: Tensor
-    ) -> None:
+    def __init__(self, output: AnyOutput, rows: Tensor, encoding: Encoding, ids_K: Tensor) -> None:
         """`rows`: flat places; `ids_K`: target ids of the draft vocabulary."""
         self._output, self._encoding = output, encoding
+        self._read_rows = output.read_rows if isinstance(output, TargetOutput) else read_rows
         self._columns_K = None if encoding.needs_head else ids_K
         self._num_rows, self._num_read = len(rows), 0
         self.log_normalizer = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
@@ -147,9 +142,9 @@ class _RowReader:
 
     def read(self, chunk: Tensor) -> None:
         """Reads the next rows. Their logits are freed when it returns."""
-        logits_NV = self._output.logits_of(chunk)
+        logits_NV = logits_of(self._output, chunk)
         for slice_NV in (logits_NV,) if logits_NV.is_cuda else logits_NV.split(_CPU_ROWS):
-            self._store(self._output.read_rows(slice_NV, self._columns_K))
+            self._store(self._read_rows(slice_NV, self._columns_K))
 
     def _store(self, read: RowsRead) -> None:
         place = slice(self._num_read, self._num_read + len(read.argmax))

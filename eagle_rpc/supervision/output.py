@@ -21,10 +21,6 @@ class TargetOutput:
     project: Callable[[Tensor], Tensor]  # [N, H] -> [N, V], the model's own head
     read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows  # `rows.read_rows` or an equal of it
 
-    def logits_of(self, rows: Tensor) -> Tensor:
-        """[N, V]: the logits that judge the flat rows b * T + t, which are those of position t + 1."""
-        return self.project(self.last_hidden_state.flatten(0, 1)[rows + 1])
-
 
 class ShiftedLogits(Protocol):
     """The output of NeMo AutoModel's target wrapper."""
@@ -36,22 +32,8 @@ class ShiftedLogits(Protocol):
 AnyOutput = TargetOutput | ShiftedLogits
 
 
-@dataclass(kw_only=True, slots=True)
-class LogitsOutput:
-    """`ShiftedLogits` with the methods of a `TargetOutput`."""
-
-    aux_hidden_states: Tensor
-    logits: Tensor
-    last_hidden_state: None = None
-    read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows
-
-    def logits_of(self, rows: Tensor) -> Tensor:
-        """As `TargetOutput.logits_of`; the shift is done already."""
-        return self.logits.flatten(0, 1)[rows]
-
-
-def as_output(output: AnyOutput) -> TargetOutput | LogitsOutput:
-    """`output` with the methods that reading needs."""
-    if isinstance(output, TargetOutput | LogitsOutput):
-        return output
-    return LogitsOutput(aux_hidden_states=output.aux_hidden_states, logits=output.logits)
+def logits_of(output: AnyOutput, rows: Tensor) -> Tensor:
+    """[N, V]: the logits that judge the flat rows b * T + t, which are those of position t + 1."""
+    if isinstance(output, TargetOutput):
+        return output.project(output.last_hidden_state.flatten(0, 1)[rows + 1])
+    return output.logits.flatten(0, 1)[rows]

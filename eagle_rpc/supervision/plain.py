@@ -19,21 +19,14 @@ def compute_supervision(
     attention_mask: Tensor,
     loss_mask: Tensor,
 ) -> dict[str, Tensor]:
-    """Runs the target once and returns the reference's five keys.
+    """Runs the target once on [B, T] tensors on its device and returns the reference's five keys.
 
-    Args:
-        target_wrapper: the target.
-        selected_token_ids: [K] int64 target ids of the draft vocabulary.
-        selected_token_mask: [V] bool, whether a target id is in the draft vocabulary.
-        input_ids, attention_mask, loss_mask: [B, T], on the target's device.
-
-    Returns:
-        `aux_hidden_states` [B, T, 3H], not shifted; `target_probs` [B, T, K] fp32; `position_mask` [B, T, 1]
-        bool; `input_ids` and `loss_mask` [B, T], shifted left by one with zero fill.
+    `selected_token_ids` [K] int64 are the target ids of the draft vocabulary, `selected_token_mask` [V] bool
+    marks them. Returns `aux_hidden_states` [B, T, 3H], not shifted; `target_probs` [B, T, K] fp32;
+    `position_mask` [B, T, 1] bool; `input_ids` and `loss_mask` [B, T], shifted left by one with zero fill.
 
     Source: the functions of this name and `_compute_target_distribution` in
-    nemo_automodel.components.speculative.eagle. Since it holds [B, T, V], it is for tests, tools and small
-    models.
+    nemo_automodel.components.speculative.eagle. It holds [B, T, V]: for tests, tools and small models.
     """
     output = target_wrapper.generate_batch(input_ids, attention_mask, loss_mask)
     if isinstance(output, TargetOutput):

@@ -3,6 +3,8 @@
 Legend: B batch, T sequence, C chats of a batch.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,10 +22,23 @@ def positions_from(starts_BT: Tensor) -> Tensor:
     return index_1T - (index_1T * starts_BT).cummax(dim=1).values
 
 
-def chat_boundaries(segment_ids_BT: Tensor) -> Tensor:
-    """[C + 1] int64: flat places b * T + t where a chat begins, and B * T. Waits for a GPU: C is a shape."""
-    end = torch.ones(1, dtype=torch.bool, device=segment_ids_BT.device)
-    return torch.cat((chat_starts(segment_ids_BT).flatten(), end)).nonzero().squeeze(1)
+@dataclass(frozen=True, slots=True)
+class ChatBoundaries:
+    """The chats of all rows, one after the other, as flash attention takes them."""
+
+    places: Tensor  # [C + 1] int32, of `chat_boundaries`
+    longest: int  # upper bound of a chat's tokens
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """The arguments of flash attention: boundaries and longest of queries and of keys."""
+        return self.places, self.places, self.longest, self.longest
+
+
+def chat_boundaries(starts_BT: Tensor) -> Tensor:
+    """[C + 1] int32: flat places b * T + t of chats' starts, and B * T. Waits for a GPU: C is a shape."""
+    end = torch.ones(1, dtype=torch.bool, device=starts_BT.device)
+    return torch.cat((starts_BT.flatten(), end)).nonzero().squeeze(1).int()
 
 
 def chat_lengths(segment_ids_BT: Tensor) -> list[list[int]]:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eagle_rpc.supervision import to_device
-from eagle_rpc.supervision.segments import chat_starts, positions_from
+from eagle_rpc.supervision.segments import ChatBoundaries, chat_boundaries, chat_starts, positions_from
 from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.probes import packing_fault
 
@@ -42,16 +42,8 @@ class _Chat:
     visible: Tensor | None = None  # [1, 1, L, L] bool; null: every earlier token
 
 
-@dataclass(frozen=True, slots=True)
-class _Boundaries:
-    """The chats of all rows, one after the other."""
-
-    starts: Tensor  # [number of chats + 1] int32, on the GPU: first token of each, and N
-    longest: int
-
-
 _chats: ContextVar[list[_Chat]] = ContextVar("_chats")
-_boundaries: ContextVar[_Boundaries] = ContextVar("_boundaries")
+_boundaries: ContextVar[ChatBoundaries] = ContextVar("_boundaries")
 
 
 class ChatAttention:
@@ -182,21 +174,16 @@ def _attend_in_loop(
     return out_BTQD, None
 
 
-def _boundaries_of(positions_BT: Tensor, device: torch.device) -> _Boundaries:
-    begins_N = torch.cat(((positions_BT == 0).flatten(), torch.ones(1, dtype=torch.bool)))
-    starts = begins_N.nonzero().squeeze(1)
-    return _Boundaries(to_device(starts.int(), device), int(starts.diff().max()))
+def _boundaries_of(positions_BT: Tensor, device: torch.device) -> ChatBoundaries:
+    places = chat_boundaries(positions_BT == 0)
+    return ChatBoundaries(to_device(places, device), int(places.diff().max()))
 
 
 @torch.library.custom_op("eagle_rpc::attend_within_chats", mutates_args=())
 def _attend_within_chats(query_NQD: Tensor, key_NJD: Tensor, value_NJD: Tensor, scale: float) -> Tensor:
     """[N, Q, D]. Boundaries are no argument, or a layer would be compiled again for each number of chats."""
-    chats = _boundaries.get()
-    heads, bounds = (
-        (query_NQD, key_NJD, value_NJD),
-        (chats.starts, chats.starts, chats.longest, chats.longest),
-    )
-    return torch.ops.aten._flash_attention_forward(*heads, *bounds, 0.0, True, False, scale=scale)[0]
+    heads, chats = (query_NQD, key_NJD, value_NJD), _boundaries.get()
+    return torch.ops.aten._flash_attention_forward(*heads, *chats.arguments, 0.0, True, False, scale=scale)[0]
 
 
 @_attend_within_chats.register_fake

@@ -5,37 +5,18 @@ Legend: B batch, T sequence, N slots, Q query heads, J key heads, D head width.
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eagle_rpc.supervision.segments import chat_boundaries
+from eagle_rpc.supervision.segments import ChatBoundaries
 
 MAX_HEAD_DIM = 256
 Heads = tuple[Tensor, Tensor, Tensor]  # queries [B, T, Q, D], keys and values [B, T, J, D]
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class PackedChats:
-    """The chats among N slots; each attends to itself alone."""
-
-    boundaries: Tensor  # [number of chats + 1] int32, the slots where chats begin, and N
-    longest: int  # upper bound of a chat's slots
-
-    @classmethod
-    def of(cls, segment_ids_BT: Tensor) -> "PackedChats":
-        """Waits for the device once: the number of chats is a shape."""
-        return cls(chat_boundaries(segment_ids_BT).int(), segment_ids_BT.shape[1])
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
-        """The arguments of flash attention: boundaries and longest of queries and of keys."""
-        return self.boundaries, self.boundaries, self.longest, self.longest
-
-
-def causal_attention(inputs: Heads, scale: float, chats: PackedChats | None) -> tuple[Tensor, Tensor]:
+def causal_attention(inputs: Heads, scale: float, chats: ChatBoundaries | None) -> tuple[Tensor, Tensor]:
     """Attended values [B, T, Q, D] and log-sums [B, Q, T] of the `inputs`; with `chats` B is 1 and T is N."""
     if not inputs[0].is_cuda:
         return _causal_on_cpu(inputs, scale, chats)
@@ -63,7 +44,7 @@ def causal_attention_backward(
     out_BTQD: Tensor,
     log_sums_BQT: Tensor,
     scale: float,
-    chats: PackedChats | None,
+    chats: ChatBoundaries | None,
 ) -> Heads:
     """Gradients of the `inputs` through the causal keys.
 
@@ -100,7 +81,7 @@ def _cudnn_runs(heads_BTQD: Tensor) -> bool:
     return hopper and torch.backends.cudnn.is_available() and heads_BTQD.shape[-1] <= 128
 
 
-def _causal_on_cpu(inputs: Heads, scale: float, chats: PackedChats | None) -> tuple[Tensor, Tensor]:
+def _causal_on_cpu(inputs: Heads, scale: float, chats: ChatBoundaries | None) -> tuple[Tensor, Tensor]:
     outs, log_sums = [], []
     for chat in _slices(chats):
         heads = (tensor[:, chat].transpose(1, 2) for tensor in inputs)
@@ -111,7 +92,7 @@ def _causal_on_cpu(inputs: Heads, scale: float, chats: PackedChats | None) -> tu
 
 
 def _causal_backward_on_cpu(
-    tensors: tuple[Tensor, ...], log_sums_BQT: Tensor, scale: float, chats: PackedChats | None
+    tensors: tuple[Tensor, ...], log_sums_BQT: Tensor, scale: float, chats: ChatBoundaries | None
 ) -> Heads:
     pieces = []
     for chat in _slices(chats):
@@ -124,8 +105,8 @@ def _causal_backward_on_cpu(
     return query_grads, key_grads, value_grads
 
 
-def _slices(chats: PackedChats | None) -> list[slice]:
+def _slices(chats: ChatBoundaries | None) -> list[slice]:
     """The slots of each chat."""
     if chats is None:
         return [slice(None)]
-    return [slice(*pair) for pair in itertools.pairwise(chats.boundaries.tolist())]
+    return [slice(*pair) for pair in itertools.pairwise(chats.places.tolist())]

@@ -4,18 +4,20 @@ Legend: B batch, T sequence, N rows, S steps, H hidden.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM, PackedChats
-from eagle_rpc.draft.fused.judging import JudgedRows, judge
+from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM
+from eagle_rpc.draft.fused.judging import judge
 from eagle_rpc.draft.fused.unroll import FusedUnroll
 from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
 from eagle_rpc.supervision import Eagle3TargetBatch
+from eagle_rpc.supervision.segments import ChatBoundaries, chat_boundaries, chat_starts
 
 
 class FusedStep:
@@ -52,44 +54,38 @@ class FusedStep:
         self._weights.refresh()
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
-        with self._on_device():
-            return self._run(batch, denominators_S, with_gradients=True)
+        return self._run(batch, denominators_S, with_gradients=True)
 
     def judge(self, batch: Eagle3TargetBatch, denominators_S: Tensor) -> TTTResult:
-        with self._on_device():
-            return self._run(batch, denominators_S, with_gradients=False)
-
-    def _on_device(self) -> torch.cuda.device_of:
-        """Triton launches on the current device, not on that of its tensors."""
-        return torch.cuda.device_of(self._weights.head)
+        return self._run(batch, denominators_S, with_gradients=False)
 
     @torch.no_grad()
     def _run(self, batch: Eagle3TargetBatch, denominators_S: Tensor, with_gradients: bool) -> TTTResult:
-        steps = self._objective.steps
-        unroll = self._unroll(batch, with_gradients)
-        slots_NS, valid_NS = judged_slots(batch, steps)
+        slots_NS, valid_NS = judged_slots(batch, self._objective.steps)
+        rows = self._objective.rows_of(batch, valid_NS, denominators_S)
         accurate = torch.promote_types(self._weights.head.dtype, torch.float32)
-        coefficients_NS = (valid_NS * self._objective.scales(denominators_S)).to(accurate)
-        hidden_grads_SNH = torch.zeros_like(unroll.hidden_SNH) if with_gradients else None
-        rows = JudgedRows(
-            places=_places(slots_NS, valid_NS, batch),
-            coefficients=coefficients_NS,
-            targets=batch.targets,
-            log_normalizer=batch.log_normalizer,
-        )
-        losses_NS, predicted_NS = judge(
-            self._draft, self._weights, self._objective.loss, rows, unroll.hidden_SNH, hidden_grads_SNH
-        )
-        if hidden_grads_SNH is not None:
-            unroll.backward(hidden_grads_SNH)
-        loss = (losses_NS * coefficients_NS).sum()
+        rows = replace(rows, coefficients=rows.coefficients.to(accurate))
+        places_NS = _places(slots_NS, valid_NS, batch)
+        # Triton launches on the current device, not on that of its tensors.
+        with torch.cuda.device_of(self._weights.head):
+            unroll = self._unroll(batch, with_gradients)
+            hidden_grads_SNH = torch.zeros_like(unroll.hidden_SNH) if with_gradients else None
+            losses_NS, predicted_NS = judge(
+                self._draft, self._weights, rows, places_NS, unroll.hidden_SNH, hidden_grads_SNH
+            )
+            if hidden_grads_SNH is not None:
+                unroll.backward(hidden_grads_SNH)
+        loss = (losses_NS * rows.coefficients).sum()
         return result_of(batch, loss, losses_NS, predicted_NS, slots_NS, valid_NS)
 
     def _unroll(self, batch: Eagle3TargetBatch, with_gradients: bool) -> FusedUnroll:
         """The forward pass of all steps."""
         steps = self._objective.steps
         segment_ids = batch.tokens.segment_ids
-        chats = None if segment_ids is None else PackedChats.of(segment_ids)
+        chats = None
+        if segment_ids is not None:
+            # The number of chats is a shape, so this waits for the device once.
+            chats = ChatBoundaries(chat_boundaries(chat_starts(segment_ids)), segment_ids.shape[1])
         # Only the backward pass reads gate and up again.
         recompute_mlp = self._recompute_mlp or not with_gradients
         unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, chats, recompute_mlp)

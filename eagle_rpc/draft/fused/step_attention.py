@@ -7,8 +7,9 @@ Legend: B batch, T sequence, N = B T slots, Q query heads, J key heads, D head w
 
 from torch import Tensor
 
-from eagle_rpc.draft.fused.causal_attention import PackedChats, causal_attention, causal_attention_backward
+from eagle_rpc.draft.fused.causal_attention import causal_attention, causal_attention_backward
 from eagle_rpc.draft.fused.own_slots import StepHeads, merge, merge_backward
+from eagle_rpc.supervision.segments import ChatBoundaries
 
 
 class StepAttention:
@@ -18,7 +19,7 @@ class StepAttention:
     """
 
     def __init__(
-        self, shape: tuple[int, int], chats: PackedChats | None, keys_SNJD: Tensor, values_SNJD: Tensor
+        self, shape: tuple[int, int], chats: ChatBoundaries | None, keys_SNJD: Tensor, values_SNJD: Tensor
     ) -> None:
         # Packed chats are one sequence to flash attention, with boundaries in it.
         self._sequences = shape if chats is None else (1, shape[0] * shape[1])

@@ -10,19 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagle_rpc.draft.fused.triton_losses import judge_rows_
+from eagle_rpc.draft.fused.triton_losses import judge_rows_ as judge_rows_
 from eagle_rpc.draft.rope import RopeTables
-
-__all__ = [
-    "add_and_rotate",
-    "judge_rows_",
-    "rms_norm",
-    "rms_norm_backward",
-    "rotate_back",
-    "sum_shifted",
-    "swiglu",
-    "swiglu_backward",
-]
 
 _BLOCK = 1024  # columns of a program where columns are independent
 _HEADS_OF_A_PROGRAM = 16

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused import formulas
-from eagle_rpc.draft.fused.causal_attention import PackedChats
 from eagle_rpc.draft.fused.step_attention import StepAttention
 from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.rope import RopeTables
+from eagle_rpc.supervision.segments import ChatBoundaries
 
 # Slots that keep a GPU busy in one product. If a step has fewer, the weight gradients of several steps are
 # one product.
@@ -41,7 +41,7 @@ class FusedUnroll:
         weights: FusedWeights,
         shape: tuple[int, int],
         steps: int,
-        chats: PackedChats | None,
+        chats: ChatBoundaries | None,
         recompute_mlp: bool,
     ) -> None:
         self._draft, self._weights = draft, weights

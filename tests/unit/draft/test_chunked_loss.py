@@ -1,7 +1,7 @@
 import torch
 
 from eagle_rpc.draft import chunked_loss
-from eagle_rpc.draft.chunked_loss import head_loss
+from eagle_rpc.draft.chunked_loss import JudgedRows, head_loss
 from eagle_rpc.supervision import StoredLogits, StoredProbs
 
 
@@ -21,8 +21,13 @@ def plain_loss(hidden_NSH, head_KH, targets, coefficients_NS):
 
 
 def soft_cross_entropy(hidden_NSH, head_KH, targets, coefficients_NS):
-    unread_N = torch.empty(len(hidden_NSH))
-    return head_loss(hidden_NSH, head_KH, targets, coefficients_NS, "soft_cross_entropy", unread_N)
+    rows = JudgedRows(
+        targets=targets,
+        log_normalizer=torch.empty(len(hidden_NSH)),  # not read
+        loss="soft_cross_entropy",
+        coefficients=coefficients_NS,
+    )
+    return head_loss(hidden_NSH, head_KH, rows)
 
 
 def test_equals_the_plain_formula_whatever_the_chunks(monkeypatch):

@@ -16,5 +16,5 @@ def test_positions_restart_at_every_chat():
 
 
 def test_boundaries_and_lengths_never_join_chats_of_two_rows():
-    assert chat_boundaries(IDS).tolist() == [0, 2, 5, 6, 7, 9, 10]
+    assert chat_boundaries(chat_starts(IDS)).tolist() == [0, 2, 5, 6, 7, 9, 10]
     assert chat_lengths(IDS) == [[2, 3], [1, 1, 2, 1]]
