@@ -1,23 +1,10 @@
 """The dimensions of a draft, and how they follow from the target's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from eagle_rpc.draft.rope import check_rope_scaling
 from eagle_rpc.errors import ConfigError
-
-_POSITIVE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "draft_vocab_size",
-    "rms_norm_eps",
-    "rope_theta",
-    "max_position_embeddings",
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +26,9 @@ class Eagle3DraftConfig:
     norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE_FIELDS:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for field in fields(self):
+            if field.type in (int, float) and getattr(self, field.name) <= 0:
+                raise ConfigError(f"{field.name} must be positive, got {getattr(self, field.name)}")
         if self.draft_vocab_size > self.vocab_size:
             raise ConfigError(
                 f"draft_vocab_size must be at most the target's {self.vocab_size}, "

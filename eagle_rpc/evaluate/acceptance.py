@@ -157,27 +157,27 @@ def _decode_both(
 ) -> tuple[PromptResult, DecodingCounts]:
     """Decodes the prompt by the target alone, then with the draft."""
     started = time.perf_counter()
-    own = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop)
+    own_ids, margins = decode_greedily(target, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop)
     between = time.perf_counter()
     token_ids, counts = decode_speculatively(
         target, proposer, prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop
     )
     finished = time.perf_counter()
     # Neither text is a beginning of the other: both end at the same limit or at a stop token.
-    pairs = enumerate(zip(own.token_ids, token_ids, strict=False))
+    pairs = enumerate(zip(own_ids, token_ids, strict=False))
     difference = next((index for index, (mine, theirs) in pairs if mine != theirs), None)
     result = PromptResult(
         prompt="" if tokenizer is None else str(tokenizer.decode(list(prompt_ids))),
         text="" if tokenizer is None else str(tokenizer.decode(token_ids)),
         prompt_tokens=len(prompt_ids),
         tokens=counts.num_tokens,
-        own_tokens=len(own.token_ids),
+        own_tokens=len(own_ids),
         num_drafts=counts.num_drafts,
         accepted_per_position=counts.accepted_per_position,
         accept_length=counts.accept_length,
         identical=difference is None,
         difference=difference,
-        margin=None if difference is None else own.margins[difference],
+        margin=None if difference is None else margins[difference],
         seconds=finished - between,
         seconds_without_draft=between - started,
     )

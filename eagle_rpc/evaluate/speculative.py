@@ -55,21 +55,14 @@ class DecodingCounts:
         return [accepted / max(1, reached) for reached, accepted in pairs]
 
 
-@dataclass(frozen=True, slots=True)
-class GreedyText:
-    """The text that the target decodes alone."""
-
-    token_ids: list[int]
-    margins: list[float]  # for each token, the distance between the two best logits
-
-
 @torch.inference_mode()
 def decode_greedily(
     target: GreedyTarget, prompt_ids: Sequence[int], *, max_new_tokens: int, stop_token_ids: Collection[int]
-) -> GreedyText:
+) -> tuple[list[int], list[float]]:
     """Continues the prompt by at most `max_new_tokens` (> 0), up to and including a stop token.
 
-    Raises `ConfigError` if prompt and text do not fit the target's context.
+    Returns the token ids and their margins, the distances between the two best logits. Raises `ConfigError`
+    if prompt and text do not fit the target's context.
     """
     check_fits(target, prompt_ids, max_new_tokens)
     target.start()
@@ -79,7 +72,7 @@ def decode_greedily(
         step = target.read(token_ids[-1:], predictions=1)
         token_ids += step.choices
         margins.append(step.margin)
-    return GreedyText(token_ids, margins)
+    return token_ids, margins
 
 
 @torch.inference_mode()

@@ -3,13 +3,13 @@
 from eagle_rpc.supervision.answers import AnswerPrompt, AnswerRequest, AnswerSettings, PromptAnswer
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
 from eagle_rpc.supervision.batch import (
+    DraftHead,
     DraftTargets,
     Eagle3TargetBatch,
     ProjectedTargets,
     StoredLogits,
     StoredProbs,
 )
-from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.encoded import (
     EncodedSupervision,
     ReadSupervision,
@@ -20,7 +20,6 @@ from eagle_rpc.supervision.encoded import (
 from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
 from eagle_rpc.supervision.fingerprint import tensors_digest, tokenizer_fingerprint, weights_fingerprint
 from eagle_rpc.supervision.output import TargetOutput
-from eagle_rpc.supervision.plain import compute_supervision
 from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import (
     GenerateRequest,
@@ -36,6 +35,7 @@ from eagle_rpc.supervision.target import (
     PlainTarget,
     as_target,
     check_encoding,
+    compute_supervision,
     describe_target,
     device_of,
     run_target,

@@ -1,4 +1,4 @@
-"""One batch of decoded supervision, as a trainer uses it.
+"""One batch of decoded supervision, as a trainer uses it, and the head that projects hidden states.
 
 Legend: B batch, T sequence, H target hidden, K draft vocab, N supervised rows.
 """
@@ -9,10 +9,36 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from eagle_rpc.supervision.draft_head import DraftHead
 from eagle_rpc.supervision.tensors import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
+
+
+@dataclass(kw_only=True, slots=True)
+class DraftHead:
+    """The draft-vocab rows of the target's output head, in its dtype.
+
+    They compute `soft_cap * tanh((hidden @ weight.T + bias) * scale / soft_cap)`.
+    """
+
+    weight: Tensor  # [K, H]
+    bias: Tensor | None = None  # [K]
+    scale: float | None = None
+    soft_cap: float | None = None
+
+    def project(self, hidden_NH: Tensor) -> Tensor:
+        """Draft-vocab logits [N, K] of last hidden states, in their dtype."""
+        logits_NK = F.linear(hidden_NH, self.weight, self.bias)
+        if self.scale is not None:
+            logits_NK = logits_NK * self.scale
+        if self.soft_cap is not None:
+            logits_NK = torch.tanh(logits_NK / self.soft_cap) * self.soft_cap
+        return logits_NK
+
+    def to(self, device: torch.device) -> "DraftHead":
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
 
 
 @dataclass(slots=True)
@@ -32,10 +58,6 @@ class DraftTargets(ABC):
     def probs(self, rows: slice) -> Tensor:
         """Softmax over the draft-vocab logits alone, [n, K] fp32."""
         return self.logits(rows).float().softmax(dim=-1)
-
-    def map_values(self, function: Callable[[Tensor], Tensor]) -> "DraftTargets":
-        """The same targets with `function` applied to the values."""
-        return replace(self, values=function(self.values))
 
 
 class StoredProbs(DraftTargets):
@@ -95,8 +117,8 @@ class Eagle3TargetBatch:
 
     def map_large(self, function: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
         """The same batch with `function` applied to its large tensors: aux states and the targets' values."""
-        aux, targets = function(self.aux_hidden_states), self.targets.map_values(function)
-        return replace(self, aux_hidden_states=aux, targets=targets)
+        targets = replace(self.targets, values=function(self.targets.values))
+        return replace(self, aux_hidden_states=function(self.aux_hidden_states), targets=targets)
 
     @property
     def position_mask(self) -> Tensor:

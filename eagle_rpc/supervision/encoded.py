@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision.batch import Eagle3TargetBatch
-from eagle_rpc.supervision.draft_head import DraftHead
+from eagle_rpc.supervision.batch import DraftHead, Eagle3TargetBatch
 from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
 from eagle_rpc.supervision.rows import RowsRead, read_rows

@@ -8,8 +8,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from eagle_rpc.supervision.batch import DraftTargets, ProjectedTargets, StoredLogits, StoredProbs
-from eagle_rpc.supervision.draft_head import DraftHead
+from eagle_rpc.supervision.batch import DraftHead, DraftTargets, ProjectedTargets, StoredLogits, StoredProbs
 
 # Row index, log-normaliser and argmax take four bytes each.
 _ROW_BYTES = 12

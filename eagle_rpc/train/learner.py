@@ -26,7 +26,6 @@ from eagle_rpc.train.optimiser import (
     load_optimiser_tensors,
     make_optimiser,
     optimiser_tensors,
-    set_learning_rate,
     trainable_parameters,
 )
 from eagle_rpc.train.sharded_weights import ShardedWeights
@@ -93,7 +92,8 @@ class Learner:
         self._masters.reduce_gradients()
         grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
         rate = learning_rate(self.steps_done, self.total_steps, self._config)
-        set_learning_rate(self._optimiser, rate)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
         self._optimiser.step()
         self._ttt.refresh_weights()
         self.steps_done += 1

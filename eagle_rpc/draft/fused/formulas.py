@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.losses import row_losses
-from eagle_rpc.draft.rope import RopeTables
+from eagle_rpc.draft.rope import RopeTables, rotate
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -105,7 +105,7 @@ def add_and_rotate(
     """
     sum_BTP = widened(hidden_part_BTP) + widened(embed_part_BTP)
     rotated, values = sum_BTP.split((sum_BTP.shape[-1] - value_width, value_width), dim=-1)
-    out_BTP.copy_(torch.cat((_rotate(rotated, *tables), values), dim=-1))
+    out_BTP.copy_(torch.cat((_rotate(rotated, tables), values), dim=-1))
 
 
 @with_kernel
@@ -116,14 +116,13 @@ def rotate_back(
     key_grad, value_grad = widened(key_value_grad_BTJ2).chunk(2, dim=-1)
     rotated = torch.cat((widened(query_grad_BTQ), key_grad), dim=-1)
     cos, sin = tables
-    out_BTP.copy_(torch.cat((_rotate(rotated, cos, -sin), value_grad), dim=-1))
+    out_BTP.copy_(torch.cat((_rotate(rotated, (cos, -sin)), value_grad), dim=-1))
 
 
-def _rotate(x_BTP: Tensor, cos_B1TD: Tensor, sin_B1TD: Tensor) -> Tensor:
-    """Rotates heads side by side in the last dimension (rotate-half form); tables [B or 1, 1, T, D/2]."""
-    cos, sin = cos_B1TD.transpose(1, 2), sin_B1TD.transpose(1, 2)
-    first, second = x_BTP.unflatten(-1, (-1, 2 * cos.shape[-1])).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+def _rotate(x_BTP: Tensor, tables: RopeTables) -> Tensor:
+    """`rotate` for heads side by side in the last dimension."""
+    heads_first = x_BTP.unflatten(-1, (-1, 2 * tables[0].shape[-1])).transpose(1, 2)
+    return rotate(heads_first, tables).transpose(1, 2).flatten(-2)
 
 
 @with_kernel

@@ -134,8 +134,10 @@ def test_a_stop_token_ends_the_text_wherever_it_is_accepted(place, num_drafts):
     )
     assert decoded == text[:end]
     assert (counts.num_tokens, counts.num_drafts) == (end, num_drafts)
-    alone = decode_greedily(GreedyTarget(model, AUX_LAYERS), PROMPT, max_new_tokens=20, stop_token_ids=stop)
-    assert alone.token_ids == text[:end]
+    alone, _ = decode_greedily(
+        GreedyTarget(model, AUX_LAYERS), PROMPT, max_new_tokens=20, stop_token_ids=stop
+    )
+    assert alone == text[:end]
 
 
 def test_the_proposer_is_told_every_verified_token_once_with_the_hidden_states_before_it():
@@ -150,11 +152,13 @@ def test_the_proposer_is_told_every_verified_token_once_with_the_hidden_states_b
 
 def test_margins_are_the_distance_between_the_two_best_logits():
     model = tiny_target()
-    alone = decode_greedily(GreedyTarget(model, AUX_LAYERS), PROMPT, max_new_tokens=5, stop_token_ids=())
+    alone, margins = decode_greedily(
+        GreedyTarget(model, AUX_LAYERS), PROMPT, max_new_tokens=5, stop_token_ids=()
+    )
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[*PROMPT, *alone.token_ids]])).logits[0]
+        logits = model(input_ids=torch.tensor([[*PROMPT, *alone]])).logits[0]
     best = logits[len(PROMPT) - 1 : -1].sort(dim=-1, descending=True).values
-    assert alone.margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
+    assert margins == pytest.approx((best[:, 0] - best[:, 1]).tolist(), abs=1e-4)
 
 
 @torch.no_grad()
