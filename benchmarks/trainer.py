@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 from eagle_rpc import supervision
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, TTTStep, count_rows
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
@@ -152,7 +152,7 @@ def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple
         return lambda: learner.learn([batch] * micro_batches), micro_batches
     objective = Objective(steps=STEPS, step_decay=0.8)
     if system == "reference":
-        step: TTTStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
+        step: ReferenceStep | FusedStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
     else:
         step = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute)
     denominators = count_rows(batch, STEPS)

@@ -8,20 +8,12 @@ key heads, D head width.
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.supervision.segments import chat_lengths
-
-
-class AttentionMemory(Protocol):
-    """The keys and values of earlier calls of one decoder layer."""
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Stores keys and values [B, J, T, D]; returns attended values [B, Q, T, D]."""
 
 
 class UnrollMemory:
@@ -38,6 +30,7 @@ class UnrollMemory:
         self._step_values: list[list[Tensor]] = []
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Stores keys and values [B, J, T, D]; returns attended values [B, Q, T, D]."""
         self._step_keys.append(self._split(keys))
         self._step_values.append(self._split(values))
         chats = zip(
@@ -81,6 +74,7 @@ class DraftCache:
             self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As `UnrollMemory.attend`, with S queries."""
         if self._keys is not None and self._values is not None:
             keys = torch.cat((self._keys, keys), dim=2)
             values = torch.cat((self._values, values), dim=2)
@@ -88,10 +82,12 @@ class DraftCache:
         new, total = queries.shape[2], keys.shape[2]
         visible_SC = None
         if new > 1:
-            # The causal flag of SDPA aligns the first query with the first key; here the last ones have to
-            # align.
+            # SDPA's causal flag aligns the first query with the first key; here the last ones have to align.
             visible_SC = torch.ones(new, total, dtype=torch.bool, device=keys.device).tril(total - new)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible_SC, enable_gqa=True)
+
+
+AttentionMemory = UnrollMemory | DraftCache
 
 
 def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor]) -> Tensor:
@@ -105,15 +101,11 @@ def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Seq
     queries_BJGTD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
     scores_BJGTT = (queries_BJGTD.flatten(2, 3) @ step_keys[0].transpose(-1, -2)).unflatten(2, (-1, length))
     own_BJGT1 = [(queries_BJGTD * keys.unsqueeze(2)).sum(-1, keepdim=True) for keys in step_keys[1:]]
-    weights = torch.cat((scores_BJGTT + _causal_bias(queries), *own_BJGT1), dim=-1).softmax(dim=-1)
+    # 0 where a slot may attend, -inf at later slots.
+    later_TT = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1)
+    bias_TT = queries.new_zeros(length, length).masked_fill_(later_TT, float("-inf"))
+    weights = torch.cat((scores_BJGTT + bias_TT, *own_BJGT1), dim=-1).softmax(dim=-1)
     output_BJGTD = (weights[..., :length].flatten(2, 3) @ step_values[0]).unflatten(2, (-1, length))
     for step, values in enumerate(step_values[1:]):
         output_BJGTD = output_BJGTD + weights[..., length + step, None] * values.unsqueeze(2)
     return output_BJGTD.flatten(1, 2)
-
-
-def _causal_bias(queries: Tensor) -> Tensor:
-    """[T, T] in the queries' dtype: 0 where a slot may attend, -inf at later slots."""
-    length = queries.shape[2]
-    visible = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril()
-    return queries.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))

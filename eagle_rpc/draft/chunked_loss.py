@@ -1,4 +1,4 @@
-"""The draft's head and a loss over chunks of rows, on any device: the reference of `fused.judging`.
+"""The draft's head and a loss over chunks of rows, on any device: the reference of `FusedStep._judge`.
 
 Gradients are computed in the forward pass, so the logits of only one chunk exist at a time.
 Legend: N rows, n rows of a chunk, S steps, H hidden, K draft vocab.

@@ -6,7 +6,6 @@ Legend: B batch, T sequence, N rows, S steps, H hidden.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -83,44 +82,31 @@ def ttt_loss(
     return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
 
 
-class TTTStep(Protocol):
-    """Computes the objective and its gradients for one micro-batch at a time."""
-
-    reads_draft: bool
-    """Whether it reads the draft's own parameters, which then have to be whole, or keeps copies of them."""
-
-    def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
-        """The objective, without graph; adds its gradients to those of the draft's parameters."""
-
-    def judge(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
-        """The objective alone."""
-
-    def refresh_weights(self) -> None:
-        """Has to be called after the draft's weights have changed."""
-
-
 class ReferenceStep:
-    """The `TTTStep` by autograd over `ttt_loss`.
+    """The objective and its gradients for one micro-batch at a time, by autograd over `ttt_loss`.
 
     Matrix products run in the dtype `autocast`; None: in the dtype of the weights.
     """
 
     reads_draft = True
+    """Whether it reads the draft's own parameters, which then have to be whole, or keeps copies of them."""
 
     def __init__(self, draft: Eagle3Draft, objective: Objective, *, autocast: torch.dtype | None) -> None:
         self._draft, self._objective, self._autocast = draft, objective, autocast
 
     def add_gradients(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        """The objective, without graph; adds its gradients to those of the draft's parameters."""
         result = self._loss(batch, denominators)
         result.loss.backward()
         return result
 
     @torch.no_grad()
     def judge(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
+        """The objective alone."""
         return self._loss(batch, denominators)
 
     def refresh_weights(self) -> None:
-        """Nothing to do: the draft's own weights are read."""
+        """Called after the draft's weights have changed; this step keeps no copies."""
 
     def _loss(self, batch: Eagle3TargetBatch, denominators: Tensor) -> TTTResult:
         device_type, enabled = batch.input_ids.device.type, self._autocast is not None

@@ -43,12 +43,9 @@ class GreedyTarget:
         self._model = model
         self._layers = find_decoder_layers(model)
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
-        self.start()
-
-    @property
-    def max_length(self) -> int:
+        self.max_length: int = model.config.get_text_config().max_position_embeddings
         """Tokens of the model's context."""
-        return self._model.config.get_text_config().max_position_embeddings
+        self.start()
 
     def start(self) -> None:
         """Forgets the sequence; the next `read` begins another."""

@@ -47,10 +47,6 @@ class DraftTargets(ABC):
 
     values: Tensor  # [N, ...] as they were sent
 
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.values.shape[1]
-
     @abstractmethod
     def logits(self, rows: slice) -> Tensor:
         """Draft-vocab logits [n, K] of a slice of n rows."""
@@ -86,10 +82,6 @@ class ProjectedTargets(DraftTargets):
     """Last hidden states [N, H] in the target's dtype, projected onto the draft vocabulary when read."""
 
     head: DraftHead
-
-    @property
-    def draft_vocab_size(self) -> int:
-        return self.head.weight.shape[0]
 
     def logits(self, rows: slice) -> Tensor:
         return self.head.project(self.values[rows])
@@ -133,6 +125,6 @@ class Eagle3TargetBatch:
         """[B, T, K] fp32 as the reference has it, zero at rows that were not sent. For small batches."""
         batch, length = self.tokens.shape
         probs_NK = self.targets.probs(slice(None))
-        dense = probs_NK.new_zeros(batch * length, self.targets.draft_vocab_size)
+        dense = probs_NK.new_zeros(batch * length, probs_NK.shape[1])
         dense[self.supervised_rows] = probs_NK
         return dense.view(batch, length, -1)

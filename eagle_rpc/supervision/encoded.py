@@ -4,7 +4,7 @@ Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ class EncodedSupervision:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
         """The same reply with `function` applied to each tensor."""
-        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+        tensors = {name: function(tensor) for name, tensor in self._tensors().items()}
+        return EncodedSupervision(encoding=self.encoding, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "encoding"}

@@ -157,9 +157,8 @@ def join_trainers(
     """The group of all trainers while the body runs; `store` is their namespace, `device` holds the draft.
 
     Trainers communicate over gloo; if each has a GPU of its own, NCCL sums tensors on GPUs. `timeout` in
-    seconds
-    bounds the start and each later wait, so it has to exceed any work of one trainer alone: a request to the
-    target, a checkpoint. Raises `WaitTimeout` if some trainers have not joined by then.
+    seconds bounds the start and each later wait, so it has to exceed any work of one trainer alone: a request
+    to the target, a checkpoint. Raises `WaitTimeout` if some trainers have not joined by then.
     """
     if size == 1:
         yield TrainerGroup()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eagle_rpc.config.choices import Sharding
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
-from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, TTTStep, count_rows
+from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
@@ -169,7 +169,7 @@ def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -
 
 def make_ttt_step(
     draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]
-) -> TTTStep:
+) -> ReferenceStep | FusedStep:
     """The fused step if device and configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
     rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)

@@ -11,12 +11,7 @@ because
 The learner calls the collectives instead: one gather before the micro-batches (the fused step instead gathers
 its copies, in the compute dtype, after the optimiser step) and one reduction after them.
 
-Bytes on each of n trainers, for P parameters:
-
-    weights and moments             12 P / n
-    reduced gradients                4 P / n
-    gradients of micro-batches       4 P
-    weights that the step reads      2 P (fused step), 4 P during a step (reference)
+docs/optimiser_step.md lists the bytes that each trainer holds.
 """
 
 import contextlib

@@ -20,8 +20,7 @@ class StepSupervision:
     """One trainer's micro-batches of one optimiser step, in order; the constructor waits for all of them.
 
     With `offload` on a GPU, the device holds only the first micro-batch, which is used first, and the one
-    that is arriving. The large tensors of the others are in pinned host memory and are copied back unchanged.
-    Without `offload`, or on a CPU, all stay on the device.
+    that is arriving; the large tensors of the others wait in pinned host memory.
     """
 
     def __init__(self, batches: Iterable[Eagle3TargetBatch], ttt_steps: int, *, offload: bool) -> None:

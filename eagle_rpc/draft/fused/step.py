@@ -1,6 +1,7 @@
 """One micro-batch through the fused TTT step: the loss, and its gradients added to those of the parameters.
 
-Legend: B batch, T sequence, N rows, S steps, H hidden.
+Legend: B batch, T sequence, N rows, n rows of a chunk, S steps, M = n S pairs of a chunk's row and a step, H
+hidden, K draft vocab.
 """
 
 from collections.abc import Mapping
@@ -10,18 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_rpc.draft.chunked_loss import JudgedRows, row_chunks
+from eagle_rpc.draft.fused import formulas
 from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM
-from eagle_rpc.draft.fused.judging import judge
 from eagle_rpc.draft.fused.unroll import FusedUnroll
-from eagle_rpc.draft.fused.weights import FusedWeights
+from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
 from eagle_rpc.supervision import Eagle3TargetBatch
 from eagle_rpc.supervision.segments import ChatBoundaries, chat_boundaries, chat_starts
 
+# Logits of a chunk in bytes: large matrix products, and little memory compared with that of the unroll.
+_CHUNK_BYTES = 2**30
+
 
 class FusedStep:
-    """The `TTTStep` for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
+    """`ReferenceStep` for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
 
     Matrix products run in `dtype` on copies of the weights; gradients are summed in the dtype of the
     parameters. `recompute_mlp` needs a third less memory for a batch and a tenth more time. `gradients` are
@@ -70,9 +75,7 @@ class FusedStep:
         with torch.cuda.device_of(self._weights.head):
             unroll = self._unroll(batch, with_gradients)
             hidden_grads_SNH = torch.zeros_like(unroll.hidden_SNH) if with_gradients else None
-            losses_NS, predicted_NS = judge(
-                self._draft, self._weights, rows, places_NS, unroll.hidden_SNH, hidden_grads_SNH
-            )
+            losses_NS, predicted_NS = self._judge(rows, places_NS, unroll.hidden_SNH, hidden_grads_SNH)
             if hidden_grads_SNH is not None:
                 unroll.backward(hidden_grads_SNH)
         loss = (losses_NS * rows.coefficients).sum()
@@ -96,6 +99,41 @@ class FusedStep:
             [self._draft.rotary.tables(positions_BT + step) for step in range(steps)],
         )
         return unroll
+
+    def _judge(
+        self, rows: JudgedRows, places_NS: Tensor, hidden_SNH: Tensor, hidden_grads_SNH: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [N, S] and most likely draft ids [N, S], by last norm, head and loss over chunks of rows.
+
+        `places` are indices into the flat hidden states, equal only where coefficients are 0. If
+        `hidden_grads` (zeros in the shape of `hidden`) is given, it receives the gradients of the sum of
+        coefficient times loss, and those of norm and head are added to theirs. Only the logits of one chunk
+        exist, in the compute dtype; their gradients replace them.
+        """
+        draft, weights, hidden_MH = self._draft, self._weights, hidden_SNH.flatten(0, 1)
+        losses_NS, predicted_NS = torch.empty_like(rows.coefficients), torch.empty_like(places_NS)
+        norm = (weights.last_norm, draft.config.rms_norm_eps)
+        steps, vocab = places_NS.shape[1], len(weights.head)
+        for chunk in row_chunks(len(places_NS), weights.head.element_size() * vocab * steps, _CHUNK_BYTES):
+            places_M = places_NS[chunk].flatten()
+            judged_MH = hidden_MH[places_M]
+            normed_MH = formulas.rms_norm(judged_MH, *norm)
+            logits_nSK = (normed_MH @ weights.head.t()).view(*places_NS[chunk].shape, -1)
+            losses_NS[chunk], predicted_NS[chunk] = formulas.judge_rows_(
+                logits_nSK,
+                rows.targets.logits(chunk),
+                rows.log_normalizer[chunk],
+                rows.coefficients[chunk],
+                rows.loss,
+            )
+            if hidden_grads_SNH is not None:
+                logit_grads_MK = logits_nSK.flatten(0, 1)
+                add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
+                grads_MH = logit_grads_MK @ weights.head
+                norm_grad = weights.gradient_of(draft.norm.weight)
+                formulas.rms_norm_backward(grads_MH, judged_MH, norm, norm_grad, None, grads_MH)
+                hidden_grads_SNH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
+        return losses_NS, predicted_NS
 
 
 def _places(slots_NS: Tensor, valid_NS: Tensor, batch: Eagle3TargetBatch) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from support.ttt_cases import Case, case_batch, case_draft, gradients
 
 from eagle_rpc.draft import LOSSES, Objective, ReferenceStep, count_rows
-from eagle_rpc.draft.fused import FusedStep, judging, unroll
+from eagle_rpc.draft.fused import FusedStep, unroll
 
 CASES = [
     Case(),
@@ -69,7 +69,7 @@ def test_the_feed_forward_block_may_be_recomputed():
 
 def test_rows_may_come_in_any_chunks(monkeypatch):
     for rows in (1, 5):
-        monkeypatch.setattr(judging, "_CHUNK_BYTES", rows * 4 * 61 * 8)
+        monkeypatch.setattr("eagle_rpc.draft.fused.step._CHUNK_BYTES", rows * 4 * 61 * 8)
         assert_equal(both(CASES[0]))
 
 

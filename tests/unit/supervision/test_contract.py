@@ -222,7 +222,6 @@ def test_a_batch_without_supervised_rows_is_valid(encoding):
     tokens.loss_mask = torch.zeros_like(tokens.loss_mask)
     encoded, batch = encoded_and_decoded(target, tokens, encoding)
     assert encoded.supervised_rows.shape == (0,)
-    assert batch.targets.draft_vocab_size == K
     assert batch.targets.logits(slice(None)).shape == (0, K)
     assert not batch.position_mask.any()
     assert batch.target_probs.shape == (3, 16, K)

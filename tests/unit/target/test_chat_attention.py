@@ -57,7 +57,7 @@ def test_a_model_that_refuses_an_attention_name_keeps_its_masks(make_model, mask
 def attend_within_chats(query_NQD, key_NJD, value_NJD, scale):
     """What the kernel computes, which runs on GPUs only."""
     chats = chat_attention._boundaries.get()
-    bounds = chats.starts.tolist()
+    bounds = chats.places.tolist()
     assert bounds[-1] == len(query_NQD) and chats.longest == max(b - a for a, b in itertools.pairwise(bounds))
     outs = []
     for start, end in itertools.pairwise(bounds):
