@@ -77,22 +77,17 @@ class CompiledForward:
         self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str
     ) -> None:
         """`attention` of the base model; `packed`: rows may hold several chats; `mode` of `torch.compile`."""
-        self._attention, self._layers, self._buckets, self._packed = attention, layers, buckets, packed
-        self._mode = mode
+        self._attention, self._layers, self._packed, self._mode = attention, layers, packed, mode
+        self.buckets = buckets
         self._forwards = [
             torch.compile(layer.forward, dynamic=False, fullgraph=True, backend=_BACKEND, mode=mode)
             for layer in layers
         ]
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that it takes."""
-        return self._buckets.longest
-
-    @property
     def form(self) -> str:
         """Mode and shapes, for `ModelInfo.form`."""
-        return f"compiled ({self._mode}) for {' '.join(map(str, self._buckets.shapes))}"
+        return f"compiled ({self._mode}) for {' '.join(map(str, self.buckets.shapes))}"
 
     @torch.inference_mode()
     def compile(self, device: torch.device) -> None:
@@ -103,7 +98,7 @@ class CompiledForward:
         started = time.monotonic()
         kind = type(self._layers[0]).__name__
         packings = (False, True) if self._packed else (False,)
-        forms = [(shape, packed) for shape in self._buckets.shapes for packed in packings]
+        forms = [(shape, packed) for shape in self.buckets.shapes for packed in packings]
         limit = len(forms) * _KINDS_OF_LAYERS
         bounded = torch._dynamo.config.patch(
             recompile_limit=limit, accumulated_recompile_limit=limit, fail_on_recompile_limit_hit=True
@@ -131,7 +126,7 @@ class CompiledForward:
         pieces = []
         try:
             with torch._dynamo.config.patch(error_on_recompile=True), self._compiled_layers():
-                for rows, shape in self._buckets.pieces(batch, length):
+                for rows, shape in self.buckets.pieces(batch, length):
                     aux.rows = rows
                     positions = (
                         None if positions_BT is None else self._padded_positions(positions_BT[rows], shape)

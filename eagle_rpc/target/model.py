@@ -73,10 +73,11 @@ class HFEagle3TargetModel(Eagle3Target):
             raise UnsupportedTarget(
                 f"{name} soft-caps attention scores and sdpa does not; use target.attention=eager"
             )
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
+        """The transformers model, for other uses while no batch runs. Its weights must not change."""
         self._base = find_base(model)
         self._layers = find_decoder_layers(model)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
         self._own_head = OwnHead(model)
         self._forward_lock = threading.Lock()
@@ -121,18 +122,9 @@ class HFEagle3TargetModel(Eagle3Target):
             compiled.compile(device=self._probe_ids.device)
             self._compiled = compiled
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The transformers model, for other uses while no batch runs. Its weights must not change."""
-        return self._model
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        return self._tokenizer
-
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding [V, H], without the factor that Gemma 2 applies in its forward."""
-        return self._model.get_input_embeddings()
+        return self.model.get_input_embeddings()
 
     @torch.no_grad()
     def generate_batch(
@@ -169,7 +161,7 @@ class HFEagle3TargetModel(Eagle3Target):
 
     def draft_head(self, selected_token_ids: Tensor) -> DraftHead:
         """Copies of the head's rows for K target ids; raises `UnsupportedTarget` if it has no such form."""
-        return draft_head(self._model, selected_token_ids)
+        return draft_head(self.model, selected_token_ids)
 
     @torch.inference_mode()
     def probe_head(self, selected_token_ids: Tensor) -> None:
@@ -194,14 +186,14 @@ class HFEagle3TargetModel(Eagle3Target):
 
         fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
         if fault is not None:
-            name = f"{type(self._model).__name__} with {self._model.config._attn_implementation} attention"
+            name = f"{type(self.model).__name__} with {self.model.config._attn_implementation} attention"
             raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")
         self._packing_is_exact = True
 
     @property
     def _max_length(self) -> int:
-        context = self._model.config.get_text_config().max_position_embeddings
-        return context if self._compiled is None else min(context, self._compiled.longest)
+        context = self.model.config.get_text_config().max_position_embeddings
+        return context if self._compiled is None else min(context, self._compiled.buckets.longest)
 
     def model_info(self) -> ModelInfo:
         """Identity of the target; its limits are the model's own context."""
@@ -209,23 +201,23 @@ class HFEagle3TargetModel(Eagle3Target):
 
     @cached_property
     def _info(self) -> ModelInfo:
-        form = [f"{self._model.config._attn_implementation} attention"]
+        form = [f"{self.model.config._attn_implementation} attention"]
         form.append("eager" if self._compiled is None else self._compiled.form)
         if self._fused_rows:
             form.append("fused rows")
         if self._mlps:
             form.append(f"{len(self._mlps)} fused MLPs")
         return ModelInfo(
-            architecture=type(self._model).__name__,
+            architecture=type(self.model).__name__,
             vocab_size=self.get_input_embeddings().weight.shape[0],
-            hidden_size=self._model.config.get_text_config().hidden_size,
+            hidden_size=self.model.config.get_text_config().hidden_size,
             num_layers=len(self._layers),
             aux_layer_ids=self.aux_layer_ids,
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=str(self.model.dtype).removeprefix("torch."),
             max_length=self._max_length,
             max_batch_tokens=self._max_length,
-            tokenizer_fingerprint=None if self._tokenizer is None else tokenizer_fingerprint(self._tokenizer),
-            weights_fingerprint=weights_fingerprint(self._model),
+            tokenizer_fingerprint=None if self.tokenizer is None else tokenizer_fingerprint(self.tokenizer),
+            weights_fingerprint=weights_fingerprint(self.model),
             incarnation=uuid.uuid4().hex,
             form=", ".join(form),
         )
