@@ -59,15 +59,11 @@ def export_draft(
 ) -> list[Path]:
     """Writes the plain form to `output_dir`, replacing an earlier export, and returns the files.
 
-    Args:
-        weights: the draft's parameters by name (`weight_shapes`); the embedding may be missing.
-        dtype: format of the exported weights.
-        aux_layer_ids: decoder layers whose outputs the draft reads, counted after the layer.
-        target_embedding: [V, H], exported as the draft's.
+    `weights` are the draft's parameters by name (`weight_shapes`), without embedding or with one that
+    `target_embedding` [V, H] replaces. `aux_layer_ids` are counted after the layer.
 
-    Raises:
-        CheckpointError: a weight is missing, unknown, or has another shape than the config says.
-        ConfigError: mapping and config disagree, the layers do not ascend, or `output_dir` holds other files.
+    Raises `CheckpointError` if a weight is missing, unknown, or has another shape than the config says;
+    `ConfigError` if mapping and config disagree, layers do not ascend, or `output_dir` holds other files.
     """
     if list(aux_layer_ids) != sorted(aux_layer_ids):
         raise ConfigError(

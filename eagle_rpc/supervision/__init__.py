@@ -2,14 +2,7 @@
 
 from eagle_rpc.supervision.answers import AnswerPrompt, AnswerRequest, AnswerSettings, PromptAnswer
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
-from eagle_rpc.supervision.batch import (
-    DraftHead,
-    DraftTargets,
-    Eagle3TargetBatch,
-    ProjectedTargets,
-    StoredLogits,
-    StoredProbs,
-)
+from eagle_rpc.supervision.batch import Eagle3TargetBatch
 from eagle_rpc.supervision.encoded import (
     EncodedSupervision,
     ReadSupervision,
@@ -17,7 +10,14 @@ from eagle_rpc.supervision.encoded import (
     encode_supervision,
     read_supervision,
 )
-from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
+from eagle_rpc.supervision.encodings import (
+    ENCODINGS,
+    DraftHead,
+    DraftTargets,
+    ProjectedTargets,
+    StoredLogits,
+    StoredProbs,
+)
 from eagle_rpc.supervision.fingerprint import tensors_digest, tokenizer_fingerprint, weights_fingerprint
 from eagle_rpc.supervision.output import TargetOutput
 from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
@@ -62,7 +62,7 @@ __all__ += ["check_encoding", "compute_supervision", "describe_target", "device_
 __all__ += ["fused_rows_run", "read_rows", "read_rows_fused", "read_supervision", "run_target", "supervise"]
 __all__ += ["tensors_digest", "tokenizer_fingerprint", "weights_fingerprint"]
 # Replies, and the trainer's side.
-__all__ += ["ENCODINGS", "EncodedSupervision", "Encoding", "decode_supervision"]
+__all__ += ["ENCODINGS", "EncodedSupervision", "decode_supervision"]
 __all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]
 __all__ += ["ProjectedTargets", "StoredLogits", "StoredProbs"]
 # Tensors.

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from eagle_rpc.supervision.batch import DraftHead, Eagle3TargetBatch
+from eagle_rpc.supervision.batch import Eagle3TargetBatch
+from eagle_rpc.supervision.encodings import DraftHead
 from eagle_rpc.supervision.session import ModelInfo
 from eagle_rpc.supervision.tokens import TokenBatch
 from eagle_rpc.supervision.vocab import VocabMapping

@@ -1,90 +1,17 @@
-"""One batch of decoded supervision, as a trainer uses it, and the head that projects hidden states.
+"""One batch of decoded supervision, as a trainer uses it.
 
 Legend: B batch, T sequence, H target hidden, K draft vocab, N supervised rows.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from eagle_rpc.supervision.encodings import DraftTargets
 from eagle_rpc.supervision.tensors import shift_left
 from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
-
-
-@dataclass(kw_only=True, slots=True)
-class DraftHead:
-    """The draft-vocab rows of the target's output head, in its dtype.
-
-    They compute `soft_cap * tanh((hidden @ weight.T + bias) * scale / soft_cap)`.
-    """
-
-    weight: Tensor  # [K, H]
-    bias: Tensor | None = None  # [K]
-    scale: float | None = None
-    soft_cap: float | None = None
-
-    def project(self, hidden_NH: Tensor) -> Tensor:
-        """Draft-vocab logits [N, K] of last hidden states, in their dtype."""
-        logits_NK = F.linear(hidden_NH, self.weight, self.bias)
-        if self.scale is not None:
-            logits_NK = logits_NK * self.scale
-        if self.soft_cap is not None:
-            logits_NK = torch.tanh(logits_NK / self.soft_cap) * self.soft_cap
-        return logits_NK
-
-    def to(self, device: torch.device) -> "DraftHead":
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
-
-
-@dataclass(slots=True)
-class DraftTargets(ABC):
-    """The target's distribution over the draft vocabulary at N supervised rows, read in slices."""
-
-    values: Tensor  # [N, ...] as they were sent
-
-    @abstractmethod
-    def logits(self, rows: slice) -> Tensor:
-        """Draft-vocab logits [n, K] of a slice of n rows."""
-
-    def probs(self, rows: slice) -> Tensor:
-        """Softmax over the draft-vocab logits alone, [n, K] fp32."""
-        return self.logits(rows).float().softmax(dim=-1)
-
-
-class StoredProbs(DraftTargets):
-    """Probabilities [N, K] fp32. Their logarithms serve as logits."""
-
-    __slots__ = ()
-
-    def logits(self, rows: slice) -> Tensor:
-        return self.values[rows].log()
-
-    def probs(self, rows: slice) -> Tensor:
-        return self.values[rows]
-
-
-class StoredLogits(DraftTargets):
-    """Logits [N, K] in the target's dtype."""
-
-    __slots__ = ()
-
-    def logits(self, rows: slice) -> Tensor:
-        return self.values[rows]
-
-
-@dataclass(slots=True)
-class ProjectedTargets(DraftTargets):
-    """Last hidden states [N, H] in the target's dtype, projected onto the draft vocabulary when read."""
-
-    head: DraftHead
-
-    def logits(self, rows: slice) -> Tensor:
-        return self.head.project(self.values[rows])
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision.batch import DraftHead, Eagle3TargetBatch
-from eagle_rpc.supervision.encodings import ENCODINGS, Encoding
+from eagle_rpc.supervision.batch import Eagle3TargetBatch
+from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead, DraftTargets
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
 from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.tensors import to_device
@@ -51,7 +51,7 @@ class EncodedSupervision:
 class ReadSupervision:
     """A target's output, with the head's figures for the rows that may be supervised: most of the work."""
 
-    encoding: Encoding
+    encoding: type[DraftTargets]
     rows: BatchRows
     aux_hidden_states: Tensor  # [B, T, 3H]
     last_hidden_state: Tensor | None  # [B, T, H]; for encodings that need the head
@@ -130,7 +130,7 @@ def read_supervision(
 class _RowReader:
     """Reads rows chunk by chunk into tensors of all rows, so that only one chunk's logits exist at a time."""
 
-    def __init__(self, output: AnyOutput, rows: Tensor, encoding: Encoding, ids_K: Tensor) -> None:
+    def __init__(self, output: AnyOutput, rows: Tensor, encoding: type[DraftTargets], ids_K: Tensor) -> None:
         """`rows`: flat places; `ids_K`: target ids of the draft vocabulary."""
         self._output, self._encoding = output, encoding
         self._read_rows = output.read_rows if isinstance(output, TargetOutput) else read_rows
@@ -168,7 +168,7 @@ def decode_supervision(
         tokens=tokens.to(encoded.aux.device),
         aux_hidden_states=_dense_aux(encoded.aux, tokens),
         supervised_rows=encoded.supervised_rows.long(),
-        targets=ENCODINGS[encoded.encoding].decode(encoded.values, head),
+        targets=ENCODINGS[encoded.encoding](encoded.values, head),
         log_normalizer=encoded.log_normalizer,
         argmax=encoded.argmax.long(),
     )

@@ -1,97 +1,154 @@
 """The encodings: how the target's distribution at a supervised row travels from the target to the trainer.
 
 A new encoding is a class in this file, an entry in `ENCODINGS`, and a name in
-`eagle_rpc.config.choices.Encoding`. Legend: N supervised rows, H target hidden, K draft vocab.
+`eagle_rpc.config.choices.Encoding`. Legend: N supervised rows, n rows of a slice, H target hidden, K draft
+vocab.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+import torch
 from torch import Tensor
-
-from eagle_rpc.supervision.batch import DraftHead, DraftTargets, ProjectedTargets, StoredLogits, StoredProbs
+from torch.nn import functional as F
 
 # Row index, log-normaliser and argmax take four bytes each.
 _ROW_BYTES = 12
 
 
-class Encoding(ABC):
-    """The values that travel for each row, made at the target and read at the trainer.
+@dataclass(kw_only=True, slots=True)
+class DraftHead:
+    """The draft-vocab rows of the target's output head, in its dtype.
 
-    They are made from draft-vocab logits by `encode`, or, with `needs_head`, are the last hidden states.
+    They compute `soft_cap * tanh((hidden @ weight.T + bias) * scale / soft_cap)`.
     """
 
-    name: str
-    needs_head = False
+    weight: Tensor  # [K, H]
+    bias: Tensor | None = None  # [K]
+    scale: float | None = None
+    soft_cap: float | None = None
+
+    def project(self, hidden_NH: Tensor) -> Tensor:
+        """Draft-vocab logits [N, K] of last hidden states, in their dtype."""
+        logits_NK = F.linear(hidden_NH, self.weight, self.bias)
+        if self.scale is not None:
+            logits_NK = logits_NK * self.scale
+        if self.soft_cap is not None:
+            logits_NK = torch.tanh(logits_NK / self.soft_cap) * self.soft_cap
+        return logits_NK
+
+    def to(self, device: torch.device) -> "DraftHead":
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+
+@dataclass(slots=True)
+class DraftTargets(ABC):
+    """The target's distribution over the draft vocabulary at N supervised rows. Each subclass is an encoding.
+
+    At the target `encode` makes the values from draft-vocab logits; with `needs_head` they are the last
+    hidden states. The trainer reads them in slices.
+    """
+
+    values: Tensor  # [N, ...] as they travel
+    head: DraftHead | None = None  # given with `needs_head` only
+
+    name: ClassVar[str]
+    needs_head: ClassVar[bool] = False
     """Whether the values are last hidden states, which trainers project with the target's head."""
-    full_probabilities = True
+    full_probabilities: ClassVar[bool] = True
     """Whether the values and the log-normaliser give probabilities over the full target vocabulary."""
-    exact = True
+    exact: ClassVar[bool] = True
     """Whether only rounding is lost. An encoding that is not exact is named so and never a default."""
 
+    @staticmethod
     @abstractmethod
-    def value_bytes(self, hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
+    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
         """Bytes of one row's values; `dtype_bytes`: of one element in the target's dtype."""
 
-    def encode(self, logits_NK: Tensor) -> Tensor:
+    @staticmethod
+    def encode(logits_NK: Tensor) -> Tensor:
         """At the target: the values [N, ...] that travel for these draft-vocab logits."""
-        raise NotImplementedError(f"encoding {self.name} sends last hidden states")
+        raise NotImplementedError("this encoding sends last hidden states")
 
     @abstractmethod
-    def decode(self, values: Tensor, head: DraftHead | None) -> DraftTargets:
-        """At the trainer: the distributions of N rows. `head` is needed with `needs_head` only."""
+    def logits(self, rows: slice) -> Tensor:
+        """Draft-vocab logits [n, K] of a slice of n rows."""
 
+    def probs(self, rows: slice) -> Tensor:
+        """Softmax over the draft-vocab logits alone, [n, K] fp32."""
+        return self.logits(rows).float().softmax(dim=-1)
+
+    @classmethod
     def bytes_per_token(
-        self, *, hidden_size: int, draft_vocab_size: int, dtype_bytes: int, supervised_share: float = 1.0
+        cls, *, hidden_size: int, draft_vocab_size: int, dtype_bytes: int, supervised_share: float = 1.0
     ) -> float:
         """Wire bytes of one real token whose row is supervised with probability `supervised_share`."""
-        row_bytes = self.value_bytes(hidden_size, draft_vocab_size, dtype_bytes) + _ROW_BYTES
+        row_bytes = cls.value_bytes(hidden_size, draft_vocab_size, dtype_bytes) + _ROW_BYTES
         return 3 * hidden_size * dtype_bytes + supervised_share * row_bytes
 
 
-class Probs(Encoding):
-    """Probabilities among the draft vocabulary, [N, K] fp32, as the reference sends them."""
+class StoredProbs(DraftTargets):
+    """Probabilities among the draft vocabulary, [N, K] fp32, as the reference sends them.
 
+    Their logarithms serve as logits.
+    """
+
+    __slots__ = ()
     name = "probs"
     full_probabilities = False
 
-    def value_bytes(self, hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
+    @staticmethod
+    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
         return 4 * draft_vocab_size
 
-    def encode(self, logits_NK: Tensor) -> Tensor:
+    @staticmethod
+    def encode(logits_NK: Tensor) -> Tensor:
         return logits_NK.float().softmax(dim=-1)
 
-    def decode(self, values: Tensor, head: DraftHead | None) -> StoredProbs:
-        return StoredProbs(values)
+    def logits(self, rows: slice) -> Tensor:
+        return self.values[rows].log()
+
+    def probs(self, rows: slice) -> Tensor:
+        return self.values[rows]
 
 
-class Logits(Encoding):
+class StoredLogits(DraftTargets):
     """Draft-vocab logits, [N, K] in the target's dtype."""
 
+    __slots__ = ()
     name = "logits"
 
-    def value_bytes(self, hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
+    @staticmethod
+    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
         return dtype_bytes * draft_vocab_size
 
-    def encode(self, logits_NK: Tensor) -> Tensor:
+    @staticmethod
+    def encode(logits_NK: Tensor) -> Tensor:
         return logits_NK
 
-    def decode(self, values: Tensor, head: DraftHead | None) -> StoredLogits:
-        return StoredLogits(values)
+    def logits(self, rows: slice) -> Tensor:
+        return self.values[rows]
 
 
-class Hidden(Encoding):
+class ProjectedTargets(DraftTargets):
     """Last hidden states, [N, H] in the target's dtype: the smallest form where H < K."""
 
+    __slots__ = ()
     name = "hidden"
     needs_head = True
 
-    def value_bytes(self, hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
+    @staticmethod
+    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
         return dtype_bytes * hidden_size
 
-    def decode(self, values: Tensor, head: DraftHead | None) -> ProjectedTargets:
-        assert head is not None, "encoding hidden needs the draft rows of the target's head"
-        return ProjectedTargets(values, head)
+    def logits(self, rows: slice) -> Tensor:
+        assert self.head is not None, "encoding hidden needs the draft rows of the target's head"
+        return self.head.project(self.values[rows])
 
 
-ENCODINGS: dict[str, Encoding] = {encoding.name: encoding for encoding in (Probs(), Logits(), Hidden())}
+ENCODINGS: dict[str, type[DraftTargets]] = {
+    encoding.name: encoding for encoding in (StoredProbs, StoredLogits, ProjectedTargets)
+}
 """By the name that the configuration and the wire hold."""

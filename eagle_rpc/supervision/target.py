@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.supervision.batch import DraftHead
 from eagle_rpc.supervision.encoded import EncodedSupervision, encode_supervision
-from eagle_rpc.supervision.encodings import ENCODINGS
+from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead
 from eagle_rpc.supervision.fingerprint import weights_fingerprint
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput
 from eagle_rpc.supervision.session import ModelInfo

@@ -7,16 +7,15 @@ from eagle_rpc.config import choices
 from eagle_rpc.supervision import (
     ENCODINGS,
     DraftHead,
+    DraftTargets,
     DraftVocabOnDevice,
     SessionSettings,
-    StoredLogits,
     TargetOutput,
     TokenBatch,
     VocabMapping,
     decode_supervision,
     encode_supervision,
 )
-from eagle_rpc.supervision.encodings import Encoding
 
 
 def test_the_configuration_names_every_encoding():
@@ -39,29 +38,29 @@ def test_an_encoding_sends_either_hidden_states_or_values_of_logits(name):
         with pytest.raises(NotImplementedError):
             encoding.encode(logits)
         head = DraftHead(weight=torch.randn(5, 4))
-        assert encoding.decode(torch.randn(3, 4), head).logits(slice(None)).shape == (3, 5)
+        assert encoding(torch.randn(3, 4), head).logits(slice(None)).shape == (3, 5)
     else:
-        assert torch.allclose(
-            encoding.decode(encoding.encode(logits), None).probs(slice(None)), logits.softmax(-1)
-        )
+        assert torch.allclose(encoding(encoding.encode(logits)).probs(slice(None)), logits.softmax(-1))
 
 
-class HalfLogits(Encoding):
+class HalfLogits(DraftTargets):
     name = "half_logits"
     exact = False
 
-    def value_bytes(self, hidden_size, draft_vocab_size, dtype_bytes):
+    @staticmethod
+    def value_bytes(hidden_size, draft_vocab_size, dtype_bytes):
         return 2 * draft_vocab_size
 
-    def encode(self, logits_NK):
+    @staticmethod
+    def encode(logits_NK):
         return logits_NK.half()
 
-    def decode(self, values, head):
-        return StoredLogits(values.float())
+    def logits(self, rows):
+        return self.values[rows].float()
 
 
 def test_a_new_class_in_the_registry_is_all_that_an_encoding_takes(monkeypatch):
-    monkeypatch.setitem(ENCODINGS, "half_logits", HalfLogits())
+    monkeypatch.setitem(ENCODINGS, "half_logits", HalfLogits)
     SessionSettings(encoding="half_logits").check()
     ids = torch.arange(8)[None]
     ones = torch.ones_like(ids)
