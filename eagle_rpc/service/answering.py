@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnsupportedTarget
-from eagle_rpc.service.fairness import FairQueue, Work
+from eagle_rpc.service.fairness import LONGEST_RETRY, FairQueue, Work
 from eagle_rpc.service.forward_pass import outcome_of
 from eagle_rpc.supervision import AnswerSettings, PromptAnswer
 
@@ -130,7 +130,9 @@ class AnswerDesk:
         full = max(of_session, len(self._waiting)) >= self._max_answers
         if full or self._waiting.num_of_run(work.run) >= share:
             rule = f"at most {self._max_answers} prompts must wait, {share} of a run"
-            raise TargetBusy(f"{rule} (target.max_answers)")
+            busy = TargetBusy(f"{rule} (target.max_answers)")
+            busy.retry_after = LONGEST_RETRY
+            raise busy
 
     def remove(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
         """Answers all prompts for which `unwanted` holds with `reason`; returns their number."""

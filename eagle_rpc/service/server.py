@@ -157,12 +157,13 @@ class TargetModelServer:
             raise TargetDraining("the target is shutting down and takes no new sessions")
         mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
         spec.expected.check(self._info)
-        if spec.answers:
-            return self._scheduler.submit_first(functools.partial(self._open_for_answers, spec, mapping))
-        if ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(mapping.digest, spec.encoding):
+        probe = ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(
+            mapping.digest, spec.encoding
+        )
+        if probe or spec.answers:
             # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
             spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
-            return self._scheduler.submit_first(functools.partial(self._open, spec, mapping, probe=True))
+            return self._scheduler.submit_first(functools.partial(self._open, spec, mapping, probe=probe))
         opened: Future[OpenedSession] = Future()
         opened.set_result(self._open(spec, mapping))
         return opened
@@ -175,13 +176,11 @@ class TargetModelServer:
         # Several trainers may have asked before the first of them was answered.
         if probe and not self._sessions.serves(mapping.digest, spec.encoding):
             check_encoding(self._target, mapping.selected_token_ids, spec.encoding)
+        if spec.answers:
+            self._answering.check()
         session, config = self._sessions.open(spec, mapping), self._config
         credits = config.max_answers if spec.answers else config.max_queued_per_session
         return OpenedSession(id=session.id, credits=credits, lease=config.session_lease)
-
-    def _open_for_answers(self, spec: SessionSpec, mapping: VocabMapping) -> OpenedSession:
-        self._answering.check()
-        return self._open(spec, mapping)
 
     def generate(self, request: GenerateRequest) -> Future[EncodedSupervision]:
         """The supervision of one batch; on a GPU ready in the order of the device's default stream.
@@ -195,7 +194,11 @@ class TargetModelServer:
             request.tokens.check(
                 vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens
             )
-            return self._submit(session, request)
+            try:
+                return self._submit(session, request)
+            except TargetBusy as busy:
+                busy.retry_after = self._scheduler.retry_after
+                raise
 
     def answer(self, request: AnswerRequest) -> Future[PromptAnswer]:
         """The answer to one prompt, decoded between forward passes; `cancel` ends it at any time.
@@ -212,10 +215,6 @@ class TargetModelServer:
     def _refusals_counted(self) -> Iterator[None]:
         try:
             yield
-        except TargetBusy as busy:
-            busy.retry_after = self._scheduler.retry_after
-            self._throughput.refused(busy.code)
-            raise
         except Exception as error:
             self._throughput.refused(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
             raise
