@@ -120,6 +120,7 @@ class AnswerEngine:
         with torch.inference_mode(), batch_attention(self.model):
             return self._step()
 
+    @torch.inference_mode()
     def drop(self, keys: Collection[str]) -> None:
         """Forgets prompts whose answers are not finished."""
         self._waiting = [one for one in self._waiting if one.key not in keys]

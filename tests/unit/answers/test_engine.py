@@ -175,3 +175,16 @@ def test_attention_sinks_are_refused_rather_than_left_out():
     engine.submit("a", [5, 6, 7])
     with pytest.raises(UnsupportedTarget, match="sinks"):
         list(engine.answers())
+
+
+def test_answers_that_are_dropped_midway_leave_the_others_as_they_would_be():
+    model, asked = random_model(), prompts(7)
+    engine = AnswerEngine(model, batch_size=4, max_new_tokens=MAX_NEW_TOKENS, stop_token_ids={VOCAB})
+    for number, prompt in enumerate(asked):
+        engine.submit(str(number), prompt)
+    assert engine.step() == []
+    dropped = [engine._active[0].key, engine._active[2].key, engine._waiting[0].key]
+    engine.drop(dropped)
+    found = {answer.key: answer.token_ids for answer in engine.answers()}
+    kept = {str(number): prompt for number, prompt in enumerate(asked) if str(number) not in dropped}
+    assert found == {key: reference_answer(model, prompt, {VOCAB})[0] for key, prompt in kept.items()}
