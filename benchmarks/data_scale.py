@@ -2,10 +2,11 @@
 
     python benchmarks/data_scale.py /tmp/scale --out benchmarks/results/data_scale_DATE
 
-It makes a file of chats in the directory, about 7 GB by default, and removes nothing. A share of the chats is
-tokenised as `job=train` does it, by a process for each core. The tokens of the whole file are drawn at random
-and go through the writer of the token cache, because tokenising all takes hours on two cores. Each start is a
-process of its own that does with the data what a trainer does, up to its first batches.
+It makes two files in the directory and removes nothing: some chats of text, which are tokenised as `job=train`
+does it, by a process for each core; and the lengths of all chats, in place of their text. Tokenising all of
+them would take hours on two cores, so their tokens are drawn at random and go through the writer of the token
+cache, about 7 GB by default. Each start is a process of its own that does with the data what a trainer does,
+up to its first batches.
 
 Memory is anonymous memory over that after the imports: pages of mapped files belong to the system's cache.
 """
@@ -28,6 +29,7 @@ from unittest import mock
 import numpy as np
 import torch
 from measuring import Results, arguments_of
+from numpy.typing import NDArray
 
 from eagle_rpc.config.schema import Config, DataConfig, RunConfig, TargetConfig
 from eagle_rpc.data import build_vocab_mapping, datasets_of, load_data, token_cache
@@ -38,7 +40,7 @@ from eagle_rpc.target.loading import load_target_config, load_tokenizer
 _MAX_LENGTH = 4096
 # Chats are put together of these many pieces, of so many words of one token each.
 _PIECES, _WORDS = 4000, 40
-_CHUNK = 4096
+_CHUNK = 1024
 _BATCHES = 50
 _WORKER = "--worker"
 
@@ -58,15 +60,14 @@ def main() -> None:
         return
     results = Results(arguments.out and arguments.out.with_suffix(".json"), torch.device("cpu"))
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    results.add(step="file made", **make_file(arguments))
+    results.add(step="files made", **make_files(arguments))
     results.add(step="a share, first start", **in_process("tokenised", chats=arguments.tokenised))
     results.add(step="all, first start (tokens drawn)", **in_process("drawn"))
     for _ in range(2):
         results.add(step="all, later start", **in_process("tokenised"))
 
 
-def make_file(arguments: argparse.Namespace) -> dict[str, float]:
-    """Writes the chats, and those of the share to a file of their own."""
+def make_files(arguments: argparse.Namespace) -> dict[str, float]:
     began = time.monotonic()
     tokenizer = load_tokenizer(TargetConfig(model=arguments.model), cache_dir=arguments.directory / "cache")
     assert tokenizer is not None
@@ -77,29 +78,20 @@ def make_file(arguments: argparse.Namespace) -> dict[str, float]:
     ]
     random = np.random.default_rng(0)
     pieces = ["".join(random.choice(words, _WORDS)) for _ in range(_PIECES)]
-    with path_of(arguments, arguments.chats).open("w", encoding="utf-8") as file:
-        for start in range(0, arguments.chats, _CHUNK):
-            lengths = draw_lengths(arguments, random)[: arguments.chats - start]
-            chosen = random.integers(_PIECES, size=(len(lengths), _MAX_LENGTH // _WORDS)).tolist()
-            for length, numbers in zip(lengths.tolist(), chosen, strict=True):
-                count = max(2, round(length / _WORDS))
-                question, answer = (
-                    "".join([pieces[number] for number in part])
-                    for part in (numbers[: -(-count // 3)], numbers[-(-count // 3) : count])
-                )
-                file.write(
-                    f'{{"messages": [{{"role": "user", "content": "{question}"}}, '
-                    f'{{"role": "assistant", "content": "{answer}"}}]}}\n'
-                )
-    with (
-        path_of(arguments, arguments.chats).open(encoding="utf-8") as source,
-        path_of(arguments, arguments.tokenised).open("w", encoding="utf-8") as file,
-    ):
-        file.writelines(islice(source, arguments.tokenised))
+    with path_of(arguments, arguments.tokenised).open("w", encoding="utf-8") as file:
+        for length in draw_lengths(arguments.length, arguments.tokenised, random).tolist():
+            chosen = [pieces[number] for number in random.integers(_PIECES, size=max(2, length // _WORDS))]
+            middle = -(-len(chosen) // 3)
+            turns = [
+                {"role": "user", "content": "".join(chosen[:middle])},
+                {"role": "assistant", "content": "".join(chosen[middle:])},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    lengths = draw_lengths(arguments.length, arguments.chats, random)
+    lengths.tofile(path_of(arguments, arguments.chats), sep="\n")
     return {
         "seconds": time.monotonic() - began,
-        "chats": arguments.chats,
-        "gigabytes": path_of(arguments, arguments.chats).stat().st_size / 1e9,
+        "megabytes_of_text": path_of(arguments, arguments.tokenised).stat().st_size / 1e6,
     }
 
 
@@ -107,18 +99,19 @@ def path_of(arguments: argparse.Namespace, chats: int) -> Path:
     return Path(arguments.directory / f"chats_{chats}.jsonl")
 
 
-def draw_lengths(arguments: argparse.Namespace, random: np.random.Generator) -> "np.ndarray[Any, Any]":
-    """Tokens of some chats: log-normal, as those of many corpora."""
+def draw_lengths(mean: int, count: int, random: np.random.Generator) -> NDArray[np.int64]:
+    """Tokens of chats: log-normal, as those of many corpora."""
     spread = 0.5
-    centre = np.log(arguments.length) - spread**2 / 2
-    return np.clip(random.lognormal(centre, spread, _CHUNK).astype(np.int64), 2 * _WORDS, _MAX_LENGTH)
+    drawn = random.lognormal(np.log(mean) - spread**2 / 2, spread, count)
+    return np.clip(drawn.astype(np.int64), 2 * _WORDS, _MAX_LENGTH)
 
 
-def drawn_chunks(arguments: argparse.Namespace, vocab_size: int) -> Iterator[TokenisedChunk]:
-    """Samples of random tokens in place of the chats; the last two thirds of each are supervised."""
+def drawn_chunks(path: Path, vocab_size: int) -> Iterator[TokenisedChunk]:
+    """Samples of random tokens of the lengths in a file; the last two thirds of each are supervised."""
     random = np.random.default_rng(1)
-    for start in range(0, arguments.chats, _CHUNK):
-        lengths = draw_lengths(arguments, random)[: arguments.chats - start]
+    all_lengths = np.fromfile(path, dtype=np.int64, sep="\n")
+    for start in range(0, len(all_lengths), _CHUNK):
+        lengths = all_lengths[start : start + _CHUNK]
         # A product of two uniform numbers makes low ids the frequent ones, as in text.
         share = random.random(lengths.sum(), dtype=np.float32) * random.random(
             lengths.sum(), dtype=np.float32
@@ -160,7 +153,9 @@ def start(arguments: argparse.Namespace, *, drawn: bool) -> dict[str, float]:
         with mock.patch.object(
             token_cache,
             "tokenised",
-            (lambda *_: drawn_chunks(arguments, vocab_size)) if drawn else token_cache.tokenised,
+            (lambda *_: drawn_chunks(path_of(arguments, arguments.chats), vocab_size))
+            if drawn
+            else token_cache.tokenised,
         ):
             data = load_data(config.data, template, cache_dir=cache_dir)
         seconds.end("data_seconds")
