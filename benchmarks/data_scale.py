@@ -61,10 +61,10 @@ def main() -> None:
     results = Results(arguments.out and arguments.out.with_suffix(".json"), torch.device("cpu"))
     arguments.directory.mkdir(parents=True, exist_ok=True)
     results.add(step="files made", **make_files(arguments))
-    results.add(step="a share, first start", **in_process("tokenised", chats=arguments.tokenised))
     results.add(step="all, first start (tokens drawn)", **in_process("drawn"))
     for _ in range(2):
         results.add(step="all, later start", **in_process("tokenised"))
+    results.add(step="a share, first start", **in_process("tokenised", chats=arguments.tokenised))
 
 
 def make_files(arguments: argparse.Namespace) -> dict[str, float]:

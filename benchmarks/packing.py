@@ -13,7 +13,7 @@ import torch
 from measuring import arguments_of
 
 from eagle_rpc.config.schema import DataConfig, DraftConfig, TargetConfig, TrainConfig
-from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, load_datasets
+from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, datasets_of, load_data
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
 from eagle_rpc.supervision import SessionSettings
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
@@ -40,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(1)
     config = TargetConfig(model=arguments.model)
     target = HFEagle3TargetModel.load(config, "cpu", cache_dir=CACHE)
-    template = ChatTemplate(target.tokenizer, None)
-    chats, _ = load_datasets(DataConfig(train_path=arguments.chats, max_length=LONGEST), template)
+    data = DataConfig(train_path=arguments.chats, max_length=LONGEST)
+    chats, _ = datasets_of(data, load_data(data, ChatTemplate(target.tokenizer), cache_dir=CACHE))
     backend, step = make_both_sides(target, config, chats)
     print(f"{'layout':<48}{'padding':>9}{'target':>10}{'trainer':>10}  real tokens/s")
     for name, options in LAYOUTS.items():

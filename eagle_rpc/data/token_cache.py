@@ -156,12 +156,12 @@ def _hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _locked(file: Path, path: str) -> filelock.BaseFileLock:
+def _locked(file: Path, path: str) -> filelock.AcquireReturnProxy:
     lock = filelock.FileLock(file)
     wait = BoundedWait(f"another process to tokenise {path}", _LONGEST_WAIT)
     while True:
         try:
-            return lock.acquire(timeout=1.0).lock
+            return lock.acquire(timeout=1.0)
         except filelock.Timeout:
             if wait.over:
                 raise wait.timeout() from None

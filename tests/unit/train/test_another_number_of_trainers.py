@@ -89,7 +89,9 @@ def newest(path: Path) -> Checkpoint:
     return read_checkpoint(found)
 
 
-@pytest.mark.parametrize("packed_length", [None, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("packed_length", [None, 20])
 def test_three_trainers_finish_what_two_began_and_train_on_each_chat_once_an_epoch(tmp_path, packed_length):
     alone = plan(packed_length)
     steps_of_epoch = alone.sequences_per_epoch // (2 * SETTINGS.accumulation)
