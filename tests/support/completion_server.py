@@ -27,6 +27,7 @@ class CompletionServer:
         self.api_key: str | None = None
         self.statuses: deque[int] = deque()  # of the next completions
         self.status_for: dict[int, int] = {}  # by length of the prompt, always
+        self.most_prompt_tokens: int | None = None
         self.together: threading.Barrier | None = None  # all of its parties are under way at a time
         self.bodies: list[dict[str, Any]] = []
         self.most_at_a_time = 0
@@ -60,6 +61,9 @@ class CompletionServer:
         try:
             if self.together is not None and not probe:
                 self.together.wait(timeout=60)
+            most = self.most_prompt_tokens
+            if most is not None and len(body["prompt"]) > most and not probe:
+                return 400, {"error": {"message": "the prompt is too long", "code": 400}}
             if status != 200:
                 return status, {"error": {"message": f"made to answer {status}", "code": status}}
             with self._lock:
