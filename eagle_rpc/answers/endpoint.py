@@ -97,12 +97,11 @@ class Endpoint:
             logger.warning("%s returns no token ids: the text of its answers is tokenised", self.url)
         logger.info("%s serves %s, context %s", self.url, self.model, self.context or "unknown")
 
-    async def answer(self, key: str, prompt: Sequence[int]) -> Answer:
-        """The answer to `prompt`, or the refusal of it.
+    async def answer(self, key: str, prompt: Sequence[int], limit: int) -> Answer:
+        """The answer to `prompt` of at most `limit` tokens, or the refusal of it.
 
         Raises `TargetUnavailable` if the server cannot answer now, `ConfigError` if it never will.
         """
-        limit = self._asking.settings.max_new_tokens
         if self.context is not None:
             limit = min(limit, self.context - len(prompt))
         if limit < 1:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeAlias
 
 from eagle_rpc.answers.answerer import Answer
+from eagle_rpc.answers.regeneration import limits
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate
 from eagle_rpc.errors import ConfigError, TargetUnavailable
@@ -60,6 +61,7 @@ class EndpointAnswerer:
         self._waiting: deque[_Prompt] = deque()
         self._under_way: dict[asyncio.Task[Answer], tuple[_Desk, _Prompt]] = {}
         self._endpoints = tuple(endpoints)
+        self._longest_answer = limits(config, self.context)[1]
 
     @property
     def ids_from_text(self) -> bool:
@@ -113,7 +115,7 @@ class EndpointAnswerer:
             if desk.free(self._concurrency) < 1:
                 return
             prompt = self._waiting.popleft()
-            task = self._loop.create_task(desk.endpoint.answer(*prompt))
+            task = self._loop.create_task(desk.endpoint.answer(*prompt, self._longest_answer))
             self._under_way[task] = desk, prompt
             desk.busy += 1
 

@@ -213,6 +213,12 @@ def test_an_answer_is_as_long_as_the_context_of_the_server_allows(config: Config
     assert found["too long"].refusal == f"the prompt has 20 tokens, the context of {server.url} 20"
 
 
+def test_answers_leave_half_of_a_small_context_to_prompts(config: Config, server: CompletionServer):
+    server.models[0]["max_model_len"] = 20
+    asked(config, {"short": [5]})
+    assert [body["max_tokens"] for body in server.bodies] == [10]
+
+
 def test_the_smallest_context_counts(config: Config, servers: list[CompletionServer]):
     config.regenerate.endpoints = [server.url for server in servers]
     template = ChatTemplate(TOKENIZER, stop_token_ids=STOP_IDS)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,10 @@ def config(server: CompletionServer, model_dir: Path, tmp_path: Path) -> Config:
     return config
 
 
-def written(config: Config) -> dict[str, list[dict[str, str]]]:
+def written(config: Config) -> dict[str, list[Any]]:
+    """Turns and kept ids by prompt."""
     records = [json.loads(line) for line in Path(config.regenerate.output).read_text().splitlines()]
-    return {record["prompt"]: record["messages"] for record in records}
+    return {record["prompt"]: [record["messages"], record["answers"]] for record in records}
 
 
 def test_an_endpoint_gives_the_answers_of_the_own_engine(config: Config, tmp_path: Path):
