@@ -78,7 +78,8 @@ class Endpoint:
         limits = (asking.context, _extra(model, "max_model_len"))
         self.model, self.context = model.id, min(filter(None, limits), default=None)
         try:
-            completion = await self._complete("probe", prompt, _PROBE_TOKENS)
+            # Without stop texts, before which a server cuts the text of an answer, but not its ids.
+            completion = await self._complete("probe", prompt, _PROBE_TOKENS, stop_texts=[])
         except InvalidRequest as error:
             raise ConfigError(
                 f"regenerate.endpoints must take prompts as token ids at /completions and the settings of "
@@ -109,9 +110,10 @@ class Endpoint:
                 key, f"the prompt has {len(prompt)} tokens, the context of {self.url} {self.context}"
             )
         try:
-            choice = (await self._complete(key, prompt, limit)).choices[0]
+            completion = await self._complete(key, prompt, limit, stop_texts=self._asking.settings.stop)
         except (InvalidRequest, TargetFailed) as error:
             return _refusal(key, str(error))
+        choice = completion.choices[0]
         if choice.finish_reason not in ("stop", "length"):
             return _refusal(key, f"{self.url} ended the answer because of {choice.finish_reason}")
         said, truncated = self._said(choice), choice.finish_reason == "length"
@@ -133,7 +135,9 @@ class Endpoint:
             raise ConfigError(f"{_must_be_base_url(self.url)}, whose /models names no model")
         return models
 
-    async def _complete(self, key: str, prompt: Sequence[int], limit: int) -> Completion:
+    async def _complete(
+        self, key: str, prompt: Sequence[int], limit: int, *, stop_texts: list[str]
+    ) -> Completion:
         settings = self._asking.settings
         greedy = settings.temperature == 0
         draws = random.Random(f"{self._asking.seed}/{key}")
@@ -145,7 +149,7 @@ class Endpoint:
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 seed=openai.omit if greedy else draws.getrandbits(31),
-                stop=settings.stop or openai.omit,
+                stop=stop_texts or openai.omit,
                 presence_penalty=0.0,
                 frequency_penalty=0.0,
                 extra_body={

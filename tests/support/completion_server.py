@@ -77,16 +77,19 @@ class CompletionServer:
         prompt = [*self.added_first, *body["prompt"]]
         said: list[int] = []
         stops = {*self.stop_token_ids, *body["stop_token_ids"]}
-        while len(said) < body["max_tokens"] and (not said or said[-1] not in stops):
+        text, ended_by = "", None
+        while len(said) < body["max_tokens"] and (not said or said[-1] not in stops) and ended_by is None:
             said.append(int(self.model(torch.tensor([[*prompt, *said]])).logits[0, -1].argmax()))
-        stopped = said[-1] in stops
+            text = self.tokenizer.decode([token for token in said if token not in stops])
+            ended_by = next((stop for stop in body.get("stop", []) if stop in text), None)
+        stopped = said[-1] in stops or ended_by is not None
         choice: dict[str, Any] = {
             "index": 0,
-            "text": self.tokenizer.decode(said[:-1] if stopped else said),
+            "text": text if ended_by is None else text.partition(ended_by)[0],
             "finish_reason": "stop" if stopped else "length",
         }
         if self.returns_ids:
-            choice |= {"token_ids": said, "prompt_token_ids": prompt, "stop_reason": None}
+            choice |= {"token_ids": said, "prompt_token_ids": prompt, "stop_reason": ended_by}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(said), "total_tokens": 0}
         return {
             "id": "1",

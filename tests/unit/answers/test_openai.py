@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ STOP_IDS = frozenset([2, *range(0, VOCAB_SIZE, 14)])
 NEW_TOKENS = 12
 PROMPTS = {str(length): list(range(3, 3 + length)) for length in range(4, 16)}
 TOKENIZER = make_tiny_tokenizer()
+PROBE = TOKENIZER.encode("The capital of France is", add_special_tokens=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +86,34 @@ def asked(config: Config, prompts: dict[str, list[int]] | None = None) -> dict[s
     return {answer.key: answer for answer in answers}
 
 
-def test_greedy_answers_have_the_ids_of_the_own_engine(config: Config, model: LlamaForCausalLM):
-    engine = AnswerEngine(model, batch_size=4, max_new_tokens=NEW_TOKENS, stop_token_ids=STOP_IDS)
-    for key, prompt in PROMPTS.items():
+def by_engine(model: LlamaForCausalLM, prompts: dict[str, list[int]], **changes: Any) -> dict[str, Answer]:
+    settings = {"max_new_tokens": NEW_TOKENS, "tokenizer": TOKENIZER, **changes}
+    engine = AnswerEngine(model, batch_size=4, stop_token_ids=STOP_IDS, **settings)
+    for key, prompt in prompts.items():
         engine.submit(key, prompt)
-    expected = {answer.key: answer for answer in engine.answers()}
+    return {answer.key: answer for answer in engine.answers()}
 
+
+def test_greedy_answers_have_the_ids_of_the_own_engine(config: Config, model: LlamaForCausalLM):
     found = asked(config)
 
-    assert found == expected
+    assert found == by_engine(model, PROMPTS)
     assert {answer.truncated for answer in found.values()} == {True, False}
+
+
+def test_stop_texts_end_answers_where_they_end_those_of_the_own_engine(
+    config: Config, model: LlamaForCausalLM
+):
+    # The text stands in the answer to the probe, which must not be cut.
+    (probe,) = by_engine(model, {"probe": PROBE}, max_new_tokens=8).values()
+    stop = next(one for one in TOKENIZER.decode(probe.token_ids) if one.isascii() and one.isprintable())
+    config.regenerate.stop = [stop]
+    prompts = {**PROMPTS, "probe": PROBE}
+
+    found = asked(config, prompts)
+
+    assert found == by_engine(model, prompts, stop_texts=[stop])
+    assert found["probe"].stop_token is None and not found["probe"].truncated
 
 
 def test_requests_state_every_setting_that_the_model_could_bring_its_own_default_for(
@@ -311,8 +331,7 @@ def test_a_server_that_puts_a_token_before_prompts_is_refused(
 
 
 def test_a_server_that_takes_no_token_ids_is_refused_at_the_start(config: Config, server: CompletionServer):
-    probe = TOKENIZER.encode("The capital of France is", add_special_tokens=False)
-    server.status_for[len(probe)] = 400
+    server.status_for[len(PROBE)] = 400
     with pytest.raises(ConfigError, match=r"must take prompts as token ids .* made to answer 400"):
         asked(config)
 
