@@ -20,7 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.config.schema import RegenerateConfig
-from eagle_rpc.errors import ConfigError, EagleRpcError, InvalidRequest, TargetFailed, TargetUnavailable
+from eagle_rpc.errors import (
+    ConfigError,
+    EagleRpcError,
+    InvalidRequest,
+    RequestExpired,
+    TargetFailed,
+    TargetUnavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +118,7 @@ class Endpoint:
             )
         try:
             completion = await self._complete(key, prompt, limit, stop_texts=self._asking.settings.stop)
-        except (InvalidRequest, TargetFailed) as error:
+        except (InvalidRequest, RequestExpired, TargetFailed) as error:
             return _refusal(key, str(error))
         choice = completion.choices[0]
         if choice.finish_reason not in ("stop", "length"):
@@ -214,9 +221,11 @@ class Endpoint:
             if status in _NOT_NOW:
                 return TargetUnavailable(said)
             return InvalidRequest(said) if status < 500 else TargetFailed(said)
-        if isinstance(error, openai.APITimeoutError):
+        # The name of httpx's error: the client uses httpx or httpx2.
+        no_connection = type(error.__cause__).__name__ == "ConnectTimeout"
+        if isinstance(error, openai.APITimeoutError) and not no_connection:
             limit = f"regenerate.answer_timeout={self._asking.settings.answer_timeout:g} s"
-            return TargetUnavailable(f"{self.url} gave no answer in {limit}")
+            return RequestExpired(f"{self.url} gave no answer in {limit}, asked {1 + _RETRIES} times")
         if isinstance(error, openai.APIConnectionError):
             return TargetUnavailable(f"{self.url} cannot be reached: {error.__cause__ or error}")
         return TargetFailed(f"{self.url} sent no completion: {error}")

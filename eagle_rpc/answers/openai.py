@@ -136,10 +136,11 @@ class EndpointAnswerer:
         desk.outage.say(why)
         desk.resumes = time.monotonic() + _REST_SECONDS
         if desk.outage.over and desk in self._desks:
-            logger.error("%s", desk.outage.timeout(why))
             self._desks.remove(desk)
+            given_up = desk.outage.timeout(why)
             if not self._desks:
-                raise TargetUnavailable(f"no endpoint of regenerate.endpoints is left: {why}")
+                raise TargetUnavailable(f"no endpoint of regenerate.endpoints is left: {given_up}")
+            logger.warning("%s; %d other endpoints go on", given_up, len(self._desks))
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class CompletionServer:
         self.statuses: deque[int] = deque()  # of the next completions
         self.status_for: dict[int, int] = {}  # by length of the prompt, always
         self.most_prompt_tokens: int | None = None
+        self.held_prompt: list[int] | None = None  # gets no answer before the server ends
+        self._ending = threading.Event()
         self.together: threading.Barrier | None = None  # all of its parties are under way at a time
         self.bodies: list[dict[str, Any]] = []
         self.most_at_a_time = 0
@@ -41,6 +43,7 @@ class CompletionServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ending.set()
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
@@ -61,6 +64,8 @@ class CompletionServer:
         try:
             if self.together is not None and not probe:
                 self.together.wait(timeout=60)
+            if body["prompt"] == self.held_prompt:
+                self._ending.wait(timeout=60)
             most = self.most_prompt_tokens
             if most is not None and len(body["prompt"]) > most and not probe:
                 return 400, {"error": {"message": "the prompt is too long", "code": 400}}
@@ -123,6 +128,8 @@ class CompletionServer:
                     status, content = 404, {"detail": "Not Found"}
                 kind = "text/html" if isinstance(content, str) else "application/json"
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                if server._ending.is_set():
+                    return  # the client is gone
                 self.send_response(status)
                 self.send_header("content-type", kind)
                 self.send_header("content-length", str(len(data)))

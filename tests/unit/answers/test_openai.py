@@ -16,6 +16,7 @@ pytest.importorskip("openai", reason="the extra openai is not installed")
 
 from support.completion_server import CompletionServer
 
+from eagle_rpc.answers import endpoint
 from eagle_rpc.answers import openai as backend
 from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.answers.engine import AnswerEngine
@@ -189,7 +190,9 @@ def test_a_server_that_cannot_answer_for_a_while_loses_no_prompt(
     assert not server.statuses
 
 
-def test_the_prompts_of_a_lost_endpoint_go_to_the_others(config: Config, servers: list[CompletionServer]):
+def test_the_prompts_of_a_lost_endpoint_go_to_the_others(
+    config: Config, servers: list[CompletionServer], caplog: pytest.LogCaptureFixture
+):
     config.regenerate.endpoints = [server.url for server in servers]
     config.rpc.reconnect_deadline = 0.001
     servers[1].statuses.extend([503] * 1000)
@@ -197,6 +200,7 @@ def test_the_prompts_of_a_lost_endpoint_go_to_the_others(config: Config, servers
     found = asked(config)
 
     assert found.keys() == PROMPTS.keys() and not any(answer.refusal for answer in found.values())
+    assert "1 other endpoints go on" in caplog.text
 
 
 def test_the_job_ends_once_no_endpoint_is_left(config: Config, servers: list[CompletionServer]):
@@ -205,7 +209,9 @@ def test_the_job_ends_once_no_endpoint_is_left(config: Config, servers: list[Com
     for server in servers:
         server.statuses.extend([503] * 1000)
 
-    with pytest.raises(TargetUnavailable, match=r"no endpoint .* is left: .*/v1 answers 503: made to answer"):
+    with pytest.raises(
+        TargetUnavailable, match=r"no endpoint .* is left: gave up .*/v1 answers 503: made to"
+    ):
         asked(config)
 
 
@@ -221,6 +227,20 @@ def test_a_prompt_that_the_server_refuses_is_a_refusal_in_words(
     refusals = {key: answer.refusal for key, answer in found.items() if answer.refusal}
     assert refusals == {"4": f"{server.url} answers {status}: made to answer {status}"}
     assert found["4"].said_ids == [] and not found["4"].truncated
+
+
+def test_a_prompt_without_an_answer_in_time_is_a_refusal(
+    config: Config, server: CompletionServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(endpoint, "_RETRIES", 0)
+    config.regenerate.answer_timeout = 5
+    server.held_prompt = PROMPTS["4"]
+
+    found = asked(config)
+
+    refusals = {key: answer.refusal for key, answer in found.items() if answer.refusal}
+    late = "gave no answer in regenerate.answer_timeout=5 s, asked 1 times"
+    assert refusals == {"4": f"{server.url} {late}"} and found.keys() == PROMPTS.keys()
 
 
 def test_an_answer_is_as_long_as_the_context_of_the_server_allows(config: Config, server: CompletionServer):
