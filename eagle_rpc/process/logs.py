@@ -1,5 +1,6 @@
 """The log of a worker: each line has time, worker name, level (unless it is info) and message."""
 
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -79,3 +80,8 @@ class _LogFile(logging.FileHandler):
             self.addFilter(lambda _: False)
             reason = sys.exc_info()[1]
             tqdm.write(f"no longer writing {self.baseFilename}: {reason}", file=sys.stderr)
+
+    def close(self) -> None:
+        # Closing tries once more to write what could not be written.
+        with contextlib.suppress(OSError):
+            super().close()

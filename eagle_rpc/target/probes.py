@@ -26,10 +26,17 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> None:
     """Raises `UnsupportedTarget` if later tokens change the last hidden states [B, T, H] that `run` returns.
 
-    Padding on the right of a causal model needs no mask.
+    Padding on the right of a causal model needs no mask. Hidden states that are not finite are refused too.
     """
     middle = ids_BT.shape[1] // 2
-    expected = run(ids_BT)[:, :middle]
+    expected = run(ids_BT)
+    if not expected.isfinite().all():
+        dtype = str(expected.dtype).removeprefix("torch.")
+        advice = "use target.dtype=bfloat16" if dtype == "float16" else "its weights are damaged"
+        raise UnsupportedTarget(
+            f"{name} must give finite hidden states, they are not finite in {dtype}: {advice}"
+        )
+    expected = expected[:, :middle]
     error = relative_error(run(_with_other(ids_BT, slice(middle, None)))[:, :middle], expected)
     if not error <= _WHOLE_MODEL * ROUNDING[expected.dtype]:
         raise UnsupportedTarget(

@@ -25,7 +25,7 @@ class RunningSums:
     """
 
     _OF_STEPS = ("loss_sums", "rows", "correct", "accepted", "drafts")  # as in `TTTResult`
-    _SCALARS = ("tokens", "supervised_tokens", "optimiser_steps", "grad_norms")
+    _SCALARS = ("tokens", "supervised_tokens", "unusable_batches", "optimiser_steps", "grad_norms")
 
     def __init__(self, steps: int, device: torch.device) -> None:
         self._steps = steps
@@ -39,6 +39,9 @@ class RunningSums:
             self._named[name] += getattr(result, name)
         self._named["tokens"] += batch.tokens.attention_mask.sum()
         self._named["supervised_tokens"] += batch.loss_mask.sum()
+        # A sum needs no copy in another format, and is finite only if all values are.
+        values = batch.aux_hidden_states.sum(dtype=torch.float32) + batch.log_normalizer.sum()
+        self._named["unusable_batches"] += ~values.isfinite()
 
     def add_step(self, step_sums: "RunningSums", grad_norm: Tensor) -> None:
         """Adds one optimiser step; `step_sums` are over all trainers."""
@@ -57,6 +60,11 @@ class RunningSums:
 
     def is_finite(self) -> bool:
         return bool(self.flat.isfinite().all())
+
+    @property
+    def supervision_is_finite(self) -> bool:
+        """Whether every value that the target sent was finite."""
+        return not self._named["unusable_batches"]
 
     def on_host(self) -> dict[str, Tensor]:
         """The sums by name, on the CPU; it waits for the device once."""

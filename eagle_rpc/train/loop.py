@@ -207,11 +207,19 @@ class Trainer:
             )
 
     def _require_finite(self, sums: RunningSums, what: str) -> None:
-        if not sums.is_finite():
+        if sums.is_finite() and sums.supervision_is_finite:
+            return
+        when, dtype = f"at or shortly before step {self.learner.steps_done}", self._record.target.dtype
+        if not sums.supervision_is_finite:
+            advice = "use target.dtype=bfloat16" if dtype == "float16" else "its weights may be damaged"
             raise TrainingDiverged(
-                f"the {what} must be finite, it is not at or shortly before step {self.learner.steps_done}; "
-                "earlier checkpoints are kept, train.learning_rate may be too high"
+                f"the target's supervision must be finite, it is not {when} in {dtype}: {advice}; "
+                "earlier checkpoints are kept"
             )
+        raise TrainingDiverged(
+            f"the {what} must be finite, it is not {when}; "
+            "earlier checkpoints are kept, train.learning_rate may be too high"
+        )
 
     def _save(self) -> None:
         self._require_finite(self._sums, "loss or gradient norm")

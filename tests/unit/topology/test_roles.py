@@ -159,3 +159,16 @@ def test_nothing_is_mapped_to_peers_of_other_agents():
     cast = assign_roles(TopologyConfig(), here)
     plan = plan_devices(cast, here, **AUTO, num_gpus=1)
     assert (plan.device, plan.device_maps) == ("cuda:0", {})
+
+
+@pytest.mark.parametrize(("setting", "num_gpus"), [("cuda:3", 2), ("cuda", 0), ("cuda:0", 0)])
+def test_a_gpu_that_is_not_there_is_refused_with_the_setting_that_names_it(setting: str, num_gpus: int):
+    here = world(rank=1, size=2, local_rank=1)
+    cast = assign_roles(TopologyConfig(), here)
+    for field, devices in {
+        "train.device": {"target": "cpu", "trainer": setting},
+        "target.device": {"target": setting, "trainer": "cpu"},
+    }.items():
+        rule = f"{field} must be a device of this host, which has {num_gpus} GPUs, got {setting}"
+        with pytest.raises(ConfigError, match=rule):
+            plan_devices(cast, here, **devices, num_gpus=num_gpus)

@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_if_there_is_no_whole_one(interrupted):
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_to_the_same_weights(tmp_path, undisturbed, caplog):
     with pytest.raises(Interrupted):
-        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(14)).train()
+        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(18)).train()
     damage(latest_checkpoint(tmp_path / "checkpoints"))
     found = latest_whole_checkpoint(tmp_path / "checkpoints")
     assert found is not None and found[0].name == "step_3" and found[1].step == 3

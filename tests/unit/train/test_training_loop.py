@@ -5,12 +5,14 @@ import pytest
 import torch
 from training_cases import (
     OBJECTIVE,
+    TARGET_INFO,
     RandomPlan,
     RepeatedPlan,
     TableTarget,
     final_state,
     make_trainer,
     random_draft,
+    run_record,
     train_config,
 )
 
@@ -133,12 +135,28 @@ class PoisonedTarget(TableTarget):
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
-def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path, log_every):
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [("float16", "use target.dtype=bfloat16"), ("bfloat16", "its weights may be damaged")],
+)
+def test_supervision_that_is_not_finite_stops_before_a_checkpoint(tmp_path, log_every, dtype, advice):
     settings = train_config(max_steps=9, log_every=log_every, validation_batches=0)
-    with pytest.raises(TrainingDiverged, match="loss or gradient norm"):
-        make_trainer(tmp_path, settings, target=PoisonedTarget(5)).train()
+    record = run_record(settings, target=replace(TARGET_INFO, dtype=dtype))
+    with pytest.raises(TrainingDiverged, match=rf"supervision must be finite, .* in {dtype}: {advice}"):
+        make_trainer(tmp_path, settings, target=PoisonedTarget(5), record=record).train()
     assert latest_checkpoint(tmp_path / "checkpoints").name == "step_3"
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, train_config(max_steps=3, validation_batches=0))
+    with torch.no_grad():
+        trainer.learner.parameters["norm.weight"][0] = float("inf")
+    with pytest.raises(
+        TrainingDiverged, match=r"loss or gradient norm .* train\.learning_rate may be too high"
+    ):
+        trainer.train()
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
 
 
 def test_weights_that_are_not_finite_stop_before_a_checkpoint(tmp_path):
