@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -276,13 +277,79 @@ def test_mistakes_end_with_code_1_and_one_clear_message(tmp_path: Path, override
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_run_directory_with_an_earlier_run_is_refused_unless_resumed(workplace: tuple[Path, list[str]]):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_directory_of_a_trained_run_is_refused_before_workers_join(
+    workplace: tuple[Path, list[str]], workers: int
+):
     directory, overrides = workplace
-    (directory / "runs/occupied").mkdir(parents=True)
-    (directory / "runs/occupied/metrics.jsonl").write_text("")
-    done = run(PYTHON, directory, "job=train", "topology=single", "run.name=occupied", *overrides)
+    (directory / "runs/occupied").mkdir(parents=True, exist_ok=True)
+    (directory / "runs/occupied/metrics.jsonl").write_text('{"step": 1}\n')
+    topology = "topology=single" if workers == 1 else "topology=1x2"
+    command = PYTHON if workers == 1 else launcher(workers)
+    done = run(command, directory, "job=train", topology, "run.name=occupied", *overrides)
     assert done.returncode == 1
-    assert "run.dir must be empty with train.resume=never" in done.stderr
+    assert "run.dir must hold no trained run with train.resume=never" in done.stderr.splitlines()[-1]
+    assert "joined" not in done.stderr
+
+
+def launcher(workers: int) -> list[str]:
+    """What `launch.sh` starts for `job=train`."""
+    return [PYTHON[0], "-m", "eagle_rpc.process.launcher", *torchrun(workers)[3:]]
+
+
+@pytest.mark.parametrize("start", [launcher, torchrun])
+def test_a_job_of_several_workers_ends_with_the_message_of_the_one_that_failed(
+    workplace: tuple[Path, list[str]], start: Callable[[int], list[str]]
+):
+    directory, overrides = workplace
+    wrong = ["job=train", "run.name=wrong", *overrides, "data.train_path=nowhere.jsonl"]
+    done = run(start(2), directory, *wrong)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 1
+    # torchrun ends its report with a line of its own.
+    last = lines[-1] if start is launcher else lines[-2]
+    assert "nowhere.jsonl" in last and "Error: " in last
+    if start is launcher:
+        assert last.startswith("launch: ") and "torch" not in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_and_is_exported_where_only_its_checkpoint_was_copied_to(
+    workplace: tuple[Path, list[str]],
+):
+    directory, overrides = workplace
+    shared = ["topology=single", *overrides]
+    first = run(PYTHON, directory, "job=train", "run.name=origin", "train.max_steps=4", *shared)
+    assert first.returncode == 0, first.stderr
+    checkpoints = directory / "runs/copy/checkpoints"
+    for step in ("step_2", "step_4"):
+        shutil.copytree(directory / "runs/origin/checkpoints" / step, checkpoints / step)
+    export = ["job=export", "run.name=copy", *overrides]
+    refused = run(PYTHON, directory, *export)
+    assert refused.returncode == 1 and "train.resume=auto once more" in refused.stderr.splitlines()[-1]
+    # The same chats under another path.
+    shutil.copy(directory / "answers.jsonl", directory / "elsewhere.jsonl")
+    moved = ["train.max_steps=6", "train.resume=auto", "data.train_path=elsewhere.jsonl"]
+    resumed = run(PYTHON, directory, "job=train", "run.name=copy", *shared, *moved)
+    assert resumed.returncode == 0 and "resuming from runs/copy/checkpoints/step_4" in resumed.stderr
+    weights = checkpoints / "step_6/draft.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    damaged = run(PYTHON, directory, *export)
+    assert "serving.checkpoint=runs/copy/checkpoints/step_4" in damaged.stderr.splitlines()[-1]
+    older = run(PYTHON, directory, *export, "serving.checkpoint=runs/copy/checkpoints/step_4")
+    assert older.returncode == 0, older.stderr
+
+
+def test_a_directory_that_cannot_be_used_ends_with_its_setting_and_no_traceback(
+    workplace: tuple[Path, list[str]],
+):
+    directory, overrides = workplace
+    (directory / "a file").touch()
+    for setting in ("run.dir", "run.cache_dir"):
+        wrong = ["job=train", "topology=single", "run.name=unusable", *overrides, f"{setting}=a file/below"]
+        done = run(PYTHON, directory, *wrong)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"{setting} must be usable, got a file/below: Not a directory" in done.stderr.splitlines()[-1]
 
 
 def test_a_plan_starts_nothing_and_names_workers_and_bytes(workplace: tuple[Path, list[str]]):
