@@ -82,7 +82,7 @@ def test_the_program_itself_takes_text_as_it_is_typed(tmp_path: Path):
         ("data.validation_path=", "data.validation_path must not be empty or null, got ''"),
         ("target.device=gpu", "target.device must be auto, cpu, cuda or cuda:N, got gpu"),
         ("train.device=cuda:x", "train.device must be auto, cpu, cuda or cuda:N, got cuda:x"),
-        ("data.sources=[{weight: 2}]", "data.sources[0].path must be given, got nothing"),
+        ("data.sources=[{weight: 2}]", "data.sources[0].path must not be empty, got ''"),
         ("data.sources=[{path: a, weight: 0}]", "data.sources[0].weight must be positive, got 0.0"),
     ],
 )
