@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -145,11 +145,11 @@ class EndpointAnswerer:
 
 @contextmanager
 def endpoint_answerer(
-    config: Config, template: ChatTemplate, *, context: int | None
+    config: Config, template: ChatTemplate, *, context: int | None, also_stop: Collection[int] = ()
 ) -> Iterator[EndpointAnswerer]:
     """The servers of `regenerate.endpoints`, each of them checked, while the body runs.
 
-    `context` is the target's own limit of tokens. Raises `ConfigError`, and `TargetUnavailable` if a server
+    `context` is the target's own limit of tokens; `also_stop` end an answer beside the template's stop tokens. Raises `ConfigError`, and `TargetUnavailable` if a server
     does not answer.
     """
     try:
@@ -162,7 +162,7 @@ def endpoint_answerer(
         target=config.target.model,
         context=context,
         tokenizer=template.tokenizer,
-        stop_token_ids=template.stop_token_ids,
+        stop_token_ids=template.stop_token_ids.union(also_stop),
         end_of_turn=template.end_of_turn_id,
         seed=config.run.seed,
     )

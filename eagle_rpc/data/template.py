@@ -19,6 +19,7 @@ from eagle_rpc.data.problems import RecordProblem
 from eagle_rpc.data.rendering import ChatRenderer
 from eagle_rpc.data.samples import Sample, samples_of
 from eagle_rpc.data.template_check import check_template
+from eagle_rpc.data.user_turn import UserTurn, find_user_turn
 from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
 
 _THOUGHT_BEGINS = re.compile(r"\s*<(?:\w+:)?think(?:ing)?>")
@@ -77,6 +78,11 @@ class ChatTemplate:
         Raises `RecordProblem` if the template refuses the turns or leaves one of them out.
         """
         return self._tokenise(self._renderer.prompt(messages, tools))
+
+    def user_turn(self, system: str = "") -> UserTurn:
+        """The text around a user's first content, for a target that writes it. Raises `ConfigError`."""
+        ending = self._special_ids | self.stop_token_ids
+        return find_user_turn(self._renderer, self._tokenise, self._decode, ending, system)
 
     def samples(self, chat: Chat) -> list[Sample]:
         """The samples of a chat; at least one. Raises `RecordProblem`."""
@@ -228,7 +234,10 @@ class ChatTemplate:
         return []
 
     def _is_space(self, token_id: int) -> bool:
-        return str(self.tokenizer.decode([token_id])).isspace()
+        return self._decode([token_id]).isspace()
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
 
     def _tokenise(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])

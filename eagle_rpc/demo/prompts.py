@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
-from eagle_rpc.config import Config
-from eagle_rpc.config.choices import PromptSource
 from eagle_rpc.errors import DataError
 from eagle_rpc.process.files import replaced_file
 
@@ -29,17 +27,6 @@ _QUESTION = re.compile(
     re.IGNORECASE,
 )
 _SHORTEST, _LONGEST = 20, 200  # characters
-
-
-def ensure_prompts(config: Config) -> None:
-    """Writes prompts for training and evaluation, without overlap, if `data.prompt_source` names a source.
-
-    Nothing is written, and no package is needed, if both prompt files of the configuration exist.
-    """
-    wanted = (config.regenerate.prompts, config.evaluate.prompts)
-    if config.data.prompt_source is PromptSource.chitchat and not all(Path(path).exists() for path in wanted):
-        directory = Path(config.run.cache_dir) / "chitchat"
-        prepare_chitchat_prompts(directory, num_train=NUM_TRAIN, num_heldout=NUM_HELDOUT)
 
 
 def prepare_chitchat_prompts(

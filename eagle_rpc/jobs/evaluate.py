@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from eagle_rpc.config import Config
-from eagle_rpc.demo.prompts import ensure_prompts
 from eagle_rpc.evaluate import evaluate_draft, read_prompts
 from eagle_rpc.jobs.assembly import chat_template
+from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export

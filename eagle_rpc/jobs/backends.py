@@ -1,0 +1,70 @@
+"""What answers prompts, by `regenerate.backend`."""
+
+import contextlib
+import logging
+from collections.abc import Collection
+
+import torch
+
+from eagle_rpc.answers.answerer import Answerer
+from eagle_rpc.answers.engine import AnswerEngine
+from eagle_rpc.answers.openai import endpoint_answerer
+from eagle_rpc.answers.plain import PlainAnswerer
+from eagle_rpc.answers.probe import probe_engine
+from eagle_rpc.answers.regeneration import limits
+from eagle_rpc.config import Config
+from eagle_rpc.config.choices import AnswerBackend
+from eagle_rpc.data import ChatTemplate
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.jobs.answering import service_answerer
+from eagle_rpc.target.loading import load_model, load_target_config
+from eagle_rpc.topology import resolve_device
+
+logger = logging.getLogger(__name__)
+
+
+def answerer(
+    config: Config, template: ChatTemplate, *, also_stop: Collection[int] = ()
+) -> contextlib.AbstractContextManager[Answerer]:
+    """Answers with the settings of `regenerate`, which end at the template's stop tokens and at `also_stop`.
+
+    Raises `ConfigError` if no token ends an answer.
+    """
+    stop = template.stop_token_ids.union(also_stop)
+    if not stop:
+        raise ConfigError(
+            "target.model must have an eos_token_id in any of its configs or tokenizer, got none"
+        )
+    if config.regenerate.backend is AnswerBackend.service:
+        return service_answerer(config, template.tokenizer, stop)
+    if config.regenerate.backend is AnswerBackend.openai:
+        stored = load_target_config(config.target, cache_dir=config.run.cache_dir).get_text_config()
+        context = getattr(stored, "max_position_embeddings", None)
+        return endpoint_answerer(config, template, context=context, also_stop=also_stop)
+    return contextlib.nullcontext(_own_answerer(config, template, stop))
+
+
+def _own_answerer(config: Config, template: ChatTemplate, stop_token_ids: Collection[int]) -> Answerer:
+    """The batched engine, or transformers' `generate` for a model that the engine does not decode."""
+    device = torch.device(resolve_device(config.target.device))
+    model, _ = load_model(config.target, device, cache_dir=config.run.cache_dir)
+    kind: type[AnswerEngine] | type[PlainAnswerer] = AnswerEngine
+    try:
+        probe_engine(model)
+    except UnsupportedTarget as error:
+        logger.warning("transformers' generate answers, which is slower: %s", error)
+        kind = PlainAnswerer
+    asked = config.regenerate
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return kind(
+        model,
+        batch_size=asked.batch_size,
+        max_new_tokens=limits(config, context)[1],
+        stop_token_ids=stop_token_ids,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        seed=config.run.seed,
+        stop_texts=asked.stop,
+        tokenizer=template.tokenizer,
+    )
