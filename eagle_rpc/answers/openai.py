@@ -149,8 +149,8 @@ def endpoint_answerer(
 ) -> Iterator[EndpointAnswerer]:
     """The servers of `regenerate.endpoints`, each of them checked, while the body runs.
 
-    `context` is the target's own limit of tokens; `also_stop` end an answer beside the template's stop tokens. Raises `ConfigError`, and `TargetUnavailable` if a server
-    does not answer.
+    `context` is the target's own limit of tokens; `also_stop` end an answer beside the template's stop tokens.
+    Raises `ConfigError`, and `TargetUnavailable` if a server does not answer.
     """
     try:
         from eagle_rpc.answers.endpoint import Asking, Endpoint

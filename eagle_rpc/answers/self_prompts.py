@@ -25,6 +25,8 @@ from eagle_rpc.report.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+# The beginnings of the log's lines, by which a line that a kill has cut is known.
+_FIRST_START, _LATER_START = b'{"settings": ', b'{"text": '
 # The rule for the share of kept prompts holds from this many wanted prompts on.
 _EARLY = 20
 
@@ -48,18 +50,22 @@ class AttemptLog:
         self.path = path
         self.attempts: list[Attempt] = []
         self._settings: dict[str, Any] | None = None
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
+        content = path.read_bytes() if path.exists() else b""
+        whole, _, cut = content.rpartition(b"\n")
         try:
-            records = [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in whole.splitlines()]
             if records:
                 self._settings = dict(records[0]["settings"])
             self.attempts = [Attempt(record["text"], record["left_out"]) for record in records[1:]]
+            start = _LATER_START if records else _FIRST_START
+            if cut[: len(start)] != start[: len(cut)]:
+                raise ValueError(f"a foreign end {cut[:20]!r}")
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} must be absent or a log of data.prompt_source=self") from error
+            raise ConfigError(
+                f"{path} must be absent or a log of data.prompt_source=self: {error}"
+            ) from error
         self._file = path.open("ab")
-        self._file.truncate(sum(map(len, lines)))
+        self._file.truncate(len(content) - len(cut))
 
     @property
     def date(self) -> str | None:
@@ -71,6 +77,7 @@ class AttemptLog:
         if self._settings is None:
             self._settings = settings
             self._file.write(json.dumps({"settings": settings}).encode() + b"\n")
+            self._file.flush()
         found = self._settings
         changed = [
             f"{name} {found.get(name)}, now {new}" for name, new in settings.items() if found.get(name) != new

@@ -1,15 +1,10 @@
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from eagle_rpc.config import Config
-from eagle_rpc.config.choices import OnError, PromptSource
-from eagle_rpc.config.schema import DataConfig, EvaluateConfig, RegenerateConfig, RunConfig
+from eagle_rpc.config.choices import OnError
 from eagle_rpc.data import read_chats
-from eagle_rpc.demo import prompts as demo
 from eagle_rpc.demo.prompts import prepare_chitchat_prompts
 from eagle_rpc.errors import DataError
 
@@ -99,22 +94,3 @@ def test_a_package_that_is_absent_or_empty_is_named_with_the_command_that_instal
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(DataError, match=f"needs the package chitchat-dataset, got none: {install}"):
         prepare_chitchat_prompts(tmp_path / "out", num_train=1, num_heldout=1)
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_the_embedded_prompts_are_written_only_where_files_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
-):
-    written: list[Any] = []
-    monkeypatch.setattr(demo, "prepare_chitchat_prompts", lambda *args, **settings: written.append(args))
-    files = [tmp_path / "ask.jsonl", tmp_path / "heldout.jsonl"]
-    for file in files[: 2 if own else 1]:
-        file.write_text("")
-    config = Config(
-        run=RunConfig(cache_dir=str(tmp_path)),
-        data=DataConfig(prompt_source=PromptSource.chitchat),
-        regenerate=RegenerateConfig(prompts=str(files[0])),
-        evaluate=EvaluateConfig(prompts=str(files[1])),
-    )
-    demo.ensure_prompts(config)
-    assert bool(written) is not own
