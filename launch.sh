@@ -51,6 +51,8 @@ run_jobs() {
       *) others+=("$override") ;;
     esac
     case ${override//+/} in
+      # Prompts by the target itself are no data of the user's.
+      data=self) ;;
       experiment=* | target=* | target.model=* | target.random* | data=* | data.train_path=*) own=$override ;;
       regenerate.prompts=*) own=$override ;;
     esac

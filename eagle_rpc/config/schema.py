@@ -413,7 +413,7 @@ class PromptsConfig:
     scripts: list[str] = field(default_factory=list)
     """Scripts by their Unicode names, as LATIN, that a prompt's letters must have; empty: any."""
     max_attempts_per_prompt: Positive[int] = 10
-    """The job ends with an error if this many attempts for each wanted prompt do not give enough."""
+    """The job ends with an error once it needs more attempts than this for each prompt that it keeps."""
 
 
 @dataclass(kw_only=True, slots=True)

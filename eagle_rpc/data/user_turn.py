@@ -14,8 +14,6 @@ from eagle_rpc.errors import ConfigError
 
 # Contents that no template holds. Two of them show which text does not depend on the content.
 _CONTENTS = ("Ecktolar", "Zumpfrid")
-# Given to templates that refuse a chat without a system prompt.
-_SYSTEM = "You are a helpful assistant."
 _RULE = "data.prompt_source=self needs a chat template with a header before a user's content"
 
 
@@ -38,18 +36,13 @@ def find_user_turn(
 ) -> UserTurn:
     """The first user turn of a chat; `ending_ids` are special tokens and stop tokens.
 
-    A template that refuses chats without a system prompt gets a neutral one if `system` is empty. Raises
-    `ConfigError` if the template refuses the chat or if the content cannot be found in its rendering.
+    Raises `ConfigError` if the template refuses the chat or if the content cannot be found in its rendering.
     """
     try:
         before, after = _around(renderer, system)
     except RecordProblem as problem:
-        if system:
-            raise ConfigError(f"prompts.system cannot be used: {problem}") from problem
-        try:
-            before, after = _around(renderer, _SYSTEM)
-        except RecordProblem:
-            raise ConfigError(f"{_RULE}, got one that refuses a question: {problem}") from problem
+        rule = "prompts.system cannot be used" if system else f"{_RULE}, got one that refuses a question"
+        raise ConfigError(f"{rule}: {problem}") from problem
     # Words begin with their space in most vocabularies, so a space at the end would come twice.
     prompt_ids = tokenise(before.rstrip(" "))
     if not prompt_ids or not before.strip():

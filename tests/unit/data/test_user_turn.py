@@ -18,7 +18,7 @@ def test_the_prompt_of_a_question_is_the_header_the_question_and_the_end(family:
     turn, decode = template.user_turn(), template.tokenizer.decode
     whole = decode(template.prompt_ids([Message("user", "why is the sea blue?")]))
     asked = f"{decode(turn.prompt_ids)} why is the sea blue? {decode([turn.end_id])}"
-    assert whole.replace(" ", "").startswith(asked.replace(" ", ""))
+    assert "".join(whole.split()).startswith("".join(asked.split()))
     assert turn.end_text is None
 
 
@@ -39,18 +39,15 @@ def test_the_system_prompt_stands_before_the_header():
     assert text == "<|im_start|>system\nAsk about fish.<|im_end|>\n<|im_start|>user\n"
 
 
-def test_a_template_that_insists_on_a_system_prompt_gets_one():
-    insists = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    source = turns("'[' + m.role + ']' + m.content + '<E>'", "[A]", before=insists)
-    template = template_of(Family(source, "<E>"))
-    assert "You are a helpful assistant." in template.tokenizer.decode(template.user_turn().prompt_ids)
-
-
 @pytest.mark.parametrize(
     ("source", "system", "message"),
     [
         (turns("m.content + '<E>'", "[A]"), "", "header before a user's content, got none"),
-        (turns("'[U]' + m.content + m.content + '<E>'", "[A]"), "", "writes the content 2 times"),
+        (
+            turns("'[U]' + m.content + (m.content if m.role == 'user' else '') + '<E>'", "[A]"),
+            "",
+            "writes the content 2 times",
+        ),
         (turns("'[U]' + m.content | first + m.content + '<E>'", "[A]"), "", "depends on the content"),
         (FAMILIES["Gemma-2"].source, "Be kind.", "prompts.system cannot be used.*System role not supported"),
     ],
