@@ -25,6 +25,8 @@ from eagle_rpc.supervision import weights_fingerprint
 
 # Tokens of one prefill: enough to fill the matrix units, few enough that attention scores stay small.
 _PREFILL_TOKENS = 2048
+# Most probable tokens among which those of `top_p` are looked for first.
+_NUCLEUS_TOKENS = 1024
 # Last tokens of an answer that are searched for a stop text.
 _STOP_TEXT_TOKENS = 32
 
@@ -246,11 +248,22 @@ def _likely(logits_NV: Tensor, top_p: float, top_k: int) -> Tensor:
         least_N1 = logits_NV.topk(min(top_k, logits_NV.shape[1]), dim=-1).values[:, -1:]
         logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
     if top_p < 1:
-        sorted_NV, order_NV = logits_NV.sort(dim=-1, descending=True)
-        before_NV = sorted_NV.softmax(dim=-1).cumsum(dim=-1) - sorted_NV.softmax(dim=-1)
-        unlikely_NV = torch.zeros_like(before_NV, dtype=torch.bool).scatter(1, order_NV, before_NV >= top_p)
-        logits_NV = logits_NV.masked_fill(unlikely_NV, -torch.inf)
+        total_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+        least_N1 = _least_likely(logits_NV, total_N1, top_p, _NUCLEUS_TOKENS)
+        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
     return logits_NV
+
+
+def _least_likely(logits_NV: Tensor, total_N1: Tensor, top_p: float, count: int) -> Tensor:
+    """The lowest logit [N, 1] among the fewest tokens of probability `top_p`, which `count` tokens may hold."""
+    # Most rows need a small part of the vocabulary, and to sort all of it costs more than a forward.
+    best_NK = logits_NV.topk(min(count, logits_NV.shape[1]), dim=-1).values
+    last_N1 = ((best_NK - total_N1).exp().cumsum(dim=-1) < top_p).sum(dim=-1, keepdim=True)
+    least_N1 = best_NK.gather(1, last_N1.clamp(max=best_NK.shape[1] - 1))
+    wide_N = last_N1.squeeze(1) == best_NK.shape[1]
+    if count < logits_NV.shape[1] and wide_N.any():
+        least_N1[wide_N] = _least_likely(logits_NV[wide_N], total_N1[wide_N], top_p, logits_NV.shape[1])
+    return least_N1
 
 
 def _sample(logits_NV: Tensor, draws: list[float]) -> Tensor:
