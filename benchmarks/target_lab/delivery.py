@@ -21,7 +21,7 @@ from workers import compose, connected, joined
 
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.rpc import SERVICE_NAME, StaticMembership, host, withdraw
+from eagle_rpc.rpc import StaticMembership, host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS
@@ -93,11 +93,11 @@ def serve_target(spec: dict[str, Any], config: Config) -> None:
 
 def _host(target: HFEagle3TargetModel, config: Config, membership: StaticMembership) -> None:
     server = TargetModelServer(target, config.target)
-    host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+    host(TargetEndpoint(server), CONTROL_METHODS)
     membership.mark(READY)
     membership.wait_for(membership.cast.trainer_names, DONE, timeout=config.rpc.model_timeout)
     server.wait_sent(config.rpc.drain_timeout)
-    withdraw(SERVICE_NAME)
+    withdraw()
     server.close()
 
 

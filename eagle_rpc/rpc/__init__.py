@@ -4,12 +4,11 @@ from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.elastic import ElasticMembership, join_elastic
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import WORLD_FUNCTIONS
-from eagle_rpc.rpc.link import SERVICE_NAME, Link, ServiceCall, host, withdraw
+from eagle_rpc.rpc.link import Link, ServiceCall, host, withdraw
 from eagle_rpc.rpc.membership import Membership, TargetAddress
 from eagle_rpc.rpc.static import StaticMembership, attempt_store, join_static
 
 __all__ = [
-    "SERVICE_NAME",
     "WORLD_FUNCTIONS",
     "ElasticMembership",
     "Link",

@@ -6,7 +6,7 @@ Control calls go by name, since they may take a connection of their own; an RRef
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.distributed import rpc
 from torch.distributed.rpc.functions import async_execution
@@ -16,45 +16,46 @@ from eagle_rpc.errors import PayloadRefused, TargetFailed
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.envelope import unwrap
 
-SERVICE_NAME = "target"
-"""The name under which a target hosts its endpoint."""
-
 _CLOSE_TIMEOUT = 1.0
 
-_rrefs: dict[str, Any] = {}
-_by_name: dict[str, tuple[Any, frozenset[str]]] = {}
+
+class _Hosted(NamedTuple):
+    service: Any
+    methods: frozenset[str]  # that peers may call by name
+    rref: Any
 
 
-def host(name: str, service: Any, methods: frozenset[str]) -> None:
-    """Makes `service` reachable for `Link`: by RRef, and its `methods` by name. One object a name."""
-    assert name not in _rrefs, f"{name} is hosted already"
-    _by_name[name] = (service, methods)
-    _rrefs[name] = rpc.RRef(service)
+_hosted: _Hosted | None = None
 
 
-def withdraw(name: str) -> None:
+def host(service: Any, methods: frozenset[str]) -> None:
+    """Makes `service` reachable for `Link`: by RRef, and its `methods` by name. One object at a time.
+
+    The methods return torch futures.
+    """
+    global _hosted
+    assert _hosted is None, "this process hosts an object already"
+    _hosted = _Hosted(service, methods, rpc.RRef(service))
+
+
+def withdraw() -> None:
     """Ends `host`. Calls by RRefs that peers already hold still arrive."""
-    _rrefs.pop(name, None)
-    _by_name.pop(name, None)
+    global _hosted
+    _hosted = None
 
 
-def hosted_rref(name: str) -> Any:
-    """Runs at the host: the RRef to the object that it hosts under `name`, or None."""
-    return _rrefs.get(name)
+def hosted_rref() -> Any:
+    """Runs at the host: the RRef to the object that it hosts, or None."""
+    return None if _hosted is None else _hosted.rref
 
 
 @async_execution
-def call_hosted(name: str, method: str, *arguments: Any) -> Future[Any]:
-    """Runs at the host: calls one of the methods that `host` named; the method may return a torch future."""
-    service, methods = _by_name.get(name, (None, frozenset()))
-    if method not in methods:
-        raise PayloadRefused(f"{method!r:.80} must be a method that {name!r:.80} offers by name")
-    value = getattr(service, method)(*arguments)
-    if isinstance(value, Future):
-        return value
-    answered: Future[Any] = Future()
-    answered.set_result(value)
-    return answered
+def call_hosted(method: str, *arguments: Any) -> Future[Any]:
+    """Runs at the host: calls one of the methods that `host` named."""
+    if _hosted is None or method not in _hosted.methods:
+        raise PayloadRefused(f"{method!r:.80} must be a method that this process offers by name")
+    future: Future[Any] = getattr(_hosted.service, method)(*arguments)
+    return future
 
 
 class ServiceCall(PendingCall):
@@ -78,26 +79,24 @@ class Link:
         by_rref: bool,
         between_gpus: bool,
         timeout: float,
-        service: str = SERVICE_NAME,
     ) -> None:
         """`data`, `control`: RPC names of the connections for tensors and for the rest; `peer`: for errors.
 
         With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA
-        tensors. Raises `TargetFailed` if the peer hosts no such service, `WaitTimeout` or `ConnectionLost`
+        tensors. Raises `TargetFailed` if the peer hosts nothing, `WaitTimeout` or `ConnectionLost`
         if it cannot be reached within `timeout` seconds.
         """
         self.peer = peer
         self.incarnation = incarnation
         self.between_gpus = between_gpus
-        self._service = service
         self._data, self._control = data, control
         self._rref: Any = None
         if by_rref:
-            future = _send(lambda: rpc.rpc_async(data, hosted_rref, args=(service,), timeout=timeout))
-            what = f"the request for its {service}"
+            future = _send(lambda: rpc.rpc_async(data, hosted_rref, timeout=timeout))
+            what = "the request for its service"
             self._rref = PendingCall(future, peer=peer, what=what, timeout=timeout).result()
             if self._rref is None:
-                raise TargetFailed(f"{peer} hosts no {service}")
+                raise TargetFailed(f"{peer} hosts no service")
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> ServiceCall:
         """A call that carries tensors; `what` names it in errors."""
@@ -115,7 +114,7 @@ class Link:
     def _call_by_name(
         self, worker: str, method: str, arguments: tuple[Any, ...], what: str, timeout: float
     ) -> ServiceCall:
-        args = (self._service, method, *arguments)
+        args = (method, *arguments)
         future = _send(lambda: rpc.rpc_async(worker, call_hosted, args=args, timeout=timeout))
         return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
 
@@ -132,7 +131,7 @@ class Link:
 def close_broken(worker: str) -> None:
     """Sends a call and ignores it: torch closes a broken connection's files only when a call on it fails."""
     with contextlib.suppress(RuntimeError):
-        rpc.rpc_async(worker, hosted_rref, args=("",), timeout=_CLOSE_TIMEOUT)
+        rpc.rpc_async(worker, hosted_rref, timeout=_CLOSE_TIMEOUT)
 
 
 def _send(send: Callable[[], Future[Any]]) -> Future[Any]:

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetDraining, UnsupportedTarget
-from eagle_rpc.service.fairness import LONGEST_RETRY, FairQueue, Work
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import EagleRpcError, TargetBusy, TargetDraining, UnsupportedTarget
+from eagle_rpc.service.fairness import LONGEST_RETRY, Demand, FairQueue, Work
 from eagle_rpc.service.forward_pass import outcome_of
 from eagle_rpc.supervision import AnswerSettings, PromptAnswer
 
@@ -61,17 +62,6 @@ class Answering(Protocol):
         """A decoder of at most `num_rows` prompts at a time. Raises as `check`."""
 
 
-class NoAnswering:
-    """The way of a target without an engine."""
-
-    def check(self) -> None:
-        raise UnsupportedTarget("this target answers no prompts: no engine decodes its model in batches")
-
-    def decoder(self, settings: AnswerSettings, num_rows: int) -> Decoder:
-        self.check()
-        raise AssertionError("`check` raises")
-
-
 class AnswerDesk:
     """Prompts of all sessions, which take turns by run. One decoder works at a time.
 
@@ -80,14 +70,14 @@ class AnswerDesk:
     """
 
     def __init__(
-        self, answering: Answering, *, max_answers: int, max_tokens: int, clock: Callable[[], float]
+        self, answering: Answering | None, config: TargetConfig, demand: Demand, clock: Callable[[], float]
     ) -> None:
-        """`max_tokens`: of the decoder's rows, each as long as the longest; `clock`: seconds."""
+        """`answering` None: the target answers no prompts; `clock`: seconds."""
         self._answering = answering
-        self._max_answers, self._max_tokens = max_answers, max_tokens
+        self._max_answers, self._max_tokens = config.max_answers, config.max_answer_tokens
         self._clock = clock
         self._lock = threading.Lock()
-        self._waiting = FairQueue()
+        self._waiting = FairQueue(config, demand, most="max_answers", most_of_session="max_answers")
         self._running: dict[str, Work] = {}  # by key at the decoder
         self._unwanted: list[str] = []  # keys that the decoder has yet to drop
         self._coming: list[str] = []  # keys that the decoder has yet to take
@@ -109,30 +99,26 @@ class AnswerDesk:
     def num_running(self) -> int:
         return len(self._running)
 
-    def submit(self, work: Work, *, num_runs: int) -> None:
+    def check(self) -> Answering:
+        """The way of answering. Raises `UnsupportedTarget` if there is none. The forward thread calls it."""
+        if self._answering is None:
+            raise UnsupportedTarget("this target answers no prompts: no engine decodes its model in batches")
+        self._answering.check()
+        return self._answering
+
+    def submit(self, work: Work) -> None:
         """Queues the `AnswerPrompt` of `work`. One that waits under its id is answered with `RequestExpired`.
 
-        Raises `TargetBusy` while `max_answers` prompts of the session are under way, or while that many, or
-        among `num_runs` the run's equal share of them, wait.
+        Raises `TargetBusy` as `FairQueue.put`.
         """
         with self._lock:
-            replaced = self._waiting.find(work.run, work.session, work.request_id)
-            if replaced is None:
-                self._check_room(work, num_runs)
-            self._waiting.put(work)
+            try:
+                replaced = self._waiting.put(work, self._running.values())
+            except TargetBusy as busy:
+                busy.retry_after = LONGEST_RETRY
+                raise
         if replaced is not None:
-            replaced.finish(RequestExpired(f"prompt {work.request_id!r:.80} was sent again before its turn"))
-
-    def _check_room(self, work: Work, num_runs: int) -> None:
-        running = sum(one.session == work.session for one in self._running.values())
-        of_session = self._waiting.num_of_session(work.run, work.session) + running
-        share = max(1, self._max_answers // num_runs)
-        full = max(of_session, len(self._waiting)) >= self._max_answers
-        if full or self._waiting.num_of_run(work.run) >= share:
-            rule = f"at most {self._max_answers} prompts must wait, {share} of a run"
-            busy = TargetBusy(f"{rule} (target.max_answers)")
-            busy.retry_after = LONGEST_RETRY
-            raise busy
+            replaced.finish_replaced()
 
     def remove(self, unwanted: Callable[[Work], bool], reason: EagleRpcError) -> int:
         """Answers all prompts for which `unwanted` holds with `reason`; returns their number."""
@@ -194,7 +180,7 @@ class AnswerDesk:
             self._coming = []
         if self._decoder is None:
             assert self._settings is not None
-            self._decoder = self._answering.decoder(self._settings, self._num_rows(self._settings))
+            self._decoder = self.check().decoder(self._settings, self._num_rows(self._settings))
         self._decoder.drop(unwanted)
         for key, prompt in coming.items():
             self._decoder.submit(key, prompt.token_ids.tolist(), draws=prompt.key)

@@ -14,29 +14,17 @@ from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.rpc.envelope import Ok, Reply, failure_of, reply_of
 from eagle_rpc.service.server import TargetModelServer
 
-# The methods that peers may call. A server is drained and closed only by the process that started it.
-CONTROL_METHODS = frozenset(
-    "answer cancel disconnect generate heartbeat input_embeddings model_info open_session output_embeddings "
-    "probe_transfer set_vocab_mapping status".split()
-)
 
-
-def _at_once(method: Callable[..., Any]) -> Callable[..., Reply]:
-    """The endpoint's form of a method of the server that returns its value."""
-
-    def call(self: "TargetEndpoint", *arguments: Any) -> Reply:
-        return reply_of(lambda: method(self.server, *arguments))
-
-    return call
-
-
-def _later(method: Callable[..., Future[Any]]) -> Callable[..., torch.futures.Future[Reply]]:
-    """The endpoint's form of a method of the server that returns a future, or raises."""
+def _offered(method: Callable[..., Any]) -> Callable[..., torch.futures.Future[Reply]]:
+    """The endpoint's form of a method of the server, which returns its value or a future of it, or raises."""
 
     def call(self: "TargetEndpoint", *arguments: Any) -> torch.futures.Future[Reply]:
-        reply, started = _future(self.server), reply_of(lambda: method(self.server, *arguments))
-        if isinstance(started, Ok):
-            started.value.add_done_callback(lambda done: _complete(reply, done, self.server.device))
+        device = self.server.device
+        # On a GPU the future must name it, since the reply may hold its tensors.
+        reply = torch.futures.Future[Reply](devices=[device] if device.type == "cuda" else None)
+        started = reply_of(lambda: method(self.server, *arguments))
+        if isinstance(started, Ok) and isinstance(started.value, Future):
+            started.value.add_done_callback(lambda done: _complete(reply, done, device))
         else:
             reply.set_result(started)
         return reply
@@ -45,7 +33,7 @@ def _later(method: Callable[..., Future[Any]]) -> Callable[..., torch.futures.Fu
 
 
 class TargetEndpoint:
-    """Calls a `TargetModelServer`; answers with a `Reply` or a torch future of one, and raises nothing."""
+    """Calls a `TargetModelServer`; answers with a torch future of a `Reply`, and raises nothing."""
 
     def __init__(self, server: TargetModelServer) -> None:
         self.server = server
@@ -54,29 +42,22 @@ class TargetEndpoint:
         """Empty: an endpoint never travels, but with CUDA torch pickles an RRef's value to find tensors."""
         return {}
 
-    model_info = _at_once(TargetModelServer.model_info)
-    input_embeddings = _at_once(TargetModelServer.input_embeddings)
-    output_embeddings = _at_once(TargetModelServer.output_embeddings)
-    cancel = _at_once(TargetModelServer.cancel)
-    heartbeat = _at_once(TargetModelServer.heartbeat)
-    status = _at_once(TargetModelServer.status)
-    disconnect = _at_once(TargetModelServer.disconnect)
-    open_session = _later(TargetModelServer.open_session)
-    set_vocab_mapping = _later(TargetModelServer.set_vocab_mapping)
-    generate = _later(TargetModelServer.generate)
-    answer = _later(TargetModelServer.answer)
-
-    @async_execution
-    def probe_transfer(self) -> torch.futures.Future[Reply]:
-        reply = _future(self.server)
-        reply.set_result(reply_of(self.server.probe_transfer))
-        return reply
+    answer = _offered(TargetModelServer.answer)
+    cancel = _offered(TargetModelServer.cancel)
+    disconnect = _offered(TargetModelServer.disconnect)
+    generate = _offered(TargetModelServer.generate)
+    heartbeat = _offered(TargetModelServer.heartbeat)
+    input_embeddings = _offered(TargetModelServer.input_embeddings)
+    model_info = _offered(TargetModelServer.model_info)
+    open_session = _offered(TargetModelServer.open_session)
+    output_embeddings = _offered(TargetModelServer.output_embeddings)
+    probe_transfer = _offered(TargetModelServer.probe_transfer)
+    set_vocab_mapping = _offered(TargetModelServer.set_vocab_mapping)
+    status = _offered(TargetModelServer.status)
 
 
-def _future(server: TargetModelServer) -> torch.futures.Future[Reply]:
-    """A future that may hold tensors of the target's device."""
-    device = server.device
-    return torch.futures.Future(devices=[device] if device.type == "cuda" else None)
+CONTROL_METHODS = frozenset(name for name in vars(TargetEndpoint) if not name.startswith("_"))
+"""The methods that peers may call. A server is drained and closed only by the process that started it."""
 
 
 def _complete(reply: torch.futures.Future[Reply], done: Future[Any], device: torch.device) -> None:

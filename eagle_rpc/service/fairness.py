@@ -1,13 +1,14 @@
-"""Fairness between runs: turns in the queue, and the number of runs that share the target's bounds."""
+"""Fairness between runs: their turns in a bounded queue, and the number of runs that share the bounds."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy
 
 # Seconds after which a refused sender may ask again.
 SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
@@ -32,6 +33,10 @@ class Work:
         self.record(outcome)
         set_outcome(self.answer, outcome)
 
+    def finish_replaced(self) -> None:
+        """Finishes work that waited when its sender sent it again."""
+        self.finish(RequestExpired(f"request {self.request_id!r:.80} was sent again before its turn"))
+
 
 def set_outcome(answer: Future[Any], outcome: Any) -> None:
     """Completes `answer` with a value, or with the exception if `outcome` is an `EagleRpcError`."""
@@ -41,37 +46,77 @@ def set_outcome(answer: Future[Any], outcome: Any) -> None:
         answer.set_result(outcome)
 
 
+class Demand:
+    """Counts the runs that ask. Each may take an equal share of a bound, a sole run all of it.
+
+    Without it a run that fills the queue, and refills it as it empties, would leave no room for another.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: seconds, as `time.monotonic`."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._asked: dict[str, float] = {}  # run -> when
+
+    def note(self, run: str) -> int:
+        """Notes that `run` asks now; the number of runs that asked in the last two seconds, with this one."""
+        now = self._clock()
+        with self._lock:
+            self._asked[run] = now
+            self._asked = {run: asked for run, asked in self._asked.items() if now - asked < _RECENT}
+            return len(self._asked)
+
+
 class FairQueue:
     """Runs take turns, then the sessions of a run; within a session the first come is the first served.
 
     Not safe for threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: TargetConfig, demand: Demand, *, most: str, most_of_session: str) -> None:
+        """`most`, `most_of_session`: the settings of `config` that bound the queue."""
+        self._demand = demand
+        self._most, self._most_of_session = getattr(config, most), getattr(config, most_of_session)
+        self._setting, self._session_setting = f"(target.{most})", f"(target.{most_of_session})"
         # Run, session and request id, each level in the order of service.
         self._runs: OrderedDict[str, OrderedDict[str, dict[str, Work]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return sum(self.num_of_run(run) for run in self._runs)
+        return sum(self._num_of_run(run) for run in self._runs)
 
-    def num_of_run(self, run: str) -> int:
-        """The number of requests of all sessions of a run."""
+    def _num_of_run(self, run: str) -> int:
         return sum(map(len, self._runs[run].values())) if run in self._runs else 0
+
+    def _of_session(self, run: str, session: str) -> dict[str, Work]:
+        return self._runs[run].get(session, {}) if run in self._runs else {}
 
     def num_of_session(self, run: str, session: str) -> int:
         """The number of requests of one session."""
         return len(self._of_session(run, session))
 
-    def find(self, run: str, session: str, request_id: str) -> Work | None:
-        """The request of this id."""
-        return self._of_session(run, session).get(request_id)
+    def put(self, work: Work, running: Iterable[Work]) -> Work | None:
+        """Adds `work` behind its session's other work, or in the place of a request with the same id.
 
-    def _of_session(self, run: str, session: str) -> dict[str, Work]:
-        return self._runs[run].get(session, {}) if run in self._runs else {}
-
-    def put(self, work: Work) -> None:
-        """Adds `work` behind its session's other work, or in the place of a request with the same id."""
+        Returns the replaced request. Raises `TargetBusy` if there is none and the queue, the session with
+        its `running` work, or the run's equal share of the queue is full.
+        """
+        replaced = self._of_session(work.run, work.session).get(work.request_id)
+        if replaced is None:
+            self._check_room(work, sum(one.session == work.session for one in running))
         self._runs.setdefault(work.run, OrderedDict()).setdefault(work.session, {})[work.request_id] = work
+        return replaced
+
+    def _check_room(self, work: Work, num_running: int) -> None:
+        num_runs = self._demand.note(work.run)
+        share = max(1, self._most // num_runs)
+        if self.num_of_session(work.run, work.session) + num_running >= self._most_of_session:
+            rule = f"a session must have at most {self._most_of_session} requests under way"
+            raise TargetBusy(f"{rule} {self._session_setting}")
+        if len(self) >= self._most:
+            raise TargetBusy(f"the queue must hold at most {self._most} requests {self._setting}")
+        if self._num_of_run(work.run) >= share:
+            rule = f"each of {num_runs} runs must have at most {share} of {self._most} requests queued"
+            raise TargetBusy(f"{rule} {self._setting}")
 
     def first(self) -> Work | None:
         """The next request in turn; None if the queue is empty."""
@@ -104,25 +149,3 @@ class FairQueue:
             del sessions[work.session]
         if not sessions:
             del self._runs[work.run]
-
-
-class Demand:
-    """Counts the runs that have asked recently. Each may take an equal share of the target's bounds, a sole
-    run all of it.
-
-    Without it a run that fills the queue, and refills it as it empties, would leave no room for another.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._asked: dict[str, float] = {}  # run -> when
-
-    def note(self, run: str) -> int:
-        """Notes that `run` asks now; the number of runs that asked in the last two seconds, with this one."""
-        now = self._clock()
-        with self._lock:
-            self._asked[run] = now
-            self._asked = {run: asked for run, asked in self._asked.items() if now - asked < _RECENT}
-            return len(self._asked)

@@ -32,7 +32,7 @@ class HeadRows:
         self._copies: dict[str, DraftHead] = {}  # by the mapping's digest
         self._used: dict[str, float] = {}  # when
 
-    def get(self, session: Session, *, num_runs: int) -> DraftHead:
+    def get(self, session: Session) -> DraftHead:
         """The head's rows of the session's draft vocabulary [K, H], on the CPU.
 
         Raises `UnsupportedTarget` if the target offers none, and the errors of `ReplyBudget.promise`.
@@ -40,14 +40,15 @@ class HeadRows:
         digest = session.mapping_digest
         with self._lock:
             if digest not in self._copies:
-                self._copies[digest] = self._copy(session, num_runs)
+                self._copies[digest] = self._copy(session)
             self._used[digest] = self._clock()
             return self._copies[digest]
 
-    def _copy(self, session: Session, num_runs: int) -> DraftHead:
+    def _copy(self, session: Session) -> DraftHead:
         ids = session.vocab.selected_token_ids
-        size = len(ids) * self._bytes_per_row
-        promised = self._budget.promise(size, run=session.spec.run, session=session.id, num_runs=num_runs)
+        promised = self._budget.promise(
+            len(ids) * self._bytes_per_row, run=session.spec.run, session=session.id
+        )
         try:
             head = self._target.draft_head(ids).to(torch.device("cpu"))
         except BaseException:

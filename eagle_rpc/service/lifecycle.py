@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConnectionLost, NameTaken
 from eagle_rpc.process.waiting import BoundedWait
-from eagle_rpc.rpc import SERVICE_NAME, host, withdraw
+from eagle_rpc.rpc import host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 
@@ -28,9 +28,7 @@ class TargetLifecycle:
     config: RpcConfig
     stop: threading.Event  # set when the process is told to stop
     when_serving: Callable[[], None] = lambda: None  # tells the trainers that the target serves
-    when_stopped: Callable[[], None] = lambda: (
-        None
-    )  # tells the other workers that this one leaves before them
+    when_stopped: Callable[[], None] = lambda: None  # tells the others that this worker leaves before them
     superseded: Callable[[], bool] = lambda: False  # whether another process serves under this name
     reachable: Callable[[], bool] = lambda: True  # whether trainers that come now can connect
     trainers_done: Callable[[], bool] | None = None  # all trainers of a static job; None: they come and go
@@ -57,7 +55,7 @@ class TargetLifecycle:
     def hosted(self) -> Iterator[None]:
         """Trainers reach the server while the body runs. Then it drains and closes, after errors as well."""
         server, seconds = self.server, self.config.drain_timeout
-        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+        host(TargetEndpoint(server), CONTROL_METHODS)
         logger.info("serving %s", server.model_info().architecture)
         try:
             self.when_serving()
@@ -68,9 +66,9 @@ class TargetLifecycle:
             server.drain(drain.left)
             self._wait_for_trainers(drain)
             server.wait_sent(seconds)
-            served = ", ".join(f"{outcome} {count}" for outcome, count in server.num_requests.items())
+            served = ", ".join(f"{outcome} {count}" for outcome, count in server.throughput.requests.items())
             logger.info("served: %s", served or "nothing")
-            withdraw(SERVICE_NAME)
+            withdraw()
             server.close()
 
     def _reason_to_end(self) -> str:
@@ -86,7 +84,7 @@ class TargetLifecycle:
             )
         if self.superseded():
             raise NameTaken("another process serves under this target's name now: this one drains and ends")
-        if self.unused_after is None or self.server.seconds_unused < self.unused_after:
+        if self.unused_after is None or self.server.sessions.seconds_unused < self.unused_after:
             return ""
         if self.trainers_done is None:
             return "the last session has ended"
@@ -97,7 +95,7 @@ class TargetLifecycle:
         """Stays for the trainers of a static job, who cannot connect again, until they are done or silent."""
         silence = self.config.heartbeat_interval * self.config.heartbeat_misses
         while self.trainers_done is not None and not wait.over:
-            if self.trainers_done() or not self.server.heard_within(silence):
+            if self.trainers_done() or not self.server.sessions.heard_within(silence):
                 return
             wait.say()
             time.sleep(_LOOK_INTERVAL)

@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, TargetBusy
 from eagle_rpc.process.waiting import BoundedWait
+from eagle_rpc.service.fairness import Demand
 
 # Seconds between two looks at replies that are being sent.
 _LOOK_INTERVAL = 0.01
@@ -34,9 +36,10 @@ class ReplyBytes:
 class ReplyBudget:
     """Bytes of replies that were promised, or made and not yet sent; bounded for each session and in all."""
 
-    def __init__(self, *, max_bytes: int, max_bytes_per_session: int) -> None:
-        self._max_bytes = max_bytes
-        self._max_bytes_per_session = max_bytes_per_session
+    def __init__(self, config: TargetConfig, demand: Demand) -> None:
+        self._max_bytes = config.max_reply_bytes
+        self._max_bytes_per_session = config.max_reply_bytes_per_session
+        self._demand = demand
         self._lock = threading.Lock()
         self._made: list[ReplyBytes] = []
         self._total = 0
@@ -55,12 +58,12 @@ class ReplyBudget:
         with self._lock:
             return self._of_session[session]
 
-    def promise(self, num_bytes: int, *, run: str, session: str, num_runs: int) -> ReplyBytes:
+    def promise(self, num_bytes: int, *, run: str, session: str) -> ReplyBytes:
         """Reserves `num_bytes` for a reply; `fulfil` or `release` must follow.
 
-        Raises `InvalidRequest` if a bound is smaller than `num_bytes`. Raises `TargetBusy` if too little is
-        free at the moment of the session's bound, of the bound of all, or, among `num_runs`, of the run's
-        equal share. A run that holds nothing may exceed its share.
+        Raises `InvalidRequest` if a bound is smaller than `num_bytes`, and `TargetBusy` if too little is free
+        of the session's bound, of the bound of all, or of the run's equal share, which a run that holds
+        nothing may exceed.
         """
         for name, bound in (
             ("max_reply_bytes_per_session", self._max_bytes_per_session),
@@ -69,18 +72,17 @@ class ReplyBudget:
             if num_bytes > bound:
                 need = f"the reply would need {num_bytes} bytes, target.{name} is {bound}"
                 raise InvalidRequest(f"{need}; send fewer tokens at a time")
-        promised = ReplyBytes(session, run, num_bytes)
+        promised, num_runs = ReplyBytes(session, run, num_bytes), self._demand.note(run)
         with self._lock:
-            if self._lack(promised, num_runs) is not None:
+            if self._lack(promised, num_runs):
                 self._release_sent()
-            lack = self._lack(promised, num_runs)
-            if lack is not None:
+            if lack := self._lack(promised, num_runs):
                 raise TargetBusy(lack)
             self._count(promised, num_bytes)
         return promised
 
-    def _lack(self, wanted: ReplyBytes, num_runs: int) -> str | None:
-        """The message for the bound that leaves too little, or None."""
+    def _lack(self, wanted: ReplyBytes, num_runs: int) -> str:
+        """The message for the bound that leaves too little; empty if there is room."""
         of_session, of_run = self._of_session[wanted.session], self._of_run[wanted.run]
         share = self._max_bytes // num_runs
         if of_session + wanted.num_bytes > self._max_bytes_per_session:
@@ -93,7 +95,7 @@ class ReplyBudget:
             bound = f"its share of target.max_reply_bytes among {num_runs} runs is {share}"
             whose, held = "the run's", of_run
         else:
-            return None
+            return ""
         return f"{whose} unsent replies take {held} bytes, this one would take {wanted.num_bytes}, {bound}"
 
     def fulfil(self, promised: ReplyBytes, value: Any) -> None:

@@ -3,14 +3,16 @@
 Between two passes the thread decodes answers for a slice of time.
 """
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import (
     EagleRpcError,
     RequestExpired,
@@ -21,7 +23,7 @@ from eagle_rpc.errors import (
     UnknownSession,
 )
 from eagle_rpc.service.answering import AnswerDesk
-from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, FairQueue, Work, set_outcome
+from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
 from eagle_rpc.service.forward_pass import ForwardPass, StartedPass, outcome_of
 
 logger = logging.getLogger(__name__)
@@ -62,18 +64,18 @@ class ForwardScheduler:
         self,
         passes: ForwardPass,
         answers: AnswerDesk,
-        *,
-        max_queued: int,
-        max_queued_per_session: int,
+        config: TargetConfig,
+        demand: Demand,
         clock: Callable[[], float],
-    ):
+    ) -> None:
         """`clock`: seconds, as `time.monotonic`."""
         self._passes = passes
         self._answers = answers
-        self._max_queued = max_queued
-        self._max_queued_per_session = max_queued_per_session
         self._clock = clock
-        self._queue = FairQueue()
+        self._queue = FairQueue(
+            config, demand, most="max_queued_requests", most_of_session="max_queued_per_session"
+        )
+        self._max_urgent = config.max_queued_requests
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
         self._begun: _Begun | None = None
@@ -114,58 +116,39 @@ class ForwardScheduler:
             seconds = len(self._queue) * self._seconds_per_request
         return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
 
-    def submit(self, work: Work, *, num_runs: int) -> None:
+    def submit(self, work: Work) -> None:
         """Queues `work`, to be run before its deadline or not at all.
 
         A request of the same session and id that still waits is replaced, and answered with `RequestExpired`.
-        Raises `TargetDraining`, or `TargetBusy` where the queue, the session's share of it or, among
-        `num_runs`, the run's equal share of it is full.
+        Raises `TargetDraining`, and `TargetBusy` as `FairQueue.put`.
         """
-        with self._changed:
-            if self._draining:
-                raise TargetDraining("the target is shutting down and takes no new requests")
-            replaced = self._queue.find(work.run, work.session, work.request_id)
-            if replaced is None:
-                self._check_room(work.run, work.session, num_runs)
-            self._queue.put(work)
-            self._changed.notify_all()
+        with self._accepting("requests"):
+            replaced = self._queue.put(work, [one for one in self._running if isinstance(one, Work)])
         if replaced is not None:
-            replaced.finish(RequestExpired(f"request {work.request_id!r:.80} was sent again before it ran"))
+            replaced.finish_replaced()
 
-    def submit_prompt(self, work: Work, *, num_runs: int) -> None:
+    def submit_prompt(self, work: Work) -> None:
         """Queues a prompt. Raises `TargetDraining`, and `TargetBusy` as `AnswerDesk.submit`."""
-        with self._changed:
-            if self._draining:
-                raise TargetDraining("the target is shutting down and takes no new prompts")
-            self._answers.submit(work, num_runs=num_runs)
-            self._changed.notify_all()
-
-    def _check_room(self, run: str, session: str, num_runs: int) -> None:
-        running = sum(isinstance(work, Work) and work.session == session for work in self._running)
-        of_session, of_all = self._max_queued_per_session, self._max_queued
-        if self._queue.num_of_session(run, session) + running >= of_session:
-            rule = f"a session must have at most {of_session} requests under way"
-            raise TargetBusy(f"{rule} (target.max_queued_per_session)")
-        if len(self._queue) >= of_all:
-            rule = f"the target's queue must hold at most {of_all} requests"
-            raise TargetBusy(f"{rule} (target.max_queued_requests)")
-        share = max(1, of_all // num_runs)
-        if self._queue.num_of_run(run) >= share:
-            rule = f"each of {num_runs} runs must have at most {share} of {of_all} requests queued"
-            raise TargetBusy(f"{rule} (target.max_queued_requests)")
+        with self._accepting("prompts"):
+            self._answers.submit(work)
 
     def submit_first(self, run: Callable[[], Any]) -> Future[Any]:
         """Queues `run` before all requests. Raises `TargetBusy`, `TargetDraining`."""
         urgent = _Urgent(run, Future())
-        with self._changed:
-            if self._draining:
-                raise TargetDraining("the target is shutting down and takes no new sessions")
-            if len(self._urgent) >= self._max_queued:
-                rule = f"at most {self._max_queued} new sessions must wait"
+        with self._accepting("sessions"):
+            if len(self._urgent) >= self._max_urgent:
+                rule = f"at most {self._max_urgent} new sessions must wait"
                 raise TargetBusy(f"{rule} (target.max_queued_requests)")
             self._urgent.append(urgent)
-            self._changed.notify_all()
         return urgent.answer
+
+    @contextlib.contextmanager
+    def _accepting(self, what: str) -> Iterator[None]:
+        with self._changed:
+            if self._draining:
+                raise TargetDraining(f"the target is shutting down and takes no new {what}")
+            yield
+            self._changed.notify_all()
 
     def drop_session(self, session: str, why: str) -> None:
         """Answers all waiting requests of `session` with `UnknownSession`; `why` completes "session ... "."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
-from eagle_rpc.service.answering import AnswerDesk, Answering, NoAnswering
+from eagle_rpc.service.answering import AnswerDesk, Answering
 from eagle_rpc.service.arguments import (
     check_answer_request,
     check_request,
@@ -36,6 +36,7 @@ from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
 from eagle_rpc.supervision import (
     ENCODINGS,
+    AnswerPrompt,
     AnswerRequest,
     DraftHead,
     EncodedSupervision,
@@ -98,27 +99,14 @@ class TargetModelServer:
         self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
         self.device = device_of(self._target)
         """The device of the target, and of the supervision."""
-        self._sessions = SessionTable(config, self.device, clock)
-        self._answering = answering or NoAnswering()
-        self._answers = AnswerDesk(
-            self._answering,
-            max_answers=config.max_answers,
-            max_tokens=config.max_answer_tokens,
-            clock=clock,
-        )
-        self._scheduler = ForwardScheduler(
-            ForwardPass(self._target, config),
-            self._answers,
-            max_queued=config.max_queued_requests,
-            max_queued_per_session=config.max_queued_per_session,
-            clock=clock,
-        )
-        self._demand = Demand(clock)
-        self._budget = ReplyBudget(
-            max_bytes=config.max_reply_bytes, max_bytes_per_session=config.max_reply_bytes_per_session
-        )
+        self.sessions = SessionTable(config, self.device, clock)
+        self.throughput = Throughput(clock)
+        demand = Demand(clock)
+        self._answers = AnswerDesk(answering, config, demand, clock)
+        passes = ForwardPass(self._target, config)
+        self._scheduler = ForwardScheduler(passes, self._answers, config, demand, clock)
+        self._budget = ReplyBudget(config, demand)
         self._heads = HeadRows(self._target, self._info, self._budget, clock)
-        self._throughput = Throughput(clock)
         self._closed = threading.Event()
         self._expiry = threading.Thread(target=self._expire_regularly, name="expiry", daemon=True)
         self._expiry.start()
@@ -138,8 +126,7 @@ class TargetModelServer:
 
         Raises `UnknownSession`, `UnsupportedTarget`, `TargetBusy` as `generate`.
         """
-        opened = self._sessions.renew(session)
-        return self._heads.get(opened, num_runs=self._demand.note(opened.spec.run))
+        return self._heads.get(self.sessions.renew(session))
 
     def probe_transfer(self) -> Tensor:
         """0, 1, 2, ... as int32 [65536] on the target's device: to test the transport."""
@@ -157,7 +144,7 @@ class TargetModelServer:
             raise TargetDraining("the target is shutting down and takes no new sessions")
         mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
         spec.expected.check(self._info)
-        probe = ENCODINGS[spec.encoding].needs_head and not self._sessions.serves(
+        probe = ENCODINGS[spec.encoding].needs_head and not self.sessions.serves(
             mapping.digest, spec.encoding
         )
         if probe or spec.answers:
@@ -174,11 +161,11 @@ class TargetModelServer:
 
     def _open(self, spec: SessionSpec, mapping: VocabMapping, *, probe: bool = False) -> OpenedSession:
         # Several trainers may have asked before the first of them was answered.
-        if probe and not self._sessions.serves(mapping.digest, spec.encoding):
+        if probe and not self.sessions.serves(mapping.digest, spec.encoding):
             check_encoding(self._target, mapping.selected_token_ids, spec.encoding)
         if spec.answers:
-            self._answering.check()
-        session, config = self._sessions.open(spec, mapping), self._config
+            self._answers.check()
+        session, config = self.sessions.open(spec, mapping), self._config
         credits = config.max_answers if spec.answers else config.max_queued_per_session
         return OpenedSession(id=session.id, credits=credits, lease=config.session_lease)
 
@@ -200,6 +187,29 @@ class TargetModelServer:
                 busy.retry_after = self._scheduler.retry_after
                 raise
 
+    def _submit(self, session: Session, request: GenerateRequest) -> Future[EncodedSupervision]:
+        tokens = request.tokens
+        num_tokens = int(tokens.attention_mask.sum())
+        num_bytes = most_reply_bytes(self._info, session, tokens, num_tokens)
+        promised = self._budget.promise(num_bytes, run=session.spec.run, session=session.id)
+
+        def record(outcome: EncodedSupervision | EagleRpcError) -> None:
+            if isinstance(outcome, EagleRpcError):
+                self._budget.release(promised)
+                self.throughput.count(outcome.code)
+            else:
+                self._budget.fulfil(promised, outcome)
+                self.sessions.count(session, num_tokens)
+                self.throughput.count("ok", tokens=num_tokens, reply_bytes=outcome.num_bytes)
+
+        work = self._work(session, request, PassRequest(session, compact(tokens)), record)
+        try:
+            self._scheduler.submit(work)
+        except BaseException:
+            self._budget.release(promised)
+            raise
+        return work.answer
+
     def answer(self, request: AnswerRequest) -> Future[PromptAnswer]:
         """The answer to one prompt, decoded between forward passes; `cancel` ends it at any time.
 
@@ -207,16 +217,27 @@ class TargetModelServer:
         """
         with self._refusals_counted():
             check_answer_request(request)
-            session = self._session_of(request)
-            request.prompt.check(vocab_size=self._info.vocab_size, max_length=self._info.max_length)
-            return self._submit_prompt(session, request)
+            session, prompt = self._session_of(request), request.prompt
+            prompt.check(vocab_size=self._info.vocab_size, max_length=self._info.max_length)
+
+            def record(outcome: PromptAnswer | EagleRpcError) -> None:
+                if isinstance(outcome, EagleRpcError):
+                    self.throughput.count(outcome.code)
+                else:
+                    self.sessions.count(session, len(outcome.token_ids))
+                    self.throughput.count("ok", answer_tokens=len(outcome.token_ids))
+
+            content = dataclasses.replace(prompt, token_ids=own_storage(prompt.token_ids))
+            work = self._work(session, request, content, record)
+            self._scheduler.submit_prompt(work)
+            return work.answer
 
     @contextlib.contextmanager
     def _refusals_counted(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._throughput.refused(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
+            self.throughput.count(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
             raise
 
     def _session_of(self, request: GenerateRequest | AnswerRequest) -> Session:
@@ -224,52 +245,17 @@ class TargetModelServer:
         if request.incarnation != self._info.incarnation:
             meant = f"the request is for incarnation {request.incarnation:.80}"
             raise StaleIncarnation(f"{meant}, this is {self._info.incarnation}")
-        return self._sessions.renew(request.session)
+        return self.sessions.renew(request.session)
 
-    def _submit(self, session: Session, request: GenerateRequest) -> Future[EncodedSupervision]:
-        run, tokens = session.spec.run, request.tokens
-        num_runs = self._demand.note(run)
-        num_tokens = int(tokens.attention_mask.sum())
-        num_bytes = most_reply_bytes(self._info, session, tokens, num_tokens)
-        promised = self._budget.promise(num_bytes, run=run, session=session.id, num_runs=num_runs)
-
-        def record(outcome: EncodedSupervision | EagleRpcError) -> None:
-            if isinstance(outcome, EagleRpcError):
-                self._budget.release(promised)
-                self._throughput.refused(outcome.code)
-            else:
-                self._budget.fulfil(promised, outcome)
-                self._sessions.count(session, num_tokens)
-                self._throughput.answered(num_tokens, outcome.num_bytes)
-
-        work = Work(
-            PassRequest(session, compact(tokens)),
-            run=run,
-            session=session.id,
-            request_id=request.request_id,
-            deadline=self._clock() + request.seconds_left,
-            record=record,
-            answer=Future(),
-        )
-        try:
-            self._scheduler.submit(work, num_runs=num_runs)
-        except BaseException:
-            self._budget.release(promised)
-            raise
-        return work.answer
-
-    def _submit_prompt(self, session: Session, request: AnswerRequest) -> Future[PromptAnswer]:
-        prompt = request.prompt
-
-        def record(outcome: PromptAnswer | EagleRpcError) -> None:
-            if isinstance(outcome, EagleRpcError):
-                self._throughput.refused(outcome.code)
-            else:
-                self._sessions.count(session, len(outcome.token_ids))
-                self._throughput.said(len(outcome.token_ids))
-
-        work = Work(
-            dataclasses.replace(prompt, token_ids=own_storage(prompt.token_ids)),
+    def _work(
+        self,
+        session: Session,
+        request: GenerateRequest | AnswerRequest,
+        content: PassRequest | AnswerPrompt,
+        record: Callable[[Any], None],
+    ) -> Work:
+        return Work(
+            content,
             run=session.spec.run,
             session=session.id,
             request_id=request.request_id,
@@ -277,8 +263,6 @@ class TargetModelServer:
             record=record,
             answer=Future(),
         )
-        self._scheduler.submit_prompt(work, num_runs=self._demand.note(session.spec.run))
-        return work.answer
 
     def cancel(self, session: str, request_ids: list[str]) -> int:
         """Ends the session's waiting requests, and its prompts, of these ids with `RequestExpired`.
@@ -288,48 +272,35 @@ class TargetModelServer:
         check_type("request_ids", request_ids, list)
         for request_id in request_ids:
             check_type("request_id", request_id, str)
-        return self._scheduler.cancel(self._sessions.renew(session).id, frozenset(request_ids))
+        return self._scheduler.cancel(self.sessions.renew(session).id, frozenset(request_ids))
 
     def heartbeat(self, session: str) -> HeartbeatReply:
         """Renews the session's lease. Raises `UnknownSession`."""
-        self._sessions.renew(session)
+        self.sessions.renew(session)
         return HeartbeatReply(incarnation=self._info.incarnation, draining=self._scheduler.draining)
 
     def disconnect(self, session: str) -> None:
         """Ends this session and drops its waiting requests; other sessions go on. Raises `UnknownSession`."""
-        closed = self._sessions.close(session)
+        closed = self.sessions.close(session)
         self._scheduler.drop_session(closed.id, "was disconnected")
 
     def status(self) -> dict[str, Any]:
         """Identity, load and memory of this replica, in types that JSON has.
 
-        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo` and
-        `describe_load`.
+        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo`,
+        `Throughput` and `describe_load`.
         """
         identity = "architecture hidden_size vocab_size dtype weights_fingerprint incarnation".split()
         return {
             **{name: getattr(self._info, name) for name in identity},
             "uptime": self._clock() - self._started,
             "max_reply_bytes": self._config.max_reply_bytes,
-            **describe_load(self._sessions, self._scheduler, self._answers, self._budget, self._throughput),
+            **self.throughput.describe(),
+            **describe_load(self.sessions, self._scheduler, self._answers, self._budget),
             **describe_memory(self.device),
         }
 
     # --- for the process that serves
-
-    @property
-    def num_requests(self) -> dict[str, int]:
-        """Answered requests by outcome: `ok` or the code of an error."""
-        return self._throughput.requests
-
-    @property
-    def seconds_unused(self) -> float:
-        """As `SessionTable.seconds_unused`."""
-        return self._sessions.seconds_unused
-
-    def heard_within(self, seconds: float) -> bool:
-        """As `SessionTable.heard_within`."""
-        return self._sessions.heard_within(seconds)
 
     def _expire_regularly(self) -> None:
         while not self._closed.wait(min(_LOOK_INTERVAL, self._config.session_lease / 4)):
@@ -337,7 +308,7 @@ class TargetModelServer:
 
     def expire(self) -> None:
         """Ends silent sessions, late requests and unused copies; a thread calls it every second."""
-        for session in self._sessions.close_silent():
+        for session in self.sessions.close_silent():
             self._scheduler.drop_session(session.id, "fell silent")
         self._scheduler.drop_expired()
         self._heads.drop_unused()

@@ -48,15 +48,13 @@ class RecentRate:
 
 
 class Throughput:
-    """Counts of requests by outcome, and of the tokens and bytes of the answers."""
+    """Counts of requests by outcome, and of the tokens and bytes of the answers. Safe for threads."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock`: seconds, as `time.monotonic`."""
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
-        self._tokens = RecentRate(clock)
-        self._reply_bytes = RecentRate(clock)
-        self._said = RecentRate(clock)
+        self._rates = {name: RecentRate(clock) for name in ("tokens", "reply_bytes", "answer_tokens")}
 
     @property
     def requests(self) -> dict[str, int]:
@@ -64,51 +62,31 @@ class Throughput:
         with self._lock:
             return dict(self._requests)
 
-    def answered(self, num_tokens: int, num_bytes: int) -> None:
-        """Counts a request that got its supervision of `num_tokens` real tokens in `num_bytes` of tensors."""
+    def count(self, outcome: str, **amounts: int) -> None:
+        """Counts a request that was answered: `ok` with `amounts` by name, or the code of an error."""
         with self._lock:
-            self._requests["ok"] += 1
-            self._tokens.add(num_tokens)
-            self._reply_bytes.add(num_bytes)
-
-    def said(self, num_tokens: int) -> None:
-        """Counts a prompt that got its answer of `num_tokens`."""
-        with self._lock:
-            self._requests["ok"] += 1
-            self._said.add(num_tokens)
-
-    def refused(self, code: str) -> None:
-        """Counts a request that was answered by an error."""
-        with self._lock:
-            self._requests[code] += 1
+            self._requests[outcome] += 1
+            for name, amount in amounts.items():
+                self._rates[name].add(amount)
 
     def describe(self) -> dict[str, Any]:
         """The figures by their names in the target's status."""
+        figures: dict[str, Any] = {"requests": self.requests}
         with self._lock:
-            return {
-                "requests": dict(self._requests),
-                "tokens": self._tokens.total,
-                "tokens_per_second": self._tokens.per_second,
-                "reply_bytes": self._reply_bytes.total,
-                "reply_bytes_per_second": self._reply_bytes.per_second,
-                "answer_tokens": self._said.total,
-                "answer_tokens_per_second": self._said.per_second,
-            }
+            for name, rate in self._rates.items():
+                figures |= {name: rate.total, f"{name}_per_second": rate.per_second}
+        return figures
 
 
 def describe_load(
-    sessions: SessionTable,
-    scheduler: ForwardScheduler,
-    answers: AnswerDesk,
-    budget: ReplyBudget,
-    throughput: Throughput,
+    sessions: SessionTable, scheduler: ForwardScheduler, answers: AnswerDesk, budget: ReplyBudget
 ) -> dict[str, Any]:
-    """A target's work, under way and done.
+    """A target's work under way.
 
-    `passes`: forward passes; `requests`: answers by outcome, `ok` or the code of an error; `tokens`: real
-    tokens of answered batches; `*_per_second`: over the last 10 s; `reply_bytes_held`: promised, or made and
-    not yet sent; `lease_left`: seconds; `prompts_*`, `answer_tokens*`: of answers to prompts.
+    `passes`: forward passes so far; `prompts_*`: of answers; `lease_left`: seconds; `requests`, `tokens`: of
+    a session, answered; `reply_bytes_held`: promised, or made and not yet sent.
     """
+    # First: it forgets the bytes that were sent.
     held = budget.held
     return {
         "draining": scheduler.draining,
@@ -117,6 +95,7 @@ def describe_load(
         "passes": scheduler.num_passes,
         "prompts_waiting": answers.num_waiting,
         "prompts_running": answers.num_running,
+        "reply_bytes_held": held,
         "sessions": [
             {
                 "id": one.session.id[:8],
@@ -131,8 +110,6 @@ def describe_load(
             }
             for one in sessions.registrations()
         ],
-        **throughput.describe(),
-        "reply_bytes_held": held,
     }
 
 

@@ -22,7 +22,6 @@ from torch.distributed import rpc
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Record, RegistryClient, load_token
-from eagle_rpc.rpc import SERVICE_NAME
 from eagle_rpc.rpc.envelope import Failure, Ok, unwrap
 from eagle_rpc.rpc.internals import add_peer
 from eagle_rpc.rpc.link import call_hosted
@@ -73,7 +72,7 @@ class Rogue:
             self.outcome.wrong.append(f"{attack}: {answer!r:.300}")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return self.ask(call_hosted, SERVICE_NAME, method, *arguments)
+        return self.ask(call_hosted, method, *arguments)
 
 
 def alike(mask_BT: torch.Tensor) -> TokenBatch:
@@ -102,16 +101,16 @@ def hostile_pickles(rogue: Rogue) -> None:
         ("os.system", os.system, (command,)),
         ("eval", eval, (f"__import__('os').system({command!r})",)),
         ("exec", exec, (f"import os; os.system({command!r})",)),
-        ("gadget", call_hosted, (SERVICE_NAME, Gadget(os.system, command))),
-        ("nested gadget", call_hosted, (SERVICE_NAME, "heartbeat", {"a": [nested]})),
-        ("getattr gadget", call_hosted, (SERVICE_NAME, Gadget(getattr, "", "join"))),
-        ("a class of torch", call_hosted, (SERVICE_NAME, torch.nn.Linear(2, 2))),
-        ("a method that is not offered", call_hosted, (SERVICE_NAME, "close")),
-        ("a private method", call_hosted, (SERVICE_NAME, "__class__")),
+        ("gadget", call_hosted, (Gadget(os.system, command),)),
+        ("nested gadget", call_hosted, ("heartbeat", {"a": [nested]})),
+        ("getattr gadget", call_hosted, (Gadget(getattr, "", "join"),)),
+        ("a class of torch", call_hosted, (torch.nn.Linear(2, 2),)),
+        ("a method that is not offered", call_hosted, ("close",)),
+        ("a private method", call_hosted, ("__class__",)),
         ("an import", __import__, ("os",)),
         ("a file", open, (str(rogue.marker), "w")),
-        ("much pickle", call_hosted, (SERVICE_NAME, "heartbeat", "x" * (MAX_PICKLE_BYTES + 1))),
-        ("many tensors", call_hosted, (SERVICE_NAME, "heartbeat", too_large)),
+        ("much pickle", call_hosted, ("heartbeat", "x" * (MAX_PICKLE_BYTES + 1))),
+        ("many tensors", call_hosted, ("heartbeat", too_large)),
     ]
     for attack, function, arguments in rogue.draw.sample(attacks, len(attacks)):
         rogue.expect_refusal(attack, function, *arguments)
@@ -161,7 +160,7 @@ def malformed_requests(rogue: Rogue) -> None:
         ("too few arguments", ("heartbeat",)),
     ]
     for mistake, (method, *arguments) in rogue.draw.sample(mistakes, len(mistakes)):
-        rogue.expect_refusal(mistake, call_hosted, SERVICE_NAME, method, *arguments)
+        rogue.expect_refusal(mistake, call_hosted, method, *arguments)
     rogue.call("disconnect", session)
 
 
@@ -182,9 +181,7 @@ def abandoned_sessions(rogue: Rogue) -> None:
                 seconds_left=10.0,
                 tokens=tokens(),
             )
-            rpc.rpc_async(
-                rogue.target.name, call_hosted, args=(SERVICE_NAME, "generate", request), timeout=_TIMEOUT
-            )
+            rpc.rpc_async(rogue.target.name, call_hosted, args=("generate", request), timeout=_TIMEOUT)
         rogue.outcome.as_promised += 1
 
 
@@ -203,7 +200,7 @@ def recorded_opening() -> bytes:
     with socket.create_server(("127.0.0.1", 0)) as recorder:
         recorder.settimeout(_RECORDER_SECONDS)
         add_peer("recorder", 2**15 - 2, f"uv://127.0.0.1:{recorder.getsockname()[1]}", {})
-        rpc.rpc_async("recorder", call_hosted, args=(SERVICE_NAME, "model_info"), timeout=_RECORDER_SECONDS)
+        rpc.rpc_async("recorder", call_hosted, args=("model_info",), timeout=_RECORDER_SECONDS)
         connection, _ = recorder.accept()
         with connection:
             connection.settimeout(_RECORDER_SECONDS)

@@ -13,11 +13,13 @@ import torch.distributed as dist
 from support.attacker import SERVER, Answers, Gadget, attacked_server, pickled, stock_agent
 from support.tiny_target import tiny_mapping
 from torch.distributed import rpc
+from torch.distributed.rpc.functions import async_execution
+from torch.futures import Future
 
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import ConfigError, PayloadRefused
 from eagle_rpc.jobs.permissions import permissions
-from eagle_rpc.rpc import SERVICE_NAME, PendingCall, Permissions, host, withdraw
+from eagle_rpc.rpc import PendingCall, Permissions, host, withdraw
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.envelope import Ok
 from eagle_rpc.rpc.failures import classify
@@ -74,8 +76,11 @@ def alone(permissions: Permissions) -> Any:
 class Greeter:
     """Hosted by these tests."""
 
-    def greet(self, whom: str) -> Ok:
-        return Ok(f"hello {whom}")
+    @async_execution
+    def greet(self, whom: str) -> Future:
+        greeting: Future = Future()
+        greeting.set_result(Ok(f"hello {whom}"))
+        return greeting
 
     def forget(self) -> None:
         """Not permitted."""
@@ -101,10 +106,9 @@ def greeting_and_refusals() -> list[str]:
     for _ in range(2):
         with alone(greeter_permissions()):
             probe_fence()
-            host("greeter", Greeter(), frozenset(["greet"]))
+            host(Greeter(), frozenset(["greet"]))
             link = Link(
                 ME,
-                service="greeter",
                 incarnation="",
                 data=ME,
                 control=ME,
@@ -124,7 +128,7 @@ def greeting_and_refusals() -> list[str]:
                 except PayloadRefused as error:
                     answers.append(str(error))
             link.release()
-            withdraw("greeter")
+            withdraw()
     return answers
 
 
@@ -133,7 +137,7 @@ def test_what_is_listed_is_answered_and_the_rest_is_refused_in_one_agent_and_the
         "hello you",
         "hello them",
         "alone0 refused forgetting: a method of Greeter must be one that is listed, got forget",
-        "alone0 refused forget: 'forget' must be a method that 'greeter' offers by name",
+        "alone0 refused forget: 'forget' must be a method that this process offers by name",
         "alone0 refused its pid: an RPC message must not name posix.getpid",
     ]
     assert in_a_process(greeting_and_refusals) == once * 2
@@ -141,11 +145,11 @@ def test_what_is_listed_is_answered_and_the_rest_is_refused_in_one_agent_and_the
 
 def trainer_answers() -> list[str]:
     with alone(permissions(CONFIG, Role.trainer)):
-        host("greeter", Greeter(), frozenset(["greet"]))
+        host(Greeter(), frozenset(["greet"]))
         refusals = []
         for function, *arguments in (
-            (hosted_rref, "greeter"),
-            (call_hosted, "greeter", "greet", "you"),
+            (hosted_rref,),
+            (call_hosted, "greet", "you"),
             (os.getpid,),
         ):
             with pytest.raises(RuntimeError) as refused:
@@ -211,12 +215,12 @@ def test_without_the_fence_the_exploits_of_these_tests_work(tmp_path: Path):
 def test_the_way_that_a_caller_chooses_to_wait_for_an_answer_harms_nothing(server: Any):
     answers = Answers()
     for is_async in (False, True):
-        for call in ((call_hosted, (SERVICE_NAME, "model_info")), (hosted_rref, ("nothing",))):
+        for call in ((call_hosted, ("model_info",)), (hosted_rref, ())):
             answers.send(rpc.internal.serialize(rpc.internal.PythonUDF(*call, {}))[0], is_async=is_async)
     answers.wait()
     # Those that named the wrong way fail, and only those.
     assert len(answers.values) == len(answers.failures) == 2
-    assert rpc.rpc_sync(SERVER, call_hosted, args=(SERVICE_NAME, "model_info"), timeout=20).value.architecture
+    assert rpc.rpc_sync(SERVER, call_hosted, args=("model_info",), timeout=20).value.architecture
 
 
 @pytest.mark.parametrize(
@@ -231,29 +235,27 @@ def test_a_message_that_is_no_call_is_a_failure(server: Any, value: Any):
 
 def test_tensors_beyond_the_limit_are_refused_even_if_the_call_does_not_use_them(server: Any):
     limit = CONFIG.max_request_bytes
-    data, _ = rpc.internal.serialize(rpc.internal.PythonUDF(hosted_rref, ("nothing",), {}))
+    data, _ = rpc.internal.serialize(rpc.internal.PythonUDF(hosted_rref, (), {}))
     whole, view = torch.zeros(limit // 4), torch.zeros(limit // 4 + 1)[: limit // 6]
     answers = Answers()
     answers.send(data, [whole])
     answers.wait()
-    assert answers.values == [None]
+    assert len(answers.values) == 1
     answers.send(data, [whole, torch.zeros(1)])
     answers.send(data, [view, whole])
     answers.wait()
-    assert answers.values == [None] and all(
-        "rpc.max_request_bytes" in failure for failure in answers.failures
-    )
-    assert len(answers.failures) == 2
+    assert len(answers.values) == 1 and len(answers.failures) == 2
+    assert all("rpc.max_request_bytes" in failure for failure in answers.failures)
 
 
 def test_what_an_rref_holds_does_not_come_when_it_is_fetched(server: Any):
-    rref = rpc.rpc_sync(SERVER, hosted_rref, args=(SERVICE_NAME,), timeout=20)
+    rref = rpc.rpc_sync(SERVER, hosted_rref, timeout=20)
     fetched = rref.to_here()
     assert vars(fetched) == {}
 
 
 def test_an_rref_that_was_not_handed_out_is_refused_at_once(server: Any):
-    rref = rpc.rpc_sync(SERVER, hosted_rref, args=(SERVICE_NAME,), timeout=20)
+    rref = rpc.rpc_sync(SERVER, hosted_rref, timeout=20)
     owner, created_on, local_id, *rest = rref._serialize()
     forged = Gadget(
         rpc.internal._InternalRPCPickler._py_rref_receiver, (owner, created_on, local_id + 1000, *rest)
@@ -265,7 +267,7 @@ def test_an_rref_that_was_not_handed_out_is_refused_at_once(server: Any):
 
 
 def test_a_method_reached_by_rref_validates_as_one_reached_by_name(server: Any):
-    rref = rpc.rpc_sync(SERVER, hosted_rref, args=(SERVICE_NAME,), timeout=20)
+    rref = rpc.rpc_sync(SERVER, hosted_rref, timeout=20)
     spec = SessionSpec(selected_token_ids=tiny_mapping().selected_token_ids, encoding="morse")
     assert rref.rpc_sync().open_session(spec).code == "invalid_request"
 

@@ -24,7 +24,6 @@ from torch.distributed import rpc
 from torch.distributed.rpc import rref_proxy
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.rpc import SERVICE_NAME
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
 from eagle_rpc.service.endpoint import TargetEndpoint
@@ -47,7 +46,7 @@ CONFIG = RpcConfig(max_pickle_bytes=2**18, max_request_bytes=2**20)
 
 
 def ask(method: str, *arguments: Any) -> Any:
-    return rpc.rpc_sync(SERVER, call_hosted, args=(SERVICE_NAME, method, *arguments), timeout=30)
+    return rpc.rpc_sync(SERVER, call_hosted, args=(method, *arguments), timeout=30)
 
 
 def good_answer() -> dict[str, Any]:
@@ -110,7 +109,7 @@ def code_runners(directory: Path) -> list[Any]:
         Gadget(rpc.internal._InternalRPCPickler._py_rref_receiver, (1, 1, 0, 2, 9, 2, "List[" * 5000)),
         Gadget(rpc.internal._InternalRPCPickler._py_rref_receiver, (2**70, 1, 0, 2, 9, 2, "PyObject")),
         Gadget(rpc.rpc_sync, SERVER, os.getpid),
-        Gadget(call_hosted, SERVICE_NAME, "close"),
+        Gadget(call_hosted, "close"),
         torch.nn.Linear(2, 2),
         torch.nn.Parameter(torch.zeros(2)),
         torch.float32,
@@ -146,7 +145,7 @@ def forbidden_calls(rref: Any, directory: Path) -> list[tuple[Any, ...]]:
         ["close"],
         ("close",),
     ):
-        calls.append((call_hosted, SERVICE_NAME, method))
+        calls.append((call_hosted, method))
         calls.append((call_hosted, method, "model_info"))
     calls += [
         (rpc.api._gather_to_leader, "attacker0", "attacker", None, {"attacker", SERVER}),
@@ -345,7 +344,7 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
     with attacked_server(CONFIG) as server:
         before = good_answer()
         pid = server.pid
-        rref = rpc.rpc_sync(SERVER, hosted_rref, args=(SERVICE_NAME,))
+        rref = rpc.rpc_sync(SERVER, hosted_rref)
         assert rref.rpc_sync().model_info().value.incarnation == incarnation()
 
         refused = Answers()
@@ -358,10 +357,13 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
             refused.call(function, *arguments)
         refused.wait()
         assert refused.values == [] and len(refused.failures) == refused.sent
+        arrived = [failure for failure in refused.failures if "PayloadRefused" not in failure]
+        # Two nested values of plain types, sent twice, and three calls with arguments of the wrong kind.
+        assert len(arrived) == 7 and all("TypeError" in failure for failure in arrived)
 
         sized = Answers()
         for _ in range(20):
-            sized.call(call_hosted, SERVICE_NAME, "set_vocab_mapping", torch.zeros(2**18 + 1))
+            sized.call(call_hosted, "set_vocab_mapping", torch.zeros(2**18 + 1))
         sized.wait()
         assert sized.sent == 20 and all("rpc.max_request_bytes" in failure for failure in sized.failures)
         assert len(sized.failures) == 20
@@ -377,7 +379,7 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
         )
         @given(CALLS)
         def ask_anything(call: tuple[Any, ...]) -> None:
-            typed.call(call_hosted, SERVICE_NAME, *call)
+            typed.call(call_hosted, *call)
 
         ask_anything()
         typed.wait()
@@ -387,9 +389,7 @@ def test_ten_thousand_hostile_requests_leave_a_server_unharmed(tmp_path: Path):
 
         mutated = Answers()
         rpc_bytes, tensors = rpc.internal.serialize(
-            rpc.internal.PythonUDF(
-                call_hosted, (SERVICE_NAME, "generate", request("s", "i", tiny_batch(1))), {}
-            )
+            rpc.internal.PythonUDF(call_hosted, ("generate", request("s", "i", tiny_batch(1))), {})
         )
         missing = NUM_REQUESTS - refused.sent - sized.sent - typed.sent
         for data in mutations(rpc_bytes, missing):

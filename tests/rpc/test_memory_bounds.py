@@ -21,7 +21,7 @@ from eagle_rpc.config.schema import TargetConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import read_world
-from eagle_rpc.rpc import SERVICE_NAME, PendingCall, StaticMembership, host, join_static
+from eagle_rpc.rpc import PendingCall, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import DraftHead, GenerateRequest, SessionSpec, TargetOutput, TokenBatch
@@ -93,7 +93,7 @@ class Hosted:
         self.clock = Clock()
         config = TargetConfig(model="wide", chunk_rows=8, **limits)
         self.server = TargetModelServer(self.target, config, clock=self.clock)
-        host(SERVICE_NAME, TargetEndpoint(self.server), CONTROL_METHODS)
+        host(TargetEndpoint(self.server), CONTROL_METHODS)
         self.target.gate.set()
         membership.mark("ready")
         self.reached("warm")

@@ -18,7 +18,7 @@ from eagle_rpc.config.schema import RpcConfig, TopologyConfig
 from eagle_rpc.errors import EagleRpcError, InvalidRequest, TargetFailed, TargetMismatch, TargetUnavailable
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import read_world
-from eagle_rpc.rpc import SERVICE_NAME, Link, StaticMembership, host, join_static
+from eagle_rpc.rpc import Link, StaticMembership, host, join_static
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS, SessionSettings, TargetExpectation
@@ -46,11 +46,11 @@ def make_target(seed: int = 0) -> HFEagle3TargetModel:
 def serve(membership: StaticMembership, target: Any, **limits: Any) -> dict[str, int]:
     """A target's life; returns the server's counts."""
     server = TargetModelServer(target, tiny_target_config(**limits))
-    host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+    host(TargetEndpoint(server), CONTROL_METHODS)
     membership.mark("ready")
     membership.wait_for(membership.cast.trainer_names, "done", timeout=60)
     server.close()
-    return server.num_requests
+    return server.throughput.requests
 
 
 def remote_target(
@@ -102,7 +102,7 @@ def stream_everything(topology: TopologyConfig) -> Any:
         server = None
         if topology.single:
             server = TargetModelServer(make_target(), tiny_target_config())
-            host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+            host(TargetEndpoint(server), CONTROL_METHODS)
             membership.mark("ready")
         received = {}
         for encoding in ENCODINGS:

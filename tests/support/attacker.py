@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.process import bind_to_interface
-from eagle_rpc.rpc import SERVICE_NAME, host, internals
+from eagle_rpc.rpc import host, internals
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.topology import Role
@@ -46,7 +46,7 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
     target = HFEagle3TargetModel.load(tiny_target_config(), "cpu", cache_dir="unused", seed=0)
     server = TargetModelServer(target, tiny_target_config(max_sessions=4096))
     with lone_agent(SERVER, SERVER_ID, config, permissions):
-        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+        host(TargetEndpoint(server), CONTROL_METHODS)
         pipe.send(internals.bound_url(SERVER))
         internals.add_peer(ATTACKER, ATTACKER_ID, pipe.recv(), {})
         pipe.send("ready")

@@ -22,7 +22,7 @@ from eagle_rpc.config.texts import parse_address
 from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
-from eagle_rpc.rpc import SERVICE_NAME, ElasticMembership, host, join_elastic
+from eagle_rpc.rpc import ElasticMembership, host, join_elastic
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import SessionSettings, TargetExpectation
@@ -144,7 +144,7 @@ def serve_target(link: Link, name: str, config: TargetConfig, address: str, toke
         answering = EngineAnswering(target.model)
         incarnation = membership.me.incarnation
         server = TargetModelServer(target, config, incarnation=incarnation, answering=answering)
-        host(SERVICE_NAME, TargetEndpoint(server), CONTROL_METHODS)
+        host(TargetEndpoint(server), CONTROL_METHODS)
         membership.report(server.status)
         link.send(incarnation)
         if link.receive() == "drain":

@@ -13,7 +13,7 @@ from eagle_rpc.rpc.envelope import Failure, Ok
 
 def session_of(server: Any) -> Any:
     """The session that was opened last."""
-    return server._sessions.registrations()[-1].session
+    return server.sessions.registrations()[-1].session
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import itertools
 import math
 from concurrent.futures import Future
 
-from eagle_rpc.service.answering import AnswerDesk, NoAnswering
-from eagle_rpc.service.fairness import Work
+from server_calls import config
+
+from eagle_rpc.service.answering import AnswerDesk
+from eagle_rpc.service.fairness import Demand, Work
+from eagle_rpc.service.scheduler import ForwardScheduler
 
 
 class Done:
@@ -20,9 +23,10 @@ class Done:
         return self._value
 
 
-def no_answers(clock):
-    """The desk of a target that answers no prompts."""
-    return AnswerDesk(NoAnswering(), max_answers=1, max_tokens=1, clock=clock)
+def scheduler_of(passes, clock, answering=None, **bounds):
+    """A scheduler with settings of a target."""
+    demand, settings = Demand(clock), config(**bounds)
+    return ForwardScheduler(passes, AnswerDesk(answering, settings, demand, clock), settings, demand, clock)
 
 
 class OneByOne:
@@ -42,12 +46,11 @@ def submit(
     session="a",
     request_id=None,
     deadline=math.inf,
-    num_runs=1,
     record=lambda outcome: None,
 ):
     """The future of the answer."""
     work = Work(request, run, session, request_id or f"r{next(_ids)}", deadline, record, Future())
-    scheduler.submit(work, num_runs=num_runs)
+    scheduler.submit(work)
     return work.answer
 
 
@@ -55,7 +58,7 @@ def submit_prompt(scheduler, prompt, *, run="job", session="a"):
     """The future of the answer to a prompt."""
     request_id = f"p{next(_ids)}"
     work = Work(prompt, run, session, request_id, math.inf, lambda outcome: None, Future())
-    scheduler.submit_prompt(work, num_runs=1)
+    scheduler.submit_prompt(work)
     return work.answer
 
 

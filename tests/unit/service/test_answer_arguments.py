@@ -76,7 +76,7 @@ def test_requests_of_other_shapes_are_refused_and_counted(serve_answers, answeri
         assert isinstance(error_of(server.answer, dataclasses.replace(good, **fields)), error), fields
     for value in (None, 7, "request", good.prompt):
         assert isinstance(error_of(server.answer, value), InvalidRequest)
-    assert sum(server.num_requests.values()) == len(changed) + 4
+    assert sum(server.throughput.requests.values()) == len(changed) + 4
     assert isinstance(server.answer(good).result(WAIT), PromptAnswer)
 
 

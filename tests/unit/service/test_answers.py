@@ -159,7 +159,7 @@ def test_a_full_desk_refuses_and_says_when_to_ask_again(serve_answers, answering
     answering.opened.set()
     for future in futures:
         said(future)
-    assert server.num_requests == {"ok": 3, "busy": 2}
+    assert server.throughput.requests == {"ok": 3, "busy": 2}
 
 
 def test_prompts_are_cancelled_expire_and_end_with_their_session_at_any_time(serve_answers, answering, clock):

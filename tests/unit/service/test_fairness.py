@@ -1,6 +1,8 @@
 from concurrent.futures import Future
 
-from eagle_rpc.service.fairness import FairQueue, Work
+from server_calls import Clock, config
+
+from eagle_rpc.service.fairness import Demand, FairQueue, Work
 
 
 def work(name):
@@ -9,9 +11,11 @@ def work(name):
 
 
 def filled(*names):
-    queue = FairQueue()
+    queue = FairQueue(
+        config(), Demand(Clock()), most="max_queued_requests", most_of_session="max_queued_per_session"
+    )
     for name in names:
-        queue.put(work(name))
+        queue.put(work(name), running=[])
     return queue
 
 
@@ -41,26 +45,26 @@ def test_runs_take_turns_however_many_sessions_they_have():
 def test_a_flood_does_not_keep_a_newcomer_waiting_for_more_than_one_request():
     queue = filled(*(f"A{session}{number}" for session in "abcdef" for number in range(10)))
     queue.take()
-    queue.put(work("Bx1"))
+    queue.put(work("Bx1"), running=[])
     assert "Bx1" in order(queue)[:2]
 
 
 def test_an_empty_queue_gives_nothing():
-    assert FairQueue().take() is None
+    assert filled().take() is None
 
 
 def test_what_is_put_under_the_same_id_takes_its_place():
     queue = filled("Aa1", "Aa2")
     again = work("Aa1")
-    queue.put(again)
+    assert queue.put(again, running=[]).request == "Aa1"
     assert (len(queue), queue.take()) == (2, again)
 
 
 def test_removal_leaves_the_rest_in_order_and_counts_follow():
     queue = filled("Aa1", "Aa2", "Ab1", "Bx1")
-    assert (queue.num_of_run("A"), queue.num_of_session("A", "a"), queue.num_of_run("C")) == (3, 2, 0)
+    assert [queue.num_of_session(*names) for names in ("Aa", "Ab", "Bx", "Cc")] == [2, 1, 1, 0]
     removed = queue.remove(lambda item: item.session == "a")
     assert sorted(item.request_id for item in removed) == ["1", "2"]
-    assert (queue.num_of_run("A"), queue.num_of_session("A", "a")) == (1, 0)
+    assert [queue.num_of_session(*names) for names in ("Aa", "Ab", "Bx")] == [0, 1, 1]
     assert order(queue) == ["Ab1", "Bx1"]
     assert not queue

@@ -23,8 +23,8 @@ def server(serve, model):
 def calls(monkeypatch, server):
     """The steps of the life, in their order."""
     made = []
-    monkeypatch.setattr(lifecycle, "host", lambda name, *_: made.append(f"host {name}"))
-    monkeypatch.setattr(lifecycle, "withdraw", lambda name: made.append(f"withdraw {name}"))
+    monkeypatch.setattr(lifecycle, "host", lambda *_: made.append("host"))
+    monkeypatch.setattr(lifecycle, "withdraw", lambda: made.append("withdraw"))
     for step in ("drain", "wait_sent", "close"):
         method = getattr(server, step)
         monkeypatch.setattr(server, step, lambda *args, s=step, m=method: made.append(s) or m(*args))
@@ -43,12 +43,12 @@ def test_a_stopped_target_drains_once_waits_for_its_replies_and_closes(server, c
         stop.set()
 
     life(server, stop=stop, when_serving=told_to_stop, when_stopped=lambda: calls.append("leaving")).run()
-    assert calls == [*("host target", "serving", "leaving", "drain", "wait_sent", "withdraw target", "close")]
+    assert calls == [*("host", "serving", "leaving", "drain", "wait_sent", "withdraw", "close")]
 
 
 def test_a_static_target_ends_with_its_trainers_and_tells_nobody_that_it_leaves(server, calls):
     life(server, trainers_done=lambda: True, when_stopped=lambda: calls.append("leaving")).run()
-    assert calls == ["host target", "drain", "wait_sent", "withdraw target", "close"]
+    assert calls == ["host", "drain", "wait_sent", "withdraw", "close"]
 
 
 def test_a_stopped_static_target_stays_until_its_trainers_are_done(server, calls):
@@ -65,9 +65,7 @@ def test_a_stopped_static_target_stays_until_its_trainers_are_done(server, calls
         return next(looks)
 
     life(server, stop=stop, trainers_done=done).run()
-    assert calls == [
-        *("host target", "look", "drain", "look", "look", "wait_sent", "withdraw target", "close")
-    ]
+    assert calls == [*("host", "look", "drain", "look", "look", "wait_sent", "withdraw", "close")]
 
 
 def test_a_stopped_static_target_does_not_wait_for_silent_trainers(server, calls, clock):
@@ -83,17 +81,17 @@ def test_an_unused_target_ends_after_its_last_session(server, calls, clock):
     first, second = open_session(server), open_session(server)
     server.disconnect(first)
     clock.now += 9.0
-    assert server.seconds_unused == 0.0
+    assert server.sessions.seconds_unused == 0.0
     server.disconnect(second)
     clock.now += 9.0
-    assert server.seconds_unused == 9.0
+    assert server.sessions.seconds_unused == 9.0
     life(server, unused_after=9.0).run()
     assert calls[-1] == "close"
 
 
 def test_a_target_that_was_never_used_goes_on(server, clock):
     clock.now += 1000.0
-    assert server.seconds_unused == 0.0
+    assert server.sessions.seconds_unused == 0.0
 
 
 @pytest.mark.parametrize(
@@ -113,4 +111,4 @@ def test_an_error_ends_a_target_after_it_has_drained(server, calls, clock, field
     clock.now += 9.0
     with pytest.raises(error, match=message):
         life(server, **fields).run()
-    assert calls == ["host target", "drain", "wait_sent", "withdraw target", "close"]
+    assert calls == ["host", "drain", "wait_sent", "withdraw", "close"]

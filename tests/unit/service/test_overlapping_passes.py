@@ -8,12 +8,10 @@ import weakref
 import pytest
 import torch
 from answer_calls import ScriptedAnswering
-from scheduler_calls import no_answers, submit, submit_prompt
+from scheduler_calls import scheduler_of, submit, submit_prompt
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.service.answering import AnswerDesk
-from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.supervision import AnswerPrompt, AnswerSettings
 
 
@@ -79,7 +77,7 @@ def gpu():
 
 @pytest.fixture
 def scheduler(gpu, clock):
-    made = ForwardScheduler(gpu, no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock)
+    made = scheduler_of(gpu, clock, max_queued_requests=4, max_queued_per_session=4)
     yield made
     assert made.stop(WAIT)
 
@@ -232,8 +230,7 @@ def test_a_forward_thread_that_fails_answers_everybody_and_takes_no_more(gpu, sc
 
 def test_answers_are_decoded_while_passes_come_and_go(gpu, clock):
     answering = ScriptedAnswering(repeats=2)
-    desk = AnswerDesk(answering, max_answers=4, max_tokens=400, clock=clock)
-    scheduler = ForwardScheduler(gpu, desk, max_queued=4, max_queued_per_session=4, clock=clock)
+    scheduler = scheduler_of(gpu, clock, answering, max_answers=4, max_answer_tokens=400)
     settings = AnswerSettings(max_new_tokens=2, max_length=4, stop_token_ids=())
     prompt = AnswerPrompt(key="a", token_ids=torch.tensor([7]), settings=settings)
     requests = [Request(name) for name in "abc"]
@@ -243,5 +240,5 @@ def test_answers_are_decoded_while_passes_come_and_go(gpu, clock):
         request.done.set()
     assert [future.result(WAIT) for future in passes] == ["a", "b", "c"]
     assert [future.result(WAIT).token_ids.tolist() for future in answers] == [[7, 7]] * 3
-    assert scheduler.drain(WAIT) and not desk.busy
+    assert scheduler.drain(WAIT)
     assert scheduler.stop(WAIT)

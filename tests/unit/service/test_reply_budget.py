@@ -2,8 +2,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from server_calls import Clock, config
 
 from eagle_rpc.errors import InvalidRequest, TargetBusy
+from eagle_rpc.service.fairness import Demand
 from eagle_rpc.service.reply_budget import ReplyBudget
 
 
@@ -15,11 +17,12 @@ class Value:
 
 
 def budget(total=1000, each=600):
-    return ReplyBudget(max_bytes=total, max_bytes_per_session=each)
+    bounds = config(max_reply_bytes=total, max_reply_bytes_per_session=each)
+    return ReplyBudget(bounds, Demand(Clock()))
 
 
-def promise(budget, num_bytes, session="a", run="job", num_runs=1):
-    return budget.promise(num_bytes, run=run, session=session, num_runs=num_runs)
+def promise(budget, num_bytes, session="a", run="job"):
+    return budget.promise(num_bytes, run=run, session=session)
 
 
 def test_a_promise_counts_until_it_is_released():
@@ -98,10 +101,11 @@ def test_room_of_sent_replies_is_found_when_it_is_needed():
 
 def test_a_run_among_others_keeps_to_its_share_but_gets_its_first_reply():
     replies = budget()
-    promise(replies, 400, session="a", run="greedy", num_runs=2)
+    promise(replies, 400, session="a", run="greedy")
+    promise(replies, 0, session="c", run="modest")
     with pytest.raises(TargetBusy, match=r"its share of target.max_reply_bytes among 2 runs is 500"):
-        promise(replies, 200, session="b", run="greedy", num_runs=2)
-    promise(replies, 600, session="c", run="modest", num_runs=2)
+        promise(replies, 200, session="b", run="greedy")
+    promise(replies, 600, session="c", run="modest")
 
 
 def test_waiting_ends_when_everything_is_sent_or_the_time_is_over():

@@ -4,12 +4,11 @@ import weakref
 
 import pytest
 import torch
-from scheduler_calls import OneByOne, no_answers, submit
+from scheduler_calls import OneByOne, scheduler_of, submit
 from server_calls import WAIT
 
 from eagle_rpc.errors import InvalidRequest, TargetBusy, TargetDraining, TargetFailed, UnknownSession
 from eagle_rpc.service.forward_pass import is_out_of_memory
-from eagle_rpc.service.scheduler import ForwardScheduler
 
 
 class Gate:
@@ -26,9 +25,7 @@ class Gate:
 
 @pytest.fixture
 def scheduler(clock):
-    made = ForwardScheduler(
-        OneByOne(), no_answers(clock), max_queued=4, max_queued_per_session=4, clock=clock
-    )
+    made = scheduler_of(OneByOne(), clock, max_queued_requests=4, max_queued_per_session=4)
     yield made
     assert made.stop(WAIT)
 
@@ -68,10 +65,8 @@ def test_a_full_queue_is_busy_and_takes_work_again_later(scheduler, gate):
 
 
 def test_a_session_has_credits_and_the_running_request_takes_one(clock):
-    scheduler, gate = (
-        ForwardScheduler(OneByOne(), no_answers(clock), max_queued=9, max_queued_per_session=2, clock=clock),
-        Gate(),
-    )
+    scheduler = scheduler_of(OneByOne(), clock, max_queued_requests=9, max_queued_per_session=2)
+    gate = Gate()
     submit(scheduler, gate, session="a")
     assert gate.started.wait(WAIT)
     waiting = submit(scheduler, lambda: 1, session="a")
@@ -86,10 +81,10 @@ def test_a_session_has_credits_and_the_running_request_takes_one(clock):
 
 def test_a_run_among_others_leaves_them_their_share_of_the_queue(scheduler, gate):
     for _ in range(2):
-        submit(scheduler, lambda: 1, run="greedy", num_runs=2)
+        submit(scheduler, lambda: 1, run="greedy")
     with pytest.raises(TargetBusy, match="each of 2 runs must have at most 2 of 4 requests queued"):
-        submit(scheduler, lambda: 1, run="greedy", session="another", num_runs=2)
-    submit(scheduler, lambda: 1, run="modest", num_runs=2)
+        submit(scheduler, lambda: 1, run="greedy", session="another")
+    submit(scheduler, lambda: 1, run="modest")
 
 
 def test_expired_work_is_not_run(scheduler, gate, clock):

@@ -77,7 +77,7 @@ def test_a_place_comes_free_when_a_session_ends(serve, model, clock):
 
 def mapping_of(server, session):
     """A weak reference to what the target looks its draft vocabulary up in."""
-    return weakref.ref(server._sessions.renew(session).vocab.draft_ids)
+    return weakref.ref(server.sessions.renew(session).vocab.draft_ids)
 
 
 def test_equal_mappings_are_held_once_and_as_long_as_they_are_used(server):
@@ -98,7 +98,7 @@ def test_the_server_looks_after_its_leases_by_itself(model):
         TargetModelServer(HFEagle3TargetModel(model), config(session_lease=0.05)),
         threading.Event(),
     )
-    server._sessions.close_silent = noticed(server._sessions.close_silent, gone)
+    server.sessions.close_silent = noticed(server.sessions.close_silent, gone)
     session = open_session(server)
     assert gone.wait(WAIT)
     assert error_of(server.heartbeat, session).code == "unknown_session"

@@ -36,10 +36,10 @@ def test_figures_are_kept_by_outcome():
     clock = Clock()
     throughput = Throughput(clock)
     clock.now += 5.0
-    throughput.answered(30, 1000)
-    throughput.answered(20, 500)
-    throughput.refused("busy")
-    throughput.said(40)
+    throughput.count("ok", tokens=30, reply_bytes=1000)
+    throughput.count("ok", tokens=20, reply_bytes=500)
+    throughput.count("busy")
+    throughput.count("ok", answer_tokens=40)
     assert throughput.describe() == {
         "requests": {"ok": 3, "busy": 1},
         "tokens": 50,
