@@ -28,34 +28,23 @@ class Heartbeats:
         self._settings = settings
         self._wake = wake
         self._when_lost = when_lost
-        self._under_way: dict[Replica, SessionCall] = {}
-        self._last_answer: dict[Replica, float] = {}  # time.monotonic; at first, when the replica came
 
     def tick(self, now: float) -> None:
         """Handles answers, sends heartbeats that are due, and notices silence; `now` is of time.monotonic."""
-        replicas = self._fleet.replicas()
-        for gone in self._last_answer.keys() - set(replicas):
-            del self._last_answer[gone]
-            self._under_way.pop(gone, None)
-        for replica in replicas:
-            if replica.session is not None:
-                self._tick(replica, now)
-
-    def _tick(self, replica: Replica, now: float) -> None:
-        silence = now - self._last_answer.setdefault(replica, now)
-        heartbeat = self._under_way.get(replica)
-        if heartbeat is None:
-            if silence >= self._settings.heartbeat_interval or replica.silent:
-                heartbeat = replica.heartbeat(timeout=self._settings.silence)
-                heartbeat.call.when_done(self._wake)
-                self._under_way[replica] = heartbeat
-        elif heartbeat.call.done:
-            del self._under_way[replica]
-            self._handle(replica, heartbeat, now)
-        elif silence > self._settings.silence:
-            self._mark_silent(replica, silence)
+        for replica in self._fleet.replicas():
+            silence = now - replica.last_sign
+            if replica.heartbeat is not None:
+                if replica.heartbeat.call.done:
+                    self._handle(replica, replica.heartbeat, now)
+                elif silence > self._settings.silence:
+                    self._mark_silent(replica, silence)
+            elif replica.session is not None and (
+                silence >= self._settings.heartbeat_interval or replica.silent
+            ):
+                replica.send_heartbeat().call.when_done(self._wake)
 
     def _handle(self, replica: Replica, heartbeat: SessionCall, now: float) -> None:
+        replica.heartbeat = None
         try:
             reply: HeartbeatReply = heartbeat.call.result()
             if reply.incarnation != replica.info.incarnation:
@@ -65,11 +54,11 @@ class Heartbeats:
         except UnknownSession:
             self._fleet.reopen(replica, heartbeat.session)
         except WaitTimeout:
-            self._mark_silent(replica, now - self._last_answer[replica])
+            self._mark_silent(replica, now - replica.last_sign)
         except EagleRpcError as error:
             logger.warning("the heartbeat at %s failed: %s", replica.name, error)
         else:
-            self._last_answer[replica] = now
+            replica.last_sign = now
             replica.draining = reply.draining
             if replica.silent:
                 replica.silent = False

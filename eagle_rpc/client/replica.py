@@ -51,9 +51,11 @@ class Replica:
         self.silent = False
         self.not_before = 0.0  # time.monotonic until which it wants no request
         self.seconds_per_request: float | None = None  # at the target, without waiting for earlier requests
-        self._last_answer = time.monotonic()
+        self.last_sign = self._last_answer = time.monotonic()  # of a heartbeat, of a request
+        self.heartbeat: SessionCall | None = None  # under way
         self._under_way: dict[str, float] = {}  # request id -> when it was sent
         self._request_timeout, self._prefetch = settings.request_timeout, settings.prefetch
+        self._silence = settings.silence
         self._stop = stop
         self.info: ModelInfo = self._control("model_info")
 
@@ -103,6 +105,7 @@ class Replica:
         spec = replace(spec, through_host=not self._gpus_connected)
         # The first session that needs the head waits for the forward thread, which probes it.
         opened: OpenedSession = self._control("open_session", spec, timeout=self._request_timeout)
+        self.last_sign = time.monotonic()
         self.session = replace(opened, credits=min(opened.credits, self._prefetch))
         return self.session
 
@@ -112,11 +115,12 @@ class Replica:
         if session is not None:
             self._control("disconnect", session.id)
 
-    def heartbeat(self, *, timeout: float) -> SessionCall:
+    def send_heartbeat(self) -> SessionCall:
         """Starts a heartbeat, which renews the session's lease."""
         assert self.session is not None
-        call = self.link.control("heartbeat", self.session.id, timeout=timeout)
-        return SessionCall(call, self.session.id)
+        call = self.link.control("heartbeat", self.session.id, timeout=self._silence)
+        self.heartbeat = SessionCall(call, self.session.id)
+        return self.heartbeat
 
     def input_embeddings(self) -> Tensor:
         """The token embedding [V, H]."""

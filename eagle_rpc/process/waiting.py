@@ -13,12 +13,15 @@ logger = logging.getLogger(__name__)
 _FIRST_LINE_SECONDS = 1.0
 _LINE_SECONDS = 10.0
 
+Clock = Callable[[], float]
+"""Seconds since some moment, as `time.monotonic` gives them."""
+
 
 class BoundedWait:
     """The clock of one wait for `what`, `seconds` at most. The caller checks, pauses and decides."""
 
-    def __init__(self, what: str, seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """`what` completes "waiting for ...". `clock` gives seconds. The wait begins now."""
+    def __init__(self, what: str, seconds: float, *, clock: Clock = time.monotonic) -> None:
+        """`what` completes "waiting for ...". The wait begins now."""
         self.what = what
         self.seconds = seconds
         self._clock = clock

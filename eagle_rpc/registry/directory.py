@@ -3,10 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.registry.ids import IdFile
 from eagle_rpc.registry.record import Record, Sighting, encoded_record, outlined
 
@@ -27,7 +27,7 @@ class RunningClock:
     second.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._last = clock()
@@ -61,8 +61,8 @@ class Directory:
     living worker that has not beaten yet.
     """
 
-    def __init__(self, ids: IdFile, *, ttl: float, clock: Callable[[], float] | None = None) -> None:
-        """`clock` gives seconds; a `RunningClock` by default."""
+    def __init__(self, ids: IdFile, *, ttl: float, clock: Clock | None = None) -> None:
+        """`clock` None: a `RunningClock`."""
         self.clock = clock or RunningClock()
         self.ids = ids
         self._ttl = ttl

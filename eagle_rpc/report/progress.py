@@ -3,14 +3,15 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TextIO, TypeVar
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from eagle_rpc.process.waiting import Clock
+
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
 _BAR_SECONDS = 0.5
 _LINE_SECONDS = 10.0
 
@@ -25,7 +26,6 @@ class Progress:
         title: name of the work.
         shown: False shows nothing, for all workers but one.
         stream: decides between bar and lines, and gets the bar; None: standard error.
-        clock: seconds.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Progress:
         title: str = "",
         shown: bool = True,
         stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
         stream = sys.stderr if stream is None else stream
         self._unit, self._total, self._done = unit, total, done
@@ -77,14 +77,3 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def with_progress(items: Collection[Item], unit: str, *, title: str, shown: bool = True) -> Iterator[Item]:
-    """Yields the items and shows how many are done."""
-    progress = Progress(unit, len(items), title=title, shown=shown)
-    try:
-        for item in items:
-            yield item
-            progress.advance()
-    finally:
-        progress.close()

@@ -12,6 +12,7 @@ import torch
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, TargetBusy, TargetDraining, UnsupportedTarget
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.fairness import LONGEST_RETRY, Demand, FairQueue, Work
 from eagle_rpc.service.forward_pass import outcome_of
 from eagle_rpc.supervision import AnswerSettings, PromptAnswer
@@ -70,9 +71,9 @@ class AnswerDesk:
     """
 
     def __init__(
-        self, answering: Answering | None, config: TargetConfig, demand: Demand, clock: Callable[[], float]
+        self, answering: Answering | None, config: TargetConfig, demand: Demand, clock: Clock
     ) -> None:
-        """`answering` None: the target answers no prompts; `clock`: seconds."""
+        """`answering` None: the target answers no prompts."""
         self._answering = answering
         self._max_answers, self._max_tokens = config.max_answers, config.max_answer_tokens
         self._clock = clock

@@ -9,6 +9,7 @@ from typing import Any
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy
+from eagle_rpc.process.waiting import Clock
 
 # Seconds after which a refused sender may ask again.
 SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
@@ -52,8 +53,7 @@ class Demand:
     Without it a run that fills the queue, and refills it as it empties, would leave no room for another.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._asked: dict[str, float] = {}  # run -> when

@@ -1,10 +1,10 @@
 """The head's rows of a draft vocabulary, which trainers with the encoding `hidden` fetch once a session."""
 
 import threading
-from collections.abc import Callable
 
 import torch
 
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import DraftHead, Eagle3Target, ModelInfo
@@ -19,10 +19,7 @@ class HeadRows:
     It is dropped two seconds after its last use, and counts as an unsent reply until then.
     """
 
-    def __init__(
-        self, target: Eagle3Target, info: ModelInfo, budget: ReplyBudget, clock: Callable[[], float]
-    ) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
+    def __init__(self, target: Eagle3Target, info: ModelInfo, budget: ReplyBudget, clock: Clock) -> None:
         self._target = target
         # Weight and bias of one row.
         self._bytes_per_row = (info.hidden_size + 1) * getattr(torch, info.dtype).itemsize

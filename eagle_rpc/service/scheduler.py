@@ -22,6 +22,7 @@ from eagle_rpc.errors import (
     TargetOutOfMemory,
     UnknownSession,
 )
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
 from eagle_rpc.service.forward_pass import ForwardPass, StartedPass, outcome_of
@@ -66,9 +67,8 @@ class ForwardScheduler:
         answers: AnswerDesk,
         config: TargetConfig,
         demand: Demand,
-        clock: Callable[[], float],
+        clock: Clock,
     ) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
         self._passes = passes
         self._answers = answers
         self._clock = clock

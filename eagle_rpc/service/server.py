@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk, Answering
 from eagle_rpc.service.arguments import (
     check_answer_request,
@@ -78,10 +79,9 @@ class TargetModelServer:
         *,
         incarnation: str | None = None,
         answering: Answering | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ):
-        """`incarnation`: of this process, random by default; `answering`: None answers no prompts; `clock`:
-        seconds.
+        """`incarnation`: of this process, random by default; `answering` None: it answers no prompts.
 
         Raises `ConfigError` if limits of `config` exceed the model's.
         """

@@ -5,13 +5,13 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import TargetBusy, UnknownSession
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.fairness import LONGEST_RETRY
 from eagle_rpc.supervision import (
     ENCODINGS,
@@ -67,8 +67,7 @@ class SessionTable:
     Equal mappings are held once, for as long as a session uses them.
     """
 
-    def __init__(self, config: TargetConfig, device: torch.device, clock: Callable[[], float]):
-        """`clock`: seconds, as `time.monotonic`."""
+    def __init__(self, config: TargetConfig, device: torch.device, clock: Clock):
         self._max_sessions, self._lease = config.max_sessions, config.session_lease
         self._device = device
         self._clock = clock

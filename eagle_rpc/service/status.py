@@ -3,12 +3,12 @@
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
@@ -22,8 +22,7 @@ _STATM = Path("/proc/self/statm")
 class RecentRate:
     """A growing sum, and its growth a second over the last ten seconds. Not safe for threads."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._started = clock()
         self._recent: dict[int, int] = {}  # amount by second
@@ -50,8 +49,7 @@ class RecentRate:
 class Throughput:
     """Counts of requests by outcome, and of the tokens and bytes of the answers. Safe for threads."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: seconds, as `time.monotonic`."""
+    def __init__(self, clock: Clock) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
         self._rates = {name: RecentRate(clock) for name in ("tokens", "reply_bytes", "answer_tokens")}

@@ -285,7 +285,6 @@ def absent_service() -> Any:
         try:
             Link(
                 me,
-                service="nothing",
                 incarnation="",
                 data=me,
                 control=me,
@@ -297,5 +296,5 @@ def absent_service() -> Any:
             return str(error)
 
 
-def test_asking_for_a_service_that_nobody_hosts_names_it():
-    assert run_workers(absent_service, 1)[0] == "single0 hosts no nothing"
+def test_asking_a_peer_that_hosts_no_service_names_it():
+    assert run_workers(absent_service, 1)[0] == "single0 hosts no service"

@@ -1,7 +1,7 @@
 import io
 import logging
 
-from eagle_rpc.report.progress import Progress, with_progress
+from eagle_rpc.report.progress import Progress
 
 TEXT = "loss 2.346"
 
@@ -71,9 +71,3 @@ def test_work_of_unknown_size_is_named_and_counted(caplog):
     clock.seconds += 10.0
     progress.advance(count=300)
     assert caplog.messages == ["reading chats.jsonl: chat 300"]
-
-
-def test_items_pass_through_and_short_work_adds_no_line(caplog):
-    caplog.set_level(logging.INFO, logger="eagle_rpc")
-    assert list(with_progress([3, 1, 2], "chat", title="tokenising")) == [3, 1, 2]
-    assert caplog.messages == []
