@@ -58,31 +58,22 @@ def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: flo
 
 
 def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
-    training = [(line["step"], line[name]) for line in lines if name in line]
-    validation = [
-        (line["step"], line[f"validation/{name}"]) for line in lines if f"validation/{name}" in line
-    ]
-    style: dict[str, Any] = {
-        "color": _TRAINING,
-        "linewidth": 1.4,
-        "label": "training",
-        "marker": _marker(training),
-    }
-    axes.plot(*zip(*training, strict=True), **style)
-    if validation:
-        style = {
-            "color": _VALIDATION,
-            "linewidth": 1.4,
-            "label": "validation",
-            "marker": "o",
-            "markersize": 4,
-        }
-        axes.plot(*zip(*validation, strict=True), **style)
-
-
-def _marker(points: list[tuple[int, float]]) -> str | None:
-    """A single point has no line."""
-    return "." if len(points) == 1 else None
+    for label, key, color in (
+        ("training", name, _TRAINING),
+        ("validation", f"validation/{name}", _VALIDATION),
+    ):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            # A single point has no line.
+            marker = "o" if label == "validation" or len(points) == 1 else None
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                linewidth=1.4,
+                marker=marker,
+                markersize=4,
+                label=label,
+            )
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -90,15 +90,16 @@ class ElasticMembership:
             if met != peer.incarnation:
                 rule = f"{peer.name} must be incarnation {peer.incarnation}"
                 raise StaleIncarnation(f"{rule}, {met} answers at {peer.url}")
-            return Link(
-                peer.name,
+            link = Link(
+                peer=peer.name,
                 incarnation=peer.incarnation,
-                data=data,
-                control=control,
-                by_rref=by_rref,
+                data_name=data,
+                control_name=control,
                 between_gpus=_on_gpus(self.me, peer),
-                timeout=_MEET_TIMEOUT,
             )
+            if by_rref:
+                link.use_rref(_MEET_TIMEOUT)
+            return link
         except EagleRpcError:
             self._lost.add(peer.incarnation)
             raise

@@ -9,24 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eagle_rpc import errors
+from eagle_rpc.errors import EagleRpcError, TargetBusy, TargetFailed
 
 logger = logging.getLogger(__name__)
 
-_ERROR_OF_CODE: dict[str, type[errors.EagleRpcError]] = {
-    error.code: error
-    for error in (
-        errors.InvalidRequest,
-        errors.TargetMismatch,
-        errors.UnsupportedTarget,
-        errors.UnknownSession,
-        errors.StaleIncarnation,
-        errors.TargetBusy,
-        errors.TargetDraining,
-        errors.RequestExpired,
-        errors.TargetOutOfMemory,
-        errors.TargetFailed,
-    )
+_ERROR_OF_CODE: dict[str, type[EagleRpcError]] = {
+    **{error.code: error for error in EagleRpcError.__subclasses__() if "code" in vars(error)},
+    TargetFailed.code: TargetFailed,
 }
 
 
@@ -53,18 +42,18 @@ def reply_of(run: Callable[[], Any]) -> Reply:
     """The value of `run`, or the failure for its exception; an unforeseen one is logged."""
     try:
         return Ok(run())
-    except errors.EagleRpcError as error:
+    except EagleRpcError as error:
         return failure_of(error)
     except Exception as error:
         logger.exception("a call failed")
-        return Failure(errors.TargetFailed.code, f"{type(error).__name__}: {error}")
+        return Failure(TargetFailed.code, f"{type(error).__name__}: {error}")
 
 
-def failure_of(error: errors.EagleRpcError) -> Failure:
+def failure_of(error: EagleRpcError) -> Failure:
     """The envelope of an error. A class without a code travels as `failed`, its name in the message."""
     if not isinstance(error, _ERROR_OF_CODE[error.code]):
         return Failure(error.code, f"{type(error).__name__}: {error}")
-    retry_after = error.retry_after if isinstance(error, errors.TargetBusy) else None
+    retry_after = error.retry_after if isinstance(error, TargetBusy) else None
     return Failure(error.code, str(error), retry_after)
 
 
@@ -75,7 +64,7 @@ def unwrap(reply: Reply, *, sender: str) -> Any:
     """
     if isinstance(reply, Ok):
         return reply.value
-    error = _ERROR_OF_CODE.get(reply.code, errors.TargetFailed)(f"{sender}: {reply.message}")
-    if isinstance(error, errors.TargetBusy) and reply.retry_after is not None:
+    error = _ERROR_OF_CODE.get(reply.code, TargetFailed)(f"{sender}: {reply.message}")
+    if isinstance(error, TargetBusy) and reply.retry_after is not None:
         error.retry_after = reply.retry_after
     raise error

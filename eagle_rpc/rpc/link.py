@@ -6,6 +6,7 @@ Control calls go by name, since they may take a connection of their own; an RRef
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch.distributed import rpc
@@ -66,50 +67,41 @@ class ServiceCall(PendingCall):
         return unwrap(super().result(unless), sender=self._peer)
 
 
+@dataclass(kw_only=True)
 class Link:
     """The way from here to the service that a peer hosts. Closing it ends nothing at the peer."""
 
-    def __init__(
-        self,
-        peer: str,
-        *,
-        incarnation: str,
-        data: str,
-        control: str,
-        by_rref: bool,
-        between_gpus: bool,
-        timeout: float,
-    ) -> None:
-        """`data`, `control`: RPC names of the connections for tensors and for the rest; `peer`: for errors.
+    peer: str  # for errors
+    incarnation: str
+    data_name: str  # RPC name of the connection for tensors
+    control_name: str  # RPC name of the connection for the rest
+    between_gpus: bool  # RPC carries CUDA tensors
+    _rref: Any = None
 
-        With `by_rref` calls with tensors go by RRef, otherwise by name; `between_gpus`: RPC carries CUDA
-        tensors. Raises `TargetFailed` if the peer hosts nothing, `WaitTimeout` or `ConnectionLost`
-        if it cannot be reached within `timeout` seconds.
+    def use_rref(self, timeout: float) -> None:
+        """From now on calls with tensors go by RRef instead of by name.
+
+        Raises `TargetFailed` if the peer hosts nothing, `WaitTimeout` or `ConnectionLost` if it cannot be
+        reached within `timeout` seconds.
         """
-        self.peer = peer
-        self.incarnation = incarnation
-        self.between_gpus = between_gpus
-        self._data, self._control = data, control
-        self._rref: Any = None
-        if by_rref:
-            future = _send(lambda: rpc.rpc_async(data, hosted_rref, timeout=timeout))
-            what = "the request for its service"
-            self._rref = PendingCall(future, peer=peer, what=what, timeout=timeout).result()
-            if self._rref is None:
-                raise TargetFailed(f"{peer} hosts no service")
+        future = _send(lambda: rpc.rpc_async(self.data_name, hosted_rref, timeout=timeout))
+        what = "the request for its service"
+        self._rref = PendingCall(future, peer=self.peer, what=what, timeout=timeout).result()
+        if self._rref is None:
+            raise TargetFailed(f"{self.peer} hosts no service")
 
     def call(self, method: str, *arguments: Any, what: str, timeout: float) -> ServiceCall:
         """A call that carries tensors; `what` names it in errors."""
         # Another thread may release it meanwhile.
         rref = self._rref
         if rref is None:
-            return self._call_by_name(self._data, method, arguments, what, timeout)
+            return self._call_by_name(self.data_name, method, arguments, what, timeout)
         future = _send(lambda: getattr(rref.rpc_async(timeout=timeout), method)(*arguments))
         return ServiceCall(future, peer=self.peer, what=what, timeout=timeout)
 
     def control(self, method: str, *arguments: Any, timeout: float) -> ServiceCall:
         """A small call, which does not wait behind tensors."""
-        return self._call_by_name(self._control, method, arguments, method, timeout)
+        return self._call_by_name(self.control_name, method, arguments, method, timeout)
 
     def _call_by_name(
         self, worker: str, method: str, arguments: tuple[Any, ...], what: str, timeout: float
@@ -124,7 +116,7 @@ class Link:
         `broken`: the connections do not work any more; torch closes their files.
         """
         self._rref = None
-        for worker in (self._data, self._control) if broken else ():
+        for worker in (self.data_name, self.control_name) if broken else ():
             close_broken(worker)
 
 

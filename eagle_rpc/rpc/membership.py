@@ -28,7 +28,7 @@ class Membership(Protocol):
         """The targets that serve now. Raises `ConnectionLost` or `WaitTimeout` without a registry."""
 
     def connect(self, address: TargetAddress) -> Link:
-        """A link to this target. Raises as `Link`, and `StaleIncarnation` if another process answers."""
+        """A link to this target. Raises as `Link.use_rref`, and `StaleIncarnation` if another process answers."""
 
     def leave(self, link: Link, *, lost: bool) -> None:
         """Gives a link up. `lost`: its connection broke, so it must not be used again."""

@@ -47,15 +47,15 @@ class StaticMembership:
     def connect(self, address: TargetAddress) -> Link:
         """A link with one connection for all calls: a static world offers no second one."""
         name = address.name
-        return Link(
-            name,
+        link = Link(
+            peer=name,
             incarnation=address.incarnation,
-            data=name,
-            control=name,
-            by_rref=True,
+            data_name=name,
+            control_name=name,
             between_gpus=name in self._devices.device_maps,
-            timeout=self._config.start_timeout,
         )
+        link.use_rref(self._config.start_timeout)
+        return link
 
     def leave(self, link: Link, *, lost: bool) -> None:
         if lost:

@@ -5,6 +5,7 @@ import logging
 import math
 import secrets
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +27,17 @@ from eagle_rpc.supervision import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Session:
-    """One trainer's registration; nothing in it changes."""
+    """One trainer's registration and its use. Only `SessionTable` changes it."""
 
     id: str
     spec: SessionSpec  # with the ids of `vocab`
     mapping_digest: str
     vocab: DraftVocabOnDevice
+    renewed: float = 0.0  # time of the last sign of life, on the table's clock
+    num_requests: int = 0  # answered
+    num_tokens: int = 0  # in the answers, without padding
 
     def __str__(self) -> str:
         """For the log, whose records must not keep the mapping alive."""
@@ -51,45 +55,39 @@ def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_
     return math.ceil(per_token * num_tokens)
 
 
-@dataclass(slots=True)
-class Registration:
-    """An open session and its use."""
-
-    session: Session
-    renewed: float  # time of the last sign of life, on the table's clock
-    num_requests: int = 0  # answered with supervision
-    num_tokens: int = 0  # in them, without padding
-
-
 class SessionTable:
     """Open sessions by random id. A session lasts while its trainer renews the lease.
 
     Equal mappings are held once, for as long as a session uses them.
     """
 
-    def __init__(self, config: TargetConfig, device: torch.device, clock: Clock):
+    def __init__(self, config: TargetConfig, device: torch.device, clock: Clock) -> None:
         self._max_sessions, self._lease = config.max_sessions, config.session_lease
         self._device = device
         self._clock = clock
         self._lock = threading.Lock()
-        self._registered: dict[str, Registration] = {}
+        self._open: dict[str, Session] = {}
         self._empty_since: float | None = None  # None before the first session
+
+    def __iter__(self) -> Iterator[Session]:
+        """The open sessions, oldest first."""
+        with self._lock:
+            return iter(list(self._open.values()))
 
     def open(self, spec: SessionSpec, mapping: VocabMapping) -> Session:
         """Registers a checked spec; raises `TargetBusy` when there are too many sessions."""
         digest = mapping.digest
         with self._lock:
-            if len(self._registered) >= self._max_sessions:
+            if len(self._open) >= self._max_sessions:
                 rule = f"the target must hold at most {self._max_sessions} sessions"
                 busy = TargetBusy(f"{rule} (target.max_sessions)")
                 busy.retry_after = LONGEST_RETRY
                 raise busy
-            sessions = (one.session for one in self._registered.values())
-            shared = next((session.vocab for session in sessions if session.mapping_digest == digest), None)
+            shared = next((one.vocab for one in self._open.values() if one.mapping_digest == digest), None)
             vocab = shared or DraftVocabOnDevice.of(mapping, self._device)
             spec = dataclasses.replace(spec, selected_token_ids=vocab.selected_token_ids)
-            session = Session(secrets.token_hex(16), spec, digest, vocab)
-            self._registered[session.id] = Registration(session, renewed=self._clock())
+            session = Session(secrets.token_hex(16), spec, digest, vocab, renewed=self._clock())
+            self._open[session.id] = session
         line = "%s opened, run %s: %d of %d tokens, encoding %s, rows %s"
         sizes, settings = (len(mapping), mapping.target_vocab_size), (spec.encoding, spec.rows)
         logger.info(line, str(session), spec.run or "(unnamed)", *sizes, *settings)
@@ -97,26 +95,22 @@ class SessionTable:
 
     def serves(self, mapping_digest: str, encoding: str) -> bool:
         """Whether an open session has this mapping and encoding: both were checked at the target then."""
-        return any(
-            one.session.mapping_digest == mapping_digest and one.session.spec.encoding == encoding
-            for one in self.registrations()
-        )
+        return any(one.mapping_digest == mapping_digest and one.spec.encoding == encoding for one in self)
 
     def renew(self, session_id: object) -> Session:
         """Starts the session's lease anew and returns the session; raises `UnknownSession`."""
         with self._lock:
-            one = self._registered.get(session_id) if isinstance(session_id, str) else None
-            if one is None:
+            session = self._open.get(session_id) if isinstance(session_id, str) else None
+            if session is None:
                 raise UnknownSession(f"session must be the id of an open session, got {session_id!r:.80}")
-            one.renewed = self._clock()
-            return one.session
+            session.renewed = self._clock()
+            return session
 
     def count(self, session: Session, num_tokens: int) -> None:
-        """Counts a request of `session` that was answered with supervision of `num_tokens` tokens."""
+        """Counts a request of `session` that was answered; `num_tokens`: without padding."""
         with self._lock:
-            if one := self._registered.get(session.id):
-                one.num_requests += 1
-                one.num_tokens += num_tokens
+            session.num_requests += 1
+            session.num_tokens += num_tokens
 
     def close(self, session_id: object) -> Session:
         """Ends one session and returns it; raises `UnknownSession`."""
@@ -128,38 +122,32 @@ class SessionTable:
 
     def close_silent(self) -> list[Session]:
         """Ends the sessions whose lease is over and returns them."""
-        silent = [one.session for one in self.registrations() if self.lease_left(one) <= 0]
-        closed = [session for session in silent if self._remove(session)]
+        closed = [one for one in self if self.lease_left(one) <= 0 and self._remove(one)]
         for session in closed:
             logger.warning("%s closed: no sign of life for %.1f s", str(session), self._lease)
         return closed
 
     def _remove(self, session: Session) -> bool:
         with self._lock:
-            if self._registered.pop(session.id, None) is None:
+            if self._open.pop(session.id, None) is None:
                 return False
-            if not self._registered:
+            if not self._open:
                 self._empty_since = self._clock()
             return True
 
-    def registrations(self) -> list[Registration]:
-        """Copies of all registrations, oldest first."""
-        with self._lock:
-            return [dataclasses.replace(one) for one in self._registered.values()]
-
-    def lease_left(self, registration: Registration) -> float:
+    def lease_left(self, session: Session) -> float:
         """Seconds until the session ends without a sign of life."""
-        return max(0.0, self._lease - (self._clock() - registration.renewed))
+        return max(0.0, self._lease - (self._clock() - session.renewed))
 
     def heard_within(self, seconds: float) -> bool:
         """Whether a trainer with an open session has given a sign of life in the last `seconds`."""
         now = self._clock()
-        return any(now - one.renewed < seconds for one in self.registrations())
+        return any(now - one.renewed < seconds for one in self)
 
     @property
     def seconds_unused(self) -> float:
         """Seconds since the last open session ended; 0 while a session is open, and before the first."""
         with self._lock:
-            if self._registered or self._empty_since is None:
+            if self._open or self._empty_since is None:
                 return 0.0
             return self._clock() - self._empty_since

@@ -96,17 +96,17 @@ def describe_load(
         "reply_bytes_held": held,
         "sessions": [
             {
-                "id": one.session.id[:8],
-                "run": one.session.spec.run,
-                "trainer": one.session.spec.trainer,
-                "encoding": one.session.spec.encoding,
-                "queued": scheduler.num_queued_of(one.session.spec.run, one.session.id),
+                "id": one.id[:8],
+                "run": one.spec.run,
+                "trainer": one.spec.trainer,
+                "encoding": one.spec.encoding,
+                "queued": scheduler.num_queued_of(one.spec.run, one.id),
                 "lease_left": sessions.lease_left(one),
                 "requests": one.num_requests,
                 "tokens": one.num_tokens,
-                "reply_bytes_held": budget.held_of(one.session.id),
+                "reply_bytes_held": budget.held_of(one.id),
             }
-            for one in sessions.registrations()
+            for one in sessions
         ],
     }
 

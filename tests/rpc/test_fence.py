@@ -107,15 +107,8 @@ def greeting_and_refusals() -> list[str]:
         with alone(greeter_permissions()):
             probe_fence()
             host(Greeter(), frozenset(["greet"]))
-            link = Link(
-                ME,
-                incarnation="",
-                data=ME,
-                control=ME,
-                by_rref=True,
-                between_gpus=False,
-                timeout=20,
-            )
+            link = Link(peer=ME, incarnation="", data_name=ME, control_name=ME, between_gpus=False)
+            link.use_rref(20)
             answers.append(link.call("greet", "you", what="a greeting", timeout=20).result())
             answers.append(link.control("greet", "them", timeout=20).result())
             for call in (

@@ -283,15 +283,8 @@ def absent_service() -> Any:
     with joined(TopologyConfig(single=True)) as membership:
         me = membership.cast.me.name
         try:
-            Link(
-                me,
-                incarnation="",
-                data=me,
-                control=me,
-                by_rref=True,
-                between_gpus=False,
-                timeout=5,
-            )
+            link = Link(peer=me, incarnation="", data_name=me, control_name=me, between_gpus=False)
+            link.use_rref(5)
         except TargetFailed as error:
             return str(error)
 

@@ -13,7 +13,7 @@ from eagle_rpc.rpc.envelope import Failure, Ok
 
 def session_of(server: Any) -> Any:
     """The session that was opened last."""
-    return server.sessions.registrations()[-1].session
+    return list(server.sessions)[-1]
 
 
 @pytest.mark.parametrize(
