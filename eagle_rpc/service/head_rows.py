@@ -14,10 +14,7 @@ _KEPT = 2.0
 
 
 class HeadRows:
-    """One copy for each mapping; the trainers of a run ask at about the same time and share it.
-
-    It is dropped two seconds after its last use, and counts as an unsent reply until then.
-    """
+    """One copy for each mapping, an unsent reply that trainers share until 2 s after its last use."""
 
     def __init__(self, target: Eagle3Target, info: ModelInfo, budget: ReplyBudget, clock: Clock) -> None:
         self._target = target
@@ -30,10 +27,7 @@ class HeadRows:
         self._used: dict[str, float] = {}  # when
 
     def get(self, session: Session) -> DraftHead:
-        """The head's rows of the session's draft vocabulary [K, H], on the CPU.
-
-        Raises `UnsupportedTarget` if the target offers none, and the errors of `ReplyBudget.promise`.
-        """
+        """The rows [K, H] on the CPU. Raises `UnsupportedTarget`, and as `ReplyBudget.promise`."""
         digest = session.mapping_digest
         with self._lock:
             if digest not in self._copies:
