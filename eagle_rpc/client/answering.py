@@ -26,10 +26,7 @@ class AnsweringTargets(RemoteTargets):
         expected: TargetExpectation,
         stop: threading.Event,
     ) -> None:
-        """As `RemoteTargets`; `settings.prefetch`: prompts under way at each target.
-
-        Raises `UnsupportedTarget` for targets that answer no prompts.
-        """
+        """As `RemoteTargets`, and `UnsupportedTarget`. `settings.prefetch`: prompts at each target."""
         super().__init__(membership, settings=settings, expected=expected, stop=stop)
         self._waiting: deque[AnswerPrompt] = deque()
         self._under_way: dict[PendingRequest, AnswerPrompt] = {}

@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection
 from eagle_rpc import errors
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.heartbeats import Heartbeats
-from eagle_rpc.client.replica import Replica, SessionCall
-from eagle_rpc.client.routing import Router
+from eagle_rpc.client.replica import Replica, Router, SessionCall
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetFailed, TargetUnavailable
 from eagle_rpc.process.waiting import BoundedWait

@@ -79,9 +79,7 @@ class RemoteTargets:
 
 
 class RemoteEagle3TargetModel(RemoteTargets):
-    """An `Eagle3TargetBackend` over RPC. Batches arrive in order, each once, with the same bits from every
-    target.
-    """
+    """An `Eagle3TargetBackend` over RPC: batches in order, each once, the same bits from every target."""
 
     def __init__(
         self,

@@ -73,11 +73,7 @@ class Directory:
         self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
 
     def announce(self, record: Record) -> None:
-        """Registers or renews a worker.
-
-        Raises `NameTaken` while another worker holds its place, `InvalidRequest` if the records become too
-        large.
-        """
+        """Registers or renews a worker. Raises `NameTaken`, or `InvalidRequest` for too large records."""
         size, outline = len(encoded_record(record)), encoded_record(outlined(record))
         with self._lock:
             now = self.clock()

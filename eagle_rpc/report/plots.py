@@ -18,10 +18,7 @@ _DPI = 150
 
 
 def plot_loss(metrics_path: Path, output: Path) -> None:
-    """Loss and simulated accept length of training and validation over optimiser steps.
-
-    Raises `DataError` if the file is absent or holds no training line.
-    """
+    """Loss and simulated accept length over optimiser steps. Raises `DataError` without a training line."""
     if not metrics_path.is_file():
         raise DataError(f"{metrics_path} must be the metrics.jsonl of a run, which is absent")
     lines = list(read_metrics(metrics_path))

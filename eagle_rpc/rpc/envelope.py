@@ -1,8 +1,4 @@
-"""The envelope of every answer of a service.
-
-torch RPC keeps the class of few exceptions. So an error travels as a value with a code, and the caller raises
-the exception of this code.
-"""
+"""The envelope of every answer: errors travel as codes, since torch RPC keeps the class of few exceptions."""
 
 import logging
 from collections.abc import Callable
@@ -58,10 +54,7 @@ def failure_of(error: EagleRpcError) -> Failure:
 
 
 def unwrap(reply: Reply, *, sender: str) -> Any:
-    """The value. Raises the exception of a failure's code, with the sender's name before the message.
-
-    A code that only newer targets have is raised as `TargetFailed`.
-    """
+    """The value, or the exception of a failure's code raised; `TargetFailed` for a code of newer targets."""
     if isinstance(reply, Ok):
         return reply.value
     error = _ERROR_OF_CODE.get(reply.code, TargetFailed)(f"{sender}: {reply.message}")

@@ -30,10 +30,7 @@ _hosted: _Hosted | None = None
 
 
 def host(service: Any, methods: frozenset[str]) -> None:
-    """Makes `service` reachable for `Link`: by RRef, and its `methods` by name. One object at a time.
-
-    The methods return torch futures.
-    """
+    """Offers `service`, whose methods return torch futures, by RRef, and `methods` of it also by name."""
     global _hosted
     assert _hosted is None, "this process hosts an object already"
     _hosted = _Hosted(service, methods, rpc.RRef(service))

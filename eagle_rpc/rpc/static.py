@@ -73,10 +73,7 @@ class StaticMembership:
     def wait_for(
         self, names: Sequence[str], event: str, *, timeout: float, stop: threading.Event | None = None
     ) -> None:
-        """Waits until all of `names` have marked `event`, or until `stop` is set.
-
-        Raises `WaitTimeout` after `timeout` seconds.
-        """
+        """Waits for all `names` to mark `event`, or for `stop`; raises `WaitTimeout` after `timeout` s."""
 
         def missing() -> str:
             return f"missing {', '.join(name for name in names if not self.marked([name], event))}"

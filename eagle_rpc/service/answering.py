@@ -28,16 +28,11 @@ class Decoded(Protocol):
     """An answer that a decoder has finished."""
 
     @property
-    def key(self) -> str:
-        """As submitted."""
-
+    def key(self) -> str: ...  # as submitted
     @property
-    def said_ids(self) -> list[int]:
-        """With the stop token unless `truncated`."""
-
+    def said_ids(self) -> list[int]: ...  # with the stop token unless `truncated`
     @property
-    def truncated(self) -> bool:
-        """Whether it reached its limit without a stop token."""
+    def truncated(self) -> bool: ...  # it reached its limit without a stop token
 
 
 class Decoder(Protocol):
@@ -108,10 +103,7 @@ class AnswerDesk:
         return self._answering
 
     def submit(self, work: Work) -> None:
-        """Queues the `AnswerPrompt` of `work`. One that waits under its id is answered with `RequestExpired`.
-
-        Raises `TargetBusy` as `FairQueue.put`.
-        """
+        """Queues a prompt, or replaces one that waits under its id. Raises as `FairQueue.put`."""
         with self._lock:
             try:
                 replaced = self._waiting.put(work, self._running.values())

@@ -68,10 +68,7 @@ class Demand:
 
 
 class FairQueue:
-    """Runs take turns, then the sessions of a run; within a session the first come is the first served.
-
-    Not safe for threads.
-    """
+    """Runs take turns, then their sessions; of a session first come, first served. Not safe for threads."""
 
     def __init__(self, config: TargetConfig, demand: Demand, *, most: str, most_of_session: str) -> None:
         """`most`, `most_of_session`: the settings of `config` that bound the queue."""

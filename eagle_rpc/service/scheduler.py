@@ -1,7 +1,4 @@
-"""One thread that runs forward passes, and its bounded queue, fair between runs and their sessions.
-
-Between two passes the thread decodes answers for a slice of time.
-"""
+"""One thread that runs forward passes and decodes answers between them, and its bounded, fair queue."""
 
 import contextlib
 import logging
@@ -175,10 +172,7 @@ class ForwardScheduler:
         return len(dropped) + self._answers.remove(unwanted, reason)
 
     def drain(self, timeout: float) -> bool:
-        """Refuses new work, and prompts that no decoder works on yet.
-
-        Waits up to `timeout` seconds until all other work is answered; whether it is.
-        """
+        """Refuses new work and unbegun prompts; whether all else is answered within `timeout` seconds."""
         with self._changed:
             self._draining = True
         self._answers.refuse_waiting()
@@ -186,10 +180,7 @@ class ForwardScheduler:
             return self._changed.wait_for(lambda: not (self._is_wanted or self._running), timeout)
 
     def stop(self, timeout: float) -> bool:
-        """Refuses new work, answers waiting work with `TargetDraining`, and ends the thread.
-
-        Whether it ended within `timeout` seconds.
-        """
+        """Answers waiting work with `TargetDraining`; whether the thread ends within `timeout` seconds."""
         self._refuse_all(TargetDraining("the target stopped before this request ran"))
         self._thread.join(timeout)
         return not self._thread.is_alive()

@@ -265,10 +265,7 @@ class TargetModelServer:
         )
 
     def cancel(self, session: str, request_ids: list[str]) -> int:
-        """Ends the session's waiting requests, and its prompts, of these ids with `RequestExpired`.
-
-        Returns their number.
-        """
+        """Ends waiting requests and all prompts of these ids with `RequestExpired`; returns their number."""
         check_type("request_ids", request_ids, list)
         for request_id in request_ids:
             check_type("request_id", request_id, str)

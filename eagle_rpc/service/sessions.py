@@ -56,10 +56,7 @@ def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_
 
 
 class SessionTable:
-    """Open sessions by random id. A session lasts while its trainer renews the lease.
-
-    Equal mappings are held once, for as long as a session uses them.
-    """
+    """Open sessions, each while its trainer renews the lease. Equal mappings are held once."""
 
     def __init__(self, config: TargetConfig, device: torch.device, clock: Clock) -> None:
         self._max_sessions, self._lease = config.max_sessions, config.session_lease

@@ -21,8 +21,8 @@ from eagle_rpc.errors import ConfigError, PayloadRefused
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.rpc import PendingCall, Permissions, host, withdraw
 from eagle_rpc.rpc.agent import running_agent
+from eagle_rpc.rpc.calls import classify
 from eagle_rpc.rpc.envelope import Ok
-from eagle_rpc.rpc.failures import classify
 from eagle_rpc.rpc.fence import install_fence, probe_fence
 from eagle_rpc.rpc.link import Link, call_hosted, hosted_rref
 from eagle_rpc.supervision import SessionSpec, TargetExpectation

@@ -2,8 +2,7 @@
 
 from types import SimpleNamespace
 
-from eagle_rpc.client.replica import Replica
-from eagle_rpc.client.routing import Router
+from eagle_rpc.client.replica import Replica, Router
 from eagle_rpc.supervision import OpenedSession
 
 

@@ -7,7 +7,7 @@ from eagle_rpc.errors import ConfigError, ConnectionLost, EagleRpcError, TargetF
 from eagle_rpc.process import interface_address
 from eagle_rpc.rpc import calls
 from eagle_rpc.rpc.agent import check_bound_address
-from eagle_rpc.rpc.failures import classify
+from eagle_rpc.rpc.calls import classify
 
 
 @pytest.mark.parametrize(
