@@ -30,7 +30,6 @@ class AnsweringTargets(RemoteTargets):
         super().__init__(membership, settings=settings, expected=expected, stop=stop)
         self._waiting: deque[AnswerPrompt] = deque()
         self._under_way: dict[PendingRequest, AnswerPrompt] = {}
-        self._stop = stop
         # A session has a draft vocabulary; nothing here reads it. `logits` needs no probe of the head.
         session = replace(settings.session, answers=True, encoding="logits")
         try:

@@ -44,8 +44,7 @@ class RemoteTargets:
         Raises `TargetMismatch` for a target that differs from `expected` or from the others,
         `TargetUnavailable` after the reconnect deadline.
         """
-        self._settings = settings
-        self._expected = expected
+        self._settings, self._expected, self._stop = settings, expected, stop
         self._fleet = Fleet(membership, expected, settings, stop)
         self._dispatcher = Dispatcher(self._fleet, settings, stop)
         try:

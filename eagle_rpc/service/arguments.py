@@ -13,7 +13,6 @@ from eagle_rpc.supervision import (
     SessionSpec,
     TargetExpectation,
     TokenBatch,
-    own_storage,
 )
 
 
@@ -66,13 +65,3 @@ def _check_fields(request: Any, wanted: type) -> None:
     check_name("request_id", request.request_id)
     check_type("incarnation", request.incarnation, str)
     check_seconds("seconds_left", request.seconds_left)
-
-
-def compact(tokens: TokenBatch) -> TokenBatch:
-    """`tokens` in storages of their size: a sender may ship views of larger ones, which no bound counts."""
-    return TokenBatch(
-        input_ids=own_storage(tokens.input_ids),
-        attention_mask=own_storage(tokens.attention_mask),
-        loss_mask=own_storage(tokens.loss_mask),
-        segment_ids=None if tokens.segment_ids is None else own_storage(tokens.segment_ids),
-    )

@@ -4,7 +4,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from eagle_rpc.config.schema import TargetConfig
@@ -27,7 +27,7 @@ class Work:
     request_id: str
     deadline: float  # on the scheduler's clock
     record: Callable[[Any], None]  # gets the outcome, a value or an `EagleRpcError`, just before the receiver
-    answer: Future[Any]
+    answer: Future[Any] = field(default_factory=Future)
 
     def finish(self, outcome: Any) -> None:
         """Records the outcome and hands it to the receiver."""

@@ -21,13 +21,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk, Answering
-from eagle_rpc.service.arguments import (
-    check_answer_request,
-    check_request,
-    check_spec,
-    check_type,
-    compact,
-)
+from eagle_rpc.service.arguments import check_answer_request, check_request, check_spec, check_type
 from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
@@ -202,8 +196,10 @@ class TargetModelServer:
                 self.sessions.count(session, num_tokens)
                 self.throughput.count("ok", tokens=num_tokens, reply_bytes=outcome.num_bytes)
 
-        work = self._work(session, request, PassRequest(session, compact(tokens)), record)
         try:
+            # A sender may ship views of larger storages, which no bound counts.
+            kept = PassRequest(session, tokens.map_tensors(own_storage))
+            work = self._work(session, request, kept, record)
             self._scheduler.submit(work)
         except BaseException:
             self._budget.release(promised)
@@ -261,7 +257,6 @@ class TargetModelServer:
             request_id=request.request_id,
             deadline=self._clock() + request.seconds_left,
             record=record,
-            answer=Future(),
         )
 
     def cancel(self, session: str, request_ids: list[str]) -> int:

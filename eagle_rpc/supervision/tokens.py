@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, R real tokens, N rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,14 +29,14 @@ class TokenBatch:
     def shape(self) -> tuple[int, int]:
         return self.input_ids.shape[0], self.input_ids.shape[1]
 
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "TokenBatch":
+        """The same tokens, each tensor replaced by `function` of it."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{name: function(one) for name, one in tensors.items() if one is not None})
+
     def to(self, device: torch.device) -> "TokenBatch":
         """The same tokens on `device`, moved as `to_device` does."""
-        return TokenBatch(
-            input_ids=to_device(self.input_ids, device),
-            attention_mask=to_device(self.attention_mask, device),
-            loss_mask=to_device(self.loss_mask, device),
-            segment_ids=None if self.segment_ids is None else to_device(self.segment_ids, device),
-        )
+        return self.map_tensors(lambda tensor: to_device(tensor, device))
 
     def check(self, *, vocab_size: int, max_length: int, max_tokens: int) -> None:
         """Raises `InvalidRequest` that names field, rule and value."""
