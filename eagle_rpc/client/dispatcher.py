@@ -95,7 +95,7 @@ class Dispatcher:
         self._heartbeats = Heartbeats(fleet, settings, wake=self.wake, when_lost=self._lose)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
-        fleet.when_changed(self.wake)
+        fleet.when_changed = self.wake
         self._thread.start()
 
     # --- called from other threads
@@ -244,7 +244,8 @@ class Dispatcher:
         timeout = self._settings.request_timeout
         replica.seconds_per_request = max(replica.seconds_per_request or 0.0, timeout)
         sole = not any(one.usable for one in self._fleet.replicas() if one is not replica)
-        if self._fleet.elastic and sole and replica.seconds_without_answer >= timeout:
+        silent_for = time.monotonic() - replica.last_answer
+        if self._fleet.elastic and sole and silent_for >= timeout:
             self._lose(replica, error)
 
     def _ask_again(self, request: PendingRequest, error: EagleRpcError) -> None:

@@ -58,6 +58,7 @@ class Fleet:
         """`stop`: once set, waiting ends."""
         self.info: ModelInfo | None = None  # of the first target; all others must equal it
         self.last_loss = "none has served yet"  # why the latest target was lost or refused
+        self.when_changed: Callable[[], None] = lambda: None  # called after every change, from any thread
         self._membership = membership
         self._expected = expected
         self._settings = settings
@@ -67,7 +68,6 @@ class Fleet:
         self._addresses: Sequence[TargetAddress] = ()
         self._targets: dict[str, _Target] = {}  # by incarnation
         self._lookup_failed = False
-        self._when_changed: Callable[[], None] = lambda: None
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -84,10 +84,6 @@ class Fleet:
     def can_recover(self) -> bool:
         """Whether waiting may help while no replica can be used."""
         return self.elastic or any(not replica.draining for replica in self.replicas())
-
-    def when_changed(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called after every change, from any thread."""
-        self._when_changed = callback
 
     def replicas(self) -> list[Replica]:
         """All connected targets, usable or not."""
@@ -292,4 +288,4 @@ class Fleet:
         with self._changed:
             self._changed.notify_all()
         self._wake.set()
-        self._when_changed()
+        self.when_changed()

@@ -52,7 +52,7 @@ class Replica:
         self.silent = False
         self.not_before = 0.0  # time.monotonic until which it wants no request
         self.seconds_per_request: float | None = None  # at the target, without waiting for earlier requests
-        self.last_sign = self._last_answer = time.monotonic()  # of a heartbeat, of a request
+        self.last_sign = self.last_answer = time.monotonic()  # of a heartbeat, of a request
         self.heartbeat: SessionCall | None = None  # under way
         self._under_way: dict[str, float] = {}  # request id -> when it was sent
         self._request_timeout, self._prefetch = settings.request_timeout, settings.prefetch
@@ -73,11 +73,6 @@ class Replica:
         if self.draining:
             return "draining"
         return "connecting" if self.session is None else "serving"
-
-    @property
-    def seconds_without_answer(self) -> float:
-        """Since the last request was answered, or since the connection was made."""
-        return time.monotonic() - self._last_answer
 
     @property
     def num_outstanding(self) -> int:
@@ -159,7 +154,7 @@ class Replica:
         sent = self._under_way.pop(request_id, None)
         if sent is not None and answered:
             now = time.monotonic()
-            seconds, self._last_answer = now - max(sent, self._last_answer), now
+            seconds, self.last_answer = now - max(sent, self.last_answer), now
             before = seconds if self.seconds_per_request is None else self.seconds_per_request
             self.seconds_per_request = before + _NEWEST * (seconds - before)
 

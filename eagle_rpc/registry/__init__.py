@@ -8,7 +8,7 @@ from eagle_rpc.registry.beat import Beat, register, take_id
 from eagle_rpc.registry.client import RegistryClient
 from eagle_rpc.registry.directory import Directory
 from eagle_rpc.registry.ids import LAST_WORKER_ID, IdFile
-from eagle_rpc.registry.record import Record, Sighting
+from eagle_rpc.registry.record import Record
 from eagle_rpc.registry.server import RegistryServer
 from eagle_rpc.registry.token import load_or_create_token, load_token
 
@@ -20,7 +20,6 @@ __all__ = [
     "Record",
     "RegistryClient",
     "RegistryServer",
-    "Sighting",
     "load_or_create_token",
     "load_token",
     "register",

@@ -87,15 +87,12 @@ class StaticMembership:
 
         Without effect if another worker already waits in a common shutdown.
         """
-        self._agree_on_shutdown(_ALONE)
+        self.store.compare_set(_SHUTDOWN, "", _ALONE)
 
     def shuts_down_together(self) -> bool:
         """Whether the agents shut down together; decides so unless a worker has announced leaving."""
-        return self._agree_on_shutdown(_TOGETHER) == _TOGETHER
-
-    def _agree_on_shutdown(self, proposal: str) -> str:
-        """The first proposal holds for all: an agent that shuts down alone would block a common shutdown."""
-        return self.store.compare_set(_SHUTDOWN, "", proposal).decode()
+        # The first proposal holds for all: an agent that shuts down alone would block a common shutdown.
+        return self.store.compare_set(_SHUTDOWN, "", _TOGETHER).decode() == _TOGETHER
 
 
 @contextlib.contextmanager
