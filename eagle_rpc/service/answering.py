@@ -75,8 +75,7 @@ class AnswerDesk:
         self._lock = threading.Lock()
         self._waiting = FairQueue(config, demand, most="max_answers", most_of_session="max_answers")
         self._running: dict[str, Work] = {}  # by key at the decoder
-        self._unwanted: list[str] = []  # keys that the decoder has yet to drop
-        self._coming: list[str] = []  # keys that the decoder has yet to take
+        self._decoding: set[str] = set()  # keys that the decoder has
         self._keys = map(str, itertools.count())
         self._settings: AnswerSettings | None = None  # of the decoder
         self._decoder: Decoder | None = None
@@ -117,10 +116,8 @@ class AnswerDesk:
         """Answers all prompts for which `unwanted` holds with `reason`; returns their number."""
         with self._lock:
             removed = self._waiting.remove(unwanted)
-            for key, work in list(self._running.items()):
-                if unwanted(work):
-                    removed.append(self._running.pop(key))
-                    self._unwanted.append(key)
+            for key in [key for key, work in self._running.items() if unwanted(work)]:
+                removed.append(self._running.pop(key))
         for work in removed:
             work.finish(reason)
         return len(removed)
@@ -149,7 +146,7 @@ class AnswerDesk:
         with self._lock:
             if not self._running:
                 # Frees the keys and values.
-                self._decoder, self._unwanted = None, []
+                self._decoder, self._decoding = None, set()
             num_tokens = 0
             while (first := self._waiting.first()) is not None and num_tokens < _READ_TOKENS:
                 settings: AnswerSettings = first.request.settings
@@ -158,8 +155,7 @@ class AnswerDesk:
                 if settings != self._settings or len(self._running) >= self._num_rows(settings):
                     break
                 self._waiting.take()
-                self._coming.append(next(self._keys))
-                self._running[self._coming[-1]] = first
+                self._running[next(self._keys)] = first
                 num_tokens += len(first.request.token_ids)
             return bool(self._running)
 
@@ -168,15 +164,15 @@ class AnswerDesk:
 
     def _step(self) -> Collection[Decoded]:
         with self._lock:
-            unwanted, self._unwanted = self._unwanted, []
-            coming = {key: self._running[key].request for key in self._coming if key in self._running}
-            self._coming = []
+            running = dict(self._running)
         if self._decoder is None:
             assert self._settings is not None
             self._decoder = self.check().decoder(self._settings, self._num_rows(self._settings))
-        self._decoder.drop(unwanted)
-        for key, prompt in coming.items():
-            self._decoder.submit(key, prompt.token_ids.tolist(), draws=prompt.key)
+        self._decoder.drop(self._decoding - running.keys())
+        for key, work in running.items():
+            if key not in self._decoding:
+                self._decoder.submit(key, work.request.token_ids.tolist(), draws=work.request.key)
+        self._decoding = set(running)
         return self._decoder.step()
 
     def _answered(self, outcome: Collection[Decoded] | EagleRpcError) -> list[tuple[Work, Any]]:
@@ -186,6 +182,7 @@ class AnswerDesk:
                 failed, self._running, self._decoder = list(self._running.values()), {}, None
                 return [(work, outcome) for work in failed]
             said = [one for one in outcome if one.key in self._running]
+            self._decoding -= {one.key for one in said}
             return [
                 (self._running.pop(one.key), PromptAnswer(torch.tensor(one.said_ids), one.truncated))
                 for one in said
