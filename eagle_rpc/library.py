@@ -24,7 +24,6 @@ from eagle_rpc.config.checks import check
 from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization, Rows
 from eagle_rpc.config.compose import from_sections
 from eagle_rpc.config.schema import (
-    DataConfig,
     DraftConfig,
     EvaluateConfig,
     JobConfig,
@@ -279,10 +278,10 @@ def _device(setting: str) -> torch.device:
 
 
 def _config(*, target: TargetConfig | None = None, rpc: RpcConfig | None = None, **sections: Any) -> Config:
-    """The checked configuration. Settings that have to be given, but that no call here reads, get a value."""
+    """The checked configuration. The job has to be given, though no call here reads it."""
     if target is None or target.random:
         target = replace(target or TargetConfig(), model="random")
     rpc = replace(rpc or RpcConfig(), membership=MembershipKind.elastic)
-    unread = {"job": JobConfig(name=JobName.evaluate), "data": DataConfig(train_path="")}
+    job = JobConfig(name=JobName.evaluate)
     given = {name: section for name, section in sections.items() if section is not None}
-    return from_sections(target=target, rpc=rpc, **unread, **given)
+    return from_sections(job=job, target=target, rpc=rpc, **given)
