@@ -2,8 +2,9 @@
 
 import contextlib
 import datetime
+import functools
 import logging
-import time
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -18,7 +19,7 @@ from eagle_rpc.data.sources import data_files, training_sources
 from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
 from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room
-from eagle_rpc.process.waiting import BoundedWait
+from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.target.loading import load_target_config, load_tokenizer
 from eagle_rpc.topology import Cast, resolve_device
 from eagle_rpc.train import RunDirectory, latest_whole_checkpoint
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Seconds that the other workers give the first trainer, which may have to tokenise a large corpus.
 _LONGEST_CHECK = 12 * 3600.0
 _LOOK_SECONDS = 0.2
-# In the store of an attempt: the day that templates write, and whether the inputs are good.
+# In the store of an attempt: the day that templates write, set when the check begins, and its result.
 _DATE, _CHECKED, _GOOD, _BAD = "date", "inputs", "good", "bad"
 
 
@@ -114,15 +115,18 @@ def _data_paths(config: Config) -> list[str]:
     return paths + ([config.data.validation_path] if config.data.validation_path else [])
 
 
-def load_inputs_once(config: Config, cast: Cast, store: dist.Store) -> tuple[Config, Inputs | None] | None:
+def load_inputs_once(
+    config: Config, cast: Cast, store: dist.Store, stop: threading.Event
+) -> tuple[Config, Inputs | None] | None:
     """The inputs of this trainer (null for a target), and the configuration with the day of the run.
 
     The first trainer checks them while the others wait, so that a mistake is told once and before any weight
-    is loaded. Returns null if it found one: then this worker ends, too. Raises `WaitTimeout` if the check
-    takes too long.
+    is loaded. Returns null if it found one, or once `stop` is set: then this worker ends, too. Raises
+    `WaitTimeout` if the first trainer does not start within `rpc.start_timeout`, or if the check takes too
+    long.
     """
     first = cast.me.name == cast.trainer_names[0]
-    if not first and not _wait_for_check(cast, store):
+    if not first and not _is_checked(cast, store, stop, start_timeout=config.rpc.start_timeout):
         return None
     date = _date_of_run(config, store) if first else store.get(_DATE).decode()
     config = replace(config, data=replace(config.data, date=date))
@@ -140,14 +144,17 @@ def load_inputs_once(config: Config, cast: Cast, store: dist.Store) -> tuple[Con
     return config, inputs
 
 
-def _wait_for_check(cast: Cast, store: dist.Store) -> bool:
-    """Whether the first trainer found the inputs to be good."""
-    wait = BoundedWait(f"{cast.trainer_names[0]} to check the inputs", _LONGEST_CHECK)
-    while not store.check([_CHECKED]):
-        if wait.over:
-            raise wait.timeout()
-        wait.say()
-        time.sleep(_LOOK_SECONDS)
+def _is_checked(cast: Cast, store: dist.Store, stop: threading.Event, *, start_timeout: float) -> bool:
+    """Waits for the first trainer; whether it found the inputs to be good. False once `stop` is set."""
+    name = cast.trainer_names[0]
+    phases = (
+        (_DATE, f"{name} to start", start_timeout),
+        (_CHECKED, f"{name} to check the inputs", _LONGEST_CHECK),
+    )
+    for key, what, seconds in phases:
+        is_set = functools.partial(store.check, [key])
+        if not wait_until(is_set, what, seconds=seconds, stop=stop, pause=_LOOK_SECONDS):
+            return False
     return bool(store.get(_CHECKED) == _GOOD.encode())
 
 

@@ -45,9 +45,9 @@ def run(config: Config) -> int:
             write_config(config, directory.config)
         stack.enter_context(tolerate_stop(stop))
         store = attempt_store(world, timeout=config.rpc.start_timeout)
-        loaded = load_inputs_once(config, cast, store)
+        loaded = load_inputs_once(config, cast, store, stop)
         if loaded is None:
-            return 1
+            return int(not stop.is_set())
         config, inputs = loaded
         if elastic:
             assert inputs is not None, "an elastic job has trainers only"

@@ -11,7 +11,7 @@ from support.tiny_model import save_tiny_model
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import JobName, PromptSource, Resume
-from eagle_rpc.errors import ConfigError, DataError
+from eagle_rpc.errors import ConfigError, DataError, WaitTimeout
 from eagle_rpc.jobs import inspect
 from eagle_rpc.jobs.inputs import load_inputs, load_inputs_once
 from eagle_rpc.topology import Cast, Role, Worker
@@ -95,24 +95,39 @@ def test_a_mistake_ends_all_workers_and_only_the_first_trainer_tells_it(config: 
     store, ended = dist.HashStore(), []
     others = [
         threading.Thread(
-            target=lambda name=name: ended.append(load_inputs_once(config, cast_of(name), store))
+            target=lambda name=name: ended.append(
+                load_inputs_once(config, cast_of(name), store, threading.Event())
+            )
         )
         for name in ("trainer1", "target0")
     ]
     for other in others:
         other.start()
     with pytest.raises((ConfigError, DataError), match=r"absent\.jsonl"):
-        load_inputs_once(config, cast_of("trainer0"), store)
+        load_inputs_once(config, cast_of("trainer0"), store, threading.Event())
     for other in others:
         other.join(30)
     assert ended == [None, None]
+
+
+def test_a_first_trainer_that_never_starts_ends_the_others_with_a_reason(config: Config):
+    config.rpc.start_timeout = 0.3
+    with pytest.raises(WaitTimeout, match=r"waiting for trainer0 to start, 0 of 0 s"):
+        load_inputs_once(config, cast_of("target0"), dist.HashStore(), threading.Event())
+
+
+def test_a_worker_that_is_told_to_stop_waits_for_no_check(config: Config):
+    stop = threading.Event()
+    stop.set()
+    assert load_inputs_once(config, cast_of("target0"), dist.HashStore(), stop) is None
 
 
 def test_good_inputs_go_to_trainers_with_one_day_for_all(config: Config):
     config.data.date, config.train.resume = "2026-02-03", Resume.auto
     store = dist.HashStore()
     first, second, target = (
-        load_inputs_once(config, cast_of(name), store) for name in ("trainer0", "trainer1", "target0")
+        load_inputs_once(config, cast_of(name), store, threading.Event())
+        for name in ("trainer0", "trainer1", "target0")
     )
     assert first and second and target
     assert {one[0].data.date for one in (first, second, target)} == {"2026-02-03"}
