@@ -40,7 +40,8 @@ run_tests() {
   "$PYTHON" -m ruff check .
   "$PYTHON" -m ruff format --check .
   "$PYTHON" -m mypy
-  "$PYTHON" -m pytest "$@"
+  # A process for each core shares the tests; -n 0 runs them in one.
+  OMP_NUM_THREADS=1 "$PYTHON" -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"
 }
 
 run_jobs() {

@@ -78,7 +78,7 @@ def test_pace_counts_the_time_at_the_target_and_not_that_behind_earlier_requests
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr("eagle_rpc.client.replica.time.monotonic", lambda: clock.now)
     one = replica("target0")
-    one._last_answer = 0.0
+    one.last_answer = 0.0
     one._under_way = {"a": 0.0, "b": 0.0}
     for request, when in (("a", 2.0), ("b", 4.0)):
         clock.now = when
