@@ -96,7 +96,9 @@ def test_gate_and_up_weights_are_not_held_twice(kernel):
         {"hidden": 12},
         {"width": 20},
     ],
-    ids=str,
+    ids=lambda changes: " ".join(
+        f"{name} {getattr(value, '__name__', value)}" for name, value in changes.items()
+    ),
 )
 def test_what_is_no_plain_silu_gate_or_does_not_fit_the_kernel_stays_as_it_is(kernel, changes, caplog):
     mlp = MLP(**changes)
