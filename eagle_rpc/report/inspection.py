@@ -24,10 +24,11 @@ _PAGE = """\
 @media (prefers-color-scheme: dark) { :root { --said: #1d4a2b; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 1.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
 td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
 td, th { text-align: left; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.path { overflow-wrap: anywhere; min-width: 8rem; }
 .bar { background: var(--bar); height: .8rem; min-width: 1px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .7rem; }
 pre { border-radius: 6px; }
@@ -37,18 +38,21 @@ mark { background: var(--said); color: inherit; border-radius: 3px; }
 <h1>Training data of {{ name }}</h1>
 <p>{{ "{:,}".format(seen.num_samples) }} samples, {{ "{:,}".format(seen.num_tokens) }} tokens,
 {{ "%.1f" | format(100 * seen.supervised_share) }} % of the tokens supervised,
-{{ seen.duplicates }} chats equal another one.</p>
+chats equal to another one: {{ seen.duplicates }}.</p>
 {% if seen.advice %}<h2>Advice</h2><ul>{% for line in seen.advice %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
 <h2>Chat template</h2><ul>{% for line in seen.template %}<li>{{ line }}</li>{% endfor %}</ul>
 <h2>Sources</h2><table><tr><th>source</th><th>content</th></tr>
-{% for path, line in sources %}<tr><td>{{ path }}</td><td>{{ line }}</td></tr>{% endfor %}</table>
+{% for path, line in sources %}<tr><td class="path">{{ path }}</td><td>{{ line }}</td></tr>{% endfor %}</table>
 <h2>Lengths in tokens</h2><table>
-<tr>{% for share, _ in seen.lengths %}<th>{{ "%g" | format(100 * share) }} %</th>{% endfor %}</tr>
-<tr>{% for _, tokens in seen.lengths %}<td class="n">{{ tokens }}</td>{% endfor %}</tr></table>
+<tr><th>share of the samples</th>
+{% for share, _ in seen.lengths %}<th class="n">{{ "%g" | format(100 * share) }} %</th>{% endfor %}</tr>
+<tr><td>have at most</td>
+{% for _, tokens in seen.lengths %}<td class="n">{{ tokens }}</td>{% endfor %}</tr></table>
 <table>{% for low, high, count in seen.histogram %}<tr><td class="n">{{ low }} to {{ high }}</td>
-<td class="n">{{ count }}</td><td style="width: 20rem"><div class="bar"
+<td class="n">{{ count }}</td><td style="width: 20rem; vertical-align: middle"><div class="bar"
 style="width: {{ (100 * count / most) | round(1) }}%"></div></td></tr>{% endfor %}</table>
-<h2>Coverage of draft vocabularies</h2><table><tr><th>draft.vocab_size</th><th>predicted tokens covered</th></tr>
+<h2>Coverage of draft vocabularies</h2><table>
+<tr><th class="n">draft.vocab_size</th><th class="n">predicted tokens covered</th></tr>
 {% for size, share in seen.coverage %}<tr{% if size == seen.draft_vocab_size %} class="chosen"{% endif %}>
 <td class="n">{{ size }}</td><td class="n">{{ "%.2f" | format(100 * share) }} %</td></tr>{% endfor %}</table>
 <h2>Samples</h2><p>Marked text is supervised: the draft learns to guess it.</p>
@@ -75,7 +79,8 @@ def print_inspection(inspection: Any, sources: list[tuple[str, str]], console: C
         console.print(Text(f"chat template: {line}"))
     console.print(
         f"{inspection.num_samples} samples, {inspection.num_tokens} tokens, "
-        f"{100 * inspection.supervised_share:.1f} % supervised, {inspection.duplicates} chats equal another one"
+        f"{100 * inspection.supervised_share:.1f} % supervised, "
+        f"chats equal to another one: {inspection.duplicates}"
     )
     for table in _tables(inspection):
         console.print(table)

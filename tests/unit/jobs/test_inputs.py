@@ -166,7 +166,7 @@ def test_the_page_needs_no_network_and_shows_samples_as_text(config: Config, cap
     assert "script" not in page.tags and "b" not in page.tags
     assert {f"{answer}<|im_end|>" for _, answer in CHATS} <= set(page.marked)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 chats equal another one" in printed and "an answer ends with" in printed
+    assert "chats equal to another one: 1" in printed and "an answer ends with" in printed
     assert "draft.vocab_size" in printed and f"wrote {config.inspect.output}" in printed
 
 
