@@ -44,10 +44,9 @@ chats equal to another one: {{ seen.duplicates }}.</p>
 <h2>Sources</h2><table><tr><th>source</th><th>content</th></tr>
 {% for path, line in sources %}<tr><td class="path">{{ path }}</td><td>{{ line }}</td></tr>{% endfor %}</table>
 <h2>Lengths in tokens</h2><table>
-<tr><th>share of the samples</th>
-{% for share, _ in seen.lengths %}<th class="n">{{ "%g" | format(100 * share) }} %</th>{% endfor %}</tr>
-<tr><td>have at most</td>
-{% for _, tokens in seen.lengths %}<td class="n">{{ tokens }}</td>{% endfor %}</tr></table>
+<tr><th class="n">samples</th><th class="n">tokens at most</th></tr>
+{% for share, tokens in seen.lengths %}<tr><td class="n">{{ "%g" | format(100 * share) }} %</td>
+<td class="n">{{ tokens }}</td></tr>{% endfor %}</table>
 <table>{% for low, high, count in seen.histogram %}<tr><td class="n">{{ low }} to {{ high }}</td>
 <td class="n">{{ count }}</td><td style="width: 20rem; vertical-align: middle"><div class="bar"
 style="width: {{ (100 * count / most) | round(1) }}%"></div></td></tr>{% endfor %}</table>
