@@ -1,5 +1,6 @@
 """For all tests: the packages `support` and `faults` on the path, one thread, no network."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -11,3 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """pytest's last collections would walk all of torch, for seconds on a busy host."""
+    gc.freeze()

@@ -108,7 +108,7 @@ class Regeneration:
         known = set(self._output.finished)
         for chat in chats[: self._config.num_prompts]:
             turns = [message for message in chat.messages if message.role != "assistant"]
-            prompt = content_hash(turns)
+            prompt = content_hash(turns, chat.tools)
             for number in range(self._config.answers_per_prompt):
                 if (prompt, number) not in known:
                     known.add((prompt, number))

@@ -44,7 +44,14 @@ class Chat:
     tokens: tuple[list[int], list[bool]] | None = None  # ids and loss mask of a tokenised record
 
 
-def content_hash(messages: Sequence[Message]) -> str:
-    """Hash of roles and contents, equal for equal chats."""
-    content = json.dumps([[message.role, message.content] for message in messages])
+def content_hash(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+    """Hash of all that a template may write of a chat, equal for equal chats."""
+    turns: list[Any] = [_written(message) for message in messages]
+    content = json.dumps([*turns, {"tools": list(tools)}] if tools else turns)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _written(message: Message) -> list[Any]:
+    others = {"thought": message.thought, "tool_calls": message.tool_calls, **message.others}
+    more = {name: value for name, value in sorted(others.items()) if value}
+    return [message.role, message.content, more] if more else [message.role, message.content]

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.data.chats import Chat, KeptAnswer, Message
+from eagle_rpc.data.pieces import PieceTokeniser
 from eagle_rpc.data.problems import RecordProblem
 from eagle_rpc.data.rendering import ChatRenderer
 from eagle_rpc.data.samples import Sample, samples_of
@@ -50,6 +51,7 @@ class ChatTemplate:
         """
         self.tokenizer = tokenizer
         self._renderer = ChatRenderer(tokenizer, path, arguments or {}, date)
+        self._tokenise = PieceTokeniser(tokenizer)
         self._special_ids = special_token_ids(tokenizer)
         self._fingerprint = tokenizer_fingerprint(tokenizer)
         self._stop_ids = frozenset(stop_token_ids)
@@ -238,9 +240,6 @@ class ChatTemplate:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))
-
-    def _tokenise(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
 
 def _without_opening(text: str, opening: str) -> str:

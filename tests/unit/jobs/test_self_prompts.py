@@ -48,7 +48,7 @@ def config(model_dir: Path, tmp_path: Path) -> Config:
     config.evaluate.prompts = str(tmp_path / "heldout.jsonl")
     config.regenerate.batch_size, config.regenerate.dtype = 4, DType.float32
     config.prompts = PromptsConfig(
-        num_train=6, num_heldout=3, max_tokens=32, min_chars=4, max_attempts_per_prompt=100
+        num_train=4, num_heldout=2, max_tokens=32, min_chars=4, max_attempts_per_prompt=100
     )
     return config
 
@@ -147,15 +147,14 @@ def test_a_log_of_other_settings_or_of_another_job_is_refused(tmp_path: Path):
 def test_the_target_writes_prompts_apart_from_those_held_out(config: Config):
     prompts.ensure_prompts(config)
     heldout, train = both(config)
-    assert (len(heldout), len(train)) == (3, 6) and len({*heldout, *train}) == 9
+    assert (len(heldout), len(train)) == (2, 4) and len({*heldout, *train}) == 6
 
 
-@pytest.mark.parametrize("batch_size", [1, 9])
-def test_prompts_depend_on_the_seed_and_not_on_the_batch(config: Config, batch_size: int):
+def test_prompts_depend_on_the_seed_and_not_on_the_batch(config: Config):
     prompts.ensure_prompts(config)
     first = both(config)
     remove_prompts(config).unlink()
-    config.regenerate.batch_size = batch_size
+    config.regenerate.batch_size = 9
     prompts.ensure_prompts(config)
     assert both(config) == first
     remove_prompts(config).unlink()
@@ -169,7 +168,7 @@ def test_a_kill_at_any_byte_of_the_log_changes_nothing(config: Config):
     first = both(config)
     log = remove_prompts(config)
     whole = log.read_bytes()
-    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+    for size in (10, len(whole) // 2, len(whole) - 1):
         log.write_bytes(whole[:size])
         prompts.ensure_prompts(config)
         assert both(config) == first and log.read_bytes() == whole
