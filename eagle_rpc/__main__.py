@@ -5,6 +5,7 @@ Nothing heavy is imported before the configuration is known to be good.
 
 import gc
 import importlib
+import logging
 import os
 import sys
 from itertools import pairwise
@@ -14,12 +15,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from eagle_rpc.config.choices import JobName
 from eagle_rpc.config.compose import conf_dir, refusal, register_schema, to_config
 from eagle_rpc.config.overrides import for_hydra
+from eagle_rpc.config.schema import Config
 from eagle_rpc.config.usage import usage
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import die_with_parent, read_world
 from eagle_rpc.process.ending import end_with
+from eagle_rpc.process.logs import setup_logging
+from eagle_rpc.topology import worker_name
+
+# Their first output comes at once.
+_QUICK_JOBS = (JobName.plan, JobName.registry, JobName.status)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
@@ -28,12 +36,23 @@ def _run(composed: DictConfig) -> None:
     config = None
     try:
         config = to_config(composed)
+        _say_what_loads(config)
         job = importlib.import_module(f"eagle_rpc.jobs.{config.job.name.value}")
         sys.exit(job.run(config))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:  # noqa: BLE001 - every error ends in words
         end_with(error, config)
+
+
+def _say_what_loads(config: Config) -> None:
+    """A first line before imports that take seconds. Raises `ConfigError` for a wrong number of workers."""
+    name = worker_name(config, read_world())
+    if config.job.name not in _QUICK_JOBS:
+        setup_logging(name)
+        logging.getLogger(__package__).info(
+            "loading PyTorch and transformers for job=%s", config.job.name.value
+        )
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
-from eagle_rpc.topology import Cast, Role, assign_elastic_roles, assign_roles, plan_devices, resolve_device
+from eagle_rpc.topology import Cast, Role, assign_trainers, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
 
 # Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
@@ -32,9 +32,7 @@ def run(config: Config) -> int:
     trainer has found a mistake in the inputs, which it raises.
     """
     world = read_world()
-    elastic = config.rpc.membership is MembershipKind.elastic
-    topology = config.topology
-    cast = assign_elastic_roles(Role.trainer, topology, world) if elastic else assign_roles(topology, world)
+    cast = assign_trainers(config, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
@@ -49,7 +47,7 @@ def run(config: Config) -> int:
         if loaded is None:
             return int(not stop.is_set())
         config, inputs = loaded
-        if elastic:
+        if config.rpc.membership is MembershipKind.elastic:
             assert inputs is not None, "an elastic job has trainers only"
             _train_elastic(config, inputs, cast, world, store, stop, superseded)
         else:

@@ -1,7 +1,15 @@
 """Roles, worker names, devices and device maps, as pure data. Importing it loads no torch."""
 
 from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
-from eagle_rpc.topology.roles import Cast, Role, Worker, assign_elastic_roles, assign_roles
+from eagle_rpc.topology.roles import (
+    Cast,
+    Role,
+    Worker,
+    assign_elastic_roles,
+    assign_roles,
+    assign_trainers,
+    worker_name,
+)
 
 __all__ = [
     "Cast",
@@ -10,6 +18,8 @@ __all__ = [
     "Worker",
     "assign_elastic_roles",
     "assign_roles",
+    "assign_trainers",
     "plan_devices",
     "resolve_device",
+    "worker_name",
 ]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from eagle_rpc.config.schema import TopologyConfig
+from eagle_rpc.config.choices import JobName, MembershipKind
+from eagle_rpc.config.schema import Config, TopologyConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.environment import World
 
@@ -66,6 +67,22 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
         tuple(f"target{i}" for i in range(topology.targets)),
         tuple(f"trainer{i}" for i in range(topology.trainers)),
     )
+
+
+def assign_trainers(config: Config, world: World) -> Cast:
+    """The cast of `job=train`: of all workers if membership is static, of trainers alone if it is elastic."""
+    if config.rpc.membership is MembershipKind.elastic:
+        return assign_elastic_roles(Role.trainer, config.topology, world)
+    return assign_roles(config.topology, world)
+
+
+def worker_name(config: Config, world: World) -> str:
+    """The name of this process in the log. Raises `ConfigError` if the workers do not fit the topology."""
+    if config.job.name is JobName.train:
+        return assign_trainers(config, world).me.name
+    if config.job.name is JobName.serve:
+        return assign_elastic_roles(Role.target, config.topology, world).me.name
+    return config.job.name.value
 
 
 def assign_elastic_roles(role: Role, topology: TopologyConfig, world: World) -> Cast:

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 
-from eagle_rpc.config.schema import TopologyConfig
+from eagle_rpc.config.choices import JobName, MembershipKind
+from eagle_rpc.config.schema import Config, JobConfig, RpcConfig, TopologyConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process import World, read_world
-from eagle_rpc.topology import Role, assign_roles, plan_devices
+from eagle_rpc.topology import Role, assign_roles, plan_devices, worker_name
 
 TORCHRUN = {
     "RANK": "1",
@@ -62,6 +63,19 @@ def test_with_role_names_the_rank_order_does_not_matter():
     assert assign_roles(TopologyConfig(targets=1, trainers=2), last).me.name == "target0"
     first = world(rank=0, size=3, role_name="trainer", role_rank=1, role_size=2)
     assert assign_roles(TopologyConfig(targets=1, trainers=2), first).me.name == "trainer1"
+
+
+@pytest.mark.parametrize(
+    ("job", "membership", "name"),
+    [("train", "static", "target0"), ("train", "elastic", "trainer0"), ("serve", "elastic", "target0")],
+)
+def test_the_first_worker_has_the_name_of_its_role(job: str, membership: str, name: str):
+    config = Config(job=JobConfig(name=JobName(job)), rpc=RpcConfig(membership=MembershipKind(membership)))
+    assert worker_name(config, world(rank=0, size=2)) == name
+
+
+def test_a_job_without_roles_has_its_own_name():
+    assert worker_name(Config(job=JobConfig(name=JobName.export)), read_world({})) == "export"
 
 
 def test_single_is_both_roles():
