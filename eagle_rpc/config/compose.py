@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from eagle_rpc.config.checks import check
+from eagle_rpc.config.native import native_dtype
 from eagle_rpc.config.overrides import explain, for_hydra
 from eagle_rpc.config.rules import settings_of
 from eagle_rpc.config.schema import Config
@@ -36,7 +37,11 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Makes the dataclasses known to Hydra, which then refuses unknown keys and wrong types."""
+    """Makes the dataclasses known to Hydra, which then refuses unknown keys and wrong types.
+
+    `${native_dtype:}` in `conf/` is the number format that this machine computes fast.
+    """
+    OmegaConf.register_new_resolver("native_dtype", native_dtype, replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
 
 
