@@ -2,57 +2,55 @@
 
 The decoder layer is the same for both; it gets one or the other `AttentionMemory`. `fused.step_attention` is
 the fast form of `ttt_attention`.
-Legend: B batch, T sequence, S new tokens, C cached tokens, Q query heads, G query heads of one key head, J
-key heads, D head width.
+Legend: B batch, T slots of step 0, L live slots, S new tokens, C cached tokens, Q query heads, G query heads
+of one key head, J key heads, D head width.
 """
 
+import itertools
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle_rpc.supervision.segments import chat_lengths
+from eagle_rpc.draft.live_slots import LiveSlots
 
 
 class UnrollMemory:
-    """Training-time test: each call is one step over the same T slots.
+    """Training-time test: the first call is step 0 over all slots, each later one a step over the live ones.
 
-    With `segment_ids` [B, T] each packed chat attends to itself alone, and scores between chats are never
-    computed.
+    Each chat attends to itself alone, and scores between chats are never computed.
     """
 
-    def __init__(self, segment_ids: Tensor | None) -> None:
-        self._chat_lengths = None if segment_ids is None else chat_lengths(segment_ids)
-        # One list a step, with one entry a chat, or a single one for the whole batch.
-        self._step_keys: list[list[Tensor]] = []
-        self._step_values: list[list[Tensor]] = []
+    def __init__(self, live: LiveSlots) -> None:
+        self._live = live
+        # One list a step, with one entry a chat.
+        self._step_keys: list[Sequence[Tensor]] = []
+        self._step_values: list[Sequence[Tensor]] = []
+        starts = itertools.accumulate(live.chat_lengths, initial=0)
+        places_of_chats = live.places.split(live.live_lengths)
+        self._later_LT = [  # of each chat
+            torch.arange(start, start + length, device=places_L.device) > places_L.unsqueeze(1)
+            for start, length, places_L in zip(starts, live.chat_lengths, places_of_chats, strict=False)
+        ]
+
+    def asking(self, x: Tensor) -> Tensor:
+        """The slots of `x` [..., T, width] whose queries the next call has: at step 0 the live ones, then all."""
+        return x if self._step_keys else x.index_select(-2, self._live.places)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Stores keys and values [B, J, T, D]; returns attended values [B, Q, T, D]."""
-        self._step_keys.append(self._split(keys))
-        self._step_values.append(self._split(values))
+        """Stores keys and values [1, J, T, D] (later [1, J, L, D]); returns attended values [1, Q, L, D]."""
+        lengths = self._live.live_lengths if self._step_keys else self._live.chat_lengths
+        self._step_keys.append(keys.split(lengths, dim=2))
+        self._step_values.append(values.split(lengths, dim=2))
         chats = zip(
-            self._split(queries),
+            queries.split(self._live.live_lengths, dim=2),
             zip(*self._step_keys, strict=True),
             zip(*self._step_values, strict=True),
+            self._later_LT,
             strict=True,
         )
-        return self._join([ttt_attention(*chat) for chat in chats])
-
-    def _split(self, heads: Tensor) -> list[Tensor]:
-        if self._chat_lengths is None:
-            return [heads]
-        sequences = zip(heads.split(1), self._chat_lengths, strict=True)
-        return [chat for sequence, lengths in sequences for chat in sequence.split(lengths, dim=2)]
-
-    def _join(self, chats: list[Tensor]) -> Tensor:
-        if self._chat_lengths is None:
-            return chats[0]
-        rest = iter(chats)
-        sequences = [torch.cat(list(islice(rest, len(lengths))), dim=2) for lengths in self._chat_lengths]
-        return torch.cat(sequences)
+        return torch.cat([ttt_attention(*chat) for chat in chats if chat[0].shape[2] > 0], dim=2)
 
 
 class DraftCache:
@@ -73,8 +71,12 @@ class DraftCache:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
 
+    def asking(self, x: Tensor) -> Tensor:
+        """Every new token has a query."""
+        return x
+
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """As `UnrollMemory.attend`, with S queries."""
+        """Stores keys and values [B, J, S, D]; returns attended values [B, Q, S, D]."""
         if self._keys is not None and self._values is not None:
             keys = torch.cat((self._keys, keys), dim=2)
             values = torch.cat((self._values, values), dim=2)
@@ -90,22 +92,25 @@ class DraftCache:
 AttentionMemory = UnrollMemory | DraftCache
 
 
-def ttt_attention(queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor]) -> Tensor:
-    """Attention of one step: causal over step 0, plus the query's own slot in every later step so far.
+def ttt_attention(
+    queries: Tensor, step_keys: Sequence[Tensor], step_values: Sequence[Tensor], later_LT: Tensor
+) -> Tensor:
+    """Attention of one step of a chat: causal over step 0, plus the query's own slot in later steps so far.
 
-    `queries` [B, Q, T, D] are those of the last step; keys and values [B, J, T, D] are those of all steps up
-    to it. Queries and keys are rotated already. Returns [B, Q, T, D]. Padding on the right needs no mask: no
-    real slot attends to later slots.
+    `queries` [B, Q, L, D] are those of the last step at live slots; keys and values are those of all steps up
+    to it, [B, J, T, D] of step 0 and [B, J, L, D] of later ones. Queries and keys are rotated already.
+    `later_LT` is true where the slot T comes after the live slot L. Returns [B, Q, L, D]. Padding on the
+    right needs no mask: no real slot attends to later slots.
     """
     key_heads, length, width = step_keys[0].shape[1:]
-    queries_BJGTD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
-    scores_BJGTT = (queries_BJGTD.flatten(2, 3) @ step_keys[0].transpose(-1, -2)).unflatten(2, (-1, length))
-    own_BJGT1 = [(queries_BJGTD * keys.unsqueeze(2)).sum(-1, keepdim=True) for keys in step_keys[1:]]
+    queries_BJGLD = (queries * width**-0.5).unflatten(1, (key_heads, -1))
+    live = queries_BJGLD.shape[3]
+    scores_BJGLT = (queries_BJGLD.flatten(2, 3) @ step_keys[0].transpose(-1, -2)).unflatten(2, (-1, live))
+    own_BJGL1 = [(queries_BJGLD * keys.unsqueeze(2)).sum(-1, keepdim=True) for keys in step_keys[1:]]
     # 0 where a slot may attend, -inf at later slots.
-    later_TT = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1)
-    bias_TT = queries.new_zeros(length, length).masked_fill_(later_TT, float("-inf"))
-    weights = torch.cat((scores_BJGTT + bias_TT, *own_BJGT1), dim=-1).softmax(dim=-1)
-    output_BJGTD = (weights[..., :length].flatten(2, 3) @ step_values[0]).unflatten(2, (-1, length))
+    bias_LT = queries.new_zeros(later_LT.shape).masked_fill_(later_LT, float("-inf"))
+    weights = torch.cat((scores_BJGLT + bias_LT, *own_BJGL1), dim=-1).softmax(dim=-1)
+    output_BJGLD = (weights[..., :length].flatten(2, 3) @ step_values[0]).unflatten(2, (-1, live))
     for step, values in enumerate(step_values[1:]):
-        output_BJGTD = output_BJGTD + weights[..., length + step, None] * values.unsqueeze(2)
-    return output_BJGTD.flatten(1, 2)
+        output_BJGLD = output_BJGLD + weights[..., length + step, None] * values.unsqueeze(2)
+    return output_BJGLD.flatten(1, 2)

@@ -1,7 +1,7 @@
 """The EAGLE-3 draft (arXiv 2503.01840): one Llama layer over token embeddings and hidden states.
 
 Parameters have the names of the exported checkpoint.
-Legend: B batch, T sequence, S new tokens, H hidden, K draft vocab.
+Legend: B batch, T sequence, L slots with an output, S new tokens, H hidden, K draft vocab, D head width.
 """
 
 import torch
@@ -44,12 +44,16 @@ class DraftAttention(nn.Module):
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
     def forward(self, inputs_BT2H: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
-        queries, keys, values = (
-            projection(inputs_BT2H).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = memory.attend(rotate(queries, tables), rotate(keys, tables), values)
+        queries = self._heads(self.q_proj(memory.asking(inputs_BT2H)))
+        keys, values = self._heads(self.k_proj(inputs_BT2H)), self._heads(self.v_proj(inputs_BT2H))
+        cos, sin = tables
+        queries = rotate(queries, (memory.asking(cos), memory.asking(sin)))
+        attended = memory.attend(queries, rotate(keys, tables), values)
         return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _heads(self, wide: Tensor) -> Tensor:
+        """[B, heads, T, D]"""
+        return wide.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class DraftMLP(nn.Module):
@@ -83,8 +87,9 @@ class DraftLayer(nn.Module):
         normed_BTH = self.hidden_norm(hidden_BTH)
         residual_BTH = normed_BTH if self.norm_before_residual else hidden_BTH
         inputs_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
-        hidden_BTH = residual_BTH + self.self_attn(inputs_BT2H, tables, memory)
-        return hidden_BTH + self.mlp(self.post_attention_layernorm(hidden_BTH))
+        residual_BLH = memory.asking(residual_BTH)
+        hidden_BLH = residual_BLH + self.self_attn(inputs_BT2H, tables, memory)
+        return hidden_BLH + self.mlp(self.post_attention_layernorm(hidden_BLH))
 
 
 class Eagle3Draft(nn.Module):
@@ -140,9 +145,10 @@ class Eagle3Draft(nn.Module):
     def advance(
         self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory
     ) -> Tensor:
-        """One pass; returns the output before the norm [B, T, H], the hidden states of the next step.
+        """One pass; returns the output before the norm [B, L, H], the hidden states of the next step.
 
-        Slot t pairs the hidden state of token t with the id of token t + 1. Positions are [B or 1, T].
+        Slot t pairs the hidden state of token t with the id of token t + 1. Positions are [B or 1, T]. All
+        slots give keys and values; outputs are those of the slots that `memory` lets ask.
         """
         embeds_BTH = self.embed_tokens(ids_BT).to(hidden_BTH.dtype)
         return self.midlayer(embeds_BTH, hidden_BTH, self.rotary.tables(positions_BT), memory)

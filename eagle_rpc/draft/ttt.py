@@ -2,7 +2,7 @@
 
 Step k at slot t reads the id of token t + k + 1 and the draft's own output of step k - 1; row t + k judges
 it.
-Legend: B batch, T sequence, N rows, S steps, H hidden.
+Legend: B batch, T sequence, N rows (in `_unroll` slots B T), L live slots, S steps, H hidden.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.draft.attention_memory import UnrollMemory
 from eagle_rpc.draft.chunked_loss import JudgedRows, head_loss
+from eagle_rpc.draft.live_slots import LiveSlots
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
 from eagle_rpc.supervision.segments import chat_starts, positions_from
@@ -73,10 +74,11 @@ def ttt_loss(
     draft: Eagle3Draft, batch: Eagle3TargetBatch, objective: Objective, denominators_S: Tensor
 ) -> TTTResult:
     """The objective of one batch, differentiable by the draft's parameters."""
-    outputs_SBTH = _unroll(draft, batch, objective.steps)
+    live = LiveSlots.of(batch.tokens, objective.steps)
+    outputs_SLH = _unroll(draft, batch, live, objective.steps)
     slots_NS, valid_NS = judged_slots(batch, objective.steps)
-    pairs = zip(outputs_SBTH, slots_NS.unbind(1), strict=True)
-    judged_NSH = torch.stack([output_BTH.flatten(0, 1)[slots_N] for output_BTH, slots_N in pairs], dim=1)
+    pairs = zip(outputs_SLH, live.index_of(slots_NS).unbind(1), strict=True)
+    judged_NSH = torch.stack([output_LH[judged_N] for output_LH, judged_N in pairs], dim=1)
     rows = objective.rows_of(batch, valid_NS, denominators_S)
     total, losses_NS, predicted_NS = head_loss(draft.norm(judged_NSH), draft.lm_head.weight, rows)
     return result_of(batch, total, losses_NS, predicted_NS, slots_NS, valid_NS)
@@ -135,17 +137,20 @@ def result_of(
     )
 
 
-def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Tensor]:
-    """Outputs before the norm [B, T, H] of each step."""
-    memory = UnrollMemory(batch.tokens.segment_ids)
-    positions_BT = positions_of(batch)
-    ids_BT, hidden_BTH = batch.input_ids, draft.fuse(batch.aux_hidden_states)
-    outputs_SBTH = []
+def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, live: LiveSlots, steps: int) -> list[Tensor]:
+    """Outputs before the norm [L, H] of each step at the live slots."""
+    memory = UnrollMemory(live)
+    positions_N = positions_of(batch).expand_as(batch.input_ids).flatten()
+    ids_BT, hidden = batch.input_ids, draft.fuse(batch.aux_hidden_states.flatten(0, 1)[None])
+    outputs_SLH = []
+    # Step 0 reads all slots, for their keys and values.
+    slots: Tensor | slice = slice(None)
     for step in range(steps):
-        hidden_BTH = draft.advance(ids_BT, hidden_BTH, positions_BT + step, memory)
-        outputs_SBTH.append(hidden_BTH)
-        ids_BT = shift_left(ids_BT)
-    return outputs_SBTH
+        ids, positions = ids_BT.flatten()[slots], positions_N[slots] + step
+        hidden = draft.advance(ids[None], hidden, positions[None], memory)
+        outputs_SLH.append(hidden[0])
+        ids_BT, slots = shift_left(ids_BT), live.places
+    return outputs_SLH
 
 
 def positions_of(batch: Eagle3TargetBatch) -> Tensor:

@@ -39,8 +39,3 @@ def chat_boundaries(starts_BT: Tensor) -> Tensor:
     """[C + 1] int32: flat places b * T + t of chats' starts, and B * T. Waits for a GPU: C is a shape."""
     end = torch.ones(1, dtype=torch.bool, device=starts_BT.device)
     return torch.cat((starts_BT.flatten(), end)).nonzero().squeeze(1).int()
-
-
-def chat_lengths(segment_ids_BT: Tensor) -> list[list[int]]:
-    """Positions of every chat of every row. Padding with an id of its own counts as a chat."""
-    return [row.unique_consecutive(return_counts=True)[1].tolist() for row in segment_ids_BT]

@@ -1,11 +1,13 @@
 """Random drafts and batches for tests that compare two ways to compute the TTT objective."""
 
+import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.draft import LOSSES, Eagle3Draft, Eagle3DraftConfig, Objective
+from eagle_rpc.draft.live_slots import LiveSlots
 from eagle_rpc.supervision import (
     DraftHead,
     Eagle3TargetBatch,
@@ -30,9 +32,32 @@ class Case:
     length: int = 19
     packed: bool = False
     projected: bool = False  # targets from hidden states instead of stored logits
+    blocks: int | None = (
+        None  # of supervised tokens in the loss mask of a row, at most; None: nine tokens of ten, at random
+    )
     supervised_share: float = 0.7
     norm_before_residual: bool = False
     seed: int = 0
+
+
+def random_case(seed: int) -> tuple[Case, Objective]:
+    """A small case, and an objective of one to eight steps with any of the losses."""
+    draw = random.Random(seed)
+    heads, group = draw.choice([1, 2]), draw.choice([1, 3])
+    case = Case(
+        heads=heads * group,
+        key_heads=heads,
+        head_dim=8,
+        hidden_size=16,
+        batch=draw.randint(1, 3),
+        length=draw.randint(2, 26),
+        packed=draw.random() < 0.5,
+        blocks=draw.choice([None, 0, 1, 1, 2, 3]),
+        supervised_share=draw.choice([0.0, 0.3, 0.8, 1.0, 1.0]),
+        norm_before_residual=draw.random() < 0.5,
+        seed=seed,
+    )
+    return case, Objective(steps=draw.randint(1, 8), step_decay=0.7, loss=draw.choice(sorted(LOSSES)))
 
 
 def case_draft(case: Case) -> Eagle3Draft:
@@ -69,7 +94,11 @@ def case_batch(case: Case) -> Eagle3TargetBatch:
     shape = (case.batch, case.length)
     real = torch.randint(case.length // 2, case.length + 1, (case.batch, 1), generator=generator)
     attention_mask = (torch.arange(case.length) < real).long()
-    loss_mask = attention_mask * (torch.rand(shape, generator=generator) < 0.9)
+    if case.blocks is None:
+        loss_mask = attention_mask * (torch.rand(shape, generator=generator) < 0.9)
+    else:
+        ends = torch.randint(case.length + 1, (case.batch, 2 * case.blocks, 1), generator=generator)
+        loss_mask = attention_mask * ((torch.arange(case.length) >= ends).sum(dim=1) % 2)
     segment_ids = None
     if case.packed:
         starts = torch.rand(shape, generator=generator) < 4 / case.length
@@ -96,6 +125,11 @@ def case_batch(case: Case) -> Eagle3TargetBatch:
         log_normalizer=logits_NK.logsumexp(dim=-1) + torch.rand(len(rows), generator=generator),
         argmax=logits_NK.argmax(dim=-1),
     )
+
+
+def every_slot(length: int) -> LiveSlots:
+    """All slots of one chat."""
+    return LiveSlots(places=torch.arange(length), chat_lengths=[length], live_lengths=[length])
 
 
 def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:

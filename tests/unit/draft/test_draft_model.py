@@ -1,6 +1,7 @@
 import pytest
 import torch
 from draft_cases import DRAFT_VOCAB, HIDDEN, VOCAB, random_chat, tiny_config, tiny_draft
+from support.ttt_cases import every_slot
 
 from eagle_rpc.draft import DraftCache, Eagle3Draft, UnrollMemory
 from eagle_rpc.errors import ConfigError
@@ -73,7 +74,7 @@ def test_a_cast_draft_keeps_its_rotary_frequencies():
 
 def unrolled(draft, ids_BT, aux_BT3H, steps):
     """TTT outputs of every step; slots near the end read the filler id 0."""
-    memory, positions = UnrollMemory(None), torch.arange(ids_BT.shape[1])[None]
+    memory, positions = UnrollMemory(every_slot(ids_BT.shape[1])), torch.arange(ids_BT.shape[1])[None]
     hidden, outputs = draft.fuse(aux_BT3H), []
     for step in range(steps):
         ids = torch.nn.functional.pad(ids_BT[:, step + 1 :], (0, step + 1))

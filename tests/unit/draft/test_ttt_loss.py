@@ -195,7 +195,9 @@ class ScriptedDraft:
         return torch.zeros(*aux_BT3H.shape[:2], DRAFT_VOCAB)
 
     def advance(self, ids_BT, hidden_BTH, positions_BT, memory):
-        return torch.nn.functional.one_hot(ids_BT % DRAFT_VOCAB, DRAFT_VOCAB).float()
+        guesses = memory.asking(torch.nn.functional.one_hot(ids_BT % DRAFT_VOCAB, DRAFT_VOCAB).float())
+        memory.attend(guesses[:, None], hidden_BTH[:, None], hidden_BTH[:, None])
+        return guesses
 
     def norm(self, x):
         return x

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from support.ttt_cases import every_slot
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, UnrollMemory
@@ -172,7 +173,8 @@ def simulate_offline(model, draft, mapping, prompt, *, max_new_tokens, k):
     ids = torch.tensor([[*prompt, *text]])
     hidden_states = model(input_ids=ids, output_hidden_states=True).hidden_states
     hidden = draft.fuse(torch.cat([hidden_states[layer + 1] for layer in AUX_LAYERS], dim=-1))
-    memory, positions, guesses = UnrollMemory(None), torch.arange(ids.shape[1])[None], []
+    memory, guesses = UnrollMemory(every_slot(ids.shape[1])), []
+    positions = torch.arange(ids.shape[1])[None]
     for step in range(k):
         following = torch.zeros_like(ids)
         following[:, : -1 - step] = ids[:, 1 + step :]

@@ -2,7 +2,7 @@
 
 import torch
 
-from eagle_rpc.supervision.segments import chat_boundaries, chat_lengths, chat_starts, positions_from
+from eagle_rpc.supervision.segments import chat_boundaries, chat_starts, positions_from
 
 IDS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 3]])
 
@@ -15,6 +15,5 @@ def test_positions_restart_at_every_chat():
     assert positions_from(chat_starts(IDS)).tolist() == [[0, 1, 0, 1, 2], [0, 0, 0, 1, 0]]
 
 
-def test_boundaries_and_lengths_never_join_chats_of_two_rows():
+def test_boundaries_never_join_chats_of_two_rows():
     assert chat_boundaries(chat_starts(IDS)).tolist() == [0, 2, 5, 6, 7, 9, 10]
-    assert chat_lengths(IDS) == [[2, 3], [1, 1, 2, 1]]
