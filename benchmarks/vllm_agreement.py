@@ -54,22 +54,24 @@ def decode_here(work: Work) -> Outcome:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from eagle_rpc.evaluate.acceptance import draft_proposer
+    from eagle_rpc.draft import DecodingCounts
+    from eagle_rpc.evaluate.acceptance import fitted_draft
     from eagle_rpc.evaluate.greedy import GreedyTarget
-    from eagle_rpc.evaluate.speculative import DecodingCounts, decode_speculatively
+    from eagle_rpc.evaluate.proposer import DraftProposer
+    from eagle_rpc.evaluate.speculative import decode_speculatively
     from eagle_rpc.serving.export import load_export
 
     model = AutoModelForCausalLM.from_pretrained(work.target, dtype=torch.float32)
     model.eval().requires_grad_(False)
     export = load_export(Path(work.draft))
     target = GreedyTarget(model, export.aux_layer_ids)
-    proposer = draft_proposer(model, export, num_draft_tokens=work.num_draft_tokens)
+    proposer = DraftProposer(fitted_draft(model, export), export.mapping, work.num_draft_tokens)
     counts, texts = DecodingCounts([0] * work.num_draft_tokens), []
     for prompt_ids in work.prompts:
         limits = {"max_new_tokens": work.max_new_tokens, "stop_token_ids": work.stop_token_ids}
-        token_ids, drafts = decode_speculatively(target, proposer, prompt_ids, **limits)
-        counts.add(drafts)
-        texts.append(token_ids)
+        decoding = decode_speculatively(target, proposer, prompt_ids, **limits)
+        counts.add(decoding.counts)
+        texts.append(decoding.token_ids)
     return Outcome(counts.num_drafts, counts.accepted_per_position, texts)
 
 

@@ -252,11 +252,10 @@ def evaluate_draft(
     settings: EvaluateConfig | None = None,
     run: RunConfig | None = None,
 ) -> Evaluation:
-    """Decodes prompts (token ids) by the target alone and with the draft, both in `settings.dtype`.
+    """What decoding of prompts (token ids) with the draft accepts, target and draft in `settings.dtype`.
 
-    Of `settings`, `max_new_tokens`, `num_draft_tokens` and `near_tie` count beside it. Raises `ConfigError`
-    also without prompts or for one beyond the target's context, `TargetMismatch` for a draft of another
-    target.
+    Of `settings`, `draft`, `prompts` and `num_prompts` have no effect. Raises `ConfigError` also without
+    prompts or for one beyond the target's context, `TargetMismatch` for a draft of another target.
     """
     config = _config(target=target, evaluate=settings, run=run)
     asked, files = config.evaluate, config.run
@@ -266,9 +265,7 @@ def evaluate_draft(
         model,
         draft,
         prompts,
-        max_new_tokens=asked.max_new_tokens,
-        num_draft_tokens=asked.num_draft_tokens,
-        near_tie=asked.near_tie,
+        asked,
         tokenizer=tokenizer,
     )
 

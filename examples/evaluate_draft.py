@@ -1,4 +1,4 @@
-"""Decodes prompts of random tokens with a draft, as train_on_own_batches.py exports it."""
+"""Counts what decoding of random prompts accepts of a draft, as train_on_own_batches.py exports it."""
 
 import argparse
 

@@ -14,6 +14,7 @@ class Answer:
     truncated: bool  # it reached the limit without a stop token
     stop_token: int | None = None  # the token that ended it, unless it is truncated
     refusal: str | None = None  # why there is no answer, in words; there are no tokens then
+    after_end: tuple[int, ...] = ()  # what the target would go on to say, if that was asked for
 
     @classmethod
     def of_said(cls, key: str, said_ids: Sequence[int], *, truncated: bool) -> "Answer":

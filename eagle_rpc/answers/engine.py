@@ -70,8 +70,12 @@ class AnswerEngine:
         seed: int = 0,
         stop_texts: Sequence[str] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,
+        tokens_after_end: int = 0,
     ) -> None:
-        """An answer that comes to hold one of `stop_texts`, which need a tokenizer, ends there, complete."""
+        """An answer that comes to hold one of `stop_texts`, which need a tokenizer, ends there, complete.
+
+        `tokens_after_end` more are decoded for `Answer.after_end`.
+        """
         self.model = model
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
@@ -79,6 +83,7 @@ class AnswerEngine:
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.seed = seed
         self._stop_texts, self._tokenizer = list(stop_texts), tokenizer
+        self._tokens_after_end = tokens_after_end
         self.num_generated = 0  # tokens of all answers so far, including unfinished answers and stop tokens
         self._cache = BatchCache(batch_size, model.config.get_text_config().num_hidden_layers)
         self._waiting: list[_Sequence] = []
@@ -205,13 +210,16 @@ class AnswerEngine:
         """Removes finished sequences."""
         answers, finished = [], []
         for row, sequence in enumerate(self._active):
-            *before, last = sequence.answer
-            if last in self.stop_token_ids:
-                answers.append(Answer(sequence.key, before, truncated=False, stop_token=last))
-            elif self._holds_stop_text(sequence.answer):
-                answers.append(Answer(sequence.key, sequence.answer, truncated=False))
-            elif len(sequence.answer) == self.max_new_tokens:
-                answers.append(Answer(sequence.key, sequence.answer, truncated=True))
+            length = max(0, len(sequence.answer) - self._tokens_after_end)
+            said, after_end = sequence.answer[:length], tuple(sequence.answer[length:])
+            if said and said[-1] in self.stop_token_ids:
+                answers.append(
+                    Answer(sequence.key, said[:-1], False, stop_token=said[-1], after_end=after_end)
+                )
+            elif said and self._holds_stop_text(said):
+                answers.append(Answer(sequence.key, said, truncated=False))
+            elif length == self.max_new_tokens:
+                answers.append(Answer(sequence.key, said, truncated=True, after_end=after_end))
             else:
                 continue
             finished.append(row)

@@ -32,15 +32,18 @@ class PlainAnswerer:
         seed: int = 0,
         stop_texts: Sequence[str] = (),
         tokenizer: Any = None,
+        tokens_after_end: int = 0,
     ) -> None:
+        """`tokens_after_end` more are decoded for `Answer.after_end`; every answer then takes the longest time."""
         self.num_generated = 0
+        self._max_new_tokens, self._tokens_after_end = max_new_tokens, tokens_after_end
         self._model, self._batch_size, self._seed = model, batch_size, seed
         self._stop = frozenset(stop_token_ids)
         self._waiting: defaultdict[int, list[tuple[str, list[int]]]] = defaultdict(list)
         self._options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": sorted(self._stop),
-            "pad_token_id": min(self._stop),
+            "max_new_tokens": max_new_tokens + tokens_after_end,
+            "eos_token_id": [] if tokens_after_end else sorted(self._stop),
+            "pad_token_id": min(self._stop, default=0),
             "use_cache": True,
             "do_sample": temperature > 0,
         }
@@ -81,14 +84,16 @@ class PlainAnswerer:
         generate: Any = self._model.generate  # its types are those of a decorator
         said_NT = generate(input_ids=ids_NT, attention_mask=torch.ones_like(ids_NT), **self._options)
         for (key, prompt), row in zip(batch, said_NT.tolist(), strict=True):
-            said = row[len(prompt) :]
+            everything = row[len(prompt) :]
+            said = everything[: self._max_new_tokens]
             stop = next((index for index, token in enumerate(said) if token in self._stop), None)
             # A row that ended by a text is padded by a stop token, if others went on.
             length = len(said) if stop is None else stop + 1
             self.num_generated += length
-            truncated = stop is None and length == self._options["max_new_tokens"]
+            truncated = stop is None and length == self._max_new_tokens
+            after_end = tuple(everything[length : length + self._tokens_after_end])
             yield (
-                Answer.of_said(key, said[:length], truncated=truncated)
-                if stop is not None
-                else Answer(key, said, truncated)
+                Answer(key, said, truncated, after_end=after_end)
+                if stop is None
+                else Answer(key, said[:stop], False, stop_token=said[stop], after_end=after_end)
             )

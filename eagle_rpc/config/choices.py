@@ -15,7 +15,7 @@ class JobName(Enum):
     export = "export"
     """Writes a checkpoint as a directory that vLLM and SGLang load."""
     evaluate = "evaluate"
-    """Decodes held-out prompts with an exported draft: accept length, speed, equality of the text."""
+    """Counts what decoding of held-out prompts with an exported draft accepts; decodes some for real."""
     verify = "verify"
     """Runs the same steps co-located and remote and compares every bit."""
     plan = "plan"

@@ -333,7 +333,7 @@ class ServingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Decoding of held-out prompts with a draft."""
+    """Held-out prompts, answered and guessed by a draft."""
 
     draft: FilePath = "${serving.dir}"
     """Directory of an exported draft."""
@@ -341,15 +341,19 @@ class EvaluateConfig:
     """Chats in any form that `data.train_path` takes. The last user turn of each is answered, or the first of
     several without answers between them; assistant turns after it are ignored."""
     num_prompts: Positive[int] = 16
-    """Prompts that are decoded."""
+    """Prompts that the target answers, in batches; what decoding accepts follows from the answers."""
+    num_decoded: Positive[int] = 4
+    """The first prompts, also decoded for real, one by one: for times, and to check texts and counts."""
+    batch_size: Positive[int] = 64
+    """Prompts that the target answers at a time."""
     max_new_tokens: Positive[int] = 64
     """Tokens of an answer."""
     num_draft_tokens: Positive[int] = 3
-    """Guesses k of each round."""
+    """Guesses k of each round; the result has the accept length of shorter rounds as well."""
     dtype: DType = DType.float32
     """Format of target and draft while they decode."""
     near_tie: NotNegative[float] = 1e-4
-    """A differing token counts as a tie if the target's two best logits are closer than this."""
+    """Real decoding may differ where the two best logits of target or draft are closer than this."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,7 +1,9 @@
 """The draft: its configuration, model, attention and losses, and the training-time test that unrolls it."""
 
 from eagle_rpc.draft.attention_memory import DraftCache, UnrollMemory
+from eagle_rpc.draft.chains import Chains, TargetText, guess_chains, replay
 from eagle_rpc.draft.config import Eagle3DraftConfig
+from eagle_rpc.draft.counts import DecodingCounts
 from eagle_rpc.draft.losses import LOSSES
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import (
@@ -16,14 +18,19 @@ from eagle_rpc.draft.ttt import (
 
 __all__ = [
     "LOSSES",
+    "Chains",
+    "DecodingCounts",
     "DraftCache",
     "Eagle3Draft",
     "Eagle3DraftConfig",
     "Objective",
     "ReferenceStep",
     "TTTResult",
+    "TargetText",
     "UnrollMemory",
     "count_rows",
+    "guess_chains",
+    "replay",
     "simulated_accept_length",
     "step_weights",
     "ttt_loss",

@@ -1,13 +1,14 @@
 """The keys and values that a draft's queries attend to: in training of all steps, in decoding of all tokens.
 
-The decoder layer is the same for both; it gets one or the other `AttentionMemory`. `fused.step_attention` is
+The decoder layer is the same for all; it gets one or the other `AttentionMemory`. `fused.step_attention` is
 the fast form of `ttt_attention`.
-Legend: B batch, T slots of step 0, L live slots, S new tokens, C cached tokens, Q query heads, G query heads
-of one key head, J key heads, D head width.
+Legend: B batch, T slots of step 0, L live slots, S new tokens, C cached tokens, A chains, Q query heads, G
+query heads of one key head, J key heads, D head width.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,18 @@ from torch.nn import functional as F
 from eagle_rpc.draft.live_slots import LiveSlots
 
 
-class UnrollMemory:
+class AttentionMemory(Protocol):
+    """What one pass of the draft attends to."""
+
+    def asking(self, x: Tensor) -> Tensor:
+        """The slots of `x` [..., T, width] whose queries the next `attend` has."""
+        return x
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Stores rotated keys and values [B, J, T, D]; returns attended values [B, Q, T, D]."""
+
+
+class UnrollMemory(AttentionMemory):
     """Training-time test: the first call is step 0 over all slots, each later one a step over the live ones.
 
     Each chat attends to itself alone, and scores between chats are never computed.
@@ -35,7 +47,7 @@ class UnrollMemory:
         ]
 
     def asking(self, x: Tensor) -> Tensor:
-        """The slots of `x` [..., T, width] whose queries the next call has: at step 0 the live ones, then all."""
+        """At step 0 the live slots, then all of them."""
         return x if self._step_keys else x.index_select(-2, self._live.places)
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -53,7 +65,7 @@ class UnrollMemory:
         return torch.cat([ttt_attention(*chat) for chat in chats if chat[0].shape[2] > 0], dim=2)
 
 
-class DraftCache:
+class DraftCache(AttentionMemory):
     """Decoding: each call appends tokens; a token attends to itself and to all earlier ones."""
 
     def __init__(self) -> None:
@@ -71,10 +83,6 @@ class DraftCache:
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[:, :, :length], self._values[:, :, :length]
 
-    def asking(self, x: Tensor) -> Tensor:
-        """Every new token has a query."""
-        return x
-
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Stores keys and values [B, J, S, D]; returns attended values [B, Q, S, D]."""
         if self._keys is not None and self._values is not None:
@@ -82,14 +90,43 @@ class DraftCache:
             values = torch.cat((self._values, values), dim=2)
         self._keys, self._values = keys, values
         new, total = queries.shape[2], keys.shape[2]
-        visible_SC = None
-        if new > 1:
+        first, visible_SC = new == total, None
+        if not first and new > 1:
             # SDPA's causal flag aligns the first query with the first key; here the last ones have to align.
             visible_SC = torch.ones(new, total, dtype=torch.bool, device=keys.device).tril(total - new)
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible_SC, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible_SC, is_causal=first, enable_gqa=True
+        )
+
+    def chains(self, slots_A: Tensor) -> "ChainMemory":
+        """The memory of A chains of guesses, one from each of the cached `slots_A` of the only sequence."""
+        assert self._keys is not None and self._values is not None, "chains follow a pass over the text"
+        return ChainMemory(self._keys, self._values, slots_A)
 
 
-AttentionMemory = UnrollMemory | DraftCache
+class ChainMemory(AttentionMemory):
+    """Decoding of many chains: a guess attends to the text up to its chain's slot, and to its chain."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots_A: Tensor) -> None:
+        """Keys and values of the text are [1, J, C, D]."""
+        self._text_keys, self._text_values = keys, values
+        self._hidden_AC = torch.arange(keys.shape[2], device=keys.device) > slots_A[:, None]
+        self._own: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Each call adds one guess to every chain: keys and values [1, J, A, D]."""
+        self._own.append((keys, values))
+        key_heads, (num_chains, length) = keys.shape[1], self._hidden_AC.shape
+        queries_JGAD = (queries[0] * queries.shape[-1] ** -0.5).unflatten(0, (key_heads, -1))
+        scores = queries_JGAD.flatten(1, 2) @ self._text_keys[0].transpose(-1, -2)
+        scores_JGAC = scores.unflatten(1, (-1, num_chains)).masked_fill(self._hidden_AC, float("-inf"))
+        own_JGA1 = [(queries_JGAD * own.transpose(0, 1)).sum(-1, keepdim=True) for own, _ in self._own]
+        weights = torch.cat((scores_JGAC, *own_JGA1), dim=-1).softmax(dim=-1)
+        output = weights[..., :length].flatten(1, 2) @ self._text_values[0]
+        output_JGAD = output.unflatten(1, (-1, num_chains))
+        for place, (_, own) in enumerate(self._own, start=length):
+            output_JGAD = output_JGAD + weights[..., place, None] * own.transpose(0, 1)
+        return output_JGAD.flatten(0, 1)[None]
 
 
 def ttt_attention(

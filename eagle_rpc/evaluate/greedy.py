@@ -26,10 +26,10 @@ class TargetStep:
         return self.logits_PV.argmax(dim=-1).tolist()
 
     @property
-    def margin(self) -> float:
-        """Distance between the two best logits after the last token."""
-        best, second = self.logits_PV[-1].float().topk(2).values.tolist()
-        return best - second
+    def margins(self) -> list[float]:
+        """Distances between the two best logits after each of the last P tokens."""
+        best_P2 = self.logits_PV.float().topk(2, dim=-1).values
+        return (best_P2[:, 0] - best_P2[:, 1]).tolist()
 
 
 class GreedyTarget:

@@ -1,26 +1,21 @@
 """What answers prompts, by `regenerate.backend`."""
 
 import contextlib
-import logging
 from collections.abc import Collection
 
 import torch
 
 from eagle_rpc.answers.answerer import Answerer
-from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.answers.openai import endpoint_answerer
-from eagle_rpc.answers.plain import PlainAnswerer
-from eagle_rpc.answers.probe import probe_engine
+from eagle_rpc.answers.own import own_answerer
 from eagle_rpc.answers.regeneration import limits
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import AnswerBackend
 from eagle_rpc.data import ChatTemplate
-from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.answering import service_answerer
 from eagle_rpc.target.loading import load_model, load_target_config
 from eagle_rpc.topology import resolve_device
-
-logger = logging.getLogger(__name__)
 
 
 def answerer(
@@ -45,18 +40,11 @@ def answerer(
 
 
 def _own_answerer(config: Config, template: ChatTemplate, stop_token_ids: Collection[int]) -> Answerer:
-    """The batched engine, or transformers' `generate` for a model that the engine does not decode."""
     device = torch.device(resolve_device(config.target.device))
     model, _ = load_model(config.target, device, cache_dir=config.run.cache_dir)
-    kind: type[AnswerEngine] | type[PlainAnswerer] = AnswerEngine
-    try:
-        probe_engine(model)
-    except UnsupportedTarget as error:
-        logger.warning("transformers' generate answers, which is slower: %s", error)
-        kind = PlainAnswerer
     asked = config.regenerate
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return kind(
+    return own_answerer(
         model,
         batch_size=asked.batch_size,
         max_new_tokens=limits(config, context)[1],

@@ -1,4 +1,4 @@
-"""`job=evaluate`: speculative decoding of held-out prompts with an exported draft."""
+"""`job=evaluate`: what decoding of held-out prompts with an exported draft accepts."""
 
 import sys
 from dataclasses import replace
@@ -19,7 +19,7 @@ from eagle_rpc.train import RunDirectory
 
 
 def run(config: Config) -> int:
-    """Writes `evaluation.json` and the plots; 1 if a text differs from the target's own, near-ties aside."""
+    """Writes `evaluation.json` and the plots; 1 if real decoding differs, near-ties aside."""
     start_worker(config, "evaluate")
     ensure_prompts(config)
     settings, directory = config.evaluate, RunDirectory.of(config)
@@ -32,9 +32,7 @@ def run(config: Config) -> int:
         model,
         export,
         read_prompts(config, chat_template(config, tokenizer), context),
-        max_new_tokens=settings.max_new_tokens,
-        num_draft_tokens=settings.num_draft_tokens,
-        near_tie=settings.near_tie,
+        settings,
         tokenizer=tokenizer,
     )
     result.write(directory.evaluation)
@@ -44,4 +42,4 @@ def run(config: Config) -> int:
         plot_loss(directory.metrics, directory.loss_plot)
         files.append(directory.loss_plot)
     sys.stdout.write(result.summary() + "".join(f"wrote {file}\n" for file in files))
-    return 0 if result.identical_texts else 1
+    return 0 if result.identical_texts and result.counts_agree else 1

@@ -26,7 +26,9 @@ ALLOWED = {
     "draft": {"supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},
     "serving": {"config", "process", "supervision", "draft"},
-    "evaluate": {"config", "process", "supervision", "draft", "data", "report", "serving", "target"},
+    "evaluate": {
+        *{"answers", "config", "process", "supervision", "draft", "data", "report", "serving", "target"}
+    },
     "demo": {"config", "process"},
 }
 ALLOWED["jobs"] = set(ALLOWED)

@@ -1,14 +1,17 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.config.schema import EvaluateConfig
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, guess_chains
 from eagle_rpc.errors import ConfigError, TargetMismatch
-from eagle_rpc.evaluate import acceptance
+from eagle_rpc.evaluate import acceptance, judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
+from eagle_rpc.evaluate.own_text import own_texts
 from eagle_rpc.serving.export import export_draft, load_export
 from eagle_rpc.supervision import VocabMapping
 
@@ -58,14 +61,15 @@ def export(model, tmp_path_factory):
     return load_export(directory)
 
 
-def evaluate(model, export, prompts=PROMPTS, near_tie=1e-4, **settings):
-    settings = {"max_new_tokens": 10, "num_draft_tokens": 2, "stop_ids": ()} | settings
-    return evaluate_draft(model, export, prompts, near_tie=near_tie, **settings)
+def evaluate(model, export, prompts=PROMPTS, *, stop_ids=(), tokenizer=None, **settings):
+    asked = EvaluateConfig(**{"max_new_tokens": 10, "num_draft_tokens": 2} | settings)
+    return evaluate_draft(model, export, prompts, asked, stop_ids=stop_ids, tokenizer=tokenizer)
 
 
 def test_the_summary_adds_up_its_prompts(model, export):
-    result = evaluate(model, export)
-    assert result.identical_texts and (result.differing_texts, result.near_ties) == (0, 0)
+    result = evaluate(model, export, num_decoded=2)
+    assert result.identical_texts and result.counts_agree
+    assert (result.differing_texts, result.differing_counts, result.near_ties) == (0, 0, 0)
     assert result.num_prompts == len(result.prompts) == 3
     assert result.num_tokens == sum(row.tokens for row in result.prompts) == 30
     assert result.num_drafts == sum(row.num_drafts for row in result.prompts) > 0
@@ -74,8 +78,17 @@ def test_the_summary_adds_up_its_prompts(model, export):
         assert accepted == sum(row.accepted_per_position[position] for row in result.prompts)
     assert result.accept_length == pytest.approx(1 + sum(result.accepted_per_position) / result.num_drafts)
     assert sum(result.acceptance_per_position) == pytest.approx(result.accept_length - 1)
+    assert result.accept_length_within_text == pytest.approx(27 / result.num_drafts)
+    low, high = result.accept_length_interval
+    assert 1 <= low <= result.accept_length <= high <= 3
+    assert list(result.accept_length_by_draft_tokens) == [1, 2]
+    assert result.accept_length_by_draft_tokens[2] == result.accept_length
     assert result.settings["aux_layer_ids"] == list(AUX_LAYERS)
-    assert result.tokens_per_second == pytest.approx(30 / sum(row.seconds for row in result.prompts))
+    decoded = [row.decoded for row in result.prompts]
+    assert result.num_decoded == 2 and decoded[2] is None
+    assert result.tokens_per_second == pytest.approx(20 / sum(row.seconds for row in decoded[:2]))
+    for row in result.prompts[:2]:
+        assert row.decoded.accepted_per_position == row.accepted_per_position
 
 
 def test_the_file_holds_what_was_measured(model, export, tmp_path):
@@ -85,34 +98,62 @@ def test_the_file_holds_what_was_measured(model, export, tmp_path):
     assert written["accept_length"] == result.accept_length
     assert written["acceptance_per_position"] == result.acceptance_per_position
     assert written["num_drafts"] == result.num_drafts
-    assert written["identical_texts"] is True
+    assert written["identical_texts"] is written["counts_agree"] is True
     assert [row["prompt_tokens"] for row in written["prompts"]] == [3, 4, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
-@pytest.mark.parametrize(("near_tie", "differing", "near_ties"), [(1e-4, 1, 0), (math.inf, 0, 1)])
+def differences(result):
+    return result.differing_texts, result.differing_counts, result.near_ties
+
+
+@pytest.mark.parametrize(("near_tie", "found"), [(1e-4, (1, 0, 0)), (math.inf, (0, 0, 1))])
 def test_a_foreign_token_counts_against_the_draft_unless_it_was_a_near_tie(
-    model, export, monkeypatch, near_tie, differing, near_ties
+    model, export, monkeypatch, near_tie, found
 ):
-    decode = acceptance.decode_speculatively
+    decode = judge.decode_speculatively
 
     def spoiled(target, proposer, prompt_ids, **limits):
-        token_ids, counts = decode(target, proposer, prompt_ids, **limits)
+        decoding = decode(target, proposer, prompt_ids, **limits)
         if prompt_ids == PROMPTS[1]:
-            token_ids[4] = (token_ids[4] + 1) % 16
-        return token_ids, counts
+            decoding.token_ids[4] = (decoding.token_ids[4] + 1) % 16
+        return decoding
 
-    monkeypatch.setattr(acceptance, "decode_speculatively", spoiled)
+    monkeypatch.setattr(judge, "decode_speculatively", spoiled)
     result = evaluate(model, export, near_tie=near_tie)
-    assert (result.differing_texts, result.near_ties, result.identical_texts) == (
-        differing,
-        near_ties,
-        differing == 0,
-    )
-    assert [row.identical for row in result.prompts] == [True, False, True]
-    assert [row.difference for row in result.prompts] == [None, 4, None]
-    assert result.prompts[1].margin > 1e-4
-    assert result.prompts[0].margin is None
+    assert differences(result) == found and result.counts_agree
+    assert result.identical_texts is (found[0] == 0)
+    assert [len(row.decoded.differences) for row in result.prompts] == [0, 1, 0]
+    (difference,) = result.prompts[1].decoded.differences
+    assert (difference.of, difference.token) == (judge.DECODED_TEXT, 4) and difference.margin > 1e-4
+
+
+@pytest.mark.parametrize(("near_tie", "found"), [(1e-6, (0, 1, 0)), (math.inf, (0, 0, 1))])
+def test_other_counts_than_those_of_real_decoding_are_told(model, export, monkeypatch, near_tie, found):
+    def spoiled(draft, mapping, text, aux_T3H, num_guesses):
+        chains = guess_chains(draft, mapping, text, aux_T3H, num_guesses)
+        if text.prompt_ids == PROMPTS[2]:
+            chains.num_right[0] = 0 if chains.num_right[0] else 1
+        return chains
+
+    monkeypatch.setattr(acceptance, "guess_chains", spoiled)
+    result = evaluate(model, export, near_tie=near_tie)
+    assert differences(result) == found and result.identical_texts
+    (difference,) = result.prompts[2].decoded.differences
+    assert (difference.of, difference.token) == (judge.GUESSES, 1) and difference.margin > 1e-6
+    assert ("DIFFER in 1 prompts" in result.summary()) is (not result.counts_agree) is (found[1] == 1)
+
+
+def test_a_text_that_batches_change_is_told(model, export, monkeypatch):
+    def changed(*args, **settings):
+        first, *others = own_texts(*args, **settings)
+        return [replace(first, token_ids=[*first.token_ids[:-1], 15 - first.token_ids[-1]]), *others]
+
+    monkeypatch.setattr(acceptance, "own_texts", changed)
+    result = evaluate(model, export)
+    (difference,) = result.prompts[0].decoded.differences
+    assert (difference.of, difference.token) == (judge.BATCHED_TEXT, 9)
+    assert differences(result) == (1, 0, 0) and not result.identical_texts
 
 
 def test_texts_are_given_in_words_where_there_is_a_tokenizer(model, export):
@@ -134,9 +175,7 @@ def test_a_draft_of_another_target_is_refused(export):
     ("prompts", "message"), [([], "at least one prompt"), ([[1], [1] * 60], r"got 60 \+ 12")]
 )
 def test_prompts_are_checked_before_any_is_decoded(model, export, monkeypatch, prompts, message):
-    monkeypatch.setattr(
-        acceptance, "decode_greedily", lambda *args, **kwargs: pytest.fail("decoded a prompt")
-    )
+    monkeypatch.setattr(acceptance, "own_texts", lambda *args, **kwargs: pytest.fail("decoded a prompt"))
     with pytest.raises(ConfigError, match=message):
         evaluate(model, export, prompts=prompts)
 

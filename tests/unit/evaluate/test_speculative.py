@@ -7,11 +7,11 @@ import torch
 from support.ttt_cases import every_slot
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, UnrollMemory
+from eagle_rpc.draft import DecodingCounts, Eagle3Draft, Eagle3DraftConfig, UnrollMemory
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer
-from eagle_rpc.evaluate.speculative import DecodingCounts, decode_greedily, decode_speculatively
+from eagle_rpc.evaluate.speculative import decode_greedily, decode_speculatively
 from eagle_rpc.supervision import VocabMapping
 
 VOCAB = 12
@@ -84,19 +84,19 @@ def decode_scripted(script, **limits):
     text = greedy_text(model, PROMPT, 30)
     proposer = ScriptedProposer(text, script)
     limits = {"max_new_tokens": 8, "stop_token_ids": ()} | limits
-    decoded, counts = decode_speculatively(GreedyTarget(model, AUX_LAYERS), proposer, PROMPT, **limits)
-    assert decoded == text[: len(decoded)]
-    return model, proposer, counts
+    decoding = decode_speculatively(GreedyTarget(model, AUX_LAYERS), proposer, PROMPT, **limits)
+    assert decoding.token_ids == text[: len(decoding.token_ids)]
+    return model, proposer, decoding.counts
 
 
 def test_counts_of_a_case_worked_by_hand():
     # One token from the prompt, then 3 + 1, 0 + 1 and 1 + 1 tokens: eight.
     _, proposer, counts = decode_scripted([3, 0, 1])
-    assert counts == DecodingCounts(
-        accepted_per_position=[2, 1, 1], num_drafts=3, num_drafted=9, num_tokens=8
-    )
+    assert counts == DecodingCounts([2, 1, 1], num_drafts=3, num_texts=1, num_tokens=8)
+    assert counts.num_drafted == 9
     assert proposer.remaining == []
     assert counts.accept_length == pytest.approx(1 + 4 / 3)
+    assert counts.accept_length_within_text == pytest.approx(7 / 3)
     assert counts.acceptance_per_position == pytest.approx([2 / 3, 1 / 3, 1 / 3])
     assert counts.conditional_acceptance_per_position == pytest.approx([2 / 3, 1 / 2, 1])
 
@@ -109,17 +109,14 @@ def test_a_proposer_that_is_always_right_gives_one_more_than_its_guesses():
 
 def test_guesses_beyond_the_limit_count_but_are_not_text():
     _, _, counts = decode_scripted([3], max_new_tokens=3)
-    assert counts == DecodingCounts(
-        accepted_per_position=[1, 1, 1], num_drafts=1, num_drafted=3, num_tokens=3
-    )
+    assert counts == DecodingCounts([1, 1, 1], num_drafts=1, num_texts=1, num_tokens=3)
+    assert (counts.accept_length, counts.accept_length_within_text) == (4, 2)
 
 
 def test_nothing_is_drafted_when_the_prompt_alone_fills_the_text():
     _, _, counts = decode_scripted([], max_new_tokens=1)
-    assert counts == DecodingCounts(
-        accepted_per_position=[0, 0, 0], num_drafts=0, num_drafted=0, num_tokens=1
-    )
-    assert counts.accept_length == 1
+    assert counts == DecodingCounts([0, 0, 0], num_drafts=0, num_texts=1, num_tokens=1)
+    assert counts.accept_length == counts.accept_length_within_text == 1
 
 
 @pytest.mark.parametrize(("place", "num_drafts"), [(0, 0), (2, 1), (4, 1)])
@@ -130,11 +127,11 @@ def test_a_stop_token_ends_the_text_wherever_it_is_accepted(place, num_drafts):
     end = text.index(text[place]) + 1
     assert end == place + 1, "the seed must give a text without repetition up to here"
     proposer = ScriptedProposer(text, [3])
-    decoded, counts = decode_speculatively(
+    decoding = decode_speculatively(
         GreedyTarget(model, AUX_LAYERS), proposer, PROMPT, max_new_tokens=20, stop_token_ids=stop
     )
-    assert decoded == text[:end]
-    assert (counts.num_tokens, counts.num_drafts) == (end, num_drafts)
+    assert decoding.token_ids == text[:end]
+    assert (decoding.counts.num_tokens, decoding.counts.num_drafts) == (end, num_drafts)
     alone, _ = decode_greedily(
         GreedyTarget(model, AUX_LAYERS), PROMPT, max_new_tokens=20, stop_token_ids=stop
     )
@@ -202,14 +199,15 @@ def test_decoding_counts_what_the_trainers_view_of_the_draft_predicts():
         text, num_drafts, accepted = simulate_offline(
             model, draft, mapping, prompt, max_new_tokens=max_new_tokens, k=k
         )
-        decoded, counts = decode_speculatively(
+        decoding = decode_speculatively(
             GreedyTarget(model, AUX_LAYERS),
             DraftProposer(draft, mapping, k),
             prompt,
             max_new_tokens=max_new_tokens,
             stop_token_ids=(),
         )
-        assert decoded == text
+        counts = decoding.counts
+        assert decoding.token_ids == text
         assert (counts.num_drafts, counts.accepted_per_position) == (num_drafts, accepted)
         assert counts.num_drafted == k * num_drafts
         total = [sum(pair) for pair in zip(total, accepted, strict=True)]
@@ -229,15 +227,15 @@ def test_a_proposer_starts_every_prompt_afresh():
 def test_rejected_guesses_leave_a_sliding_window_whole():
     model = tiny_target(Gemma2Config, sliding_window=6, head_dim=8, attn_implementation="eager")
     draft, mapping = tiny_draft(model, 3, [1, 5, 8])
-    decoded, counts = decode_speculatively(
+    decoding = decode_speculatively(
         GreedyTarget(model, AUX_LAYERS),
         DraftProposer(draft, mapping, 3),
         PROMPT,
         max_new_tokens=30,
         stop_token_ids=(),
     )
-    assert decoded == greedy_text(model, PROMPT, 30)
-    assert counts.num_drafts > 7, "some guesses must be rejected"
+    assert decoding.token_ids == greedy_text(model, PROMPT, 30)
+    assert decoding.counts.num_drafts > 7, "some guesses must be rejected"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""The guesses that decoding would make over a text that is known: chains from all of its tokens at once.
+
+While the guesses of a chain hold they are the text, so every chain reads the text; what it guesses after a
+wrong one does not matter. `replay` then walks the text as decoding does, so that its drafts and accepted
+guesses are those of real decoding.
+Legend: T tokens, H target hidden, A chains, S guesses of a chain, K draft vocab.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eagle_rpc.draft.attention_memory import DraftCache
+from eagle_rpc.draft.model import Eagle3Draft
+from eagle_rpc.supervision import VocabMapping
+
+# Chains that are guessed together: their scores and logits bound the memory.
+_CHAINS = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetText:
+    """The target's own answer to a prompt, and what it would go on to say."""
+
+    prompt_ids: Sequence[int]
+    token_ids: Sequence[int]  # the answer, with its stop token
+    after_end: Sequence[int] = ()  # greedy; a guess beyond the known tokens counts as wrong
+
+    @property
+    def ids(self) -> list[int]:
+        return [*self.prompt_ids, *self.token_ids, *self.after_end]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chains:
+    """The chains of one text: entry n - 1 begins when n of its tokens are known, up to all but the last."""
+
+    num_right: list[int]  # [A], guesses before the first wrong one
+    margins_AS: Tensor  # [A, S] fp32, distance between the draft's two best logits at each guess
+
+
+@torch.no_grad()
+def guess_chains(
+    draft: Eagle3Draft, mapping: VocabMapping, text: TargetText, aux_T3H: Tensor, num_guesses: int
+) -> Chains:
+    """`num_guesses` guesses from every place of `text` at which decoding may draft.
+
+    `aux_T3H` are the target's captured states of its tokens, at least of all up to the last but one.
+    """
+    ids_T = torch.tensor(text.ids, device=aux_T3H.device)
+    # Slot t pairs the states of token t with the id of token t + 1, and guesses token t + 2.
+    first = len(text.prompt_ids) - 1
+    end = first + len(text.token_ids) - 1
+    if end == first:
+        return Chains(num_right=[], margins_AS=aux_T3H.new_empty(0, num_guesses, dtype=torch.float32))
+    slots_T, cache = torch.arange(end, device=ids_T.device), DraftCache()
+    fused_1TH = draft.fuse(aux_T3H[None, :end])
+    hidden_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
+    parts = [
+        _guess(draft, ids_T, slots_A, hidden_TH[slots_A], cache, num_guesses)
+        for slots_A in slots_T[first:].split(_CHAINS)
+    ]
+    guesses_AS, margins_AS = (torch.cat(part) for part in zip(*parts, strict=True))
+    target_ids_K = mapping.selected_token_ids.to(ids_T.device)
+    places_AS = slots_T[first:, None] + 2 + torch.arange(num_guesses, device=ids_T.device)
+    text_AS = ids_T[places_AS.clamp(max=len(ids_T) - 1)]
+    right_AS = (target_ids_K[guesses_AS] == text_AS) & (places_AS < len(ids_T))
+    return Chains(num_right=right_AS.cumprod(dim=1).sum(dim=1).tolist(), margins_AS=margins_AS)
+
+
+def _guess(
+    draft: Eagle3Draft,
+    ids_T: Tensor,
+    slots_A: Tensor,
+    hidden_AH: Tensor,
+    cache: DraftCache,
+    num_guesses: int,
+) -> tuple[Tensor, Tensor]:
+    """Draft ids and margins [A, S] of the chains from `slots_A`, where the draft's output is `hidden_AH`."""
+    memory, guesses, margins = cache.chains(slots_A), list[Tensor](), list[Tensor]()
+    for step in range(num_guesses):
+        if step:
+            # Beyond the known tokens the guess before counts as wrong, and any id does.
+            read_A = ids_T[(slots_A + 1 + step).clamp(max=len(ids_T) - 1)]
+            hidden_AH = draft.advance(read_A[None], hidden_AH[None], (slots_A + step)[None], memory)[0]
+        logits_AK = draft.lm_head(draft.norm(hidden_AH)).float()
+        guesses.append(logits_AK.argmax(dim=-1))
+        best_A2 = logits_AK.topk(min(2, logits_AK.shape[1]), dim=-1).values
+        margins.append(best_A2[:, 0] - best_A2[:, -1])
+    return torch.stack(guesses, dim=1), torch.stack(margins, dim=1)
+
+
+def replay(num_right: Sequence[int], num_draft_tokens: int) -> list[int]:
+    """The accepted guesses of each draft that decoding makes, with chains of at most `num_draft_tokens`.
+
+    A draft follows every target call that does not end the text, prefill included. `num_right` as in
+    `Chains`: a shorter chain is the beginning of a longer one.
+    """
+    accepted, known = list[int](), 1
+    while known <= len(num_right):
+        accepted.append(min(num_right[known - 1], num_draft_tokens))
+        known += accepted[-1] + 1
+    return accepted

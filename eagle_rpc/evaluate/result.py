@@ -1,0 +1,89 @@
+"""The figures of an evaluation, as `evaluation.json` has them and as a terminal shows them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle_rpc.evaluate.judge import DecodedPrompt
+from eagle_rpc.process.files import replaced_file
+
+Interval = tuple[float, float] | None
+"""95 % bootstrap interval over prompts; null for a single prompt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptResult:
+    """One prompt."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    tokens: int
+    num_drafts: int
+    accepted_per_position: list[int]
+    accept_length: float
+    decoded: DecodedPrompt | None  # of the first `evaluate.num_decoded` prompts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """The content of `evaluation.json`. Shares are of all drafts unless they are named conditional.
+
+    Counts follow from the target's own texts; real decoding of `num_decoded` prompts is their judge.
+    """
+
+    accept_length: float  # tokens a verifying target call as vLLM counts: also those beyond the end of a text
+    accept_length_interval: Interval
+    accept_length_within_text: float  # the same without tokens beyond the end of a text
+    accept_length_within_text_interval: Interval
+    accept_length_by_draft_tokens: dict[int, float]  # with drafts of 1 to `num_draft_tokens` guesses
+    acceptance_per_position: list[float]
+    conditional_acceptance_per_position: list[float]  # among drafts whose earlier guesses were all accepted
+    num_drafts: int
+    num_drafted: int
+    accepted_per_position: list[int]
+    num_prompts: int
+    num_tokens: int
+    num_decoded: int  # prompts that were also decoded for real, one by one
+    counts_agree: bool  # drafts and accepted guesses of all of them are the same, except for near-ties
+    identical_texts: bool  # all their texts equal the target's own, except for near-ties
+    differing_counts: int  # prompts, without near-ties
+    differing_texts: int
+    near_ties: int  # prompts that first differ where the two best logits are closer than `near_tie`
+    tokens_per_second: float  # in real decoding
+    tokens_per_second_without_draft: float
+    settings: dict[str, Any]
+    prompts: list[PromptResult]
+
+    def write(self, path: Path) -> None:
+        """Writes JSON, in one piece."""
+        with replaced_file(path) as fresh:
+            fresh.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def summary(self) -> str:
+        """Seven lines for a terminal."""
+        by_length = "  ".join(f"{k}: {value:.3f}" for k, value in self.accept_length_by_draft_tokens.items())
+        shares = "  ".join(f"{share:.3f}" for share in self.acceptance_per_position)
+        same, agree = "identical to the target's own", "agree"
+        if not self.identical_texts:
+            same = f"DIFFERENT in {self.differing_texts} texts"
+        if not self.counts_agree:
+            agree = f"DIFFER in {self.differing_counts} prompts"
+        drafts = f"{self.num_drafts} drafts, {self.num_prompts} prompts"
+        within = _with_interval(self.accept_length_within_text, self.accept_length_within_text_interval)
+        return (
+            f"accept length        {_with_interval(self.accept_length, self.accept_length_interval)} "
+            f"tokens a target call ({drafts})\n"
+            f"  within the text    {within} without tokens beyond its end\n"
+            f"  by draft tokens    {by_length}\n"
+            f"accepted by position {shares}\n"
+            f"text                 {same} ({self.num_decoded} prompts decoded, {self.near_ties} near-ties)\n"
+            f"counts               {agree} with real decoding\n"
+            f"tokens per second    {self.tokens_per_second:.1f} with the draft, "
+            f"{self.tokens_per_second_without_draft:.1f} without\n"
+        )
+
+
+def _with_interval(value: float, interval: Interval) -> str:
+    return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
