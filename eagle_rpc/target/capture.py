@@ -16,12 +16,25 @@ from eagle_rpc.errors import ConfigError, UnsupportedTarget
 
 
 def find_base(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its head. Raises `UnsupportedTarget` if it has no such submodule."""
-    name = model.base_model_prefix
-    base = getattr(model, name, None)
-    if not isinstance(base, PreTrainedModel):
-        raise UnsupportedTarget(f"{type(model).__name__} has no submodule {name!r} beside its head")
-    return base
+    """The model without its head: the submodule that holds the text decoder, and in some models a vision tower.
+
+    Raises `UnsupportedTarget` if there is none or more than one.
+    """
+    decoder = _named_decoder(model)
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    if decoder is not None:
+        parts = [part for part in parts if any(inner is decoder for inner in part.modules())]
+    if len(parts) != 1:
+        raise UnsupportedTarget(
+            f"{type(model).__name__} must hold one decoder beside its head, found {len(parts)}"
+        )
+    return parts[0]
+
+
+def _named_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """What transformers calls the decoder; null where that is the whole model or no model."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) and decoder is not model else None
 
 
 def run_base(base: PreTrainedModel, input_ids: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -35,16 +48,29 @@ def run_base(base: PreTrainedModel, input_ids: Tensor, positions_BT: Tensor | No
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers in order: the only module list of the base that is as long as the config says.
+    """The decoder layers in order: the list of the modules whose outputs transformers calls hidden states.
 
-    Raises `UnsupportedTarget` if there is none or more than one.
+    For models that do not say so, the only list as long as the config says. A vision tower beside the text
+    decoder is not searched. Raises `UnsupportedTarget` if there is no such list or more than one.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
-    found = [layers for layers in _outermost_lists(find_base(model)) if len(layers) == num_layers]
+    decoder = _named_decoder(model) or find_base(model)
+    lists = list(_outermost_lists(decoder))
+    kinds = _kinds_of_layers(decoder)
+    found = [layers for layers in lists if kinds and all(isinstance(layer, kinds) for layer in layers)]
+    if not found:
+        num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        found = [layers for layers in lists if len(layers) == num_layers]
     if len(found) != 1:
-        rule = f"{type(model).__name__} must hold exactly one list of {num_layers} decoder layers"
+        rule = f"{type(model).__name__} must hold exactly one list of decoder layers"
         raise UnsupportedTarget(f"{rule}, found {len(found)}")
     return found[0]
+
+
+def _kinds_of_layers(decoder: PreTrainedModel) -> tuple[type[nn.Module], ...]:
+    """The classes whose outputs transformers records as hidden states; empty where it records none."""
+    recorded: Any = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states", ())
+    recorders = recorded if isinstance(recorded, (list, tuple)) else (recorded,)
+    return tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
@@ -83,6 +109,29 @@ def captured_layers(
         yield
 
 
+def check_capture(base: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int], ids_BT: Tensor) -> Tensor:
+    """Last hidden states [B, T, H] of a pass in which each of the layers `ids` runs once.
+
+    Raises `UnsupportedTarget` for a layer that does not run, runs again, or has outputs of another shape.
+    """
+    shapes: list[tuple[int, torch.Size]] = []
+    with captured_layers(
+        layers, ids, lambda index, output_BTH: shapes.append((ids[index], output_BTH.shape))
+    ):
+        hidden_BTH = run_base(base, ids_BT)
+    ran = [layer for layer, _ in shapes]
+    if sorted(ran) != sorted(ids):
+        rule = f"each layer of target.aux_layer_ids {list(ids)} must run once in a pass"
+        raise UnsupportedTarget(f"{rule}, {type(base).__name__} runs {ran}")
+    for layer, shape in shapes:
+        if shape != hidden_BTH.shape:
+            rule = (
+                f"layer {layer} of {type(base).__name__} must return hidden states {list(hidden_BTH.shape)}"
+            )
+            raise UnsupportedTarget(f"{rule}, got {list(shape)}")
+    return hidden_BTH
+
+
 def _keep_output(
     keep: Callable[[int, Tensor], None], index: int, module: nn.Module, args: Any, output: Any
 ) -> None:
@@ -99,6 +148,7 @@ class AuxStates:
         self._batch, self._length = shape_BT
         self._num_layers = num_layers
         self._states: Tensor | None = None
+        self._missing = set(range(num_layers))
         self.rows = slice(0, self._batch)
         """Sequences of the batch that run now. Outputs beyond them, or beyond T, are padding: dropped."""
 
@@ -111,9 +161,12 @@ class AuxStates:
                 self._states = hidden_BTH.new_empty(self._batch, self._length, self._num_layers * width)
         into_BTH = self._states[self.rows, :, index * width : (index + 1) * width]
         into_BTH.copy_(hidden_BTH[: into_BTH.shape[0], : self._length])
+        self._missing.discard(index)
 
     @property
     def states(self) -> Tensor:
-        """[B, T, 3H], once every layer has run."""
-        assert self._states is not None, "no captured layer has run"
+        """[B, T, 3H]. Raises `UnsupportedTarget` if a layer did not run: its part is memory that nobody wrote."""
+        if self._states is None or self._missing:
+            rule = f"all {self._num_layers} captured layers must run in every pass"
+            raise UnsupportedTarget(f"{rule}, missing are numbers {sorted(self._missing)} of them")
         return self._states

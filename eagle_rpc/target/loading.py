@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,7 +24,8 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.files import is_lfs_pointer
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
-from eagle_rpc.target.quantization import is_quantised, loading_arguments
+from eagle_rpc.target.quantization import is_quantised
+from eagle_rpc.target.stored import in_one_line, load_stored
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _download(name: str, files: list[str]) -> Path:
     except LocalEntryNotFoundError:
         reason = "no such directory, and no hub model of that name on this host; the hub cannot be reached"
     except HfHubHTTPError as error:
-        reason = f"no such directory, and the hub refuses: {_in_one_line(error)}"
+        reason = f"no such directory, and the hub refuses: {in_one_line(error)}"
     raise ConfigError(
         f"target.model must be a directory, a hub model or package/file.gguf, got {name}: {reason}"
     )
@@ -98,7 +98,7 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
             hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             rule = "target.model must be a model that transformers knows"
-            raise ConfigError(f"{rule}, got {config.model}: {_in_one_line(error)}") from error
+            raise ConfigError(f"{rule}, got {config.model}: {in_one_line(error)}") from error
         _require_causal(hf_config, config.model)
         return hf_config
     fields = dict(config.random)
@@ -132,7 +132,7 @@ def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> PreTrained
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         # transformers and tokenizers raise any class for a file that is broken or missing.
-        reason = f"{type(error).__name__}: {_in_one_line(error)}"
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         found = [file.name for file in directory.iterdir() if file.name.startswith(_TOKENIZER_FILES)]
         if not found:
             reason = "there is no file of one"
@@ -149,8 +149,8 @@ def load_model(
     """The frozen model on `device`, ready for forward passes, and its tokenizer.
 
     A random target has the same weights in every process and on every device for equal `seed` and
-    `config.dtype`. Raises `ConfigError` if the model cannot be found, is of an unknown kind or has no
-    safetensors weights, or if this machine cannot run its attention or quantisation.
+    `config.dtype`. Raises `ConfigError` if the model cannot be found, is of an unknown kind or lacks weights in
+    safetensors, or if this machine cannot run its attention or quantisation.
     """
     started = time.monotonic()
     hf_config = load_target_config(config, cache_dir=cache_dir)
@@ -162,7 +162,7 @@ def load_model(
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
         directory = resolve_model_dir(config, cache_dir)
-        model = _stored_model(config, directory, attention, device, quantised=quantised)
+        model = load_stored(config, directory, attention, device, quantised=quantised)
     if not quantised:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
@@ -190,46 +190,6 @@ def load_with_tokenizer(
     model, tokenizer = load_model(config, device, cache_dir=cache_dir)
     assert tokenizer is not None, "a stored model has a tokenizer"
     return model, tokenizer
-
-
-def _stored_model(
-    config: TargetConfig, directory: Path, attention: str, device: torch.device | str, *, quantised: bool
-) -> PreTrainedModel:
-    """The model of a directory: on the CPU, or on `device` if its weights are quantised."""
-    dtype = getattr(torch, config.dtype.value)
-    placed = loading_arguments(config, dtype, device) if quantised else {}
-    exact = {"dtype": dtype, "attn_implementation": attention}
-    safe = {"use_safetensors": True, "trust_remote_code": False}
-    _require_whole_weights(directory)
-    try:
-        return AutoModelForCausalLM.from_pretrained(directory, **exact, **safe, **placed)
-    except (OSError, ValueError) as error:
-        rule = "target.model must be a causal language model with safetensors weights"
-        raise ConfigError(f"{rule}, got {directory}: {_in_one_line(error)}") from error
-    except (ImportError, RuntimeError) as error:
-        if not quantised:
-            raise
-        wanted = "as stored" if config.quantization is None else config.quantization.name
-        raise ConfigError(
-            f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
-        ) from error
-
-
-def _require_whole_weights(directory: Path) -> None:
-    """Raises `ConfigError` naming a weight file that is cut or of another format; reads their heads only."""
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ConfigError(
-                f"target.model must hold whole safetensors files, got {file} of {file.stat().st_size} bytes: "
-                f"{_in_one_line(error)}"
-            ) from error
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _random_model(hf_config: PretrainedConfig, attention: str, seed: int) -> PreTrainedModel:

@@ -32,6 +32,7 @@ from eagle_rpc.target.capture import (
     AuxStates,
     aux_layers,
     captured_layers,
+    check_capture,
     find_base,
     find_decoder_layers,
     run_base,
@@ -85,7 +86,7 @@ class HFEagle3TargetModel(Eagle3Target):
         self._compiled: CompiledForward | None = None
         with self._forward_lock, torch.inference_mode():
             check_causal(partial(run_base, self._base), self._probe_ids, name)
-            hidden_BTH = run_base(self._base, self._probe_ids)
+            hidden_BTH = check_capture(self._base, self._layers, self.aux_layer_ids, self._probe_ids)
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
             self._attention = ChatAttention(self._base, self._probe_ids)
             logits_NV = self._own_head.project(hidden_BTH.flatten(0, 1))

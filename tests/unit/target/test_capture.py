@@ -1,9 +1,17 @@
 import pytest
 import torch
+from support.families import tiny_model
 from torch import nn
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_decoder_layers
+from eagle_rpc.target.capture import (
+    AuxStates,
+    aux_layers,
+    captured_layers,
+    check_capture,
+    find_base,
+    find_decoder_layers,
+)
 
 
 def test_default_layers_are_second_middle_and_fourth_from_the_end():
@@ -32,12 +40,24 @@ def test_the_decoder_layers_are_found(any_model):
     assert find_decoder_layers(any_model) is any_model.model.layers
 
 
+def test_the_text_layers_of_a_vision_language_model_are_found():
+    model = tiny_model("internvl")
+    assert find_base(model) is model.model
+    assert find_decoder_layers(model) is model.model.language_model.layers
+    assert len(model.model.vision_tower.encoder.layer) == len(model.model.language_model.layers)
+
+
+def test_layers_are_those_that_run_whatever_the_config_counts():
+    model = tiny_model("longcat_flash")
+    assert model.config.num_hidden_layers == 2 * len(find_decoder_layers(model))
+
+
 def test_an_ambiguous_structure_is_refused(make_model):
     model = make_model("llama")
-    model.model.vision = nn.ModuleList(nn.Identity() for _ in range(7))
-    with pytest.raises(UnsupportedTarget, match="exactly one list of 7 decoder layers, found 2"):
+    model.model.more = nn.ModuleList([*model.model.layers])
+    with pytest.raises(UnsupportedTarget, match="exactly one list of decoder layers, found 2"):
         find_decoder_layers(model)
-    del model.model.vision, model.model.layers
+    del model.model.more, model.model.layers
     with pytest.raises(UnsupportedTarget, match="found 0"):
         find_decoder_layers(model)
 
@@ -109,3 +129,28 @@ def test_states_are_written_side_by_side_without_what_pads_them():
             aux.write(place, hidden[piece] + place)
     expected = torch.cat([hidden[0, :, :4], hidden[1, :1, :4]])
     assert torch.equal(aux.states, torch.cat([expected, expected + 1], dim=-1))
+
+
+def test_states_of_a_layer_that_did_not_run_are_refused():
+    aux = AuxStates((1, 2), 3)
+    aux.write(0, torch.zeros(1, 2, 4))
+    aux.write(2, torch.zeros(1, 2, 4))
+    with pytest.raises(UnsupportedTarget, match=r"must run in every pass, missing are numbers \[1\]"):
+        _ = aux.states
+
+
+def test_a_layer_that_is_skipped_or_runs_again_is_refused(make_model):
+    model = make_model("llama")
+    layers = find_decoder_layers(model)
+    model.model.layers = nn.ModuleList([*layers[:3], *layers[:2]])
+    ids = torch.arange(8)[None]
+    with pytest.raises(
+        UnsupportedTarget, match=r"\[0, 2, 5\] must run once in a pass, LlamaModel runs \[0, 2, 0\]"
+    ):
+        check_capture(model.model, layers, [0, 2, 5], ids)
+
+
+def test_parallel_residual_streams_are_refused():
+    model = tiny_model("gemma3n_text")
+    with pytest.raises(UnsupportedTarget, match=r"must return hidden states \[B, T, H\]"):
+        check_capture(model.model, model.model.layers, [0, 2, 4], torch.arange(8)[None])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.tiny_model import save_tiny_model
 from transformers import LlavaConfig
 
@@ -72,6 +73,42 @@ def test_a_part_of_a_weight_file_is_named_with_its_size(model: Path, kept: int):
 def test_a_model_without_weights_is_refused(model: Path):
     (model / "model.safetensors").unlink()
     refusal(model_of, model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda tensors: tensors.pop("lm_head.weight"), "which lacks lm_head.weight"),
+        (
+            lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"),
+            "which lacks model.layers.3.mlp.up_proj.weight",
+        ),
+        (lambda tensors: tensors.update(under_another_prefix(tensors)), "and 72 more"),
+        (
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(16)}),
+            "which has model.norm.weight of shape [16] for [32]",
+        ),
+    ],
+)
+def test_a_model_that_lacks_tensors_is_refused_by_their_names(model: Path, damage, words: str):
+    tensors = load_file(model / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert refusal(model_of, model).endswith(words)
+
+
+def under_another_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    moved = {f"other.{name}": tensors[name] for name in tensors}
+    tensors.clear()
+    return moved
+
+
+def test_tensors_that_have_no_place_are_logged_unless_they_are_beside_the_text(model: Path, caplog):
+    tensors = load_file(model / "model.safetensors")
+    tensors |= {"model.visual.patch.weight": torch.ones(2), "score.weight": torch.ones(2)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    model_of(target(model))
+    assert "has no place for score.weight, which" in caplog.text
 
 
 def without_tokenizer(model: Path) -> Path:

@@ -1,0 +1,94 @@
+"""A model from the safetensors of a directory: whole, or refused by the names of what it lacks."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.errors import ConfigError
+from eagle_rpc.target.quantization import loading_arguments
+
+logger = logging.getLogger(__name__)
+
+# Tensors that an error or the log names.
+_NAMED = 3
+# Parts of names of modules that text does not pass: other modalities, and layers that predict several tokens.
+_BESIDE_TEXT = ("visual", "vision", "image", "audio", "speech", "mtp", "nextn", "connector", "projector")
+
+
+def load_stored(
+    config: TargetConfig, directory: Path, attention: str, device: torch.device | str, *, quantised: bool
+) -> PreTrainedModel:
+    """The model of a directory: on the CPU, or on `device` if its weights are quantised.
+
+    Raises `ConfigError` if weights are damaged, of another format, missing or of other shapes, and if this
+    machine cannot run their quantisation.
+    """
+    dtype = getattr(torch, config.dtype.value)
+    placed = loading_arguments(config, dtype, device) if quantised else {}
+    exact = {"dtype": dtype, "attn_implementation": attention}
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    # Tensors of other shapes are refused below, by their names.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    _require_whole_files(directory)
+    try:
+        # With its report, which transformers' types leave out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **exact, **safe, **placed, **told)
+    except (OSError, ValueError) as error:
+        rule = "target.model must be a causal language model with safetensors weights"
+        raise ConfigError(f"{rule}, got {directory}: {in_one_line(error)}") from error
+    except (ImportError, RuntimeError) as error:
+        if not quantised:
+            raise
+        wanted = "as stored" if config.quantization is None else config.quantization.name
+        raise ConfigError(
+            f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _require_all_tensors(model, loaded[1], directory)
+    return model
+
+
+def _require_whole_files(directory: Path) -> None:
+    """Raises `ConfigError` naming a weight file that is cut or of another format; reads their heads only."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ConfigError(
+                f"target.model must hold whole safetensors files, got {file} of {file.stat().st_size} bytes: "
+                f"{in_one_line(error)}"
+            ) from error
+
+
+def _require_all_tensors(model: PreTrainedModel, report: dict[str, Any], directory: Path) -> None:
+    """Raises `ConfigError` for tensors that transformers had to draw at random; logs those that it ignored."""
+    name = type(model).__name__
+    rule = f"target.model must hold every tensor of {name} in its shape, got {directory}"
+    if missing := report["missing_keys"]:
+        raise ConfigError(f"{rule}, which lacks {_first(missing)}")
+    if mismatched := report["mismatched_keys"]:
+        found = (f"{key} of shape {list(stored)} for {list(own)}" for key, stored, own in mismatched)
+        raise ConfigError(f"{rule}, which has {_first(found)}")
+    if report["error_msgs"]:
+        raise ConfigError(f"{rule}: {'; '.join(report['error_msgs'])}")
+    unknown = [key for key in report["unexpected_keys"] if not any(part in key for part in _BESIDE_TEXT)]
+    if unknown:
+        logger.warning("%s has no place for %s, which its weights hold", name, _first(unknown))
+
+
+def _first(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = len(ordered) - _NAMED
+    return ", ".join(ordered[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def in_one_line(error: Exception) -> str:
+    """The text of an error without line breaks."""
+    return " ".join(str(error).split())
