@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.supervision import Eagle3TargetBatch, StoredLogits, TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision import Eagle3TargetBatch, StoredLogits, TargetShape, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -77,7 +77,7 @@ def main() -> None:
     target_config = AutoConfig.for_model(
         **architecture("llama", **shape, positions=LENGTH, rms_norm_eps=1e-5)
     )
-    config = Eagle3DraftConfig.from_target(target_config, draft_vocab_size=DRAFT_VOCAB)
+    config = Eagle3DraftConfig.from_target(TargetShape.of(target_config), draft_vocab_size=DRAFT_VOCAB)
     draft = Eagle3Draft(config, BigramTarget().embedding)
     draft.initialise(seed=0)
     draft = draft.cuda()

@@ -15,7 +15,7 @@ from measuring import arguments_of
 from eagle_rpc.config.schema import DataConfig, DraftConfig, TargetConfig, TrainConfig
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, datasets_of, load_data
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
-from eagle_rpc.supervision import SessionSettings
+from eagle_rpc.supervision import SessionSettings, TargetShape
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -67,7 +67,9 @@ def make_both_sides(
     )
     backend.open_session(mapping)
     draft = Eagle3Draft(
-        Eagle3DraftConfig.from_target(model_config, draft_vocab_size=draft_settings.vocab_size),
+        Eagle3DraftConfig.from_target(
+            TargetShape.of(model_config), draft_vocab_size=draft_settings.vocab_size
+        ),
         backend.input_embeddings().float(),
     )
     draft.initialise(0)

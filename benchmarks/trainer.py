@@ -24,7 +24,7 @@ from eagle_rpc import supervision
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
-from eagle_rpc.supervision import Eagle3TargetBatch, TokenBatch, shifted_loss_mask
+from eagle_rpc.supervision import Eagle3TargetBatch, TargetShape, TokenBatch, shifted_loss_mask
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -39,7 +39,7 @@ GPU = torch.device("cuda")
 def make_draft(shape: str) -> Eagle3Draft:
     """On the GPU, fp32 weights, bf16 embedding, as a trainer holds it."""
     target_config = AutoConfig.for_model(**SHAPES[shape])
-    config = Eagle3DraftConfig.from_target(target_config, draft_vocab_size=32000)
+    config = Eagle3DraftConfig.from_target(TargetShape.of(target_config), draft_vocab_size=32000)
     torch.manual_seed(0)
     with torch.device("cuda"):
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16).normal_(std=0.02)

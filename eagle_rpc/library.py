@@ -54,7 +54,7 @@ from eagle_rpc.supervision import (
     VocabMapping,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
-from eagle_rpc.target.loading import load_model, load_target_config
+from eagle_rpc.target.loading import load_model, load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Role, Worker, resolve_device
 from eagle_rpc.train import TrainerGroup
@@ -196,12 +196,12 @@ class DraftTraining:
     ) -> None:
         draft = replace(draft or DraftConfig(), vocab_size=len(mapping))
         self._config = config = _config(target=target, draft=draft, train=train, run=run)
-        target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        expectation(config, target_config, None).check(backend.model_info())
+        shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
+        expectation(config, shape, None).check(backend.model_info())
         backend.open_session(mapping)
         self._backend = backend
-        self._record = make_record(config, target_config, backend, mapping)
-        self.draft = make_draft(config, target_config, backend, _device(config.train.device))
+        self._record = make_record(config, shape, backend, mapping)
+        self.draft = make_draft(config, shape, backend, _device(config.train.device))
         """The module in training, with fp32 weights."""
         steps = config.train.max_steps
         self._learner = Learner(self.draft, config.train, config.draft, TrainerGroup(), steps)

@@ -25,7 +25,7 @@ from eagle_rpc.rpc import StaticMembership, host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 from target_lab.serving import served_rate
 from target_lab.work import full_batch, fused_kernels, make_mapping, make_model
@@ -103,10 +103,10 @@ def _host(target: HFEagle3TargetModel, config: Config, membership: StaticMembers
 
 def use_target(spec: dict[str, Any], config: Config) -> None:
     """After a question takes supervision as fast as it arrives, and answers with the rate."""
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    target_shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     batch, length = size_of(spec["size"])
-    tokens = full_batch(batch, length, target_config.vocab_size, 1.0, torch.device("cpu"))
-    mapping = make_mapping(target_config)
+    tokens = full_batch(batch, length, target_shape.vocab_size, 1.0, torch.device("cpu"))
+    mapping = make_mapping(target_shape)
     with joined(config) as (membership, device), connected(config, membership, device) as target:
         target.open_session(mapping)
         say(ready=True)
@@ -119,7 +119,7 @@ def use_target(spec: dict[str, Any], config: Config) -> None:
                 started = time.perf_counter()
         seconds = time.perf_counter() - started
         wire = ENCODINGS[config.supervision.encoding.value].bytes_per_token(
-            hidden_size=target_config.hidden_size,
+            hidden_size=target_shape.hidden_size,
             draft_vocab_size=len(mapping),
             dtype_bytes=2,
             supervised_share=rows / (batch * length),

@@ -6,7 +6,7 @@ the caller says. The causal mask is `column <= position`, row by row, so leftove
 an earlier sequence) are never seen: rows start, end and are replaced independently.
 
 Legend: R rows, N rows of one forward, T their new tokens, L columns in use, A attention heads, G key/value
-heads, D head width.
+heads, D head width, which of values may be another.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,9 +53,11 @@ class BatchCache(Cache):
         return self._batch_layers[layer_idx].positions_NT
 
     def _states(self) -> Iterator[Tensor]:
+        """Of all layers but those that read the keys of another."""
         for layer in self._batch_layers:
-            yield layer.keys
-            yield layer.values
+            if layer.is_initialized:
+                yield layer.keys
+                yield layer.values
 
 
 class _BatchCacheLayer(CacheLayerMixin):
@@ -137,17 +139,16 @@ def _batch_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [N, A, T, D] queries over [N, G, L, D] keys, which are not copied for each of A/G queries.
 
-    With one new token a row, each key is read once. torch's fused kernel needs copies or is slower on CPUs.
+    `s_aux` [A]: sinks, the scores of one more column, which has no value. With one new token a row, each key
+    is read once. torch's fused kernel needs copies or is slower on CPUs.
     """
-    if settings.get("s_aux") is not None or settings.get("position_bias") is not None:
-        name = type(module).__name__
-        raise UnsupportedTarget(
-            f"to decode in batches, {name} must have neither attention sinks nor a position bias"
-        )
+    if settings.get("position_bias") is not None:
+        raise UnsupportedTarget(f"to decode in batches, {type(module).__name__} must have no position bias")
     rows, heads, length, width = query.shape
     groups = key.shape[1]
     scaling = width**-0.5 if scaling is None else scaling
@@ -155,9 +156,13 @@ def _batch_attention(
     scores = (grouped @ key.transpose(2, 3)).view(rows, groups, heads // groups, length, -1)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
-    weights = (scores + attention_mask[:, :, None]).softmax(dim=-1)
+    scores = scores + attention_mask[:, :, None]
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, groups, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     mixed = weights.view(rows, groups, heads // groups * length, -1) @ value
-    return mixed.view(rows, heads, length, width).transpose(1, 2).contiguous(), None
+    return mixed.view(rows, heads, length, value.shape[3]).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_ATTENTION_NAME, _batch_attention)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.answers.cache import BatchCache, batch_attention
 from eagle_rpc.errors import InvalidRequest
-from eagle_rpc.supervision import weights_fingerprint
+from eagle_rpc.supervision import TargetShape, weights_fingerprint
 
 # Tokens of one prefill: enough to fill the matrix units, few enough that attention scores stay small.
 _PREFILL_TOKENS = 2048
@@ -101,7 +101,7 @@ class AnswerEngine:
     @property
     def context(self) -> int | None:
         """Tokens of a prompt and its answer at most; null: the model has no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return TargetShape.of(self.model.config).context
 
     def submit(self, key: str, prompt: Sequence[int], *, draws: str | None = None) -> None:
         """Queues a prompt, also while `answers()` runs. Long prompts go first: a batch has similar lengths.

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eagle_rpc.answers.answerer import Answer
-from eagle_rpc.supervision import weights_fingerprint
+from eagle_rpc.supervision import TargetShape, weights_fingerprint
 
 
 class PlainAnswerer:
@@ -60,7 +60,7 @@ class PlainAnswerer:
     @property
     def context(self) -> int | None:
         """Tokens of a prompt and its answer at most; null: the model has no limit."""
-        return getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return TargetShape.of(self._model.config).context
 
     def submit(self, key: str, prompt: Sequence[int]) -> None:
         """Queues a prompt, also while `answers()` runs."""

@@ -1,13 +1,17 @@
-"""A look whether the batched engine decodes a model: families differ in caches and in attention.
+"""A look whether an answerer decodes a model: families differ in caches and in attention.
 
 Legend: T tokens, V target vocab.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
+from eagle_rpc.answers.answerer import Answerer
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.supervision import TargetShape
 
 # Prompts of unlike length, so that their rows differ, and tokens of their answers.
 _LENGTHS, _NEW_TOKENS = (9, 3), 4
@@ -17,27 +21,33 @@ _ROUGH_TIE = 0.1
 
 
 def probe_engine(model: PreTrainedModel) -> None:
+    """`probe_answers` of the batched engine."""
+    probe_answers(model, AnswerEngine, "the batched engine")
+
+
+def probe_answers(model: PreTrainedModel, kind: Callable[..., Answerer], what: str) -> None:
     """Decodes two prompts greedily, and compares with the model without a cache.
 
-    Raises `UnsupportedTarget` in one sentence if the engine fails or chooses other tokens.
+    Raises `UnsupportedTarget` in one sentence if the answerer fails or chooses other tokens.
     """
     name = type(model).__name__
-    ids = torch.linspace(0, model.config.get_text_config().vocab_size - 1, max(_LENGTHS)).long().tolist()
-    engine = AnswerEngine(model, batch_size=2, max_new_tokens=_NEW_TOKENS, stop_token_ids=())
+    last = TargetShape.of(model.config).vocab_size - 1
+    ids = torch.linspace(0, last, max(_LENGTHS)).long().tolist()
+    answerer = kind(model, batch_size=2, max_new_tokens=_NEW_TOKENS, stop_token_ids=[last])
     for length in _LENGTHS:
-        engine.submit(str(length), ids[:length])
+        answerer.submit(str(length), ids[:length])
     try:
-        answers = {int(answer.key): answer.token_ids for answer in engine.answers()}
+        answers = {int(answer.key): answer for answer in answerer.answers()}
     except (UnsupportedTarget, torch.OutOfMemoryError):
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UnsupportedTarget(f"the batched engine cannot decode {name}: {found}") from error
+        raise UnsupportedTarget(f"{what} cannot decode {name}: {found}") from error
     for length, answer in answers.items():
-        gap = _largest_gap(model, ids[:length], answer)
+        gap = _largest_gap(model, ids[:length], answer.said_ids)
         if not gap <= _TIE.get(model.dtype, _ROUGH_TIE):
             why = f"a token that it chose is {gap:.2g} standard deviations below the best"
-            raise UnsupportedTarget(f"the batched engine does not decode {name} as the model does: {why}")
+            raise UnsupportedTarget(f"{what} does not decode {name} as the model does: {why}")
 
 
 @torch.inference_mode()

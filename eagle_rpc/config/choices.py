@@ -57,6 +57,15 @@ class Rows(Enum):
     """All supervised rows."""
 
 
+class DraftRope(Enum):
+    """The rotary embedding of the draft."""
+
+    target = "target"
+    """The target's frequencies and attention factor, which it needs at long positions."""
+    plain = "plain"
+    """The target's base without scaling, for engines that build no other draft."""
+
+
 class DraftLoss(Enum):
     """The loss of a row; `eagle_rpc/draft/losses.py` has the formulas."""
 

@@ -13,6 +13,7 @@ from eagle_rpc.config.choices import (
     AnswerBackend,
     CompileMode,
     DraftLoss,
+    DraftRope,
     DType,
     Encoding,
     JobName,
@@ -205,6 +206,8 @@ class DraftConfig:
     """Attention heads; null: the target's."""
     num_key_value_heads: Positive[int] | None = None
     """Key-value heads; null: the target's."""
+    rope: DraftRope = DraftRope.target
+    """Rotary embedding: the target's, stretched as its own, or plain with the target's base."""
     norm_before_residual: bool = False
     """The decoder layer's residual starts after `hidden_norm` instead of before it."""
     seed_head: bool = True

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from eagle_rpc.draft.rope import check_rope_scaling
+from eagle_rpc.draft.rope import RotaryEmbedding
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.supervision import TargetShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,9 @@ class Eagle3DraftConfig:
     rope_theta: float
     rope_scaling: dict[str, Any] | None  # transformers' form, with `rope_type`; null: plain rotary embedding
     max_position_embeddings: int
+    rope_length: int | None = (
+        None  # tokens by which `longrope` chooses its factors; null: the longest context
+    )
     hidden_act: str = "silu"
     norm_before_residual: bool = False
 
@@ -45,62 +49,61 @@ class Eagle3DraftConfig:
             raise ConfigError(
                 f"hidden_act must be silu (serving engines build no other draft), got {self.hidden_act!r}"
             )
-        check_rope_scaling(self.rope_scaling)
+        self.rotary_embedding()
+
+    def rotary_embedding(self) -> RotaryEmbedding:
+        """The tables of cosines and sines. Raises `ConfigError` for a `rope_scaling` that gives none."""
+        context = self.max_position_embeddings
+        length = self.rope_length or context
+        return RotaryEmbedding(
+            self.head_dim, self.rope_theta, self.rope_scaling, context=context, length=length
+        )
 
     @classmethod
     def from_target(
         cls,
-        target_config: Any,
+        target: TargetShape,
         *,
         draft_vocab_size: int,
         intermediate_size: int | None = None,
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
         norm_before_residual: bool = False,
+        plain_rope: bool = False,
+        max_length: int | None = None,
     ) -> "Eagle3DraftConfig":
-        """The draft of a target with this `transformers` config; None takes the target's value.
+        """The draft of a target; None takes the target's value. `max_length`: of the sequences in use.
 
         The draft is Llama-style for every target: norms of queries and keys, soft caps, sliding windows and
-        other activations of a Gemma or Qwen target are left out.
+        other activations of a Gemma or Qwen target are left out. Raises `ConfigError` for a size that neither
+        the target nor an argument gives.
         """
 
-        def or_else(setting: int | None, of_target: int) -> int:
-            return of_target if setting is None else setting
+        def given(name: str, setting: int | None, of_target: int | None) -> int:
+            size = of_target if setting is None else setting
+            if size is None:
+                raise ConfigError(
+                    f"draft.{name} must be given for a target of type {target.model_type}, whose configuration "
+                    "names none"
+                )
+            return size
 
-        target_heads = target_config.num_attention_heads
-        head_dim = getattr(target_config, "head_dim", None) or target_config.hidden_size // target_heads
-        target_kv_heads = getattr(target_config, "num_key_value_heads", None) or target_heads
-        rope_theta, rope_scaling = _rope_of(target_config)
+        heads = given("num_attention_heads", num_attention_heads, target.num_attention_heads)
+        key_heads = target.num_key_value_heads or heads
+        scaling = None if plain_rope else target.rope_scaling
+        is_longrope = scaling is not None and scaling["rope_type"] == "longrope"
         return cls(
-            hidden_size=target_config.hidden_size,
-            intermediate_size=or_else(intermediate_size, target_config.intermediate_size),
-            num_attention_heads=or_else(num_attention_heads, target_heads),
-            num_key_value_heads=or_else(num_key_value_heads, target_kv_heads),
-            head_dim=head_dim,
-            vocab_size=target_config.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=given("intermediate_size", intermediate_size, target.intermediate_size),
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads if num_key_value_heads is None else num_key_value_heads,
+            head_dim=target.head_dim or target.hidden_size // heads,
+            vocab_size=target.vocab_size,
             draft_vocab_size=draft_vocab_size,
-            rms_norm_eps=getattr(target_config, "rms_norm_eps", 1e-6),
-            rope_theta=rope_theta,
-            rope_scaling=rope_scaling,
-            max_position_embeddings=target_config.max_position_embeddings,
+            rms_norm_eps=target.rms_norm_eps,
+            rope_theta=target.rope_theta,
+            rope_scaling=scaling,
+            max_position_embeddings=target.context or target.length(max_length),
+            rope_length=max_length if is_longrope else None,
             norm_before_residual=norm_before_residual,
         )
-
-
-def _rope_of(target_config: Any) -> tuple[float, dict[str, Any] | None]:
-    """`rope_theta` and `rope_scaling`, from either form that transformers has used."""
-    parameters = getattr(target_config, "rope_parameters", None)
-    if parameters is None:
-        parameters = getattr(target_config, "rope_scaling", None) or {}
-    # Targets that mix kinds of attention have one set a kind; the draft's attention is full.
-    parameters = dict(parameters.get("full_attention") or parameters)
-    theta = parameters.pop("rope_theta", None) or getattr(target_config, "rope_theta", None) or 10000.0
-    # The draft rotates whole heads even if its target rotates only a share of each.
-    parameters.pop("partial_rotary_factor", None)
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    parameters.pop("type", None)
-    if rope_type == "default":
-        return float(theta), None
-    if rope_type == "llama3":
-        parameters.setdefault("original_max_position_embeddings", target_config.max_position_embeddings)
-    return float(theta), {"rope_type": rope_type, **parameters}

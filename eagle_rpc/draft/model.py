@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache
 from eagle_rpc.draft.config import Eagle3DraftConfig
-from eagle_rpc.draft.rope import RopeTables, RotaryEmbedding, rotate
+from eagle_rpc.draft.rope import RopeTables, rotate
 from eagle_rpc.errors import ConfigError
 
 INITIAL_STD = 0.02
@@ -112,7 +112,7 @@ class Eagle3Draft(nn.Module):
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta, config.rope_scaling)
+        self.rotary = config.rotary_embedding()
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

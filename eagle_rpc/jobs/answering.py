@@ -18,7 +18,7 @@ from eagle_rpc.jobs.assembly import client_settings, expectation
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.process import stop_signals
 from eagle_rpc.supervision import AnswerSettings
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.topology import Role, Worker
 
 
@@ -62,12 +62,12 @@ def service_answerer(
     Raises `TargetMismatch`, `UnsupportedTarget`, `TargetUnavailable`.
     """
     asked, me = config.regenerate, Worker("regenerate", frozenset([Role.trainer]), 0)
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     settings = replace(
         client_settings(config, me), prefetch=asked.concurrency, request_timeout=asked.answer_timeout
     )
     # Any layers may be captured: answers do not depend on them.
-    expected = replace(expectation(config, target_config, tokenizer), aux_layer_ids=None)
+    expected = replace(expectation(config, shape, tokenizer), aux_layer_ids=None)
     with (
         stop_signals() as stop,
         announced(

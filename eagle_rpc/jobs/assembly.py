@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import DraftRope
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
@@ -19,6 +20,7 @@ from eagle_rpc.supervision import (
     Eagle3TargetBackend,
     SessionSettings,
     TargetExpectation,
+    TargetShape,
     VocabMapping,
     tokenizer_fingerprint,
 )
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def connect_target(
     config: Config,
-    target_config: PretrainedConfig,
+    shape: TargetShape,
     tokenizer: PreTrainedTokenizerBase | None,
     device: torch.device,
     cast: Cast,
@@ -41,7 +43,7 @@ def connect_target(
 ) -> RemoteEagle3TargetModel:
     """Waits for a target that serves, and refuses targets other than `expectation`."""
     settings = client_settings(config, cast.me)
-    expected = expectation(config, target_config, tokenizer)
+    expected = expectation(config, shape, tokenizer)
     return RemoteEagle3TargetModel(membership, settings=settings, expected=expected, device=device, stop=stop)
 
 
@@ -74,13 +76,13 @@ def require_room(config: Config, limit: int) -> None:
 
 
 def expectation(
-    config: Config, target_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+    config: Config, shape: TargetShape, tokenizer: PreTrainedTokenizerBase | None
 ) -> TargetExpectation:
     """The requirements of the draft on its target."""
     return TargetExpectation(
-        vocab_size=target_config.vocab_size,
-        hidden_size=target_config.hidden_size,
-        aux_layer_ids=aux_layers(target_config.num_hidden_layers, config.target.aux_layer_ids),
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        aux_layer_ids=aux_layers(shape.num_layers, config.target.aux_layer_ids),
         dtype=config.target.dtype.value,
         tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
     )
@@ -147,10 +149,10 @@ def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
 
 
 def make_draft(
-    config: Config, target_config: PretrainedConfig, backend: Eagle3TargetBackend, device: torch.device
+    config: Config, shape: TargetShape, backend: Eagle3TargetBackend, device: torch.device
 ) -> Eagle3Draft:
     """The initial draft, equal on all trainers."""
-    draft = Eagle3Draft(draft_config(config, target_config), backend.input_embeddings())
+    draft = Eagle3Draft(draft_config(config, shape), backend.input_embeddings())
     draft.initialise(config.run.seed)
     if config.draft.seed_head:
         try:
@@ -162,21 +164,23 @@ def make_draft(
     return draft.to(device)
 
 
-def draft_config(config: Config, target_config: PretrainedConfig) -> Eagle3DraftConfig:
-    """The draft of this configuration, for a target with this transformers configuration."""
+def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
+    """The draft of this configuration, for a target of this shape; raises `ConfigError` for missing sizes."""
     return Eagle3DraftConfig.from_target(
-        target_config,
+        shape,
         draft_vocab_size=config.draft.vocab_size,
         intermediate_size=config.draft.intermediate_size,
         num_attention_heads=config.draft.num_attention_heads,
         num_key_value_heads=config.draft.num_key_value_heads,
         norm_before_residual=config.draft.norm_before_residual,
+        plain_rope=config.draft.rope is DraftRope.plain,
+        max_length=config.target.max_length,
     )
 
 
 def make_record(
     config: Config,
-    target_config: PretrainedConfig,
+    shape: TargetShape,
     backend: Eagle3TargetBackend,
     mapping: VocabMapping,
     *,
@@ -184,11 +188,11 @@ def make_record(
 ) -> RunRecord:
     """The identity of this run, for its checkpoints."""
     return RunRecord(
-        draft_config=draft_config(config, target_config),
+        draft_config=draft_config(config, shape),
         mapping=mapping,
         target=backend.model_info(),
-        bos_token_id=target_config.bos_token_id,
-        eos_token_id=target_config.eos_token_id,
+        bos_token_id=shape.bos_token_id,
+        eos_token_id=shape.eos_token_id,
         config=plain(config),
         data_digest=data_digest,
     )

@@ -14,7 +14,8 @@ from eagle_rpc.config.choices import AnswerBackend
 from eagle_rpc.data import ChatTemplate
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.answering import service_answerer
-from eagle_rpc.target.loading import load_model, load_target_config
+from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.loading import load_model, load_target_shape
 from eagle_rpc.topology import resolve_device
 
 
@@ -33,9 +34,8 @@ def answerer(
     if config.regenerate.backend is AnswerBackend.service:
         return service_answerer(config, template.tokenizer, stop)
     if config.regenerate.backend is AnswerBackend.openai:
-        stored = load_target_config(config.target, cache_dir=config.run.cache_dir).get_text_config()
-        context = getattr(stored, "max_position_embeddings", None)
-        return endpoint_answerer(config, template, context=context, also_stop=also_stop)
+        shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
+        return endpoint_answerer(config, template, context=shape.context, also_stop=also_stop)
     return contextlib.nullcontext(_own_answerer(config, template, stop))
 
 
@@ -43,11 +43,10 @@ def _own_answerer(config: Config, template: ChatTemplate, stop_token_ids: Collec
     device = torch.device(resolve_device(config.target.device))
     model, _ = load_model(config.target, device, cache_dir=config.run.cache_dir)
     asked = config.regenerate
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return own_answerer(
         model,
         batch_size=asked.batch_size,
-        max_new_tokens=limits(config, context)[1],
+        max_new_tokens=limits(config, TargetShape.of(model.config).context)[1],
         stop_token_ids=stop_token_ids,
         temperature=asked.temperature,
         top_p=asked.top_p,

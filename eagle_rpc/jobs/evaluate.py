@@ -13,6 +13,7 @@ from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
+from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.loading import load_with_tokenizer
 from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import RunDirectory
@@ -27,7 +28,7 @@ def run(config: Config) -> int:
     target = replace(config.target, dtype=settings.dtype)
     device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
-    context = model.config.get_text_config().max_position_embeddings
+    context = TargetShape.of(model.config).length(target.max_length)
     result = evaluate_draft(
         model,
         export,

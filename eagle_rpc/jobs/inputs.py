@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.checks import as_message
@@ -20,7 +20,8 @@ from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
 from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room
 from eagle_rpc.process.waiting import wait_until
-from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.loading import load_target_shape, load_tokenizer
 from eagle_rpc.topology import Cast, resolve_device
 from eagle_rpc.train import RunDirectory, latest_whole_checkpoint
 
@@ -37,7 +38,7 @@ _DATE, _CHECKED, _GOOD, _BAD = "date", "inputs", "good", "bad"
 class Inputs:
     """The data of a run in the tokens of its target."""
 
-    target_config: PretrainedConfig
+    shape: TargetShape
     tokenizer: PreTrainedTokenizerBase
     template: ChatTemplate
     data: TokenisedData
@@ -67,21 +68,20 @@ class _Mistakes:
 def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
     """Loads and checks the inputs. Raises one `ConfigError` with all mistakes that can be told apart."""
     mistakes, cache_dir = _Mistakes(), config.run.cache_dir
-    target_config = tokenizer = template = None
+    shape = tokenizer = template = None
     with mistakes.noted():
         resolve_device(config.train.device, field="train.device")
     with mistakes.noted():
-        target_config = load_target_config(config.target, cache_dir=cache_dir)
+        shape = load_target_shape(config.target, cache_dir=cache_dir)
     with mistakes.noted():
         tokenizer = load_tokenizer(config.target, cache_dir=cache_dir)
         if tokenizer is None:
             raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
-    if target_config is not None:
+    if shape is not None:
         with mistakes.noted():
-            _check_draft(config, target_config)
+            _check_draft(config, shape)
         with mistakes.noted():
-            context = getattr(target_config.get_text_config(), "max_position_embeddings", None)
-            require_room(config, config.target.max_length or context or config.data.longest_row)
+            require_room(config, shape.length(config.target.max_length))
     for path in _data_paths(config):
         with mistakes.noted():
             data_files(path)
@@ -90,24 +90,23 @@ def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
             template = chat_template(config, tokenizer)
     # Tokenising takes longest, so earlier mistakes are told first.
     mistakes.raise_if_any()
-    assert target_config is not None and tokenizer is not None and template is not None
+    assert shape is not None and tokenizer is not None and template is not None
     data = load_data(config.data, template, cache_dir=cache_dir, show_progress=show_progress)
     for source in data.sources:
         with mistakes.noted():
-            source.require_ids_below(target_config.vocab_size)
+            source.require_ids_below(shape.vocab_size)
     mistakes.raise_if_any()
     training, validation = datasets_of(config.data, data)
-    return Inputs(target_config, tokenizer, template, data, training, validation)
+    return Inputs(shape, tokenizer, template, data, training, validation)
 
 
-def _check_draft(config: Config, target_config: PretrainedConfig) -> None:
-    vocab_size = target_config.get_text_config().vocab_size
-    if config.draft.vocab_size > vocab_size:
+def _check_draft(config: Config, shape: TargetShape) -> None:
+    if config.draft.vocab_size > shape.vocab_size:
         raise ConfigError(
-            f"draft.vocab_size must be at most the target's vocabulary {vocab_size}, "
+            f"draft.vocab_size must be at most the target's vocabulary {shape.vocab_size}, "
             f"got {config.draft.vocab_size}"
         )
-    draft_config(config, target_config)
+    draft_config(config, shape)
 
 
 def _data_paths(config: Config) -> list[str]:

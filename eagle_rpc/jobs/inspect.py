@@ -21,7 +21,7 @@ def run(config: Config) -> int:
         inputs.training,
         inputs.template,
         config.data,
-        target_vocab_size=inputs.target_config.get_text_config().vocab_size,
+        target_vocab_size=inputs.shape.vocab_size,
         draft_vocab_size=config.draft.vocab_size,
         num_samples=config.inspect.num_samples,
     )

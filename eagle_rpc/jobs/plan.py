@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.jobs.assembly import draft_config
 from eagle_rpc.process import read_world
 from eagle_rpc.serving.export import EMBEDDING, weight_shapes
-from eagle_rpc.supervision import ENCODINGS
+from eagle_rpc.supervision import ENCODINGS, TargetShape
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.stored import auto_class
 from eagle_rpc.topology import Role, assign_roles, plan_devices
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -27,21 +28,24 @@ _TRAINED_BYTES = 4 * 4
 def run(config: Config) -> int:
     """Prints the plan; always 0."""
     target = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    for label, value in _lines(config, target):
+    for label, value in _lines(config, target, TargetShape.of(target)):
         sys.stdout.write(f"{label:<28}{value}\n")
     return 0
 
 
-def _lines(config: Config, target: PretrainedConfig) -> Iterator[tuple[str, str]]:
-    draft = draft_config(config, target)
+def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iterator[tuple[str, str]]:
+    draft = draft_config(config, shape)
     yield "run directory", config.run.dir
     for name, role, device in _workers(config):
         yield name, f"{role} on {device}"
-    shape = f"{target.num_hidden_layers} layers, hidden {target.hidden_size}"
-    yield "target", f"{config.target.model}, {target.model_type}, {shape}"
-    yield "captured layers", str(aux_layers(target.num_hidden_layers, config.target.aux_layer_ids))
+    sizes = f"{shape.num_layers} layers, hidden {shape.hidden_size}"
+    yield "target", f"{config.target.model}, {shape.model_type}, {sizes}"
+    yield "captured layers", str(aux_layers(shape.num_layers, config.target.aux_layer_ids))
     vocabulary = f"vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
     yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, {vocabulary}"
+    heads = f"{draft.num_attention_heads} heads and {draft.num_key_value_heads} key heads of {draft.head_dim}"
+    rope = (draft.rope_scaling or {"rope_type": "plain"})["rope_type"]
+    yield "draft, shape", f"{heads}, feed-forward {draft.intermediate_size}, {rope} rotary embedding"
     encoding, prefetch = config.supervision.encoding.value, config.supervision.prefetch
     yield "encoding", f"{encoding}, {prefetch} requests in flight a trainer"
     yield from _traffic(config, draft)
@@ -78,12 +82,12 @@ def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) ->
 def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     with torch.device("meta"):
-        num_parameters = AutoModelForCausalLM.from_config(target).num_parameters()
+        num_parameters = auto_class(target).from_config(target).num_parameters()
     weights = f"{num_parameters * dtype_bytes / _GIB:.2f} GiB"
     yield "target, weights", f"{weights} ({num_parameters / 1e6:.1f} M parameters)"
     # Without the fused kernel a GPU copies logits to fp32; a CPU copies few rows at a time.
     copied = torch.cuda.is_available() and not config.target.fused_rows
-    chunk = config.target.chunk_rows * target.vocab_size * (dtype_bytes + 4 * copied)
+    chunk = config.target.chunk_rows * draft.vocab_size * (dtype_bytes + 4 * copied)
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"

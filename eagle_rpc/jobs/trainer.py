@@ -37,18 +37,18 @@ def train_until_done(
     Over `store` the trainers of this job find each other.
     """
     index = cast.me.index
-    target_config, tokenizer = inputs.target_config, inputs.tokenizer
+    shape, tokenizer = inputs.shape, inputs.tokenizer
     training, validation = inputs.training, inputs.validation
     if index == 0:
         log_padding(config, training, len(cast.trainer_names))
     mapping, _ = build_vocab_mapping(
         training,
         tokenizer=tokenizer,
-        target_vocab_size=target_config.vocab_size,
+        target_vocab_size=shape.vocab_size,
         draft_vocab_size=config.draft.vocab_size,
         cache_dir=config.run.cache_dir,
     )
-    backend = connect_target(config, target_config, tokenizer, device, cast, membership, stop)
+    backend = connect_target(config, shape, tokenizer, device, cast, membership, stop)
     with contextlib.closing(backend):
         require_room(config, backend.model_info().max_length)
         backend.open_session(mapping)
@@ -56,13 +56,13 @@ def train_until_done(
             trainer = Trainer(
                 config.train,
                 config.draft,
-                draft=make_draft(config, target_config, backend, device),
+                draft=make_draft(config, shape, backend, device),
                 backend=backend,
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation, endless=False) if len(validation) else None,
                 group=group,
                 run=RunDirectory.of(config),
-                record=make_record(config, target_config, backend, mapping, data_digest=training.digest),
+                record=make_record(config, shape, backend, mapping, data_digest=training.digest),
                 stop=stop,
             )
             if isinstance(membership, ElasticMembership):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Encoding, VerifySide
@@ -19,9 +18,9 @@ from eagle_rpc.process import bind_to_interface, read_world, stop_signals
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.rpc import attempt_store, join_static
-from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, VocabMapping
+from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TargetShape, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Cast, Role, Worker, assign_roles, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
@@ -60,7 +59,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
     target = HFEagle3TargetModel.load(
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     with join_group(config, cast, store, _GROUP_DEVICE) as group:
         for encoding in config.job.verify_encodings:
             backend = ColocatedEagle3TargetModel(
@@ -68,7 +67,7 @@ def _record_colocated(config: Config, stop: threading.Event) -> None:
                 config.target,
                 SessionSettings(encoding=encoding.name, rows=config.supervision.rows.value),
             )
-            _train_and_record(config, encoding, target_config, backend, group, device, stop)
+            _train_and_record(config, encoding, shape, backend, group, device, stop)
         # The process that hosts the store has to end last.
         group.barrier("the other trainers to finish")
 
@@ -85,26 +84,26 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
             serve_until_done(config, device, membership, stop)
             return
         membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
-        target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+        shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
         with join_group(config, cast, membership.store, _GROUP_DEVICE) as group:
             for encoding in config.job.verify_encodings:
                 of_encoding = replace(config, supervision=replace(config.supervision, encoding=encoding))
-                backend = connect_target(of_encoding, target_config, None, device, cast, membership, stop)
-                _train_and_record(of_encoding, encoding, target_config, backend, group, device, stop)
+                backend = connect_target(of_encoding, shape, None, device, cast, membership, stop)
+                _train_and_record(of_encoding, encoding, shape, backend, group, device, stop)
         membership.mark(DONE)
 
 
 def _train_and_record(
     config: Config,
     encoding: Encoding,
-    target_config: PretrainedConfig,
+    shape: TargetShape,
     backend: Eagle3TargetBackend,
     group: TrainerGroup,
     device: torch.device,
     stop: threading.Event,
 ) -> None:
-    chats = synthetic_chats(config, target_config.vocab_size)
-    mapping = _random_mapping(target_config.vocab_size, config.draft.vocab_size, config.run.seed)
+    chats = synthetic_chats(config, shape.vocab_size)
+    mapping = _random_mapping(shape.vocab_size, config.draft.vocab_size, config.run.seed)
     path = record_path(RunDirectory.of(config).path, encoding.name, group.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDirectory(path.parent)
@@ -113,13 +112,13 @@ def _train_and_record(
         trainer = Trainer(
             config.train,
             config.draft,
-            draft=make_draft(config, target_config, recording, device),
+            draft=make_draft(config, shape, recording, device),
             backend=recording,
             batches=plan_batches(config, chats, rank=group.rank, num_ranks=group.size),
             validation=None,
             group=group,
             run=run,
-            record=make_record(config, target_config, recording, mapping),
+            record=make_record(config, shape, recording, mapping),
             stop=stop,
         )
         trainer.train()

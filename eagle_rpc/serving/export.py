@@ -132,8 +132,9 @@ def _serving_config(
     draft_config: Eagle3DraftConfig, dtype: torch.dtype, aux_layer_ids: Sequence[int], num_target_layers: int
 ) -> dict[str, Any]:
     config: dict[str, Any] = {field.name: getattr(draft_config, field.name) for field in fields(draft_config)}
-    if draft_config.rope_scaling is None:
-        del config["rope_scaling"]
+    for name in ("rope_scaling", "rope_length"):
+        if config[name] is None:
+            del config[name]
     config |= {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",

@@ -30,6 +30,7 @@ from eagle_rpc.supervision.session import (
     SessionSpec,
     TargetExpectation,
 )
+from eagle_rpc.supervision.shape import TargetShape
 from eagle_rpc.supervision.target import (
     Eagle3Target,
     PlainTarget,
@@ -48,7 +49,14 @@ from eagle_rpc.supervision.vocab import DraftVocabOnDevice, VocabMapping
 # Requests and sessions.
 __all__ = ["AnswerPrompt", "AnswerRequest", "AnswerSettings", "PromptAnswer"]
 __all__ += ["BatchRows", "GenerateRequest", "HeartbeatReply", "ModelInfo", "OpenedSession", "SessionSettings"]
-__all__ += ["SessionSpec", "TargetExpectation", "TokenBatch", "VocabMapping", "shifted_loss_mask"]
+__all__ += [
+    "SessionSpec",
+    "TargetExpectation",
+    "TargetShape",
+    "TokenBatch",
+    "VocabMapping",
+    "shifted_loss_mask",
+]
 # The target's side.
 __all__ += [
     "DraftVocabOnDevice",

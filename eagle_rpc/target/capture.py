@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 
@@ -20,9 +21,8 @@ def find_base(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises `UnsupportedTarget` if there is none or more than one.
     """
-    decoder = _named_decoder(model)
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
-    if decoder is not None:
+    if (decoder := _named_decoder(model)) is not None:
         parts = [part for part in parts if any(inner is decoder for inner in part.modules())]
     if len(parts) != 1:
         raise UnsupportedTarget(
@@ -31,9 +31,14 @@ def find_base(model: PreTrainedModel) -> PreTrainedModel:
     return parts[0]
 
 
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The text model: the base, or the part of it that transformers calls the decoder."""
+    return _named_decoder(model) or find_base(model)
+
+
 def _named_decoder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """What transformers calls the decoder; null where that is the whole model or no model."""
     decoder = model.get_decoder()
+    # Some models return themselves, or a layer that happens to have the name.
     return decoder if isinstance(decoder, PreTrainedModel) and decoder is not model else None
 
 
@@ -44,7 +49,12 @@ def run_base(base: PreTrainedModel, input_ids: Tensor, positions_BT: Tensor | No
     within a row, another chat begins; chats do not see each other.
     """
     positions = {} if positions_BT is None else {"position_ids": positions_BT}
-    return base(input_ids=input_ids, use_cache=False, **positions)[0]
+    return run_base_whole(base, input_ids, **positions)[0]
+
+
+def run_base_whole(base: PreTrainedModel, input_ids: Tensor, **more: Tensor) -> ModelOutput:
+    """The output of `run_base` in the model's own class."""
+    return base(input_ids=input_ids, use_cache=False, return_dict=True, **more)
 
 
 def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -53,7 +63,7 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     For models that do not say so, the only list as long as the config says. A vision tower beside the text
     decoder is not searched. Raises `UnsupportedTarget` if there is no such list or more than one.
     """
-    decoder = _named_decoder(model) or find_base(model)
+    decoder = find_decoder(model)
     lists = list(_outermost_lists(decoder))
     kinds = _kinds_of_layers(decoder)
     found = [layers for layers in lists if kinds and all(isinstance(layer, kinds) for layer in layers)]
@@ -69,7 +79,7 @@ def find_decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def _kinds_of_layers(decoder: PreTrainedModel) -> tuple[type[nn.Module], ...]:
     """The classes whose outputs transformers records as hidden states; empty where it records none."""
     recorded: Any = (getattr(decoder, "_can_record_outputs", None) or {}).get("hidden_states", ())
-    recorders = recorded if isinstance(recorded, (list, tuple)) else (recorded,)
+    recorders: Any = recorded if isinstance(recorded, (list, tuple)) else (recorded,)
     return tuple(getattr(recorder, "target_class", recorder) for recorder in recorders)
 
 

@@ -14,21 +14,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from eagle_rpc.supervision import to_device
 from eagle_rpc.supervision.segments import ChatBoundaries, chat_boundaries, chat_starts, positions_from
 from eagle_rpc.target.capture import run_base
-from eagle_rpc.target.probes import packing_fault
+from eagle_rpc.target.probes import FAILURES, packing_fault
 
 # Names in transformers' registry: one chat a row without a mask; a loop over chats; one kernel for all chats.
 _WHOLE, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Ends of config fields that limit what a layer sees (`sliding_window`); some models apply them in masks only.
 _LIMITS = ("window", "window_size", "chunk_size")
-# Errors of a model's own code that meets an attention name or a kernel that it does not know.
-_FAILURES = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 T = TypeVar("T")
 
@@ -54,13 +52,13 @@ class ChatAttention:
     Other models (eager, flex attention) keep transformers' masks.
     """
 
-    def __init__(self, base: PreTrainedModel, probe_ids: Tensor) -> None:
-        """`probe_ids`: [1, T] on the base's device."""
-        self._base = base
+    def __init__(self, base: PreTrainedModel, decoder: PreTrainedModel, probe_ids: Tensor) -> None:
+        """`decoder`: the text model, `base` itself or inside it; `probe_ids`: [1, T] on their device."""
+        self._base, self._config = base, decoder.config
         self._skips_mask = self._flash = self._loops = False
-        if base.config._attn_implementation != "sdpa":
+        if self._config._attn_implementation != "sdpa":
             return
-        sees_all, on_gpu, rows = _sees_all(base), probe_ids.is_cuda, probe_ids.view(2, -1)
+        sees_all, on_gpu, rows = _sees_all(self._config), probe_ids.is_cuda, probe_ids.view(2, -1)
         flash = sees_all and on_gpu and base.dtype in _FLASH_DTYPES
         self._skips_mask = sees_all and self._equals_masked(probe_ids)
         self._flash = flash and self._keeps_apart(rows, self._run_varlen)
@@ -94,15 +92,15 @@ class ChatAttention:
     @contextlib.contextmanager
     def _attending(self, name: str, variable: ContextVar[T], chats: T) -> Iterator[None]:
         token = variable.set(chats)
-        self._base.config._attn_implementation = name
+        self._config._attn_implementation = name
         try:
             yield
         finally:
-            self._base.config._attn_implementation = "sdpa"
+            self._config._attn_implementation = "sdpa"
             variable.reset(token)
 
     def _equals_masked(self, ids_BT: Tensor) -> bool:
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             return torch.equal(self._run_whole(ids_BT), run_base(self._base, ids_BT))
         return False
 
@@ -115,14 +113,13 @@ class ChatAttention:
             real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
             return run_packed(ids_BT, positions_within_chats(real_BT, segment_ids_BT).cpu())
 
-        with contextlib.suppress(*_FAILURES):
+        with contextlib.suppress(*FAILURES):
             return packing_fault(run, ids_BT) is None
         return False
 
 
-def _sees_all(base: PreTrainedModel) -> bool:
-    """Whether every layer attends to all earlier tokens, according to the config."""
-    config = base.config.get_text_config()
+def _sees_all(config: PretrainedConfig) -> bool:
+    """Whether every layer attends to all earlier tokens, according to the decoder's config."""
     limited = any(value and name.endswith(_LIMITS) for name, value in config.to_dict().items())
     return not limited and all(
         kind == "full_attention" for kind in getattr(config, "layer_types", None) or ()

@@ -4,11 +4,12 @@ Legend: B batch, T sequence, N rows, H target hidden, V target vocab, K draft vo
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import DraftHead
@@ -23,22 +24,28 @@ class OwnHead:
     """The model's own code after its decoder, on given last hidden states.
 
     This is the model's `forward` with the identity in the decoder's place: scales, caps and casts included.
+    The decoder's output is of its own class, whose other fields are null.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        decoder = copy.copy(find_base(model))
-        decoder.forward = _pass_through
+    def __init__(self, model: PreTrainedModel, output_class: type[ModelOutput]) -> None:
+        base = find_base(model)
+        decoder = copy.copy(base)
+        decoder.forward = partial(_pass_through, output_class)
         # Shallow copies: the weights are shared, and the model itself keeps its decoder.
         self._model = copy.copy(model)
-        self._model._modules = {**model._modules, model.base_model_prefix: decoder}
+        self._model._modules = {
+            name: decoder if part is base else part for name, part in model._modules.items()
+        }
 
     def project(self, hidden_NH: Tensor) -> Tensor:
         """Final logits [N, V] of last hidden states."""
         return self._model(inputs_embeds=hidden_NH.unsqueeze(0), use_cache=False).logits.squeeze(0)
 
 
-def _pass_through(*unused: Any, inputs_embeds: Tensor, **also_unused: Any) -> MoeModelOutputWithPast:
-    return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+def _pass_through(
+    output_class: type[ModelOutput], *unused: Any, inputs_embeds: Tensor, **also_unused: Any
+) -> ModelOutput:
+    return output_class(last_hidden_state=inputs_embeds)
 
 
 def draft_head(model: PreTrainedModel, selected_token_ids: Tensor) -> DraftHead:

@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoModel,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.files import is_lfs_pointer
+from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
+from eagle_rpc.target.longrope import settle_longrope
 from eagle_rpc.target.quantization import is_quantised
-from eagle_rpc.target.stored import in_one_line, load_stored
+from eagle_rpc.target.stored import auto_class, continues_text, in_one_line, load_stored
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ _HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 _POINTER_BYTES = 1024
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges")
 _SENTENCEPIECE = importlib.util.find_spec("sentencepiece") is not None
-_SHAPE = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
 def resolve_model_dir(config: TargetConfig, cache_dir: str | Path) -> Path:
@@ -90,7 +90,7 @@ def _download(name: str, files: list[str]) -> Path:
 def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> PretrainedConfig:
     """The transformers configuration of the target, without its weights.
 
-    Raises `ConfigError` if there is none, or one of another kind than a causal language model.
+    Raises `ConfigError` if there is none, or one of a model that does not continue text.
     """
     if not config.random:
         directory = _local_directory(config, cache_dir, ["config.json"])
@@ -99,7 +99,11 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
         except (OSError, ValueError) as error:
             rule = "target.model must be a model that transformers knows"
             raise ConfigError(f"{rule}, got {config.model}: {in_one_line(error)}") from error
-        _require_causal(hf_config, config.model)
+        if not continues_text(hf_config):
+            raise ConfigError(
+                f"target.model must be a causal language model, alone or in a vision-language model, got "
+                f"{config.model} of type {hf_config.model_type}, which transformers does not know as one"
+            )
         return hf_config
     fields = dict(config.random)
     try:
@@ -110,17 +114,9 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
         ) from error
 
 
-def _require_causal(hf_config: PretrainedConfig, name: str) -> None:
-    known = hf_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    missing = [field for field in _SHAPE if not isinstance(getattr(hf_config, field, None), int)]
-    if known and not missing:
-        return
-    why = f"without {', '.join(missing)}" if known else "which transformers does not know as one"
-    if hasattr(hf_config, "text_config"):
-        why = "which has a text model among others, such as a vision-language model"
-    raise ConfigError(
-        f"target.model must be a causal language model, got {name} of type {hf_config.model_type}, {why}"
-    )
+def load_target_shape(config: TargetConfig, *, cache_dir: str | Path) -> TargetShape:
+    """The target's shape. Raises `ConfigError` as `load_target_config` and `TargetShape.of`."""
+    return TargetShape.of(load_target_config(config, cache_dir=cache_dir))
 
 
 def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> PreTrainedTokenizerBase | None:
@@ -162,11 +158,12 @@ def load_model(
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
         directory = resolve_model_dir(config, cache_dir)
-        model = load_stored(config, directory, attention, device, quantised=quantised)
+        model = load_stored(config, hf_config, directory, attention, device, quantised=quantised)
     if not quantised:
         model = model.to(device)
     model = model.eval().requires_grad_(False)
     model.config.use_cache = False
+    settle_longrope(model, config.max_length or TargetShape.of(hf_config).context or 0)
     logger.info(
         "target %s: %s, %.1f M parameters, %s%s, %s attention, on %s, loaded in %.1f s",
         "with random weights" if config.random else config.model,
@@ -201,7 +198,7 @@ def _random_model(hf_config: PretrainedConfig, attention: str, seed: int) -> Pre
 
 def _model_of(hf_config: PretrainedConfig, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     settings = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
-    return AutoModelForCausalLM.from_config(hf_config, **settings)
+    return auto_class(hf_config).from_config(hf_config, **settings)
 
 
 def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.dtype) -> None:
@@ -218,12 +215,24 @@ def _check_attention(hf_config: PretrainedConfig, attention: str, dtype: torch.d
 
 
 def exact_attention(hf_config: PretrainedConfig, wanted: str) -> str:
-    """`wanted`, or `eager` where the model soft-caps its attention scores, which sdpa silently omits."""
-    if wanted != "sdpa" or not caps_attention(hf_config):
+    """`wanted`, or `eager`, and says so, where sdpa is not what the model computes, or is not in it."""
+    if wanted != "sdpa":
         return wanted
-    model_type = hf_config.model_type
-    logger.info("target.attention is eager: sdpa ignores the soft cap on attention scores of %s", model_type)
+    if caps_attention(hf_config):
+        reason = "sdpa ignores the soft cap on attention scores of"
+    elif not _has_sdpa(hf_config):
+        reason = "transformers has no sdpa for"
+    else:
+        return wanted
+    logger.info("target.attention is eager: %s %s", reason, hf_config.model_type)
     return "eager"
+
+
+def _has_sdpa(hf_config: PretrainedConfig) -> bool:
+    """Whether the model and the text model inside it have sdpa."""
+    parts = [(auto_class(hf_config), hf_config), (AutoModel, hf_config.get_text_config())]
+    kinds = [auto._model_mapping.get(type(part), None) for auto, part in parts]
+    return all(getattr(kind, "_supports_sdpa", True) for kind in kinds)
 
 
 def caps_attention(hf_config: PretrainedConfig) -> bool:

@@ -3,6 +3,7 @@
 Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab, N rows.
 """
 
+import sys
 import threading
 import uuid
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from eagle_rpc.supervision import (
     Eagle3Target,
     ModelInfo,
     TargetOutput,
+    TargetShape,
     fused_rows_run,
     read_rows,
     read_rows_fused,
@@ -34,15 +36,17 @@ from eagle_rpc.target.capture import (
     captured_layers,
     check_capture,
     find_base,
+    find_decoder,
     find_decoder_layers,
     run_base,
+    run_base_whole,
 )
 from eagle_rpc.target.chat_attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.gated_mlp import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
-from eagle_rpc.target.probes import check_causal, packing_fault
+from eagle_rpc.target.probes import check_causal, packing_fault, refusing_failures
 
 # Tokens of the forward pass that the probes run.
 _PROBE_TOKENS = 32
@@ -76,19 +80,21 @@ class HFEagle3TargetModel(Eagle3Target):
             )
         self.model = model.eval().requires_grad_(False)
         """The transformers model, for other uses while no batch runs. Its weights must not change."""
+        self._shape = TargetShape.of(model.config)
         self._base = find_base(model)
         self._layers = find_decoder_layers(model)
         self.tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
-        self._own_head = OwnHead(model)
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
-        with self._forward_lock, torch.inference_mode():
+        with self._forward_lock, torch.inference_mode(), refusing_failures(name):
             check_causal(partial(run_base, self._base), self._probe_ids, name)
             hidden_BTH = check_capture(self._base, self._layers, self.aux_layer_ids, self._probe_ids)
+            self._check_embedding(hidden_BTH.shape[-1])
+            self._own_head = OwnHead(model, type(run_base_whole(self._base, self._probe_ids)))
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
-            self._attention = ChatAttention(self._base, self._probe_ids)
+            self._attention = ChatAttention(self._base, find_decoder(model), self._probe_ids)
             logits_NV = self._own_head.project(hidden_BTH.flatten(0, 1))
             self._fused_rows = fused_rows and fused_rows_run(logits_NV)
         self._mlps = FusedMLPs(self._layers.modules() if fused_mlp else ())
@@ -177,6 +183,13 @@ class HFEagle3TargetModel(Eagle3Target):
         spread = torch.linspace(0, embedding.shape[0] - 1, _PROBE_TOKENS, device=embedding.device)
         return spread.long().unsqueeze(0)
 
+    def _check_embedding(self, width: int) -> None:
+        """The draft reads the target's token embedding beside its hidden states."""
+        embedding = self.get_input_embeddings().weight
+        if embedding.dim() != 2 or embedding.shape[1] != width:
+            rule = f"{type(self.model).__name__} must embed tokens as wide as its hidden states of {width}"
+            raise UnsupportedTarget(f"{rule}, got an embedding {list(embedding.shape)}")
+
     def _check_packing(self) -> None:
         """At the first packed batch: rows of two chats must give what the chats give alone."""
         if self._packing_is_exact:
@@ -193,7 +206,8 @@ class HFEagle3TargetModel(Eagle3Target):
 
     @property
     def _max_length(self) -> int:
-        context = self.model.config.get_text_config().max_position_embeddings
+        """Tokens of the model's context; without one the largest number, so that the settings decide."""
+        context = self._shape.context or sys.maxsize
         return context if self._compiled is None else min(context, self._compiled.buckets.longest)
 
     def model_info(self) -> ModelInfo:
@@ -211,7 +225,7 @@ class HFEagle3TargetModel(Eagle3Target):
         return ModelInfo(
             architecture=type(self.model).__name__,
             vocab_size=self.get_input_embeddings().weight.shape[0],
-            hidden_size=self.model.config.get_text_config().hidden_size,
+            hidden_size=self._shape.hidden_size,
             num_layers=len(self._layers),
             aux_layer_ids=self.aux_layer_ids,
             dtype=str(self.model.dtype).removeprefix("torch."),

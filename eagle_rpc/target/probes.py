@@ -3,24 +3,51 @@
 Legend: B batch, T sequence, H target hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
 
+# Errors of a model's own code that meets an input, a cache, an attention or a kernel that it does not know.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Relative error that rounding explains where two computations multiply matrices of different shapes.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 # The same for whole models, as a multiple: the rounding of other attention kernels, and of experts that get
 # other rows, grows from layer to layer.
-_WHOLE_MODEL = 5
+WHOLE_MODEL = 5
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`; NaN if either contains NaN."""
     actual, expected = actual.float(), expected.float()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-12))
+
+
+@contextmanager
+def refusing_failures(name: str) -> Iterator[None]:
+    """Turns errors of a model's own code into `UnsupportedTarget`: it needs more than token ids, or is broken.
+
+    `name`: the model, and what it is for.
+    """
+    try:
+        yield
+    except (UnsupportedTarget, ConfigError, torch.OutOfMemoryError):
+        raise
+    except FAILURES as error:
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UnsupportedTarget(f"{name} must run on token ids alone, it fails ({found})") from error
 
 
 def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> None:
@@ -38,7 +65,7 @@ def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> 
         )
     expected = expected[:, :middle]
     error = relative_error(run(_with_other(ids_BT, slice(middle, None)))[:, :middle], expected)
-    if not error <= _WHOLE_MODEL * ROUNDING[expected.dtype]:
+    if not error <= WHOLE_MODEL * ROUNDING[expected.dtype]:
         raise UnsupportedTarget(
             f"{name} must be causal, but later tokens change it (relative error {error:.1e})"
         )
@@ -53,7 +80,7 @@ def packing_fault(run: Callable[[Tensor, Tensor | None], Tensor], ids_BT: Tensor
     chats = slice(0, middle), slice(middle, None)
     segments = (torch.arange(ids_BT.shape[1], device=ids_BT.device) >= middle).long().expand_as(ids_BT)
     packed = run(ids_BT, segments)
-    bound = _WHOLE_MODEL * ROUNDING[packed.dtype]
+    bound = WHOLE_MODEL * ROUNDING[packed.dtype]
     for chat, other in (chats, chats[::-1]):
         leak = relative_error(run(_with_other(ids_BT, other), segments)[:, chat], packed[:, chat])
         if not leak <= bound:

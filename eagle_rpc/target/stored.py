@@ -7,7 +7,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
@@ -21,8 +30,26 @@ _NAMED = 3
 _BESIDE_TEXT = ("visual", "vision", "image", "audio", "speech", "mtp", "nextn", "connector", "projector")
 
 
+def continues_text(hf_config: PretrainedConfig) -> bool:
+    """Whether transformers has a language model of this type, alone or beside a vision tower."""
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return any(hf_config.model_type in types for types in known)
+
+
+def auto_class(hf_config: PretrainedConfig) -> Any:
+    """The class of transformers that builds the language model of this type."""
+    alone = hf_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if alone else AutoModelForImageTextToText
+
+
 def load_stored(
-    config: TargetConfig, directory: Path, attention: str, device: torch.device | str, *, quantised: bool
+    config: TargetConfig,
+    hf_config: PretrainedConfig,
+    directory: Path,
+    attention: str,
+    device: torch.device | str,
+    *,
+    quantised: bool,
 ) -> PreTrainedModel:
     """The model of a directory: on the CPU, or on `device` if its weights are quantised.
 
@@ -37,8 +64,7 @@ def load_stored(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     _require_whole_files(directory)
     try:
-        # With its report, which transformers' types leave out.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **exact, **safe, **placed, **told)
+        loaded = auto_class(hf_config).from_pretrained(directory, **exact, **safe, **placed, **told)
     except (OSError, ValueError) as error:
         rule = "target.model must be a causal language model with safetensors weights"
         raise ConfigError(f"{rule}, got {directory}: {in_one_line(error)}") from error

@@ -13,7 +13,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.data import BatchPlan, datasets_of, load_data
 from eagle_rpc.jobs.assembly import chat_template, plan_batches
 from eagle_rpc.supervision import VocabMapping
-from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.target.loading import load_target_shape, load_tokenizer
 
 _TIME = struct.Struct("<d")
 
@@ -37,7 +37,7 @@ def data_of(config: Config) -> tuple[BatchPlan, VocabMapping]:
     template = chat_template(config, load_tokenizer(config.target, cache_dir=config.run.cache_dir))
     data = load_data(config.data, template, cache_dir=config.run.cache_dir, show_progress=False)
     training, _ = datasets_of(config.data, data)
-    vocab_size = load_target_config(config.target, cache_dir=config.run.cache_dir).vocab_size
+    vocab_size = load_target_shape(config.target, cache_dir=config.run.cache_dir).vocab_size
     mapping = VocabMapping.from_token_ids(torch.arange(config.draft.vocab_size), vocab_size)
     return plan_batches(config, training), mapping
 

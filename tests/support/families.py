@@ -66,6 +66,8 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
 def _shrunk(kind: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
     default = kind()
     fields = dict(_sizes(default))
+    if hasattr(default, "is_decoder"):
+        fields["is_decoder"] = True
     if "kv_lora_rank" in fields:
         # Latent attention has keys for every head.
         fields["num_key_value_heads"] = fields["num_attention_heads"]

@@ -36,7 +36,7 @@ from eagle_rpc.supervision import (
     TargetOutput,
 )
 from eagle_rpc.supervision.rows import RowsRead
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.topology import assign_roles, plan_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
@@ -148,7 +148,7 @@ def travel() -> tuple[Files, Files]:
     world, stop = read_world(), threading.Event()
     cast = assign_roles(config.topology, world)
     devices = plan_devices(cast, world, target="cpu", trainer="cpu")
-    target_config = load_target_config(config.target, cache_dir="unused")
+    shape = load_target_shape(config.target, cache_dir="unused")
     with (
         _recorded(journey),
         join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership,
@@ -156,9 +156,9 @@ def travel() -> tuple[Files, Files]:
         server = load_server(config, torch.device("cpu"))
         with TargetLifecycle(server=server, config=config.rpc, stop=stop).hosted():
             membership.mark("ready")
-            backend = connect_target(config, target_config, None, torch.device("cpu"), cast, membership, stop)
+            backend = connect_target(config, shape, None, torch.device("cpu"), cast, membership, stop)
             backend.open_session(tiny_mapping())
-            draft = make_draft(config, target_config, backend, torch.device("cpu"))
+            draft = make_draft(config, shape, backend, torch.device("cpu"))
             learner = Learner(draft, config.train, config.draft, TrainerGroup(), total_steps=1)
             with contextlib.closing(backend.stream(plan.batches())) as stream:
                 learner.learn(itertools.islice(stream, 1))

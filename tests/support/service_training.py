@@ -19,7 +19,7 @@ from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.topology import Role, assign_roles, plan_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
@@ -72,13 +72,11 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
 def _train(
     config: Config, membership: StaticMembership, device: torch.device, group: TrainerGroup, steps: int
 ) -> dict[str, Any]:
-    target_config = load_target_config(config.target, cache_dir="unused")
-    backend = connect_target(
-        config, target_config, None, device, membership.cast, membership, threading.Event()
-    )
+    shape = load_target_shape(config.target, cache_dir="unused")
+    backend = connect_target(config, shape, None, device, membership.cast, membership, threading.Event())
     with contextlib.closing(backend):
         backend.open_session(tiny_mapping())
-        draft = make_draft(config, target_config, backend, device)
+        draft = make_draft(config, shape, backend, device)
         learner = Learner(draft, config.train, config.draft, group, total_steps=steps)
         seeds = itertools.count(group.rank, group.size)
         with (

@@ -15,7 +15,7 @@ from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import ElasticMembership
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.topology import Role, assign_elastic_roles
 
 
@@ -33,8 +33,8 @@ def elastic_trainer(config: Config) -> Iterator[tuple[ElasticMembership, RemoteE
     cast = assign_elastic_roles(Role.trainer, config.topology, read_world())
     name = cast.me.name
     start_worker(config, name)
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     with announced(config, name, Role.trainer, device, stop, when_superseded=stop.set) as membership:
-        target = connect_target(config, target_config, None, device, cast, membership, stop)
+        target = connect_target(config, shape, None, device, cast, membership, stop)
         with contextlib.closing(target):
             yield membership, target

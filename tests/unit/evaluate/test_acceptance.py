@@ -13,7 +13,7 @@ from eagle_rpc.evaluate import acceptance, judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
 from eagle_rpc.evaluate.own_text import own_texts
 from eagle_rpc.serving.export import export_draft, load_export
-from eagle_rpc.supervision import VocabMapping
+from eagle_rpc.supervision import TargetShape, VocabMapping
 
 AUX_LAYERS = (0, 2, 5)
 PROMPTS = [[3, 7, 1], [2, 2, 5, 8], [6]]
@@ -42,7 +42,7 @@ def model():
 @pytest.fixture(scope="module")
 def export(model, tmp_path_factory):
     directory = tmp_path_factory.mktemp("draft") / "export"
-    config = Eagle3DraftConfig.from_target(model.config, draft_vocab_size=8)
+    config = Eagle3DraftConfig.from_target(TargetShape.of(model.config), draft_vocab_size=8)
     embedding = model.get_input_embeddings().weight
     draft = Eagle3Draft(config, embedding)
     draft.initialise(seed=0)

@@ -12,7 +12,7 @@ from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.speculative import decode_greedily, decode_speculatively
-from eagle_rpc.supervision import VocabMapping
+from eagle_rpc.supervision import TargetShape, VocabMapping
 
 VOCAB = 12
 AUX_LAYERS = (1, 2, 3)
@@ -38,7 +38,7 @@ def tiny_target(config_class=LlamaConfig, seed=0, **settings):
 def tiny_draft(model, seed, likely_tokens):
     """A draft of a few tokens, so that chance alone makes some of its guesses right."""
     mapping = VocabMapping.from_token_ids(torch.tensor(likely_tokens), VOCAB)
-    config = Eagle3DraftConfig.from_target(model.config, draft_vocab_size=len(mapping))
+    config = Eagle3DraftConfig.from_target(TargetShape.of(model.config), draft_vocab_size=len(mapping))
     draft = Eagle3Draft(config, model.get_input_embeddings().weight)
     draft.initialise(seed)
     # Guesses hang on what the draft attends to, so that a wrong slot in its cache changes them.

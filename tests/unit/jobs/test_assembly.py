@@ -7,6 +7,7 @@ from eagle_rpc.config.schema import DataConfig, DraftConfig, TrainConfig
 from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.jobs.assembly import log_padding, make_draft, plan_batches, require_room
+from eagle_rpc.supervision import TargetShape
 
 
 @pytest.mark.parametrize(
@@ -68,8 +69,10 @@ class HeadlessBackend:
 
 
 def test_a_target_without_a_plain_head_is_told_how_to_train_all_the_same():
-    target = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+    target = TargetShape.of(
+        LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4
+        )
     )
     with pytest.raises(UnsupportedTarget, match=r"draft\.seed_head must be false .*: the head is a mixture"):
         make_draft(Config(draft=DraftConfig(vocab_size=40)), target, HeadlessBackend(), torch.device("cpu"))

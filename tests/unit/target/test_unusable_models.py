@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_model import save_tiny_model
-from transformers import LlavaConfig
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
@@ -152,11 +151,6 @@ def test_half_a_configuration_is_refused(model: Path, content: str):
 def test_a_name_that_is_neither_a_directory_nor_at_the_hub_says_so(name: str):
     for run in (config_of, tokenizer_of):
         assert "no such directory, and no hub model of that name" in refusal(run, name)
-
-
-def test_a_vision_language_model_is_refused_as_what_it_is(tmp_path: Path):
-    LlavaConfig().save_pretrained(tmp_path)
-    assert refusal(config_of, tmp_path).endswith("such as a vision-language model")
 
 
 def test_an_encoder_is_refused_as_no_causal_model(tmp_path: Path):
