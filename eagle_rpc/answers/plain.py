@@ -3,11 +3,12 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.supervision import TargetShape, weights_fingerprint
@@ -76,13 +77,23 @@ class PlainAnswerer:
                 del self._waiting[length]
             yield from self._answer(batch)
 
+    @contextmanager
+    def _own_settings(self) -> Iterator[None]:
+        """Inside the block the model's own penalties and forced tokens do not shape what it says."""
+        usual, self._model.generation_config = self._model.generation_config, GenerationConfig()
+        try:
+            yield
+        finally:
+            self._model.generation_config = usual
+
     @torch.inference_mode()
     def _answer(self, batch: list[tuple[str, list[int]]]) -> Iterator[Answer]:
         keys = "/".join([str(self._seed), *(key for key, _ in batch)])
         torch.manual_seed(int.from_bytes(hashlib.sha256(keys.encode()).digest()[:8], "big"))
         ids_NT = torch.tensor([prompt for _, prompt in batch], device=self._model.device)
         generate: Any = self._model.generate  # its types are those of a decorator
-        said_NT = generate(input_ids=ids_NT, attention_mask=torch.ones_like(ids_NT), **self._options)
+        with self._own_settings():
+            said_NT = generate(input_ids=ids_NT, attention_mask=torch.ones_like(ids_NT), **self._options)
         for (key, prompt), row in zip(batch, said_NT.tolist(), strict=True):
             everything = row[len(prompt) :]
             said = everything[: self._max_new_tokens]

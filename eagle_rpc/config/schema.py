@@ -142,7 +142,8 @@ class TargetConfig:
     device: Annotated[str, rules.DEVICE] = "auto"
     """`cpu`, `cuda`, `cuda:N`, or `auto`: the GPU of the local rank if there is one, else the CPU."""
     attention: Annotated[str, rules.NOT_PAGED] = "sdpa"
-    """Attention implementation of transformers; packages that it needs must be installed."""
+    """Attention implementation of transformers; packages that it needs must be installed. `sdpa` is `eager` for
+    models that have none, or whose soft cap it would leave out."""
     quantization: Quantization | None = None
     """Quantises the weights during loading, except head and embedding; null: weights as they are stored."""
     compile_shapes: Annotated[list[str], rules.SHAPES] = field(default_factory=list)
@@ -155,7 +156,8 @@ class TargetConfig:
     aux_layer_ids: Annotated[list[int], rules.THREE_LAYERS] | None = None
     """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
     max_length: Positive[int] | None = None
-    """Longest sequence in tokens; null: the model's context."""
+    """Longest sequence in tokens; null: the model's context. Models with `longrope` take their long factors if it
+    exceeds the context of their first training."""
     max_batch_tokens: Positive[int] = 65536
     """Largest B x T of one request, padding included."""
     chunk_rows: Positive[int] = 2048
@@ -201,11 +203,11 @@ class DraftConfig:
     vocab_size: Positive[int] = 8192
     """Draft vocabulary K; at most the target's vocabulary."""
     intermediate_size: Positive[int] | None = None
-    """Width of the feed-forward block; null: the target's."""
+    """Width of the feed-forward block; null: the target's, of experts that of all that a token passes."""
     num_attention_heads: Positive[int] | None = None
-    """Attention heads; null: the target's."""
+    """Attention heads; null: the target's, or hidden size over width of its values where it stores latents."""
     num_key_value_heads: Positive[int] | None = None
-    """Key-value heads; null: the target's."""
+    """Key-value heads; null: the target's, at most 8 where it stores latents."""
     rope: DraftRope = DraftRope.target
     """Rotary embedding: the target's, stretched as its own, or plain with the target's base."""
     norm_before_residual: bool = False

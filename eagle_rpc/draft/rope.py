@@ -26,14 +26,14 @@ class RotaryEmbedding:
         `context`: the longest position; `length`: that of the sequences in use, by which `longrope` chooses
         its factors. Raises `ConfigError` for an unknown `rope_type` or fields that do not suit it.
         """
-        self._frequencies, self._factor = _frequencies_of(head_dim, theta, scaling, context, length)
+        self._frequencies, self.factor = _frequencies_of(head_dim, theta, scaling, context, length)
 
     def tables(self, positions_BT: Tensor) -> RopeTables:
         """Tables for integer positions [B or 1, T], on their device."""
         if self._frequencies.device != positions_BT.device:
             self._frequencies = self._frequencies.to(positions_BT.device)
         angles = positions_BT[:, None, :, None].float() * self._frequencies
-        return angles.cos() * self._factor, angles.sin() * self._factor
+        return angles.cos() * self.factor, angles.sin() * self.factor
 
 
 def rotate(x: Tensor, tables: RopeTables) -> Tensor:

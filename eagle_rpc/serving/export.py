@@ -7,6 +7,7 @@ Legend: H hidden, V target vocab.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,6 +133,7 @@ def _serving_config(
     draft_config: Eagle3DraftConfig, dtype: torch.dtype, aux_layer_ids: Sequence[int], num_target_layers: int
 ) -> dict[str, Any]:
     config: dict[str, Any] = {field.name: getattr(draft_config, field.name) for field in fields(draft_config)}
+    config["rope_scaling"] = _rope_for_engines(draft_config)
     for name in ("rope_scaling", "rope_length"):
         if config[name] is None:
             del config[name]
@@ -149,6 +151,18 @@ def _serving_config(
         config[_AUX_LAYERS] = [layer + 1 for layer in aux_layer_ids]
         config["eagle_config"] = {_AUX_LAYERS: list(aux_layer_ids), "use_aux_hidden_state": True}
     return config
+
+
+def _rope_for_engines(draft_config: Eagle3DraftConfig) -> dict[str, Any] | None:
+    """The draft's `rope_scaling`; of YaRN with the attention factor as vLLM and SGLang read it.
+
+    They multiply `attn_factor` by `0.1 ln(factor) + 1` and know neither `attention_factor` nor `mscale`.
+    """
+    scaling = draft_config.rope_scaling
+    if scaling is None or scaling["rope_type"] != "yarn" or not scaling.get("factor"):
+        return scaling
+    usual = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1
+    return {**scaling, "attn_factor": draft_config.rotary_embedding().factor / usual}
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], config: Eagle3DraftConfig) -> None:

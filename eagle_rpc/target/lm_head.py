@@ -31,15 +31,25 @@ class OwnHead:
         base = find_base(model)
         decoder = copy.copy(base)
         decoder.forward = partial(_pass_through, output_class)
-        # Shallow copies: the weights are shared, and the model itself keeps its decoder.
-        self._model = copy.copy(model)
-        self._model._modules = {
-            name: decoder if part is base else part for name, part in model._modules.items()
-        }
+        self._model = _with_other(model, base, decoder)
 
     def project(self, hidden_NH: Tensor) -> Tensor:
         """Final logits [N, V] of last hidden states."""
         return self._model(inputs_embeds=hidden_NH.unsqueeze(0), use_cache=False).logits.squeeze(0)
+
+
+def _with_other(module: nn.Module, part: nn.Module, other: nn.Module) -> nn.Module:
+    """The module with `other` in the place of `part`. Copies are shallow: weights are shared, `module` stays."""
+    if module is part:
+        return other
+    changed = {
+        name: _with_other(child, part, other)
+        for name, child in module.named_children()
+        if any(inner is part for inner in child.modules())
+    }
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **changed}
+    return copied
 
 
 def _pass_through(

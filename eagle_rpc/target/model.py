@@ -46,7 +46,7 @@ from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.gated_mlp import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_model
-from eagle_rpc.target.probes import check_causal, packing_fault, refusing_failures
+from eagle_rpc.target.probes import check_causal, packing_fault, recurrent_layers, refusing_failures
 
 # Tokens of the forward pass that the probes run.
 _PROBE_TOKENS = 32
@@ -198,7 +198,10 @@ class HFEagle3TargetModel(Eagle3Target):
         def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
             return self._forward(ids_BT, torch.ones_like(ids_BT), segment_ids_BT).last_hidden_state
 
-        fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
+        if recurrent_layers(find_decoder(self.model)):
+            fault: str | None = "its layers carry a state from token to token"
+        else:
+            fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
         if fault is not None:
             name = f"{type(self.model).__name__} with {self.model.config._attn_implementation} attention"
             raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-NUM_LAYERS = 6
+NUM_LAYERS = 4
 VOCAB_SIZE = 96
 
 # Values for the fields that decide a model's size, by their names in all families.
@@ -45,12 +45,36 @@ _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split
 
 
 # What the sizes above do not settle.
-_MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8}
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}}
+_MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64}
+_ROPE_BY_KIND = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10000.0}
+        for kind in ("full_attention", "sliding_attention")
+    }
+}
 _OWN_FIELDS: dict[str, dict[str, Any]] = {
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "cohere_compass_text": _ROPE_BY_KIND,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": _MAMBA,
     "granitemoehybrid": _MAMBA,
-    "gemma3n_text": {"num_kv_shared_layers": 2, "num_hidden_layers": 10, "laurel_rank": 4},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 10,
+        "laurel_rank": 4,
+        "intermediate_size": 48,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (NUM_LAYERS // 2)},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * (NUM_LAYERS // 2)},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -75,6 +99,7 @@ def _shrunk(kind: type[PretrainedConfig], **changes: Any) -> PretrainedConfig:
         part = getattr(default, name, None)
         if isinstance(part, PretrainedConfig):
             fields[name] = _shrunk(type(part)).to_dict()
+    fields |= _rope_sections(default, fields)
     fields |= _OWN_FIELDS.get(kind.model_type, {})
     return kind(**{**fields, **changes})
 
@@ -86,9 +111,32 @@ def _sizes(default: PretrainedConfig) -> Iterator[tuple[str, int]]:
             yield name, own[name]
 
 
+def _rope_sections(default: PretrainedConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Sections of the rotary embedding for time, height and width, which sum to half of a head."""
+    parameters = default.to_dict().get("rope_parameters") or {}
+    if "mrope_section" not in parameters:
+        return {}
+    share = parameters.get("partial_rotary_factor", 1.0)
+    half = int(fields.get("head_dim", fields["hidden_size"] // fields["num_attention_heads"]) * share) // 2
+    other = half // 3
+    return {"rope_parameters": {**parameters, "mrope_section": [half - 2 * other, other, other]}}
+
+
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     config = tiny_config(model_type, **changes)
     torch.manual_seed(0)
-    text_only = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+    # As published: a text model inside a vision-language model is stored inside it.
+    beside = model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind = AutoModelForImageTextToText if beside else AutoModelForCausalLM
     return kind.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def runs_alone(model_type: str) -> bool:
+    """Whether a tiny model can be built from sizes alone, and transformers itself runs it on token ids."""
+    try:
+        model = tiny_model(model_type)
+        with torch.inference_mode():
+            logits_BTV = model(input_ids=torch.arange(5, 25)[None], use_cache=False).logits
+    except Exception:  # noqa: BLE001 - transformers and packages that are missing raise any class
+        return False
+    return logits_BTV.shape[1] == 20 and bool(logits_BTV.isfinite().all())

@@ -1,20 +1,33 @@
 """The jobs of the README on one tiny model, in this process: what each of them says."""
 
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from support.families import NUM_LAYERS, tiny_model
+from support.families import runs_alone, tiny_model
 from support.tiny_tokenizer import make_tiny_tokenizer
+from transformers import PreTrainedModel
 
 from eagle_rpc import library
+from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.answers.own import own_answerer
-from eagle_rpc.config.choices import DType
-from eagle_rpc.config.schema import DraftConfig, EvaluateConfig, RunConfig, TargetConfig, TrainConfig
+from eagle_rpc.config.choices import DType, Encoding
+from eagle_rpc.config.schema import (
+    DraftConfig,
+    EvaluateConfig,
+    RunConfig,
+    SupervisionConfig,
+    TargetConfig,
+    TrainConfig,
+)
 from eagle_rpc.errors import EagleRpcError
-from eagle_rpc.supervision import TokenBatch, VocabMapping
-from eagle_rpc.target.loading import load_model
+from eagle_rpc.evaluate import evaluate_draft
+from eagle_rpc.supervision import SessionSettings, TokenBatch, VocabMapping
+from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.model import HFEagle3TargetModel
 
 JOBS = ("supervise", "packed", "train", "export", "evaluate", "regenerate")
 _DRAFT_VOCAB = 24
@@ -45,33 +58,89 @@ def save_tiny_family(family: str, directory: Path, dtype: torch.dtype = torch.fl
 
 
 def try_family(family: str, *, dtype: DType = DType.float32) -> Outcome:
-    """Runs every job on the family. Only the project's own errors are caught: any other one is a fault."""
+    """Runs every job on the family. Only the project's own errors are caught: any other one is a fault.
+
+    Where an error names a setting that helps, it is followed, and the outcome says so.
+    """
     with tempfile.TemporaryDirectory() as root:
         directory = Path(root) / "model"
         outcome = Outcome(family, save_tiny_family(family, directory))
-        target = TargetConfig(
-            model=str(directory),
-            dtype=dtype,
-            device="cpu",
-            aux_layer_ids=[0, NUM_LAYERS // 2 - 1, NUM_LAYERS - 2],
-            max_length=64,
-        )
-        for job, run in (("supervise", _train), ("evaluate", _evaluate), ("regenerate", _regenerate)):
-            try:
-                run(target, Path(root), outcome.said)
-            except EagleRpcError as error:
-                outcome.said[_failed(job, outcome.said)] = str(error).splitlines()[0].replace(root + "/", "")
-                if "export" not in outcome.said:
-                    break
+        settings = _Settings(Path(root), TargetConfig(**_TARGET, model=str(directory), dtype=dtype))
+        for _ in range(len(_ADVICE) + 1):
+            outcome.said.clear()
+            _run_jobs(settings, outcome.said)
+            if outcome.whole or not settings.follow(outcome.said):
+                break
+        if outcome.whole and settings.followed:
+            outcome.said["train"] = f"yes, with {' '.join(settings.followed)}"
         return outcome
 
 
-def _failed(job: str, said: dict[str, str]) -> str:
-    return job if job != "supervise" else next(name for name in JOBS if name not in said)
+def try_all(families: Iterable[str]) -> Iterator[Outcome]:
+    """The outcomes of all families of which a tiny model can be built and runs in transformers itself."""
+    for family in families:
+        if runs_alone(family):
+            yield try_family(family)
 
 
-def _train(target: TargetConfig, root: Path, said: dict[str, str]) -> None:
-    backend = library.load_target(target, run=_run(root))
+# What an error advises: words of the message, and the setting.
+_ADVICE = {
+    "supervision.encoding=logits": "supervision.encoding=logits",
+    "draft.intermediate_size must be given": "draft.intermediate_size",
+    "draft.num_attention_heads must be given": "draft.num_attention_heads",
+}
+_TARGET: dict[str, Any] = {"device": "cpu", "aux_layer_ids": [0, 1, 2], "max_length": 64}
+
+
+@dataclass
+class _Settings:
+    root: Path
+    target: TargetConfig
+    supervision: SupervisionConfig = field(default_factory=SupervisionConfig)
+    draft: DraftConfig = field(default_factory=lambda: DraftConfig(ttt_steps=2))
+    followed: list[str] = field(default_factory=list)
+
+    @property
+    def run(self) -> RunConfig:
+        return RunConfig(name="family", cache_dir=str(self.root / "cache"))
+
+    def follow(self, said: dict[str, str]) -> bool:
+        """Takes the advice of an error; whether there was any."""
+        for words, setting in _ADVICE.items():
+            if setting not in self.followed and any(words in text for text in said.values()):
+                self.followed.append(setting)
+                if setting == "supervision.encoding=logits":
+                    self.supervision = SupervisionConfig(encoding=Encoding.logits)
+                elif setting == "draft.intermediate_size":
+                    self.draft = replace(self.draft, intermediate_size=64)
+                else:
+                    self.draft = replace(self.draft, num_attention_heads=4)
+                return True
+        return False
+
+
+def _run_jobs(settings: _Settings, said: dict[str, str]) -> None:
+    try:
+        target = _train(settings, said)
+    except EagleRpcError as error:
+        said[next(job for job in JOBS if job not in said)] = _sentence(error, settings)
+        return
+    model = target.model
+    for job, run in (("evaluate", _evaluate), ("regenerate", _regenerate)):
+        try:
+            said[job] = run(model, settings.root)
+        except EagleRpcError as error:
+            said[job] = _sentence(error, settings)
+
+
+def _sentence(error: EagleRpcError, settings: _Settings) -> str:
+    return str(error).splitlines()[0].replace(f"{settings.root}/", "")
+
+
+def _train(settings: _Settings, said: dict[str, str]) -> HFEagle3TargetModel:
+    target = HFEagle3TargetModel.load(settings.target, "cpu", cache_dir=settings.root / "cache")
+    session = SessionSettings(encoding=settings.supervision.encoding.value)
+    backend = ColocatedEagle3TargetModel(target, settings.target, session)
     vocab = backend.model_info().vocab_size
     mapping = VocabMapping.from_token_ids(torch.arange(3, 3 + _DRAFT_VOCAB), vocab)
     backend.open_session(mapping)
@@ -82,33 +151,33 @@ def _train(target: TargetConfig, root: Path, said: dict[str, str]) -> None:
         said["packed"] = "yes"
     except EagleRpcError as error:
         said["packed"] = str(error).splitlines()[0]
-    settings = {"draft": DraftConfig(ttt_steps=2), "train": TrainConfig(max_steps=1, device="cpu")}
-    training = library.DraftTraining(backend, mapping, target=target, run=_run(root), **settings)
-    list(training.steps([_batch(vocab)]))
+    training = library.DraftTraining(
+        backend,
+        mapping,
+        target=settings.target,
+        draft=settings.draft,
+        train=TrainConfig(max_steps=1, device="cpu"),
+        run=settings.run,
+    )
+    assert len(list(training.steps([_batch(vocab)]))) == 1
     said["train"] = "yes"
-    training.export(root / "draft", dtype=DType.float32)
+    training.export(settings.root / "draft", dtype=DType.float32)
     said["export"] = "yes"
+    return target
 
 
-def _evaluate(target: TargetConfig, root: Path, said: dict[str, str]) -> None:
-    draft = library.load_draft(root / "draft")
-    settings = EvaluateConfig(max_new_tokens=8, num_draft_tokens=3, dtype=target.dtype)
-    prompts = [[5, 9, 17, 30, 8], [7, 40, 21]]
-    result = library.evaluate_draft(target, draft, prompts, settings=settings, run=_run(root))
-    said["evaluate"] = "yes" if result.identical_texts else "DIFFERENT"
+def _evaluate(model: PreTrainedModel, root: Path) -> str:
+    settings = EvaluateConfig(max_new_tokens=6, num_draft_tokens=3)
+    result = evaluate_draft(model, library.load_draft(root / "draft"), [[5, 9, 17, 30, 8]], settings)
+    return "yes" if result.identical_texts else "the text differs from the target's own"
 
 
-def _regenerate(target: TargetConfig, root: Path, said: dict[str, str]) -> None:
-    model, _ = load_model(target, "cpu", cache_dir=root / "cache")
-    answerer = own_answerer(model, batch_size=2, max_new_tokens=4, stop_token_ids=[3])
+def _regenerate(model: PreTrainedModel, root: Path) -> str:
+    answerer = own_answerer(model, batch_size=2, max_new_tokens=3, stop_token_ids=[3])
     for key, prompt in (("a", [5, 9, 17, 30, 8]), ("b", [7, 40, 21])):
         answerer.submit(key, prompt)
     assert len(list(answerer.answers())) == 2
-    said["regenerate"] = "yes" if type(answerer).__name__ == "AnswerEngine" else "yes, by generate"
-
-
-def _run(root: Path) -> RunConfig:
-    return RunConfig(name="family", cache_dir=str(root / "cache"))
+    return "yes" if isinstance(answerer, AnswerEngine) else "yes, by generate"
 
 
 def _batch(vocab_size: int, *, packed: bool = False) -> TokenBatch:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from support.families import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eagle_rpc.answers import engine
-from eagle_rpc.answers.probe import probe_engine
+from eagle_rpc.answers.plain import PlainAnswerer
+from eagle_rpc.answers.probe import probe_answers, probe_engine
 from eagle_rpc.errors import UnsupportedTarget
 
 SIZES = {
@@ -32,11 +34,41 @@ def test_families_with_plain_attention_pass(model_type, dtype):
     probe_engine(random_model(model_type, dtype))
 
 
+def test_attention_sinks_are_part_of_the_answers():
+    model = random_model("gpt_oss", num_local_experts=2, num_experts_per_tok=1)
+    probe_engine(model)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data += 5.0
+    probe_engine(model)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text"])
+def test_narrow_values_and_layers_without_keys_of_their_own_pass(family):
+    probe_engine(tiny_model(family))
+
+
+def test_penalties_and_forced_tokens_of_the_model_do_not_shape_its_answers():
+    model = random_model("llama")
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.forced_eos_token_id = 7
+    probe_answers(model, PlainAnswerer, "transformers' generate")
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_an_answerer_that_fails_is_refused_like_one_that_errs():
+    def fail(*_, **__):
+        raise RuntimeError("no such cache")
+
+    model = random_model("llama")
+    model.generate = fail
+    with pytest.raises(UnsupportedTarget, match="generate cannot decode LlamaForCausalLM: RuntimeError: no"):
+        probe_answers(model, PlainAnswerer, "transformers' generate")
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
         ("bloom", {}, "AttentionInterface"),
-        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "attention sinks"),
         ("mamba", {}, "cannot decode Mamba"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,17 @@ def test_transformers_reads_the_rotary_settings_back(tmp_path, scaling):
     assert written.get("rope_scaling") == scaling
     rope = AutoConfig.from_pretrained(tmp_path / "export").rope_parameters
     assert rope == {"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})}
+
+
+@pytest.mark.parametrize(
+    ("scales", "factor"), [({}, 1.0), ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1 / (0.1 * math.log(40) + 1))]
+)
+def test_engines_are_told_the_attention_factor_of_yarn(tmp_path, scales, factor):
+    yarn = {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, **scales}
+    export(tmp_path / "export", config=replace(CONFIG, rope_scaling=yarn))
+    written = json.loads((tmp_path / "export" / "config.json").read_text())["rope_scaling"]
+    assert written.pop("attn_factor") == pytest.approx(factor)
+    assert written == yarn
 
 
 def test_an_export_reads_back_as_it_was_written(tmp_path):

@@ -1,9 +1,12 @@
 import importlib
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from support.families import tiny_config
+from support.family_jobs import save_tiny_family
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +15,13 @@ from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.target import gguf
-from eagle_rpc.target.loading import load_model, load_target_config, load_tokenizer, resolve_model_dir
+from eagle_rpc.target.loading import (
+    exact_attention,
+    load_model,
+    load_target_config,
+    load_tokenizer,
+    resolve_model_dir,
+)
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 RANDOM = {
@@ -160,3 +169,19 @@ def test_processes_that_start_together_convert_once(package, tmp_path, monkeypat
     (package / "tiny.gguf").write_bytes(b"other weights")
     assert resolve_model_dir(config, cache) != found[0]
     assert len(converted) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "bloom", "got_ocr2"])
+def test_attention_is_eager_by_itself_where_sdpa_is_another_or_none(family: str, caplog):
+    with caplog.at_level("INFO"):
+        assert exact_attention(tiny_config(family), "sdpa") == "eager"
+    assert "target.attention is eager: " in caplog.text and family in caplog.text
+    assert exact_attention(tiny_config("llama"), "sdpa") == "sdpa"
+    assert exact_attention(tiny_config(family), "flex_attention") == "flex_attention"
+
+
+def test_the_text_model_of_a_vision_language_directory_is_a_target(tmp_path: Path):
+    save_tiny_family("qwen2_5_vl", tmp_path / "model")
+    config = TargetConfig(model=str(tmp_path / "model"), dtype=DType.float32, aux_layer_ids=[0, 1, 2])
+    info = HFEagle3TargetModel.load(config, "cpu", cache_dir=tmp_path / "cache").model_info()
+    assert (info.architecture, info.num_layers) == ("Qwen2_5_VLForConditionalGeneration", 4)
