@@ -10,7 +10,7 @@ import torch
 from support.tiny_tokenizer import CHATML, VOCAB_SIZE, make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eagle_rpc.answers import local
+from eagle_rpc.answers import own
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.answers.output import open_answers
 from eagle_rpc.config import Config
@@ -310,7 +310,7 @@ def test_a_model_that_the_engine_does_not_decode_is_answered_all_the_same(
     def refuse(model):
         raise UnsupportedTarget("the batched engine cannot decode it")
 
-    monkeypatch.setattr(local, "probe_engine", refuse)
+    monkeypatch.setattr(own, "probe_engine", refuse)
     regenerate.run(config)
     assert records_of(config) == expected
     assert "transformers' generate answers, which is slower" in caplog.text
