@@ -165,8 +165,8 @@ class StepFigures:
     step: int  # optimiser steps done, this one included
     loss: float  # mean over rows, weighted over the TTT steps
     accuracy: list[float]  # share of rows where draft and target prefer the same token
-    acceptance_per_position: list[float]  # simulated: share of drafts accepted up to this guess
-    simulated_accept_length: float  # tokens per target call, the target's own included
+    simulated_acceptance_per_position: list[float]  # drafts accepted up to this guess, if each slot began one
+    simulated_accept_length: float  # tokens per target call then, the target's own included
     supervised_tokens: int
     grad_norm: float  # before clipping
     learning_rate: float

@@ -313,7 +313,7 @@ class TrainConfig:
     validate_every: NotNegative[int] = 100
     """Optimiser steps between validations; 0: only at the end."""
     validation_batches: NotNegative[int] = 16
-    """Micro-batches of a validation."""
+    """Micro-batches of a validation, whose answers also give the accept length of decoding."""
     checkpoint_every: Positive[int] = 200
     """Optimiser steps between checkpoints."""
     keep_checkpoints: Positive[int] = 2

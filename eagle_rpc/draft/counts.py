@@ -31,6 +31,14 @@ class DecodingCounts:
         pairs = zip(self.accepted_per_position, other.accepted_per_position, strict=True)
         self.accepted_per_position = [mine + theirs for mine, theirs in pairs]
 
+    def to_list(self) -> list[int]:
+        """All counts as numbers that may be added over trainers; `from_list` reads them."""
+        return [self.num_drafts, self.num_texts, self.num_tokens, *self.accepted_per_position]
+
+    @classmethod
+    def from_list(cls, numbers: Sequence[int]) -> "DecodingCounts":
+        return cls(list(numbers[3:]), *numbers[:3])
+
     @property
     def num_drafted(self) -> int:
         """Guesses of all drafts."""

@@ -60,6 +60,7 @@ def train_until_done(
                 backend=backend,
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation, endless=False) if len(validation) else None,
+                num_draft_tokens=config.evaluate.num_draft_tokens,
                 group=group,
                 run=RunDirectory.of(config),
                 record=make_record(config, shape, backend, mapping, data_digest=training.digest),

@@ -116,6 +116,7 @@ def _train_and_record(
             backend=recording,
             batches=plan_batches(config, chats, rank=group.rank, num_ranks=group.size),
             validation=None,
+            num_draft_tokens=config.evaluate.num_draft_tokens,
             group=group,
             run=run,
             record=make_record(config, shape, recording, mapping),

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TRAINING, _VALIDATION = "#4c78a8", "#e45756"
+_TRAINING, _VALIDATION, _DECODING = "#4c78a8", "#e45756", "#54a24b"
 _DPI = 150
 
 
 def plot_loss(metrics_path: Path, output: Path) -> None:
-    """Loss and simulated accept length over optimiser steps. Raises `DataError` without a training line."""
+    """Loss and accept length over optimiser steps. Raises `DataError` without a training line."""
     if not metrics_path.is_file():
         raise DataError(f"{metrics_path} must be the metrics.jsonl of a run, which is absent")
     lines = list(read_metrics(metrics_path))
@@ -28,11 +28,15 @@ def plot_loss(metrics_path: Path, output: Path) -> None:
         )
     figure = _figure(7.0, 6.0)
     loss_axes, accept_axes = figure.subplots(2, 1, sharex=True)
-    _draw_curves(loss_axes, lines, "loss")
+    both = {"training": ("", _TRAINING), "validation": ("validation/", _VALIDATION)}
+    for label, (prefix, color) in both.items():
+        _draw_curve(loss_axes, lines, f"{prefix}loss", label, color)
+        _draw_curve(accept_axes, lines, f"{prefix}simulated_accept_length", f"{label}, simulated", color)
+    _draw_curve(accept_axes, lines, "validation/accept_length", "validation, decoding", _DECODING)
     loss_axes.set_ylabel("loss (nats a token)")
     loss_axes.legend(frameon=False)
-    _draw_curves(accept_axes, lines, "simulated_accept_length")
-    accept_axes.set_ylabel("accept length, simulated\n(tokens a target call)")
+    accept_axes.set_ylabel("accept length\n(tokens a target call)")
+    accept_axes.legend(frameon=False)
     accept_axes.set_xlabel("optimiser step")
     loss_axes.set_title("Draft training")
     _save(figure, output)
@@ -54,23 +58,13 @@ def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: flo
     _save(figure, output)
 
 
-def _draw_curves(axes: Axes, lines: list[dict[str, Any]], name: str) -> None:
-    for label, key, color in (
-        ("training", name, _TRAINING),
-        ("validation", f"validation/{name}", _VALIDATION),
-    ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            # A single point has no line.
-            marker = "o" if label == "validation" or len(points) == 1 else None
-            axes.plot(
-                *zip(*points, strict=True),
-                color=color,
-                linewidth=1.4,
-                marker=marker,
-                markersize=4,
-                label=label,
-            )
+def _draw_curve(axes: Axes, lines: list[dict[str, Any]], key: str, label: str, color: str) -> None:
+    points = [(line["step"], line[key]) for line in lines if key in line]
+    if points:
+        # A single point has no line.
+        marker = "o" if key.startswith("validation/") or len(points) == 1 else None
+        columns = zip(*points, strict=True)
+        axes.plot(*columns, color=color, linewidth=1.4, marker=marker, markersize=4, label=label)
 
 
 def _figure(width: float, height: float) -> Figure:

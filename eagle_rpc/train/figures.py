@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft import TTTResult, simulated_accept_length, step_weights
+from eagle_rpc.draft import DecodingCounts, TTTResult, simulated_accept_length, step_weights
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
@@ -76,17 +76,26 @@ class RunningSums:
 def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:
     """The figures that training and validation share.
 
-    `loss` weights the steps as the objective does; `accuracy` and `acceptance_per_position` are lists [S].
-    Acceptance is simulated: each slot counts as the start of a draft.
+    `loss` weights the steps as the objective does; `accuracy` and `simulated_acceptance_per_position` are
+    lists [S]. Simulated: each slot counts as the start of a draft of S guesses.
     """
     rows_S, drafts_S = sums["rows"].clamp(min=1), sums["drafts"].clamp(min=1)
     weights_S = step_weights(len(rows_S), step_decay).double()
     return {
         "loss": float((weights_S * sums["loss_sums"] / rows_S).sum()),
         "accuracy": (sums["correct"] / rows_S).tolist(),
-        "acceptance_per_position": (sums["accepted"] / drafts_S).tolist(),
+        "simulated_acceptance_per_position": (sums["accepted"] / drafts_S).tolist(),
         "simulated_accept_length": float(simulated_accept_length(sums["accepted"], sums["drafts"])),
         "supervised_tokens": int(sums["supervised_tokens"]),
+    }
+
+
+def decoding_figures(counts: DecodingCounts) -> dict[str, Figure]:
+    """The figures of `job=evaluate` that validation has as well."""
+    return {
+        "accept_length": counts.accept_length,
+        "accept_length_within_text": counts.accept_length_within_text,
+        "acceptance_per_position": counts.acceptance_per_position,
     }
 
 
@@ -120,6 +129,7 @@ def in_one_line(figures: Mapping[str, Any]) -> str:
     """Loss, accuracy of the first step, simulated accept length, throughput and waiting."""
     return (
         f"loss {figures['loss']:.3f}, accuracy {figures['accuracy'][0]:.3f}, "
-        f"accept length {figures['simulated_accept_length']:.2f}, {figures['tokens_per_second']:.0f} tok/s, "
+        f"simulated accept length {figures['simulated_accept_length']:.2f}, "
+        f"{figures['tokens_per_second']:.0f} tok/s, "
         f"waiting {figures['wait_share']:.0%}"
     )

@@ -106,6 +106,10 @@ class Learner:
         """While the body runs, each trainer may call `judge` any number of times."""
         return self._masters.whole() if self._ttt.reads_draft else contextlib.nullcontext()
 
+    def whole_draft(self) -> contextlib.AbstractContextManager[None]:
+        """While the body runs, the draft's own parameters are whole."""
+        return self._masters.whole()
+
     def judge(self, batch: Eagle3TargetBatch, sums: RunningSums) -> None:
         """Adds the figures of one batch to `sums` and changes nothing else."""
         sums.add_batch(batch, self._ttt.judge(batch, count_rows(batch, self._objective.ttt_steps)))

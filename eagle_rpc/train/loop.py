@@ -12,10 +12,12 @@ from collections.abc import Generator, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
+
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.data import BatchPlan
-from eagle_rpc.draft import Eagle3Draft
+from eagle_rpc.draft import DecodingCounts, Eagle3Draft
 from eagle_rpc.errors import EagleRpcError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figures, MetricsLog
 from eagle_rpc.report.progress import Progress
@@ -27,8 +29,9 @@ from eagle_rpc.train.checkpoint import (
     save_target_embedding,
     write_checkpoint,
 )
+from eagle_rpc.train.decoding import DecodedAnswers, answers_of
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.figures import Pace, RunningSums, figures_of, in_one_line
+from eagle_rpc.train.figures import Pace, RunningSums, decoding_figures, figures_of, in_one_line
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import RunRecord, require_same_run
 from eagle_rpc.train.rundir import RunDirectory
@@ -45,6 +48,7 @@ class Trainer:
         backend: the target, with an open session.
         batches: this trainer's share of the training data.
         validation: all of the validation data, the same on every trainer; None: no validation.
+        num_draft_tokens: guesses of a draft in decoding, for the accept length of a validation.
         run: the run directory; the caller has claimed it.
         record: the identity of the run, for checkpoints.
         stop: when set, training ends after the current step, with a checkpoint.
@@ -59,6 +63,7 @@ class Trainer:
         backend: Eagle3TargetBackend,
         batches: BatchPlan,
         validation: BatchPlan | None,
+        num_draft_tokens: int,
         group: TrainerGroup,
         run: RunDirectory,
         record: RunRecord,
@@ -70,6 +75,8 @@ class Trainer:
         self._backend = backend
         self._batches = batches
         self._validation = validation
+        self._num_draft_tokens = num_draft_tokens
+        self._answers: DecodedAnswers | None = None  # made at the first validation
         self._group = group
         self._run = run
         self._record = record
@@ -182,7 +189,7 @@ class Trainer:
         count = min(self._config.validation_batches, self._validation.batches_per_epoch)
         if count == 0:
             return
-        mine = (self._validation.batch(index) for index in range(self._group.rank, count, self._group.size))
+        mine = [self._validation.batch(index) for index in range(self._group.rank, count, self._group.size)]
         sums = self.learner.empty_sums()
         self._draft.eval()
         # Collectives run before the first wait for the target and after the last one.
@@ -193,18 +200,36 @@ class Trainer:
         ):
             for batch in stream:
                 self.learner.judge(batch, sums)
+        counts = self._decoding_counts(mine)
         self._draft.train()
         self._group.sum_(sums.flat, "validation losses")
         self._require_finite(sums, "validation loss")
-        figures = figures_of(sums.on_host(), self._objective.step_decay)
+        figures = figures_of(sums.on_host(), self._objective.step_decay) | decoding_figures(counts)
         self._write_metrics({f"validation/{name}": value for name, value in figures.items()})
         if self._group.is_primary:
             logger.info(
-                "step %d: validation loss %.3f, accept length %.2f",
+                "step %d: validation loss %.3f, accept length %.2f (simulated over %d guesses %.2f)",
                 self.learner.steps_done,
                 figures["loss"],
+                counts.accept_length,
+                self._objective.ttt_steps,
                 figures["simulated_accept_length"],
             )
+
+    def _decoding_counts(self, batches: Iterable[TokenBatch]) -> DecodingCounts:
+        """What decoding of the answers of all trainers' batches would accept; this trainer has `batches`."""
+        with self.learner.whole_draft(), self._group.together("the states of validation answers"):
+            if self._answers is None:
+                self._answers = DecodedAnswers(
+                    [text for batch in batches for text in answers_of(batch)],
+                    self._backend,
+                    self._record,
+                    batch_size=self._config.batch_size,
+                    num_draft_tokens=self._num_draft_tokens,
+                )
+            mine = self._answers.counts(self._draft).to_list()
+        total = self._group.sum_(torch.tensor(mine), "validation drafts")
+        return DecodingCounts.from_list(total.tolist())
 
     def _require_finite(self, sums: RunningSums, what: str) -> None:
         if sums.is_finite() and sums.supervision_is_finite:

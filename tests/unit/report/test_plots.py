@@ -18,13 +18,14 @@ def test_a_run_gets_a_picture_with_and_without_validation(tmp_path):
         {"step": step, "loss": 3.0 / step, "simulated_accept_length": 1 + step / 10} for step in range(1, 5)
     ]
     validated = [*lines, {"step": 4, "validation/loss": 1.0, "validation/simulated_accept_length": 1.3}]
+    decoded = [*validated, {"step": 4, "validation/accept_length": 1.2}]
     pictures = []
-    for name, content in (("plain", lines), ("validated", validated)):
+    for name, content in (("plain", lines), ("validated", validated), ("decoded", decoded)):
         output = tmp_path / "plots" / f"{name}.png"
         plot_loss(metrics_file(tmp_path / f"{name}.jsonl", content), output)
         pictures.append(output.read_bytes())
     assert pictures[0].startswith(PNG)
-    assert pictures[0] != pictures[1]
+    assert len(set(pictures)) == 3
 
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "validation/loss": 1.0}]])

@@ -52,5 +52,5 @@ def test_a_progress_line_has_loss_accuracy_accept_length_and_pace():
         "tokens_per_second": 812.4,
         "wait_share": 0.125,
     }
-    line = "loss 2.346, accuracy 0.250, accept length 1.50, 812 tok/s, waiting 12%"
+    line = "loss 2.346, accuracy 0.250, simulated accept length 1.50, 812 tok/s, waiting 12%"
     assert in_one_line(figures) == line

@@ -43,8 +43,9 @@ def test_figures_come_at_their_steps_and_at_the_end(tmp_path):
     assert [line["step"] for line in lines if "validation/loss" in line] == [4, 7]
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_6", "step_7"]
     line = lines[0]
-    assert len(line["accuracy"]) == len(line["acceptance_per_position"]) == OBJECTIVE.ttt_steps
-    assert line["simulated_accept_length"] == pytest.approx(1 + sum(line["acceptance_per_position"]))
+    assert len(line["accuracy"]) == len(line["simulated_acceptance_per_position"]) == OBJECTIVE.ttt_steps
+    shares = line["simulated_acceptance_per_position"]
+    assert line["simulated_accept_length"] == pytest.approx(1 + sum(shares))
     assert line["tokens_per_second"] > 0 and line["grad_norm"] > 0 and 0 <= line["wait_share"] <= 1
     assert any((tmp_path / "tensorboard").iterdir())
 

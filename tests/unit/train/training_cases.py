@@ -194,6 +194,7 @@ def make_trainer(
         "backend": target or TableTarget(),
         "batches": RandomPlan(group.rank, group.size, batch_size=settings.batch_size),
         "validation": RandomPlan(seed=7),
+        "num_draft_tokens": 3,
         "record": run_record(settings, group.size),
         "stop": threading.Event(),
     }
