@@ -2,7 +2,7 @@
 
 The answers are the target's own texts. What it would say after their ends is not in the data: the target is
 asked for it once, a token a request.
-Legend: T tokens, H target hidden.
+Legend: T tokens, C chats of a row, H target hidden.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,6 @@ from eagle_rpc.data import Example
 from eagle_rpc.data.collate import collate
 from eagle_rpc.draft import DecodingCounts, Eagle3Draft, TargetText, guess_chains, replay
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch
-from eagle_rpc.supervision.segments import chat_lengths
 from eagle_rpc.train.record import RunRecord
 
 
@@ -22,8 +21,11 @@ def answers_of(batch: TokenBatch) -> list[TargetText]:
     """Each answer of a batch, with all tokens of its chat before it as the prompt."""
     texts = []
     for row, real_T in enumerate(batch.attention_mask.bool()):
-        lengths = [len(real_T)] if batch.segment_ids is None else chat_lengths(batch.segment_ids)[row]
-        for places_T in torch.arange(len(real_T)).split(lengths):
+        chats_T = (
+            torch.zeros_like(batch.input_ids[row]) if batch.segment_ids is None else batch.segment_ids[row]
+        )
+        _, lengths_C = chats_T.unique_consecutive(return_counts=True)
+        for places_T in torch.arange(len(real_T)).split(lengths_C.tolist()):
             chat_T = places_T[real_T[places_T]]
             ids, said = (tensor[row, chat_T].tolist() for tensor in (batch.input_ids, batch.loss_mask))
             # Nothing stands before the first token from which it could be said.
