@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support.tiny_target import tiny_target_config
+from support.tiny_target import tiny_shape
 from training_cases import train_config
 
 import eagle_rpc
@@ -18,14 +18,14 @@ from eagle_rpc.jobs.export import export_run
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.serving import load_export
 from eagle_rpc.supervision import TokenBatch, VocabMapping
-from eagle_rpc.target.loading import load_model, load_target_config
+from eagle_rpc.target.loading import load_model, load_target_shape
 from eagle_rpc.train.decoding import answers_of
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.rundir import RunDirectory
 
 NEW_TOKENS, GUESSES = 16, 4
-TARGET = tiny_target_config()
+TARGET = tiny_shape()
 
 
 def target_answers():
@@ -58,11 +58,11 @@ def test_the_last_validation_counts_what_evaluation_counts(tmp_path, packed_leng
     )
     shown = torch.tensor(answers).bincount(minlength=96)
     mapping = VocabMapping.from_token_ids(shown.topk(24).indices, 96)
-    backend, target_config = eagle_rpc.load_target(TARGET), load_target_config(TARGET, cache_dir="unused")
+    backend, shape = eagle_rpc.load_target(TARGET), load_target_shape(TARGET, cache_dir="unused")
     backend.open_session(mapping)
     plan = {"batch_size": 2, "packed_length": packed_length}
-    record = make_record(config, target_config, backend, mapping)
-    draft = make_draft(config, target_config, backend, torch.device("cpu"))
+    record = make_record(config, shape, backend, mapping)
+    draft = make_draft(config, shape, backend, torch.device("cpu"))
     trainer = Trainer(
         config.train,
         config.draft,
