@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from support.tiny_target import tiny_shape
+from support.tiny_target import tiny_target_config
 from training_cases import train_config
 
 import eagle_rpc
@@ -25,7 +25,7 @@ from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.rundir import RunDirectory
 
 NEW_TOKENS, GUESSES = 16, 4
-TARGET = tiny_shape()
+TARGET = tiny_target_config()
 
 
 def target_answers():
