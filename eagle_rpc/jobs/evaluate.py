@@ -28,7 +28,8 @@ def run(config: Config) -> int:
     target = replace(config.target, dtype=settings.dtype)
     device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)
-    context = TargetShape.of(model.config).length(target.max_length)
+    shape = TargetShape.of(model.config)
+    context = shape.context or shape.length(target.max_length)
     result = evaluate_draft(
         model,
         export,

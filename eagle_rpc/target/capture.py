@@ -120,8 +120,10 @@ def captured_layers(
         yield
 
 
-def check_capture(base: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int], ids_BT: Tensor) -> Tensor:
-    """Last hidden states [B, T, H] of a pass in which each of the layers `ids` runs once.
+def check_capture(
+    base: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[int], ids_BT: Tensor
+) -> ModelOutput:
+    """The output of a pass in which each of the layers `ids` runs once; last hidden states [B, T, H] come first.
 
     Raises `UnsupportedTarget` for a layer that does not run, runs again, or has outputs of another shape.
     """
@@ -129,18 +131,16 @@ def check_capture(base: PreTrainedModel, layers: nn.ModuleList, ids: Sequence[in
     with captured_layers(
         layers, ids, lambda index, output_BTH: shapes.append((ids[index], output_BTH.shape))
     ):
-        hidden_BTH = run_base(base, ids_BT)
+        output = run_base_whole(base, ids_BT)
     ran = [layer for layer, _ in shapes]
     if sorted(ran) != sorted(ids):
         rule = f"each layer of target.aux_layer_ids {list(ids)} must run once in a pass"
         raise UnsupportedTarget(f"{rule}, {type(base).__name__} runs {ran}")
     for layer, shape in shapes:
-        if shape != hidden_BTH.shape:
-            rule = (
-                f"layer {layer} of {type(base).__name__} must return hidden states {list(hidden_BTH.shape)}"
-            )
+        if shape != output[0].shape:
+            rule = f"layer {layer} of {type(base).__name__} must return hidden states {list(output[0].shape)}"
             raise UnsupportedTarget(f"{rule}, got {list(shape)}")
-    return hidden_BTH
+    return output
 
 
 def _keep_output(

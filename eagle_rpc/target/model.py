@@ -39,7 +39,6 @@ from eagle_rpc.target.capture import (
     find_decoder,
     find_decoder_layers,
     run_base,
-    run_base_whole,
 )
 from eagle_rpc.target.chat_attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.compiled import Buckets, CompiledForward
@@ -90,9 +89,10 @@ class HFEagle3TargetModel(Eagle3Target):
         self._compiled: CompiledForward | None = None
         with self._forward_lock, torch.inference_mode(), refusing_failures(name):
             check_causal(partial(run_base, self._base), self._probe_ids, name)
-            hidden_BTH = check_capture(self._base, self._layers, self.aux_layer_ids, self._probe_ids)
+            output = check_capture(self._base, self._layers, self.aux_layer_ids, self._probe_ids)
+            hidden_BTH = output[0]
             self._check_embedding(hidden_BTH.shape[-1])
-            self._own_head = OwnHead(model, type(run_base_whole(self._base, self._probe_ids)))
+            self._own_head = OwnHead(model, type(output))
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
             self._attention = ChatAttention(self._base, find_decoder(model), self._probe_ids)
             logits_NV = self._own_head.project(hidden_BTH.flatten(0, 1))
