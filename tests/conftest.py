@@ -9,9 +9,14 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import pytest
 import torch
 
-torch.set_num_threads(1)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Also after a test that set up a worker: the threads of tests side by side would wait for each other."""
+    torch.set_num_threads(1)
 
 
 def pytest_sessionfinish() -> None:
