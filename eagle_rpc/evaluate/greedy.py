@@ -57,7 +57,8 @@ class GreedyTarget:
         self.max_length: int = TargetShape.of(model.config).context or sys.maxsize
         """Tokens of the model's context."""
         self._limits_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        with refusing_failures(f"to be evaluated, {type(model).__name__}"), torch.inference_mode():
+        rule = f"to be evaluated, {type(model).__name__} must read tokens into transformers' own cache"
+        with refusing_failures(rule), torch.inference_mode():
             self._crops = self._is_croppable()
             self.start()
             self._probe()

@@ -87,7 +87,8 @@ class HFEagle3TargetModel(Eagle3Target):
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
-        with self._forward_lock, torch.inference_mode(), refusing_failures(name):
+        runs = refusing_failures(f"{name} must run on token ids alone")
+        with self._forward_lock, torch.inference_mode(), runs:
             check_causal(partial(run_base, self._base), self._probe_ids, name)
             output = check_capture(self._base, self._layers, self.aux_layer_ids, self._probe_ids)
             hidden_BTH = output[0]

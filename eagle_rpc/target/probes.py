@@ -42,18 +42,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def refusing_failures(name: str) -> Iterator[None]:
-    """Turns errors of a model's own code into `UnsupportedTarget`: it needs more than token ids, or is broken.
-
-    `name`: the model, and what it is for.
-    """
+def refusing_failures(rule: str) -> Iterator[None]:
+    """Turns errors of a model's own code into `UnsupportedTarget`, with the `rule` that the model breaks."""
     try:
         yield
     except (UnsupportedTarget, ConfigError, torch.OutOfMemoryError):
         raise
     except FAILURES as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UnsupportedTarget(f"{name} must run on token ids alone, it fails ({found})") from error
+        raise UnsupportedTarget(f"{rule}, it fails ({found})") from error
 
 
 def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> None:

@@ -13,7 +13,8 @@ model type of transformers {version} that continues text, alone or in a vision-l
 CPU, and runs the jobs of the README on it. `tests/unit/jobs/test_families.py` keeps it true.
 
 A family that does not run is refused before training, or before the job that it lacks, in one sentence.
-Models with code of their own are refused, since no code that a model ships is run.
+Models with code of their own are refused, since no code that a model ships is run. Left out are families
+that need images, packages, or sizes that cannot be made small one by one.
 
 ## Families that run
 

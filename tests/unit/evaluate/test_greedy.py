@@ -46,5 +46,5 @@ def test_a_cache_that_does_not_roll_back_is_refused(monkeypatch):
 
 
 def test_a_model_with_a_cache_of_its_own_is_refused_in_a_sentence():
-    with pytest.raises(UnsupportedTarget, match="to be evaluated, MiniMaxForCausalLM must run"):
+    with pytest.raises(UnsupportedTarget, match="to be evaluated, MiniMaxForCausalLM must read"):
         GreedyTarget(tiny_model("minimax"), LAYERS)
