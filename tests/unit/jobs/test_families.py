@@ -35,7 +35,8 @@ def test_a_family_does_what_the_page_says(family: str):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_family_does_what_the_page_says():
+def test_every_family_does_what_the_page_says(request: pytest.FixtureRequest):
+    if not request.config.getoption("--all-families"):
+        pytest.skip("takes a quarter of an hour: --all-families")
     outcomes = {outcome.family: row(outcome) for outcome in try_all(family_names())}
-    assert outcomes == {family: PAGE[family] for family in outcomes}
-    assert sum(line.endswith((" engine |\n", " generate |\n")) for line in outcomes.values()) >= 135
+    assert outcomes == PAGE
