@@ -28,8 +28,7 @@ def find_base(model: PreTrainedModel) -> PreTrainedModel:
         raise UnsupportedTarget(
             f"{type(model).__name__} must hold one decoder beside its head, found {len(parts)}"
         )
-    # Around a decoder alone (OPT, models cut out of an encoder-decoder) it is a name; the model calls the decoder.
-    return decoder if decoder is not None and [*parts[0].children()] == [decoder] else parts[0]
+    return parts[0]
 
 
 def find_decoder(model: PreTrainedModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import DraftHead
-from eagle_rpc.target.capture import find_base
+from eagle_rpc.target.capture import find_base, find_decoder
 from eagle_rpc.target.probes import ROUNDING, relative_error
 
 # Largest logit of the probe: far above every soft cap in use, so that a missing cap shows.
@@ -28,10 +28,12 @@ class OwnHead:
     """
 
     def __init__(self, model: PreTrainedModel, output_class: type[ModelOutput]) -> None:
-        base = find_base(model)
-        decoder = copy.copy(base)
-        decoder.forward = partial(_pass_through, output_class)
-        self._model = _with_other(model, base, decoder)
+        base, decoder = find_base(model), find_decoder(model)
+        # Most models call their base; some (OPT, those cut out of an encoder-decoder) the decoder inside it.
+        inner = copy.copy(decoder)
+        outer = _with_other(base, decoder, inner)
+        inner.forward = outer.forward = partial(_pass_through, output_class)
+        self._model = _with_other(model, base, outer)
 
     def project(self, hidden_NH: Tensor) -> Tensor:
         """Final logits [N, V] of last hidden states."""

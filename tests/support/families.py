@@ -67,6 +67,7 @@ _SIZE_OF = {name: size for size, names in _SIZES for name in names.split()}
 
 # What the sizes above do not settle.
 _MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64}
+_TOKENS_OF_MEDIA = {"image_token_id": 90, "audio_token_id": 91, "video_token_id": 92}
 _ROPE_BY_KIND = {
     "rope_parameters": {
         kind: {"rope_type": "default", "rope_theta": 10000.0}
@@ -103,8 +104,10 @@ _OWN_FIELDS: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon_h1": _MAMBA,
-    "gemma4_unified": {"image_token_id": 90, "audio_token_id": 91, "video_token_id": 92},
+    "gemma4": _TOKENS_OF_MEDIA,
+    "gemma4_unified": _TOKENS_OF_MEDIA,
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * (NUM_LAYERS // 2)},
     "gemma3n_text": {
         "num_kv_shared_layers": 2,
