@@ -29,6 +29,7 @@ def test_a_machine_without_instructions_for_bfloat16_computes_in_float32(
     assert native_dtype(tmp_path) == expected
 
 
-def test_the_embedded_target_is_computed_and_asked_in_the_format_of_this_machine():
+def test_the_embedded_run_computes_in_the_format_of_this_machine():
     config = load("experiment=smollm2")
-    assert config.target.dtype.value == config.regenerate.dtype.value == native_dtype()
+    chosen = (config.target.dtype, config.regenerate.dtype, config.train.autocast)
+    assert {dtype and dtype.value for dtype in chosen} == {native_dtype()}
