@@ -48,12 +48,11 @@ class Outcome:
         return all(self.said.get(job, "").startswith("yes") for job in JOBS if job != "packed")
 
 
-def save_tiny_family(family: str, directory: Path, dtype: torch.dtype = torch.float32) -> str:
+def save_tiny_family(family: str, directory: Path) -> str:
     """Writes a tiny model with a tokenizer; returns its class."""
     model = tiny_model(family)
-    model.to(dtype).save_pretrained(directory)
-    tokenizer = make_tiny_tokenizer()
-    tokenizer.save_pretrained(directory)
+    model.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
     return type(model).__name__
 
 
