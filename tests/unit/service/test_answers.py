@@ -7,7 +7,7 @@ import pytest
 import torch
 from answer_calls import SETTINGS, ScriptedAnswering, prompt, said
 from server_calls import SELECTED, WAIT, ask, error_of, open_session, send, try_to_open
-from transformers import AutoModelForCausalLM, GptOssConfig
+from support.families import tiny_model
 
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.errors import (
@@ -80,22 +80,11 @@ def test_a_target_without_an_engine_says_so_when_it_is_asked_and_serves_on(serve
 
 
 def test_a_model_that_the_engine_cannot_decode_is_refused_with_the_reason(serve_answers):
-    config = GptOssConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-    )
-    server = serve_answers(EngineAnswering(AutoModelForCausalLM.from_config(config).eval()))
+    server = serve_answers(EngineAnswering(tiny_model("bloom")))
     spec = SessionSpec(selected_token_ids=SELECTED, answers=True)
     for _ in range(2):
         error = error_of(server.open_session, spec)
-        assert isinstance(error, UnsupportedTarget) and "attention sinks" in str(error)
+        assert isinstance(error, UnsupportedTarget) and "BloomForCausalLM" in str(error)
     ask(server, open_session(server))
 
 

@@ -70,7 +70,7 @@ def resume_and_compare(path, undisturbed):
 
 # Micro-batches: before the first checkpoint, after it, in the middle of a step and of a validation, before
 # the end.
-@pytest.mark.parametrize("interrupted_at", [0, 5, 7, 10, 11, 16, 22])
+@pytest.mark.parametrize("interrupted_at", [0, 5, 7, 10, 11, 16, 22, 33])
 def test_an_interrupted_run_ends_as_one_left_alone(tmp_path, undisturbed, interrupted_at):
     with pytest.raises(Interrupted):
         make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(interrupted_at)).train()
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_named_if_there_is_no_whole_one(interrupted):
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint_to_the_same_weights(tmp_path, undisturbed, caplog):
     with pytest.raises(Interrupted):
-        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(18)).train()
+        make_trainer(tmp_path, SETTINGS, target=InterruptedTarget(24)).train()
     damage(latest_checkpoint(tmp_path / "checkpoints"))
     found = latest_whole_checkpoint(tmp_path / "checkpoints")
     assert found is not None and found[0].name == "step_3" and found[1].step == 3
