@@ -65,6 +65,7 @@ class AnswerFile:
         self._file = path.open("ab")
 
     def write(self, chat: RegeneratedChat, *, settings: dict[str, Any], tokenizer: str, date: str) -> None:
+        """Appends one chat as a line. Raises `OSError` if it cannot be written."""
         record: dict[str, Any] = {
             "prompt": chat.prompt,
             "number": chat.number,

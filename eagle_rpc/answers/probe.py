@@ -12,6 +12,7 @@ from eagle_rpc.answers.answerer import Answerer
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.probes import FAILURES
 
 # Prompts of unlike length, so that their rows differ, and tokens of their answers.
 _LENGTHS, _NEW_TOKENS = (9, 3), 4
@@ -40,7 +41,7 @@ def probe_answers(model: PreTrainedModel, kind: Callable[..., Answerer], what: s
         answers = {int(answer.key): answer for answer in answerer.answers()}
     except (UnsupportedTarget, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except FAILURES as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UnsupportedTarget(f"{what} cannot decode {name}: {found}") from error
     for length, answer in answers.items():

@@ -73,6 +73,7 @@ def rms_norm_backward(
     passed_NH: Tensor | None,
     out_NH: Tensor,
 ) -> None:
+    """`formulas.rms_norm_backward` as one kernel."""
     assert normed_grad_NH.is_contiguous() and x_NH.is_contiguous() and out_NH.is_contiguous()
     assert x_NH.numel() < 2**31, "offsets are 32 bits wide"
     slots, width = x_NH.shape

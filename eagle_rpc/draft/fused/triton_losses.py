@@ -95,6 +95,7 @@ def _judge_kernel(
 def judge_rows_(
     logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
 ) -> tuple[Tensor, Tensor]:
+    """`formulas.judge_rows_` as one kernel."""
     assert logits_nSK.is_contiguous() and target_logits_nK.is_contiguous() and coefficients_nS.is_contiguous()
     rows, steps, vocab = logits_nSK.shape
     losses_nS = torch.empty_like(coefficients_nS)
