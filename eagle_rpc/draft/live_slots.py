@@ -5,12 +5,12 @@ supervised. Any other slot only offers its key and value of step 0 to later slot
 Legend: B batch, T sequence, S steps, N = B T slots, L live slots, C chats.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eagle_rpc.supervision import TokenBatch, shift_left, shifted_loss_mask
+from eagle_rpc.supervision import TokenBatch, shift_left, shifted_loss_mask, to_device
 from eagle_rpc.supervision.segments import chat_boundaries, chat_starts
 from eagle_rpc.supervision.tokens import true_places
 
@@ -41,6 +41,10 @@ class LiveSlots:
             live_lengths=torch.searchsorted(places_L, boundaries_C).diff().tolist(),
         )
 
-    def index_of(self, slots: Tensor) -> Tensor:
-        """Which of the live slots each of `slots` (flat, live) is; for others some valid index."""
-        return torch.searchsorted(self.places, slots).clamp(max=len(self.places) - 1)
+    def to(self, device: torch.device) -> "LiveSlots":
+        return replace(self, places=to_device(self.places, device))
+
+
+def index_among(live_L: Tensor, slots: Tensor) -> Tensor:
+    """Which of the live slots each of `slots` is, both flat; for slots that are not live some valid index."""
+    return torch.searchsorted(live_L, slots).clamp(max=len(live_L) - 1)

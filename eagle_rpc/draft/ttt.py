@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.draft.attention_memory import UnrollMemory
 from eagle_rpc.draft.chunked_loss import JudgedRows, head_loss
-from eagle_rpc.draft.live_slots import LiveSlots
+from eagle_rpc.draft.live_slots import LiveSlots, index_among
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import Eagle3TargetBatch, shift_left
 from eagle_rpc.supervision.segments import chat_starts, positions_from
@@ -74,10 +74,10 @@ def ttt_loss(
     draft: Eagle3Draft, batch: Eagle3TargetBatch, objective: Objective, denominators_S: Tensor
 ) -> TTTResult:
     """The objective of one batch, differentiable by the draft's parameters."""
-    live = LiveSlots.of(batch.tokens, objective.steps)
+    live = LiveSlots.of(batch.tokens, objective.steps).to(batch.input_ids.device)
     outputs_SLH = _unroll(draft, batch, live, objective.steps)
     slots_NS, valid_NS = judged_slots(batch, objective.steps)
-    pairs = zip(outputs_SLH, live.index_of(slots_NS).unbind(1), strict=True)
+    pairs = zip(outputs_SLH, index_among(live.places, slots_NS).unbind(1), strict=True)
     judged_NSH = torch.stack([output_LH[judged_N] for output_LH, judged_N in pairs], dim=1)
     rows = objective.rows_of(batch, valid_NS, denominators_S)
     total, losses_NS, predicted_NS = head_loss(draft.norm(judged_NSH), draft.lm_head.weight, rows)
@@ -155,10 +155,9 @@ def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, live: LiveSlots, steps
 
 def positions_of(batch: Eagle3TargetBatch) -> Tensor:
     """Rotary positions of step 0, [B or 1, T]; they restart with every packed chat."""
-    segment_ids = batch.tokens.segment_ids
-    if segment_ids is None:
+    if batch.segment_ids is None:
         return torch.arange(batch.input_ids.shape[1], device=batch.input_ids.device)[None]
-    return positions_from(chat_starts(segment_ids))
+    return positions_from(chat_starts(batch.segment_ids))
 
 
 def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
@@ -170,8 +169,8 @@ def judged_slots(batch: Eagle3TargetBatch, steps: int) -> tuple[Tensor, Tensor]:
     steps_1S = torch.arange(steps, device=rows_N1.device)[None]
     valid_NS = rows_N1 % batch.input_ids.shape[1] >= steps_1S
     slots_NS = (rows_N1 - steps_1S).clamp(min=0)
-    if batch.tokens.segment_ids is not None:
-        segments = batch.tokens.segment_ids.flatten()
+    if batch.segment_ids is not None:
+        segments = batch.segment_ids.flatten()
         # Row r judges the guess of token r + 1, which exists: a row is never the last position of its
         # sequence.
         valid_NS &= segments[rows_N1 + 1] == segments[slots_NS]

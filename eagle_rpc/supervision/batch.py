@@ -16,7 +16,9 @@ from eagle_rpc.supervision.tokens import TokenBatch, shifted_loss_mask
 
 @dataclass(kw_only=True, slots=True)
 class Eagle3TargetBatch:
-    """Supervision of one `TokenBatch`; tensors are on the trainer's device.
+    """Supervision of one `TokenBatch`; tensors are on the trainer's device, but `tokens` where they were.
+
+    Tokens on the CPU let the draft decide by their masks what to compute, without a wait for a GPU.
 
     Row r = b * T + t of the flattened batch is judged by the target's output at position t + 1 of sequence b.
     """
@@ -29,10 +31,12 @@ class Eagle3TargetBatch:
     argmax: Tensor  # [N] int64, draft id of the target's most likely token, -1 outside the draft vocab
     input_ids: Tensor = field(init=False)  # [B, T] int64, shifted left
     loss_mask: Tensor = field(init=False)  # [B, T] bool, shifted left
+    segment_ids: Tensor | None = field(init=False)  # [B, T] int64, those of the tokens
 
     def __post_init__(self) -> None:
-        self.input_ids = shift_left(self.tokens.input_ids)
-        self.loss_mask = shifted_loss_mask(self.tokens)
+        tokens = self.tokens.to(self.aux_hidden_states.device)
+        self.input_ids, self.segment_ids = shift_left(tokens.input_ids), tokens.segment_ids
+        self.loss_mask = shifted_loss_mask(tokens)
 
     def map_large(self, function: Callable[[Tensor], Tensor]) -> "Eagle3TargetBatch":
         """The same batch with `function` applied to its large tensors: aux states and the targets' values."""

@@ -165,7 +165,7 @@ def decode_supervision(
     `head`: the draft rows of the target's head, for encodings that need them.
     """
     return Eagle3TargetBatch(
-        tokens=tokens.to(encoded.aux.device),
+        tokens=tokens,
         aux_hidden_states=_dense_aux(encoded.aux, tokens),
         supervised_rows=encoded.supervised_rows.long(),
         targets=ENCODINGS[encoded.encoding](encoded.values, head),

@@ -47,6 +47,10 @@ CASES = [
         heads=7, key_heads=1, head_dim=96, hidden_size=384, batch=2, length=128, supervised_share=0.1, seed=5
     ),
     Case(heads=8, key_heads=2, head_dim=128, hidden_size=512, batch=2, length=1030, seed=6),
+    Case(heads=4, key_heads=1, head_dim=64, hidden_size=256, batch=3, length=700, blocks=1, seed=7),
+    Case(heads=4, key_heads=2, head_dim=128, hidden_size=256, batch=2, length=900, blocks=4, seed=8),
+    Case(heads=6, key_heads=2, head_dim=80, hidden_size=320, length=800, blocks=3, packed=True, seed=9),
+    Case(heads=2, key_heads=2, head_dim=256, hidden_size=256, batch=2, length=600, blocks=2, seed=10),
 ]
 
 
@@ -78,16 +82,18 @@ def test_as_close_to_float64_as_the_reference_in_bf16(case, recompute_mlp):
         assert fused_error < 1.25 * rough_error + 1e-3, name
 
 
-def test_no_rows_give_zero_gradients():
-    case = Case(head_dim=64, supervised_share=0.0)
+@pytest.mark.parametrize("blocks", [None, 0])
+def test_no_rows_give_zero_gradients(blocks):
+    case = Case(head_dim=64, supervised_share=0.0, blocks=blocks)
     draft, batch = case_draft(case).cuda(), on_device(case_batch(case), "cuda")
     step = FusedStep(draft, Objective(steps=3, step_decay=0.8), dtype=torch.bfloat16, recompute_mlp=False)
     assert step.add_gradients(batch, count_rows(batch, 3)).loss == 0
     assert all(not grad.any() for grad in gradients(draft).values())
 
 
-def test_an_optimiser_step_never_waits_for_the_gpu():
-    case = Case(head_dim=64, hidden_size=256)
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_optimiser_step_never_waits_for_the_gpu(packed):
+    case = Case(head_dim=64, hidden_size=256, blocks=2, packed=packed)
     learner = Learner(
         case_draft(case).cuda(), TrainConfig(), DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10
     )

@@ -90,8 +90,18 @@ def test_rotation(table_rows, head_dim):
     )
 
 
-def test_sum_shifted():
-    assert_kernel_equals_formula("sum_shifted", normal(7, 2, 40, 1100))
+def test_sum_readers():
+    readers = torch.randint(-1, 80, (7, 90), generator=torch.Generator().manual_seed(0)).cuda()
+    assert_kernel_equals_formula("sum_readers", normal(7, 80, 1100), readers)
+
+
+def test_rotation_of_slots_without_queries():
+    keys, slots = 5 * 64, 33
+    angles = 10 * normal(1, 1, slots, 32, dtype=torch.float32)
+    tables, out = (angles.cos(), angles.sin()), normal(1, slots, 2 * keys)
+    parts = normal(1, slots, 2 * keys), normal(1, slots, 2 * keys + 1)[..., 1:].contiguous()
+    assert_kernel_equals_formula("add_and_rotate", *parts, tables, keys, out)
+    assert_kernel_equals_formula("rotate_back", parts[0][..., :0], parts[1], tables, out)
 
 
 @pytest.mark.parametrize("vocab", [61, 4096, 10001])

@@ -50,14 +50,15 @@ def random_case(seed: int) -> tuple[Case, Objective]:
         head_dim=8,
         hidden_size=16,
         batch=draw.randint(1, 3),
-        length=draw.randint(2, 26),
-        packed=draw.random() < 0.5,
-        blocks=draw.choice([None, 0, 1, 1, 2, 3]),
-        supervised_share=draw.choice([0.0, 0.3, 0.8, 1.0, 1.0]),
+        length=draw.randint(2, 32),
+        packed=draw.random() < 0.4,
+        blocks=draw.choice([None, 0, 1, 1, 1, 2, 2, 3, 4]),
+        supervised_share=draw.choice([0.0, 0.5, 0.9, *[1.0] * 5]),
         norm_before_residual=draw.random() < 0.5,
         seed=seed,
     )
-    return case, Objective(steps=draw.randint(1, 8), step_decay=0.7, loss=draw.choice(sorted(LOSSES)))
+    steps = draw.choice([1, 1, 2, 2, 3, 4, 5, 6, 7, 8])
+    return case, Objective(steps=steps, step_decay=0.7, loss=draw.choice(sorted(LOSSES)))
 
 
 def case_draft(case: Case) -> Eagle3Draft:
@@ -133,7 +134,7 @@ def every_slot(length: int) -> LiveSlots:
 
 
 def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
-    """The same batch on another device."""
+    """The same batch on another device; its tokens stay, as those that a trainer sent."""
     targets = batch.targets
     if isinstance(targets, ProjectedTargets):
         moved = ProjectedTargets(targets.values.to(device), targets.head.to(torch.device(device)))
@@ -141,7 +142,7 @@ def on_device(batch: Eagle3TargetBatch, device: str) -> Eagle3TargetBatch:
         assert isinstance(targets, StoredLogits)
         moved = StoredLogits(targets.values.to(device))
     return Eagle3TargetBatch(
-        tokens=batch.tokens.to(torch.device(device)),
+        tokens=batch.tokens,
         aux_hidden_states=batch.aux_hidden_states.to(device),
         supervised_rows=batch.supervised_rows.to(device),
         targets=moved,

@@ -1,28 +1,62 @@
 """Causal flash attention with its log-sum (log of the softmax's sum), and a backward for any of both.
 
 These are torch's private operators: the public ones have no backward for a merged softmax.
-Legend: B batch, T sequence, N slots, Q query heads, J key heads, D head width.
+Legend: B batch, T queries of a sequence, M keys of it (as many unless there are blocks), C blocks, Q query
+heads, J key heads, D head width.
 """
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from eagle_rpc.supervision.segments import ChatBoundaries
+from eagle_rpc.supervision import to_device
 
 MAX_HEAD_DIM = 256
-Heads = tuple[Tensor, Tensor, Tensor]  # queries [B, T, Q, D], keys and values [B, T, J, D]
+Heads = tuple[Tensor, Tensor, Tensor]  # queries [B, T, Q, D], keys and values [B, M, J, D]
 aten = torch.ops.aten
 
 
-def causal_attention(inputs: Heads, scale: float, chats: ChatBoundaries | None) -> tuple[Tensor, Tensor]:
-    """Attended values [B, T, Q, D] and log-sums [B, Q, T] of the `inputs`; with `chats` B is 1 and T is N."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QueryBlocks:
+    """C blocks of queries, one after the other, and the keys of each: its last query attends to all of them."""
+
+    queries: Tensor  # [C + 1] int32, where each block begins, and T
+    keys: Tensor  # [C + 1] int32, where its keys begin, and M
+    longest: tuple[int, int]  # queries and keys of a block, at most
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor) -> "QueryBlocks":
+        """From the boundaries [C + 1] on the CPU."""
+        # With no more than one query flash attention would take its form for decoding.
+        longest = (max(2, int(queries.diff().max())), int(keys.diff().max()))
+        return cls(queries=queries.int(), keys=keys.int(), longest=longest)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, int, int]:
+        """The arguments of flash attention."""
+        return self.queries, self.keys, *self.longest
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key that it attends to."""
+        queries, keys = self.queries.diff().long(), self.keys.diff().long()
+        return int((queries * keys - queries * (queries - 1) // 2).sum())
+
+    def to(self, device: torch.device) -> "QueryBlocks":
+        return replace(self, queries=to_device(self.queries, device), keys=to_device(self.keys, device))
+
+
+def causal_attention(inputs: Heads, scale: float, blocks: QueryBlocks | None) -> tuple[Tensor, Tensor]:
+    """Attended values [B, T, Q, D] and log-sums [B, Q, T] of the `inputs`; with `blocks` B is 1."""
     if not inputs[0].is_cuda:
-        return _causal_on_cpu(inputs, scale, chats)
-    if chats is not None:
+        return _causal_on_cpu(inputs, scale, blocks)
+    # With fewer queries than keys, flash attention aligns the last query with the last key.
+    if blocks is not None:
         out, log_sums, *_ = aten._flash_attention_forward(
-            *(tensor[0] for tensor in inputs), *chats.arguments, 0.0, True, False, scale=scale
+            *(tensor[0] for tensor in inputs), *blocks.arguments, 0.0, True, False, scale=scale
         )
         return out[None], log_sums[None]
     length = inputs[0].shape[1]
@@ -44,7 +78,7 @@ def causal_attention_backward(
     out_BTQD: Tensor,
     log_sums_BQT: Tensor,
     scale: float,
-    chats: ChatBoundaries | None,
+    blocks: QueryBlocks | None,
 ) -> Heads:
     """Gradients of the `inputs` through the causal keys.
 
@@ -52,13 +86,13 @@ def causal_attention_backward(
     """
     tensors = (out_grads_BTQD, *inputs, out_BTQD)
     if not out_BTQD.is_cuda:
-        return _causal_backward_on_cpu(tensors, log_sums_BQT, scale, chats)
+        return _causal_backward_on_cpu(tensors, log_sums_BQT, scale, blocks)
     # The state of dropout, which is not used.
     unused = torch.empty(0, dtype=torch.int64, device=out_BTQD.device)
-    if chats is not None:
+    if blocks is not None:
         packed = (*(tensor[0] for tensor in tensors), log_sums_BQT[0])
         query_grads, key_grads, value_grads = aten._flash_attention_backward(
-            *packed, *chats.arguments, 0.0, True, unused, unused, scale=scale
+            *packed, *blocks.arguments, 0.0, True, unused, unused, scale=scale
         )
         return query_grads[None], key_grads[None], value_grads[None]
     length = out_BTQD.shape[1]
@@ -81,32 +115,47 @@ def _cudnn_runs(heads_BTQD: Tensor) -> bool:
     return hopper and torch.backends.cudnn.is_available() and heads_BTQD.shape[-1] <= 128
 
 
-def _causal_on_cpu(inputs: Heads, scale: float, chats: ChatBoundaries | None) -> tuple[Tensor, Tensor]:
+def _causal_on_cpu(inputs: Heads, scale: float, blocks: QueryBlocks | None) -> tuple[Tensor, Tensor]:
     outs, log_sums = [], []
-    for chat in _slices(chats):
-        heads = (tensor[:, chat].transpose(1, 2) for tensor in inputs)
-        out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(*heads, 0.0, True, scale=scale)
+    for queries, keys in _slices(blocks):
+        heads = _heads_first(inputs, (queries, keys, keys))
+        out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads, 0.0, False, attn_mask=_causal_mask(heads), scale=scale
+        )
         outs.append(out)
         log_sums.append(log_sum)
     return torch.cat(outs, dim=2).transpose(1, 2), torch.cat(log_sums, dim=2)
 
 
 def _causal_backward_on_cpu(
-    tensors: tuple[Tensor, ...], log_sums_BQT: Tensor, scale: float, chats: ChatBoundaries | None
+    tensors: tuple[Tensor, ...], log_sums_BQT: Tensor, scale: float, blocks: QueryBlocks | None
 ) -> Heads:
     pieces = []
-    for chat in _slices(chats):
-        heads = (tensor[:, chat].transpose(1, 2) for tensor in tensors)
+    for queries, keys in _slices(blocks):
+        out_grads, *heads, out = _heads_first(tensors, (queries, queries, keys, keys, queries))
+        options = {"attn_mask": _causal_mask(heads), "scale": scale}
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads, log_sums_BQT[:, :, chat], 0.0, True, scale=scale
+            out_grads, *heads, out, log_sums_BQT[:, :, queries], 0.0, False, **options
         )
         pieces.append([grad.transpose(1, 2) for grad in grads])
     query_grads, key_grads, value_grads = (torch.cat(grads, dim=1) for grads in zip(*pieces, strict=True))
     return query_grads, key_grads, value_grads
 
 
-def _slices(chats: ChatBoundaries | None) -> list[slice]:
-    """The slots of each chat."""
-    if chats is None:
-        return [slice(None)]
-    return [slice(*pair) for pair in itertools.pairwise(chats.places.tolist())]
+def _slices(blocks: QueryBlocks | None) -> list[tuple[slice, slice]]:
+    """Queries and keys of each block."""
+    if blocks is None:
+        return [(slice(None), slice(None))]
+    bounds = (itertools.pairwise(places.tolist()) for places in (blocks.queries, blocks.keys))
+    return [(slice(*queries), slice(*keys)) for queries, keys in zip(*bounds, strict=True)]
+
+
+def _heads_first(tensors: Sequence[Tensor], parts: Sequence[slice]) -> list[Tensor]:
+    """A part in T of each, as [B, heads, T, D]."""
+    return [tensor[:, part].transpose(1, 2) for tensor, part in zip(tensors, parts, strict=True)]
+
+
+def _causal_mask(heads: Sequence[Tensor]) -> Tensor:
+    """[T, M]: 0 where a query may attend, -inf at later keys; the last query attends to the last key."""
+    queries, keys = heads[0].shape[2], heads[1].shape[2]
+    return heads[0].new_full((queries, keys), float("-inf")).triu(keys - queries + 1)

@@ -3,7 +3,7 @@
 The CPU runs the formulas as written here, a GPU the Triton kernel of the same name in `triton_formulas`. Both
 compute in fp32 (fp64 for fp64 inputs) and round on storing. Tensors are contiguous unless the docstring says
 otherwise.
-Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, Q width of all
+Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, E tokens, S steps, Q width of all
 queries, J of all keys, P = Q + 2 J of queries, keys and values side by side, D head width, n rows, K draft
 vocab.
 """
@@ -126,11 +126,12 @@ def _rotate(x_BTP: Tensor, tables: RopeTables) -> Tensor:
 
 
 @with_kernel
-def sum_shifted(steps_SBTP: Tensor) -> Tensor:
-    """[B, U, P]: entry u is the sum over all steps k of slot u - k of step k."""
-    steps = steps_SBTP.shape[0]
-    padded = (F.pad(widened(steps_SBTP[step]), (0, 0, step, steps - 1 - step)) for step in range(steps))
-    return functools.reduce(torch.add, padded).to(steps_SBTP.dtype)
+def sum_readers(steps_SNP: Tensor, readers_SE: Tensor) -> Tensor:
+    """[E, P]: the sum over all steps of the slot that reads a token at that step; -1: none does."""
+    # The row of zeros behind the slots is what -1 names.
+    padded_SNP = F.pad(widened(steps_SNP), (0, 0, 0, 1))
+    of_steps = (padded_NP[readers_E] for padded_NP, readers_E in zip(padded_SNP, readers_SE, strict=True))
+    return functools.reduce(torch.add, of_steps).to(steps_SNP.dtype)
 
 
 @with_kernel

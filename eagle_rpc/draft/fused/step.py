@@ -1,7 +1,7 @@
 """One micro-batch through the fused TTT step: the loss, and its gradients added to those of the parameters.
 
-Legend: B batch, T sequence, N rows, n rows of a chunk, S steps, M = n S pairs of a chunk's row and a step, H
-hidden, K draft vocab.
+Legend: B batch, T sequence, N rows (in `_unroll` slots B T), n rows of a chunk, L live slots, S steps, M = n S
+pairs of a chunk's row and a step, H hidden, K draft vocab.
 """
 
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from eagle_rpc.draft.chunked_loss import JudgedRows, row_chunks
 from eagle_rpc.draft.fused import formulas
 from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM
+from eagle_rpc.draft.fused.slot_plan import SlotPlan
 from eagle_rpc.draft.fused.unroll import FusedUnroll
 from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
+from eagle_rpc.draft.live_slots import index_among
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
 from eagle_rpc.supervision import Eagle3TargetBatch
-from eagle_rpc.supervision.segments import ChatBoundaries, chat_boundaries, chat_starts
 
 # Logits of a chunk in bytes: large matrix products, and little memory compared with that of the unroll.
 _CHUNK_BYTES = 2**30
@@ -70,38 +70,30 @@ class FusedStep:
         rows = self._objective.rows_of(batch, valid_NS, denominators_S)
         accurate = torch.promote_types(self._weights.head.dtype, torch.float32)
         rows = replace(rows, coefficients=rows.coefficients.to(accurate))
-        places_NS = _places(slots_NS, valid_NS, batch)
+        plan = SlotPlan.of(batch.tokens, self._objective.steps, slots_NS.device)
+        places_NS = _places(index_among(plan.live, slots_NS), valid_NS, len(plan.live))
         # Triton launches on the current device, not on that of its tensors.
         with torch.cuda.device_of(self._weights.head):
-            unroll = self._unroll(batch, with_gradients)
-            hidden_grads_SNH = torch.zeros_like(unroll.hidden_SNH) if with_gradients else None
-            losses_NS, predicted_NS = self._judge(rows, places_NS, unroll.hidden_SNH, hidden_grads_SNH)
-            if hidden_grads_SNH is not None:
-                unroll.backward(hidden_grads_SNH)
+            unroll = self._unroll(batch, plan, with_gradients)
+            hidden_grads_SLH = torch.zeros_like(unroll.hidden_SLH) if with_gradients else None
+            losses_NS, predicted_NS = self._judge(rows, places_NS, unroll.hidden_SLH, hidden_grads_SLH)
+            if hidden_grads_SLH is not None:
+                unroll.backward(hidden_grads_SLH)
         loss = (losses_NS * rows.coefficients).sum()
         return result_of(batch, loss, losses_NS, predicted_NS, slots_NS, valid_NS)
 
-    def _unroll(self, batch: Eagle3TargetBatch, with_gradients: bool) -> FusedUnroll:
+    def _unroll(self, batch: Eagle3TargetBatch, plan: SlotPlan, with_gradients: bool) -> FusedUnroll:
         """The forward pass of all steps."""
-        steps = self._objective.steps
-        segment_ids = batch.tokens.segment_ids
-        chats = None
-        if segment_ids is not None:
-            # The number of chats is a shape, so this waits for the device once.
-            chats = ChatBoundaries(chat_boundaries(chat_starts(segment_ids)), segment_ids.shape[1])
         # Only the backward pass reads gate and up again.
         recompute_mlp = self._recompute_mlp or not with_gradients
-        unroll = FusedUnroll(self._draft, self._weights, batch.tokens.shape, steps, chats, recompute_mlp)
-        positions_BT = positions_of(batch)
-        unroll.forward(
-            batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SNH.dtype),
-            F.pad(batch.input_ids, (0, steps - 1)),
-            [self._draft.rotary.tables(positions_BT + step) for step in range(steps)],
-        )
+        unroll = FusedUnroll(self._draft, self._weights, plan, self._objective.steps, recompute_mlp)
+        aux_NH3 = batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SLH.dtype)
+        positions_N = positions_of(batch).expand_as(batch.input_ids).flatten()
+        unroll.forward(aux_NH3, batch.input_ids, positions_N)
         return unroll
 
     def _judge(
-        self, rows: JudgedRows, places_NS: Tensor, hidden_SNH: Tensor, hidden_grads_SNH: Tensor | None
+        self, rows: JudgedRows, places_NS: Tensor, hidden_SLH: Tensor, hidden_grads_SLH: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Losses [N, S] and most likely draft ids [N, S], by last norm, head and loss over chunks of rows.
 
@@ -110,7 +102,7 @@ class FusedStep:
         coefficient times loss, and those of norm and head are added to theirs. Only the logits of one chunk
         exist, in the compute dtype; their gradients replace them.
         """
-        draft, weights, hidden_MH = self._draft, self._weights, hidden_SNH.flatten(0, 1)
+        draft, weights, hidden_MH = self._draft, self._weights, hidden_SLH.flatten(0, 1)
         losses_NS, predicted_NS = torch.empty_like(rows.coefficients), torch.empty_like(places_NS)
         norm = (weights.last_norm, draft.config.rms_norm_eps)
         steps, vocab = places_NS.shape[1], len(weights.head)
@@ -126,20 +118,20 @@ class FusedStep:
                 rows.coefficients[chunk],
                 rows.loss,
             )
-            if hidden_grads_SNH is not None:
+            if hidden_grads_SLH is not None:
                 logit_grads_MK = logits_nSK.flatten(0, 1)
                 add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
                 grads_MH = logit_grads_MK @ weights.head
                 norm_grad = weights.gradient_of(draft.norm.weight)
                 formulas.rms_norm_backward(grads_MH, judged_MH, norm, norm_grad, None, grads_MH)
-                hidden_grads_SNH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
+                hidden_grads_SLH.flatten(0, 1).index_copy_(0, places_M, grads_MH)
         return losses_NS, predicted_NS
 
 
-def _places(slots_NS: Tensor, valid_NS: Tensor, batch: Eagle3TargetBatch) -> Tensor:
-    """Index into [(S + 1) B T] of the state that each row judges at each step; step k is entry k + 1.
+def _places(live_NS: Tensor, valid_NS: Tensor, num_live: int) -> Tensor:
+    """Index into [(S + 1) L] of the state that each row judges at each step; step k is entry k + 1.
 
-    Pairs without a slot get index 0, which no loss reads.
+    `live` are indices of live slots. Pairs without a slot get index 0, which no loss reads.
     """
-    steps_1S = torch.arange(1, slots_NS.shape[1] + 1, device=slots_NS.device)[None]
-    return (steps_1S * batch.input_ids.numel() + slots_NS) * valid_NS
+    steps_1S = torch.arange(1, live_NS.shape[1] + 1, device=live_NS.device)[None]
+    return (steps_1S * num_live + live_NS) * valid_NS

@@ -1,7 +1,7 @@
 """Triton kernels of `formulas`, under the same names.
 
-Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, U = T + S - 1, S steps, P width of
-queries, keys and values side by side, A heads in P, D half of a head's width. Blocks are rounded up to powers
+Legend: N slots, H hidden, I feed-forward width, B batch, T sequence, E tokens, S steps, P width of queries,
+keys and values side by side, A heads in P, D half of a head's width. Blocks are rounded up to powers
 of two and masked.
 """
 
@@ -237,27 +237,26 @@ def _rotation(
 
 
 @triton.jit
-def _sum_shifted_kernel(steps, out, num_steps, length, batch, width, BLOCK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
+def _sum_readers_kernel(steps, readers, out, num_steps, slots, tokens, width, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
     columns_P = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask_P = columns_P < width
-    places = length + num_steps - 1
-    sequence, place = program // places, program % places
     sum_P = tl.zeros((BLOCK,), dtype=tl.float32)
     for step in range(num_steps):
-        slot = place - step
-        inside_P = mask_P & (slot >= 0) & (slot < length)
-        offset = ((step * batch + sequence) * length + slot) * width
-        sum_P += tl.load(steps + offset + columns_P, inside_P, other=0.0).to(tl.float32)
-    tl.store(out + program * width + columns_P, sum_P.to(out.dtype.element_ty), mask_P)
+        slot = tl.load(readers + step * tokens + token)
+        offset = (step * slots + slot) * width
+        sum_P += tl.load(steps + offset + columns_P, mask_P & (slot >= 0), other=0.0).to(tl.float32)
+    tl.store(out + token * width + columns_P, sum_P.to(out.dtype.element_ty), mask_P)
 
 
-def sum_shifted(steps_SBTP: Tensor) -> Tensor:
-    steps, batch, length, width = steps_SBTP.shape
-    out_BUP = steps_SBTP.new_empty(batch, length + steps - 1, width)
-    grid = (batch * (length + steps - 1), triton.cdiv(width, _BLOCK))
-    _sum_shifted_kernel[grid](steps_SBTP, out_BUP, steps, length, batch, width, BLOCK=_BLOCK)
-    return out_BUP
+def sum_readers(steps_SNP: Tensor, readers_SE: Tensor) -> Tensor:
+    assert steps_SNP.is_contiguous() and readers_SE.is_contiguous() and readers_SE.dtype is torch.int64
+    steps, slots, width = steps_SNP.shape
+    tokens = readers_SE.shape[1]
+    out_EP = steps_SNP.new_empty(tokens, width)
+    grid = (tokens, triton.cdiv(width, _BLOCK))
+    _sum_readers_kernel[grid](steps_SNP, readers_SE, out_EP, steps, slots, tokens, width, BLOCK=_BLOCK)
+    return out_EP
 
 
 def _whole_width_block(width: int) -> tuple[int, int]:

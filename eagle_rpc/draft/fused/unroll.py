@@ -3,13 +3,13 @@
 It equals autograd over `Eagle3Draft.advance` to rounding. Three differences make it fast:
 
 * Step k embeds the tokens of step 0, shifted by k. So embeddings are normed and projected to queries, keys,
-  and values once, and each step adds its slice to the projection of its hidden states.
+  and values once, and each step adds its rows to the projection of its hidden states.
 * A weight gradient is one product over the slots of several steps, added to the gradient inside the product.
 * Backward overwrites each kept tensor after its last use: gate and up, and queries, keys and values, by their
   gradients, hidden states by their norms.
 
-Legend: B batch, T sequence, N = B T slots, S steps, H hidden, Q width of all queries, J of all keys, P = Q +
-2 J, I feed-forward width, D head width, U = T + S - 1, M = B U.
+Legend: B batch, T sequence, N = B T slots, L live slots, S steps, H hidden, Q width of all queries, J of all
+keys, P = Q + 2 J, I feed-forward width, D head width, E embedded tokens.
 """
 
 import torch
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused import formulas
+from eagle_rpc.draft.fused.idle_slots import IdleSlots
+from eagle_rpc.draft.fused.slot_plan import SlotPlan
 from eagle_rpc.draft.fused.step_attention import StepAttention
 from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.model import Eagle3Draft
-from eagle_rpc.draft.rope import RopeTables
-from eagle_rpc.supervision.segments import ChatBoundaries
 
 # Slots that keep a GPU busy in one product. If a step has fewer, the weight gradients of several steps are
 # one product.
@@ -31,68 +31,75 @@ _SLOTS_OF_A_PRODUCT = 32768
 class FusedUnroll:
     """One batch through all steps: `forward`, then `backward` once.
 
-    `hidden_SNH` [S + 1, N, H] holds the fused input and the output of each step until `backward` begins. With
-    `recompute_mlp` the backward computes gate and up again instead of keeping those of all steps.
+    `hidden_SLH` [S + 1, L, H] holds the fused input and the output of each step at live slots until
+    `backward` begins. With `recompute_mlp` the backward computes gate and up again instead of keeping those
+    of all steps.
     """
 
     def __init__(
-        self,
-        draft: Eagle3Draft,
-        weights: FusedWeights,
-        shape: tuple[int, int],
-        steps: int,
-        chats: ChatBoundaries | None,
-        recompute_mlp: bool,
+        self, draft: Eagle3Draft, weights: FusedWeights, plan: SlotPlan, steps: int, recompute_mlp: bool
     ) -> None:
         self._draft, self._weights = draft, weights
         self._layer, self._eps = draft.midlayer, draft.config.rms_norm_eps
         self._gradient_of = weights.gradient_of
-        self._shape, self._steps = shape, steps
-        self._slots = shape[0] * shape[1]
+        self._plan, self._steps = plan, steps
+        self._slots = len(plan.live)
         # Steps whose weight gradients are computed in one product.
         self._together = 1 if recompute_mlp else min(steps, -(-_SLOTS_OF_A_PRODUCT // self._slots))
         self._recompute_mlp = recompute_mlp
         hidden_size, query_width = weights.output.shape
         self._query_width, self._key_width = query_width, (len(weights.qkv_of_hidden) - query_width) // 2
-        self.hidden_SNH = self._empty(steps + 1, hidden_size)
+        self.hidden_SLH = self._empty(steps + 1, hidden_size)
         self._qkv = self._empty(steps, len(weights.qkv_of_hidden))
         self._attended = self._empty(steps, query_width)
         self._middle = self._empty(steps, hidden_size)  # between attention and feed-forward
         self._gate_up = self._empty(1 if recompute_mlp else steps, len(weights.gate_up))
-        keys, values = self._in_heads(self._qkv[..., query_width:]).chunk(2, dim=2)
-        self._attention = StepAttention(shape, chats, keys, values)
+        self._idle = IdleSlots(draft, weights)
 
-    def forward(self, aux_NH3: Tensor, ids_BU: Tensor, tables: list[RopeTables]) -> None:
-        """Runs all steps. `ids` [B, T + S - 1] start with those of step 0; `tables` has one entry a step."""
-        self._aux, self._ids, self._tables = aux_NH3, ids_BU, tables
-        torch.mm(aux_NH3, self._weights.fuse.t(), out=self.hidden_SNH[0])
-        embeds_MH = formulas.rms_norm(self._embeds(), self._weights.embeds_norm, self._eps)
-        embed_part_BUP = (embeds_MH @ self._weights.qkv_of_embeds.t()).view(*ids_BU.shape, -1)
+    def forward(self, aux_NH3: Tensor, ids_BT: Tensor, positions_N: Tensor) -> None:
+        """Runs all steps. `ids` and `positions` are those of step 0 at all slots."""
+        plan, weights = self._plan, self._weights
+        self._aux = aux_NH3
+        fused_NH = aux_NH3 @ weights.fuse.t()
+        torch.index_select(fused_NH, 0, plan.live, out=self.hidden_SLH[0])
+        idle_key_values = fused_NH.new_empty(0, 2 * self._key_width)
+        if len(plan.idle):
+            ids_I, positions_I = ids_BT.flatten()[plan.idle], positions_N[plan.idle]
+            idle_key_values = self._idle.forward(fused_NH[plan.idle], ids_I, positions_I)
+        key_values = self._in_heads(self._qkv[..., self._query_width :])
+        self._attention = StepAttention(plan, key_values, self._in_heads(idle_key_values))
+
+        positions_L = positions_N[plan.live]
+        self._tables = [self._draft.rotary.tables(positions_L[None] + step) for step in range(self._steps)]
+        self._ids_E = F.pad(ids_BT, (0, self._steps - 1)).flatten()[plan.embedded]
+        embeds_EH = formulas.rms_norm(self._embeds(), weights.embeds_norm, self._eps)
+        embed_part_EP = embeds_EH @ weights.qkv_of_embeds.t()
         for step in range(self._steps):
-            self._forward_step(step, embed_part_BUP[:, step : step + self._shape[1]])
+            self._forward_step(step, embed_part_EP.index_select(0, plan.first_embedded + step))
 
-    def _forward_step(self, step: int, embed_part_BTP: Tensor) -> None:
+    def _forward_step(self, step: int, embed_part_LP: Tensor) -> None:
         layer, weights = self._layer, self._weights
-        hidden_NH, middle_NH = self.hidden_SNH[step], self._middle[step]
-        normed_NH = formulas.rms_norm(hidden_NH, weights.hidden_norm, self._eps)
-        hidden_part_BTP = (normed_NH @ weights.qkv_of_hidden.t()).view(*self._shape, -1)
-        tables, qkv_BTP = self._tables[step], self._qkv_of(step)
-        formulas.add_and_rotate(hidden_part_BTP, embed_part_BTP, tables, self._key_width, qkv_BTP)
-        self._attention.forward(self._queries_of(step), self._in_heads(self._attended[step]))
-        residual_NH = normed_NH if layer.norm_before_residual else hidden_NH
-        torch.addmm(residual_NH, self._attended[step], weights.output.t(), out=middle_NH)
-        normed_NH = formulas.rms_norm(middle_NH, weights.middle_norm, self._eps)
-        gate_up_NI2 = self._gate_up[step % len(self._gate_up)]
-        torch.mm(normed_NH, weights.gate_up.t(), out=gate_up_NI2)
-        torch.addmm(middle_NH, formulas.swiglu(gate_up_NI2), weights.down.t(), out=self.hidden_SNH[step + 1])
+        hidden_LH, middle_LH = self.hidden_SLH[step], self._middle[step]
+        normed_LH = formulas.rms_norm(hidden_LH, weights.hidden_norm, self._eps)
+        hidden_part_LP = normed_LH @ weights.qkv_of_hidden.t()
+        parts, qkv_1LP = (hidden_part_LP[None], embed_part_LP[None]), self._qkv[step, None]
+        formulas.add_and_rotate(*parts, self._tables[step], self._key_width, qkv_1LP)
+        queries_LQD = self._in_heads(self._qkv[step, :, : self._query_width])
+        self._attention.forward(queries_LQD, self._in_heads(self._attended[step]))
+        residual_LH = normed_LH if layer.norm_before_residual else hidden_LH
+        torch.addmm(residual_LH, self._attended[step], weights.output.t(), out=middle_LH)
+        normed_LH = formulas.rms_norm(middle_LH, weights.middle_norm, self._eps)
+        gate_up_LI2 = self._gate_up[step % len(self._gate_up)]
+        torch.mm(normed_LH, weights.gate_up.t(), out=gate_up_LI2)
+        torch.addmm(middle_LH, formulas.swiglu(gate_up_LI2), weights.down.t(), out=self.hidden_SLH[step + 1])
 
-    def backward(self, hidden_grads_SNH: Tensor) -> None:
+    def backward(self, hidden_grads_SLH: Tensor) -> None:
         """Adds to the gradients of all parameters that come before the last norm.
 
-        `hidden_grads_SNH` [S + 1, N, H] are the gradients of the loss by `hidden_SNH`; they are overwritten.
+        `hidden_grads_SLH` [S + 1, L, H] are the gradients of the loss by `hidden_SLH`; they are overwritten.
         """
-        self._hidden_grads = hidden_grads_SNH
-        self._middle_grads = self._empty(self._together, self.hidden_SNH.shape[-1])
+        self._hidden_grads = hidden_grads_SLH
+        self._middle_grads = self._empty(self._together, self.hidden_SLH.shape[-1])
         self._gated = self._empty(self._together, self._weights.down.shape[1])
         self._key_value_grads = torch.zeros_like(self._qkv[..., self._query_width :])
         for step in reversed(range(self._steps)):
@@ -104,90 +111,99 @@ class FusedUnroll:
 
     def _backward_mlp(self, step: int) -> None:
         layer, weights = self._layer, self._weights
-        middle_NH, gate_up_NI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
+        middle_LH, gate_up_LI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
         if self._recompute_mlp:
-            normed_NH = formulas.rms_norm(middle_NH, weights.middle_norm, self._eps)
-            torch.mm(normed_NH, weights.gate_up.t(), out=gate_up_NI2)
-        out_grads_NH = self._hidden_grads[step + 1]
-        formulas.swiglu_backward(out_grads_NH @ weights.down, gate_up_NI2, self._gated[step % self._together])
+            normed_LH = formulas.rms_norm(middle_LH, weights.middle_norm, self._eps)
+            torch.mm(normed_LH, weights.gate_up.t(), out=gate_up_LI2)
+        out_grads_LH = self._hidden_grads[step + 1]
+        formulas.swiglu_backward(out_grads_LH @ weights.down, gate_up_LI2, self._gated[step % self._together])
         formulas.rms_norm_backward(
-            gate_up_NI2 @ weights.gate_up,
-            middle_NH,
+            gate_up_LI2 @ weights.gate_up,
+            middle_LH,
             (weights.middle_norm, self._eps),
             self._gradient_of(layer.post_attention_layernorm.weight),
-            out_grads_NH,
+            out_grads_LH,
             self._middle_grads[step % self._together],
         )
 
     def _backward_attention(self, step: int) -> None:
         layer, weights = self._layer, self._weights
-        middle_grads_NH = self._middle_grads[step % self._together]
-        attended_grads_NQD = self._in_heads(middle_grads_NH @ weights.output)
-        key_grads, value_grads = self._in_heads(self._key_value_grads).chunk(2, dim=2)
-        query_grads_NQD = self._attention.backward(attended_grads_NQD, (key_grads, value_grads))
-        key_value_grads_BTJ2 = self._key_value_grads[step].view(*self._shape, -1)
-        query_grads_BTQ = query_grads_NQD.reshape(*self._shape, -1)
-        formulas.rotate_back(query_grads_BTQ, key_value_grads_BTJ2, self._tables[step], self._qkv_of(step))
-        normed_grads_NH = self._qkv[step] @ weights.qkv_of_hidden
-        passed_NH = self._hidden_grads[step]
+        middle_grads_LH = self._middle_grads[step % self._together]
+        attended_grads_LQD = self._in_heads(middle_grads_LH @ weights.output)
+        key_value_grads = self._in_heads(self._key_value_grads)
+        query_grads_LQD = self._attention.backward(attended_grads_LQD, key_value_grads)
+        if step == 0:
+            live_grads, self._idle_grads = self._attention.step_0_grads()
+            key_value_grads[0].copy_(live_grads)
+        grads = (query_grads_LQD.reshape(1, self._slots, -1), self._key_value_grads[step, None])
+        formulas.rotate_back(*grads, self._tables[step], self._qkv[step, None])
+        normed_grads_LH = self._qkv[step] @ weights.qkv_of_hidden
+        passed_LH = self._hidden_grads[step]
         if layer.norm_before_residual:
-            normed_grads_NH += middle_grads_NH
+            normed_grads_LH += middle_grads_LH
         else:
-            passed_NH += middle_grads_NH
+            passed_LH += middle_grads_LH
         norm, norm_grad = (weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
-        hidden_NH = self.hidden_SNH[step]
-        formulas.rms_norm_backward(normed_grads_NH, hidden_NH, norm, norm_grad, passed_NH, passed_NH)
+        hidden_LH = self.hidden_SLH[step]
+        formulas.rms_norm_backward(normed_grads_LH, hidden_LH, norm, norm_grad, passed_LH, passed_LH)
 
     def _add_weight_gradients(self, first: int) -> None:
         """For the steps from `first` on; their kept hidden states are normed by now."""
         steps = slice(first, min(first + self._together, self._steps))
         waiting = slice(0, steps.stop - first)
         attention, mlp = self._layer.self_attn, self._layer.mlp
-        normed_NH = self.hidden_SNH[steps].flatten(0, 1)
+        normed_LH = self.hidden_SLH[steps].flatten(0, 1)
         qkv_grads = self._split_qkv(self._qkv[steps].flatten(0, 1))
         for layer, grads in zip(self._weights.projections, qkv_grads, strict=True):
             gradient = self._gradient_of(layer.weight)[:, self._weights.hidden_size :]
-            add_weight_gradient(gradient, grads, normed_NH)
-        middle_grads_NH = self._middle_grads[waiting].flatten(0, 1)
-        attended_NQ = self._attended[steps].flatten(0, 1)
-        add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_NH, attended_NQ)
-        normed_NH = self._middle[steps].flatten(0, 1)
-        gate_up_NI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
-        for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_NI2.chunk(2, dim=-1), strict=True):
-            add_weight_gradient(self._gradient_of(layer.weight), grads, normed_NH)
-        out_grads_NH, gated_NI = (
+            add_weight_gradient(gradient, grads, normed_LH)
+        middle_grads_LH = self._middle_grads[waiting].flatten(0, 1)
+        attended_LQ = self._attended[steps].flatten(0, 1)
+        add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_LH, attended_LQ)
+        normed_LH = self._middle[steps].flatten(0, 1)
+        gate_up_LI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
+        for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_LI2.chunk(2, dim=-1), strict=True):
+            add_weight_gradient(self._gradient_of(layer.weight), grads, normed_LH)
+        out_grads_LH, gated_LI = (
             self._hidden_grads[1:][steps].flatten(0, 1),
             self._gated[waiting].flatten(0, 1),
         )
-        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_NH, gated_NI)
+        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_LH, gated_LI)
 
     def _backward_inputs(self) -> None:
         """The inputs that all steps share: the fused hidden states and the embeddings."""
-        add_weight_gradient(self._gradient_of(self._draft.fc.weight), self._hidden_grads[0], self._aux)
-        grads_MP = formulas.sum_shifted(self._qkv.unflatten(1, self._shape)).flatten(0, 1)
-        embeds_MH, embed_grads_MH = self._embeds(), grads_MP @ self._weights.qkv_of_embeds
-        norm = (self._weights.embeds_norm, self._eps)
+        plan, weights = self._plan, self._weights
+        fused_grads_NH = self.hidden_SLH.new_zeros(len(self._aux), weights.hidden_size)
+        fused_grads_NH[plan.live] = self._hidden_grads[0]
+        if len(plan.idle):
+            fused_grads_NH[plan.idle] = self._idle.backward(self._idle_grads.flatten(1))
+        add_weight_gradient(self._gradient_of(self._draft.fc.weight), fused_grads_NH, self._aux)
+        grads_EP = formulas.sum_readers(self._qkv, self._readers())
+        embeds_EH, embed_grads_EH = self._embeds(), grads_EP @ weights.qkv_of_embeds
+        norm = (weights.embeds_norm, self._eps)
         norm_grad = self._gradient_of(self._layer.input_layernorm.weight)
-        formulas.rms_norm_backward(embed_grads_MH, embeds_MH, norm, norm_grad, None, embed_grads_MH)
-        for layer, grads in zip(self._weights.projections, self._split_qkv(grads_MP), strict=True):
-            gradient = self._gradient_of(layer.weight)[:, : self._weights.hidden_size]
-            add_weight_gradient(gradient, grads, embeds_MH)
+        formulas.rms_norm_backward(embed_grads_EH, embeds_EH, norm, norm_grad, None, embed_grads_EH)
+        for layer, grads in zip(weights.projections, self._split_qkv(grads_EP), strict=True):
+            gradient = self._gradient_of(layer.weight)[:, : weights.hidden_size]
+            add_weight_gradient(gradient, grads, embeds_EH)
+
+    def _readers(self) -> Tensor:
+        """[S, E] int64: the live slot that reads a token at a step, or -1."""
+        slots_L = torch.arange(self._slots, device=self._ids_E.device)
+        readers_SE = slots_L.new_full((self._steps, len(self._ids_E)), -1)
+        for step in range(self._steps):
+            readers_SE[step].index_copy_(0, self._plan.first_embedded + step, slots_L)
+        return readers_SE
 
     def _embeds(self) -> Tensor:
-        """[B U, H], a new tensor, which the caller may overwrite."""
-        return F.embedding(self._ids.flatten(), self._draft.embed_tokens.weight).to(self.hidden_SNH.dtype)
+        """[E, H], a new tensor, which the caller may overwrite."""
+        return F.embedding(self._ids_E, self._draft.embed_tokens.weight).to(self.hidden_SLH.dtype)
 
     def _empty(self, steps: int, width: int) -> Tensor:
         return self._weights.fuse.new_empty(steps, self._slots, width)
 
-    def _qkv_of(self, step: int) -> Tensor:
-        return self._qkv[step].view(*self._shape, -1)
-
-    def _queries_of(self, step: int) -> Tensor:
-        return self._in_heads(self._qkv[step, :, : self._query_width])
-
-    def _split_qkv(self, qkv_NP: Tensor) -> tuple[Tensor, ...]:
-        return qkv_NP.split((self._query_width, self._key_width, self._key_width), dim=-1)
+    def _split_qkv(self, qkv_LP: Tensor) -> tuple[Tensor, ...]:
+        return qkv_LP.split((self._query_width, self._key_width, self._key_width), dim=-1)
 
     def _in_heads(self, wide: Tensor) -> Tensor:
         return wide.unflatten(-1, (-1, self._draft.config.head_dim))

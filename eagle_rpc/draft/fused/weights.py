@@ -37,6 +37,9 @@ class FusedWeights:
         self.fuse = empty(*draft.fc.weight.shape)  # [H, 3H]
         self.qkv_of_embeds = empty(heights, self.hidden_size)  # [P, H], the columns that read embeddings
         self.qkv_of_hidden = empty(heights, self.hidden_size)  # [P, H], the columns that read hidden states
+        widths = (self.projections[0].out_features, 2 * self.projections[1].out_features)
+        _, self.key_value_of_embeds = self.qkv_of_embeds.split(widths)
+        _, self.key_value_of_hidden = self.qkv_of_hidden.split(widths)
         self.output = empty(*attention.o_proj.weight.shape)  # [H, Q]
         self.gate_up = empty(2 * mlp.gate_proj.out_features, self.hidden_size)  # [2I, H]
         self.down = empty(*mlp.down_proj.weight.shape)  # [H, I]
