@@ -1,7 +1,10 @@
 """Speed and memory of the draft's training on one GPU: seven TTT steps on random supervision of real shapes.
 
     python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
+        [--supervised-share 0.9] [--answers 1]
 
+A row holds turns of equal length, and the last part of each is the answer, which is supervised: with
+`--supervised-share 0.5 --answers 1` the second half of the row. `--answers 0` supervises single tokens at random.
 For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak
 memory above the resident bytes; with --profile the GPU's time by kind of kernel. Medians after warm-up; the
 figures go to the screen and to DIR/trainer.json. Legend: B batch, T sequence, H hidden.
@@ -32,7 +35,7 @@ from eagle_rpc.train.learner import Learner
 # learner's whole optimiser step: on one micro-batch, on one recomputed, on four.
 SYSTEMS = ("fused fused_recompute reference optimiser optimiser_recompute optimiser_accumulated").split()
 ACCUMULATED = 4
-STEPS, SUPERVISED_SHARE = 7, 0.9
+STEPS = 7
 GPU = torch.device("cuda")
 
 
@@ -50,17 +53,25 @@ def make_draft(shape: str) -> Eagle3Draft:
     return draft
 
 
-def make_batch(draft: Eagle3Draft, batch: int, length: int, encoding: str) -> Eagle3TargetBatch:
-    """Random supervision at random rows, `SUPERVISED_SHARE` of them."""
+def make_loss_mask(batch: int, length: int, share: float, answers: int) -> torch.Tensor:
+    """[B, T] bool, about `share` of it true; see the top of this file."""
+    if answers == 0:
+        return torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < share
+    turn = length / answers
+    return (torch.arange(length) % turn >= (1 - share) * turn).expand(batch, length).contiguous()
+
+
+def make_batch(draft: Eagle3Draft, loss_mask: torch.Tensor, encoding: str) -> Eagle3TargetBatch:
+    """Random supervision at the rows of the mask [B, T]; as in training, tokens are on the CPU."""
+    batch, length = loss_mask.shape
     config, generator = draft.config, torch.Generator("cuda").manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
 
-    ids = torch.randint(config.vocab_size, (batch, length), device="cuda", generator=generator)
-    loss_mask = torch.rand(batch, length, device="cuda", generator=generator) < SUPERVISED_SHARE
+    ids = torch.randint(config.vocab_size, (batch, length))
     tokens = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=loss_mask)
-    rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1)
+    rows = shifted_loss_mask(tokens).flatten().nonzero().squeeze(1).cuda()
     if encoding == "hidden":
         head = supervision.DraftHead(weight=normal(config.draft_vocab_size, config.hidden_size) * 0.03)
         targets: Any = supervision.ProjectedTargets(normal(len(rows), config.hidden_size), head)
@@ -103,6 +114,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["4x2048", "1x2048"])
     parser.add_argument("--systems", nargs="+", default=["fused"], choices=SYSTEMS)
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
+    parser.add_argument("--supervised-share", type=float, default=0.9, help="of the tokens")
+    parser.add_argument("--answers", type=int, default=1, help="supervised blocks of a row")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     results = Results(options.out / "trainer.json", GPU)
@@ -110,6 +123,7 @@ def main() -> None:
     results.add(ceiling_teraflops=ceiling)
     for shape, size, system in itertools.product(options.shapes, options.sizes, options.systems):
         name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
+        name |= {"supervised_share": options.supervised_share, "answers": options.answers}
         try:
             measure_system(name, options, results, ceiling)
         except torch.cuda.OutOfMemoryError:
@@ -119,14 +133,15 @@ def main() -> None:
 
 
 def measure_system(
-    name: dict[str, str], options: argparse.Namespace, results: Results, ceiling: float
+    name: dict[str, Any], options: argparse.Namespace, results: Results, ceiling: float
 ) -> None:
     rows, length = size_of(name["size"])
     draft = make_draft(name["shape"])
     for parameter in draft.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    batch = make_batch(draft, rows, length, options.encoding)
+    loss_mask = make_loss_mask(rows, length, options.supervised_share, options.answers)
+    batch = make_batch(draft, loss_mask, options.encoding)
     run, micro_batches = make_run(draft, name["system"], batch)
     started = time.monotonic()
     run()
