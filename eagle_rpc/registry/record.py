@@ -30,6 +30,7 @@ _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
     "incarnation": (_matching("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
     "url": (_matching(r"[!-~]{1,512}"), "1 to 512 ASCII characters without blanks"),
     "device": (_matching(r"cpu|cuda:\d{1,3}"), "cpu or cuda:N"),
+    "gpu": (_matching("(GPU-[0-9a-f-]{36})?"), "empty or the id of a GPU"),
     "host": (_matching(r"[!-~]{1,255}"), "1 to 255 ASCII characters without blanks"),
     "pid": (_within(1, 2**31 - 1), "a whole number in 1..2147483647"),
     "status": (lambda value: isinstance(value, dict), "a dict"),
@@ -47,6 +48,7 @@ class Record:
     incarnation: str  # random id of the process, hexadecimal
     url: str  # TensorPipe's: "uv://127.0.0.1:1234"
     device: str  # "cpu" or "cuda:N"
+    gpu: str  # "GPU-" and its UUID, the same for all processes; "" for a CPU
     host: str
     pid: int
     status: dict[str, Any]  # plain JSON, for `job=status`

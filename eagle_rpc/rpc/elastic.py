@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import rpc
 
@@ -25,6 +26,7 @@ from eagle_rpc.rpc.fence import Permissions
 from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
 from eagle_rpc.rpc.link import Link, close_broken
 from eagle_rpc.rpc.membership import TargetAddress
+from eagle_rpc.topology import carries
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class ElasticMembership:
                 incarnation=peer.incarnation,
                 data_name=data,
                 control_name=control,
-                between_gpus=_on_gpus(self.me, peer),
+                between_gpus=self._carries_gpus(peer),
             )
             if by_rref:
                 link.use_rref(_MEET_TIMEOUT)
@@ -109,6 +111,15 @@ class ElasticMembership:
         if lost:
             self._lost.add(link.incarnation)
         link.release(broken=lost)
+
+    def _carries_gpus(self, target: Record) -> bool:
+        """Whether supervision is to come from GPU to GPU, by what the registry knows of both GPUs now."""
+        if not _on_gpus(self.me, target):
+            return False
+        living = self._registry.living()
+        trainers = sum(one.role == "trainer" and one.run == self.me.run for one in living)
+        gpus = [one.gpu for one in living]
+        return carries(self.me.gpu, target.gpu, gpus, num_trainers=trainers)
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, so that RRefs can call it back. Closes files of dead ones.
@@ -156,8 +167,13 @@ def _rpc_name(record: Record) -> str:
 
 
 def _on_gpus(one: Record, other: Record) -> bool:
-    """Whether TensorPipe carries CUDA tensors between the two: it maps devices of one host only."""
-    return one.device.startswith("cuda") and other.device.startswith("cuda") and one.host == other.host
+    """Whether TensorPipe can carry CUDA tensors between the two: it maps devices of one host only."""
+    return bool(one.gpu and other.gpu) and one.host == other.host
+
+
+def _gpu_id(device: str) -> str:
+    """The GPU's name for all processes: each sees the GPUs that it may use under numbers of its own."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.startswith("cuda") else ""
 
 
 # torch calls functions of modules, so `introduce` finds its membership here. A process joins once.
@@ -214,6 +230,7 @@ def join_elastic(
             incarnation=secrets.token_hex(16),
             url=bound_url(rpc_name),
             device=device,
+            gpu=_gpu_id(device),
             host=socket.gethostname(),
             pid=os.getpid(),
             status={},

@@ -40,12 +40,15 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. A copy to a GPU is queued on the current stream; the CPU does not wait for it."""
     if device.type != "cuda":
         return tensor.to(device)
-    # A copy from pageable memory would wait for all earlier work of the stream.
-    return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+    # A copy from pageable memory would wait for all earlier work of the stream. Pinned memory belongs to the
+    # current device, which a thread takes memory on at its first use.
+    with torch.cuda.device(device):
+        return (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:
     """A copy of a GPU tensor in pinned memory, complete when the current stream gets there; else `tensor`."""
     if not tensor.is_cuda:
         return tensor
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    with torch.cuda.device(tensor.device):
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

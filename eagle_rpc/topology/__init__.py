@@ -1,6 +1,6 @@
 """Roles, worker names, devices and device maps, as pure data. Importing it loads no torch."""
 
-from eagle_rpc.topology.devices import DevicePlan, plan_devices, resolve_device
+from eagle_rpc.topology.devices import DevicePlan, carries, plan_devices, resolve_device
 from eagle_rpc.topology.roles import (
     Cast,
     Role,
@@ -19,6 +19,7 @@ __all__ = [
     "assign_elastic_roles",
     "assign_roles",
     "assign_trainers",
+    "carries",
     "plan_devices",
     "resolve_device",
     "worker_name",

@@ -1,5 +1,6 @@
 """Devices of workers and the CUDA device maps between them, as pure data."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from eagle_rpc.errors import ConfigError
@@ -23,7 +24,7 @@ def plan_devices(
     `target` and `trainer` are the settings `target.device` and `train.device`; a worker with both roles
     follows `train.device`. `num_gpus` None: as many as torch finds. The workers of one torchrun agent share a
     host, where worker i of `cast.names` has local rank i. Host and GPUs of other agents' workers are unknown:
-    nothing is mapped to them, and CUDA tensors go through host memory.
+    nothing is mapped to them, and CUDA tensors go through host memory, as they do where RPC `carries` none.
     """
 
     def device_of(name: str, local_rank: int) -> str:
@@ -39,10 +40,26 @@ def plan_devices(
     if world.num_agents > 1:
         return DevicePlan(device, {})
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
-    devices = {name: device_of(name, cast.names.index(name)) for name in peers}
-    gpus = {name: theirs for name, theirs in devices.items() if theirs.startswith("cuda")}
-    maps = {name: {device: theirs} for name, theirs in gpus.items()} if device.startswith("cuda") else {}
+    devices = [device_of(name, index) for index, name in enumerate(cast.names)]
+    gpus = [one if one.startswith("cuda") else "" for one in devices]
+    gpu_of = dict(zip(cast.names, gpus, strict=True))
+    mine, num_trainers = gpu_of[cast.me.name], len(cast.trainer_names)
+    connected = [peer for peer in peers if carries(mine, gpu_of[peer], gpus, num_trainers=num_trainers)]
+    maps = {peer: {mine: gpu_of[peer]} for peer in connected}
     return DevicePlan(device, maps)
+
+
+def carries(one: str, other: str, gpus: Collection[str], *, num_trainers: int) -> bool:
+    """Whether RPC is to carry tensors from GPU to GPU between two workers.
+
+    `gpus` are those of all workers, "" for a worker without one. While a trainer waits for others in a
+    collective, tensors arrive late or wrong if a third process computes on a GPU of the two (seen on two
+    H200; pytorch/pytorch#100784).
+    """
+    if not (one and other):
+        return False
+    workers = sum(gpu in (one, other) for gpu in gpus)
+    return workers == len({one, other}) or (workers == 2 and num_trainers == 1)
 
 
 def resolve_device(

@@ -34,6 +34,7 @@ TARGET = Record(
     incarnation="ab" * 8,
     url="uv://127.0.0.1:1",
     device="cpu",
+    gpu="",
     host="here",
     pid=4711,
     status={"draining": False},

@@ -233,6 +233,7 @@ def registry(config, tmp_path):
             incarnation="ab" * 8,
             url="uv://127.0.0.1:1",
             device="cpu",
+            gpu="",
             host="here",
             pid=4711,
             status=TARGET_STATUS,

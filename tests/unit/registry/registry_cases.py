@@ -35,6 +35,7 @@ def target(number: int = 0, **changes: object) -> Record:
         incarnation=f"{number:016x}",
         url="uv://127.0.0.1:1234",
         device="cpu",
+        gpu="",
         host="here",
         pid=4711,
         status={},

@@ -122,10 +122,33 @@ def test_trainers_map_their_gpu_to_each_targets_gpu():
     assert plan.device_maps == {"target0": {"cuda:2": "cuda:0"}, "target1": {"cuda:2": "cuda:1"}}
 
 
-def test_workers_share_a_gpu_when_there_are_too_few():
+def test_a_lone_trainer_may_share_the_gpu_of_its_target():
     here = world(rank=1, size=2)
     plan = plan_devices(assign_roles(TopologyConfig(), here), here, **AUTO, num_gpus=1)
     assert plan.device_maps == {"target0": {"cuda:0": "cuda:0"}}
+
+
+@pytest.mark.parametrize(
+    ("targets", "trainers", "num_gpus", "mapped"),
+    [
+        (1, 2, 3, {"target0"}),  # a GPU for each worker
+        (1, 2, 2, set()),  # trainer1 computes on the target's GPU
+        (2, 2, 3, {"target1"}),  # trainer1 computes on the GPU of target0
+        (2, 1, 2, {"target0"}),  # target0 computes on the GPU on which tensors of target1 would arrive
+    ],
+)
+def test_tensors_go_through_host_memory_where_a_third_process_computes_on_a_gpu(
+    targets: int, trainers: int, num_gpus: int, mapped: set[str]
+):
+    size = targets + trainers
+    here = world(rank=targets, size=size, local_rank=targets)
+    cast = assign_roles(TopologyConfig(targets=targets, trainers=trainers), here)
+    assert plan_devices(cast, here, **AUTO, num_gpus=num_gpus).device_maps.keys() == mapped
+    for index in range(targets):
+        there = world(rank=index, size=size, local_rank=index)
+        cast = assign_roles(TopologyConfig(targets=targets, trainers=trainers), there)
+        maps = plan_devices(cast, there, **AUTO, num_gpus=num_gpus).device_maps
+        assert ("trainer0" in maps) is (f"target{index}" in mapped)
 
 
 @pytest.mark.parametrize(
