@@ -62,6 +62,8 @@ def _broken_between(config: Config) -> Iterator[str]:
         yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
     if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
         yield "data.train_path must be given, or data.sources, got nothing"
+    if job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
+        yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
     asked = config.regenerate
     if asked.answers_per_prompt > 1 and asked.temperature == 0:
         yield (

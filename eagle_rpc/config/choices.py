@@ -16,6 +16,8 @@ class JobName(Enum):
     """Writes a checkpoint as a directory that vLLM and SGLang load."""
     evaluate = "evaluate"
     """Counts what decoding of held-out prompts with an exported draft accepts; decodes some for real."""
+    compare = "compare"
+    """Counts what decoding of the same prompts accepts with each of several drafts."""
     verify = "verify"
     """Runs the same steps co-located and remote and compares every bit."""
     plan = "plan"

@@ -363,6 +363,16 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CompareConfig:
+    """Drafts of one target, compared by `job=compare` with the prompts and settings of `evaluate`."""
+
+    drafts: list[str] = field(default_factory=list)
+    """Directories of exported drafts; the others are compared with the first."""
+    output: FilePath = "${run.dir}/comparison.json"
+    """JSON file to write."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RegenerateConfig:
     """Answers of the target to prompts, which a draft then learns from."""
 
@@ -451,6 +461,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)

@@ -42,6 +42,7 @@ class Chat:
     answers: list[KeptAnswer] = field(default_factory=list)  # of each assistant turn, kept by regeneration
     tokenizer: str | None = None  # fingerprint of the tokenizer that made the ids of `answers`
     tokens: tuple[list[int], list[bool]] | None = None  # ids and loss mask of a tokenised record
+    category: str = ""  # kind of question, as sets for evaluation name it
 
 
 def content_hash(messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:

@@ -26,8 +26,9 @@ from eagle_rpc.errors import DataError
 logger = logging.getLogger(__name__)
 
 TURN_LISTS = ("messages", "conversations", "conversation", "turns", "data")
-QUESTIONS = ("prompt", "instruction", "question", "query")
-ANSWERS = ("completion", "response", "output", "answer")
+QUESTIONS = ("prompt", "instruction", "question", "query", "problem")
+ANSWERS = ("completion", "response", "output", "answer", "solution")
+CATEGORIES = ("category", "subject")
 
 _SYSTEM_ROLES = ("system", "developer")
 _SYSTEM_KEYS = ("system", "system_prompt")
@@ -104,7 +105,8 @@ def parse_chat(
     messages, turn_keys = _messages(keys)
     if tokens is None and not messages:
         raise _without_messages(record, keys)
-    left = keys.keys() - turn_keys - token_keys - _READ_WITH_EVERY_FORM
+    category = next((keys[key] for key in CATEGORIES if isinstance(keys.get(key), str)), "")
+    left = keys.keys() - turn_keys - token_keys - _READ_WITH_EVERY_FORM - set(CATEGORIES)
     _refuse_telling({key: keys[key] for key in left})
     if unread is not None:
         unread.update(left - (_OF_REGENERATION if "settings" in keys else frozenset()))
@@ -117,7 +119,7 @@ def parse_chat(
     check_unicode([json.dumps(tools, ensure_ascii=False, default=str)], "tools")
     answers, tokenizer = kept_answers(keys, sum(message.role == "assistant" for message in messages))
     _check_role(messages, needed_role, has_tokens=tokens is not None)
-    return Chat(messages, place, truncated, tools, answers, tokenizer, tokens)
+    return Chat(messages, place, truncated, tools, answers, tokenizer, tokens, category)
 
 
 def _check_role(messages: list[Message], needed_role: str, *, has_tokens: bool) -> None:
@@ -180,6 +182,8 @@ def _question(key: str, keys: dict[str, Any]) -> tuple[list[Message], set[str]]:
         texts = [messages[-1].content, *(text_of(keys[name], name) for name in inputs)]
         messages = [*messages[:-1], Message("user", "\n\n".join(texts))]
     answers = {name: keys[name] for name in ANSWERS if name in keys}
+    if "solution" in answers:
+        answers.pop("answer", None)  # the last line of the solution alone, in sets of mathematical problems
     for name, answer in answers.items():
         if answer != next(iter(answers.values())):
             raise RecordProblem(

@@ -9,15 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import Chains, DecodingCounts, Eagle3Draft, TargetText, guess_chains, replay
-from eagle_rpc.errors import ConfigError, TargetMismatch
+from eagle_rpc.draft import Chains, DecodingCounts, TargetText, replay
 from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.guesses import answered, chains_of, fitted_draft
 from eagle_rpc.evaluate.intervals import bootstrap_interval
 from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
-from eagle_rpc.evaluate.own_text import captured_states, own_texts
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.result import Evaluation, PromptResult
-from eagle_rpc.evaluate.speculative import check_fits
+from eagle_rpc.evaluate.slices import by_category, by_context, drafts_of
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.target.stop_tokens import stop_token_ids
@@ -26,55 +25,29 @@ from eagle_rpc.target.stop_tokens import stop_token_ids
 _WARM_UP_TOKENS = 4
 
 
-def fitted_draft(model: PreTrainedModel, export: ExportedDraft) -> Eagle3Draft:
-    """The draft in the target's dtype, on its device. Raises `TargetMismatch` for another target's draft."""
-    target_shape = list(model.get_input_embeddings().get_parameter("weight").shape)
-    draft_shape = [export.config.vocab_size, export.config.hidden_size]
-    if draft_shape != target_shape:
-        raise TargetMismatch(
-            f"the draft must be of a target with embedding [V, H] {target_shape}, got {draft_shape}"
-        )
-    return export.model().to(model.device, model.dtype).eval()
-
-
 def evaluate_draft(
     model: PreTrainedModel,
     export: ExportedDraft,
     prompts: Sequence[Sequence[int]],
     settings: EvaluateConfig,
     *,
+    categories: Sequence[str] | None = None,
     stop_ids: Collection[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """Counts what decoding of the prompts (token ids) with the draft accepts.
 
-    Of `settings`, those that name no file and no number of prompts to read count. Null `stop_ids`: those of
-    model and tokenizer. With a tokenizer the result has prompts and texts in words. Before anything is
-    decoded, raises `ConfigError` if there is no prompt or one does not fit the target's context,
-    `TargetMismatch` if the draft does not fit the target.
+    Of `settings`, those that name no file and no number of prompts to read count. `categories`: one for each
+    prompt; null: all are of one. Null `stop_ids`: those of model and tokenizer. With a tokenizer the result
+    has prompts and texts in words. Before anything is decoded, raises `ConfigError` if there is no prompt or
+    one does not fit the target's context, `TargetMismatch` if the draft does not fit the target.
     """
-    if not prompts:
-        raise ConfigError("evaluate.prompts must hold at least one prompt, got none")
-    target, num_draft_tokens = GreedyTarget(model, export.aux_layer_ids), settings.num_draft_tokens
-    draft = fitted_draft(model, export)
-    for prompt_ids in prompts:
-        check_fits(target, prompt_ids, settings.max_new_tokens + num_draft_tokens)
+    target, draft = GreedyTarget(model, export.aux_layer_ids), fitted_draft(model, export)
     stop = stop_token_ids(model.config, model.generation_config, tokenizer) if stop_ids is None else stop_ids
-    texts = own_texts(
-        model,
-        prompts,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        stop_token_ids=stop,
-        # The last draft begins before the last token of the text.
-        tokens_after_end=num_draft_tokens - 1,
-    )
-    chains = {
-        index: guess_chains(draft, export.mapping, texts[index], aux_T3H, num_draft_tokens)
-        for index, aux_T3H in captured_states(model, target.aux_layer_ids, texts)
-    }
-    judged = list(zip(texts, [chains[index] for index in range(len(texts))], strict=True))
-    proposer = DraftProposer(draft, export.mapping, num_draft_tokens)
+    texts = answered(model, prompts, settings, stop)
+    chains = chains_of(model, draft, export, texts, settings.num_draft_tokens)
+    judged = list(zip(texts, chains, strict=True))
+    proposer = DraftProposer(draft, export.mapping, settings.num_draft_tokens)
     decoded = _decode(target, proposer, judged[: settings.num_decoded], settings.max_new_tokens, stop)
     conditions = {
         **asdict(settings),
@@ -83,7 +56,8 @@ def evaluate_draft(
         "threads": torch.get_num_threads(),
         "aux_layer_ids": list(target.aux_layer_ids),
     }
-    return _evaluation(judged, decoded, tokenizer, settings, conditions)
+    names = categories or [""] * len(judged)
+    return _evaluation(judged, names, decoded, tokenizer, settings, conditions)
 
 
 def _decode(
@@ -108,6 +82,7 @@ def _decode(
 
 def _evaluation(
     judged: Sequence[tuple[TargetText, Chains]],
+    categories: Sequence[str],
     decoded: Sequence[DecodedPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
     settings: EvaluateConfig,
@@ -116,6 +91,7 @@ def _evaluation(
     longest = settings.num_draft_tokens
     by_length = {k: _counts(judged, k) for k in range(1, longest + 1)}
     by_prompt = [_counts([one], longest) for one in judged]
+    drafts_by_prompt = [drafts_of(*one, longest) for one in judged]
     counts, drafts = by_length[longest], [one.num_drafts for one in by_prompt]
     clearest = [max(one.differences, key=lambda each: each.margin) for one in decoded if one.differences]
     unexplained = [one for one in clearest if one.margin >= settings.near_tie]
@@ -131,6 +107,8 @@ def _evaluation(
             [one.num_tokens - one.num_texts for one in by_prompt], drafts
         ),
         accept_length_by_draft_tokens={k: one.accept_length for k, one in by_length.items()},
+        by_category=by_category(drafts_by_prompt, categories),
+        by_context=by_context(drafts_by_prompt),
         acceptance_per_position=counts.acceptance_per_position,
         conditional_acceptance_per_position=counts.conditional_acceptance_per_position,
         num_drafts=counts.num_drafts,
@@ -149,8 +127,10 @@ def _evaluation(
         / sum(one.seconds_without_draft for one in decoded),
         settings=conditions,
         prompts=[
-            _prompt_result(text, of_prompt, real, tokenizer)
-            for (text, _), of_prompt, real in itertools.zip_longest(judged, by_prompt, decoded)
+            _prompt_result(text, category, of_prompt, real, tokenizer)
+            for (text, _), category, of_prompt, real in itertools.zip_longest(
+                judged, categories, by_prompt, decoded
+            )
         ],
     )
 
@@ -165,11 +145,13 @@ def _counts(judged: Sequence[tuple[TargetText, Chains]], num_draft_tokens: int) 
 
 def _prompt_result(
     text: TargetText,
+    category: str,
     counts: DecodingCounts,
     decoded: DecodedPrompt | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> PromptResult:
     return PromptResult(
+        category=category,
         prompt="" if tokenizer is None else str(tokenizer.decode(list(text.prompt_ids))),
         text="" if tokenizer is None else str(tokenizer.decode(list(text.token_ids))),
         prompt_tokens=len(text.prompt_ids),

@@ -1,21 +1,22 @@
 """The figures of an evaluation, as `evaluation.json` has them and as a terminal shows them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle_rpc.evaluate.intervals import Interval
 from eagle_rpc.evaluate.judge import DecodedPrompt
+from eagle_rpc.evaluate.slices import DraftSlice
 from eagle_rpc.process.files import replaced_file
-
-Interval = tuple[float, float] | None
-"""95 % bootstrap interval over prompts; null for a single prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptResult:
     """One prompt."""
 
+    category: str
     prompt: str
     text: str
     prompt_tokens: int
@@ -38,6 +39,10 @@ class Evaluation:
     accept_length_within_text: float  # the same without tokens beyond the end of a text
     accept_length_within_text_interval: Interval
     accept_length_by_draft_tokens: dict[int, float]  # with drafts of 1 to `num_draft_tokens` guesses
+    by_category: dict[str, DraftSlice]
+    by_context: dict[
+        int, DraftSlice
+    ]  # by the most tokens known when a draft begins, each twice the one before
     acceptance_per_position: list[float]
     conditional_acceptance_per_position: list[float]  # among drafts whose earlier guesses were all accepted
     num_drafts: int
@@ -62,7 +67,7 @@ class Evaluation:
             fresh.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     def summary(self) -> str:
-        """Seven lines for a terminal."""
+        """Lines for a terminal."""
         by_length = "  ".join(f"{k}: {value:.3f}" for k, value in self.accept_length_by_draft_tokens.items())
         shares = "  ".join(f"{share:.3f}" for share in self.acceptance_per_position)
         same, agree = "identical to the target's own", "agree"
@@ -71,12 +76,13 @@ class Evaluation:
         if not self.counts_agree:
             agree = f"DIFFER in {self.differing_counts} prompts"
         drafts = f"{self.num_drafts} drafts, {self.num_prompts} prompts"
-        within = _with_interval(self.accept_length_within_text, self.accept_length_within_text_interval)
+        within = with_interval(self.accept_length_within_text, self.accept_length_within_text_interval)
         return (
-            f"accept length        {_with_interval(self.accept_length, self.accept_length_interval)} "
+            f"accept length        {with_interval(self.accept_length, self.accept_length_interval)} "
             f"tokens a target call ({drafts})\n"
             f"  within the text    {within} without tokens beyond its end\n"
             f"  by draft tokens    {by_length}\n"
+            f"{_slices('by category', self.by_category)}{_slices('by context up to', self.by_context)}"
             f"accepted by position {shares}\n"
             f"text                 {same} ({self.num_decoded} prompts decoded, {self.near_ties} near-ties)\n"
             f"counts               {agree} with real decoding\n"
@@ -85,5 +91,17 @@ class Evaluation:
         )
 
 
-def _with_interval(value: float, interval: Interval) -> str:
+def _slices(title: str, slices: Mapping[Any, DraftSlice]) -> str:
+    """A line for each slice; nothing for a single one, which is all there is."""
+    if len(slices) < 2:
+        return ""
+    width = max(len(str(name)) for name in slices)
+    return f"  {title}\n" + "".join(
+        f"    {name!s:{width}} {with_interval(one.accept_length, one.accept_length_interval)} "
+        f"({one.num_drafts} drafts, {one.num_prompts} prompts)\n"
+        for name, one in slices.items()
+    )
+
+
+def with_interval(value: float, interval: Interval) -> str:
     return f"{value:.3f}" if interval is None else f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

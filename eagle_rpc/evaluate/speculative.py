@@ -33,7 +33,7 @@ def decode_greedily(
     Returns the token ids and their margins, the distances between the two best logits. Raises `ConfigError`
     if prompt and text do not fit the target's context.
     """
-    check_fits(target, prompt_ids, max_new_tokens)
+    check_fits(target.max_length, prompt_ids, max_new_tokens)
     target.start()
     step = target.read(prompt_ids, predictions=1)
     token_ids, margins = step.choices, step.margins
@@ -57,7 +57,7 @@ def decode_speculatively(
 
     Raises `ConfigError` if prompt, text and the guesses beyond its end do not fit the target's context.
     """
-    check_fits(target, prompt_ids, max_new_tokens + proposer.num_draft_tokens)
+    check_fits(target.max_length, prompt_ids, max_new_tokens + proposer.num_draft_tokens)
     target.start()
     proposer.start()
     accepted, margins = list[int](), list[list[float]]()
@@ -92,12 +92,10 @@ def _text_length(
     return None
 
 
-def check_fits(target: GreedyTarget, prompt_ids: Sequence[int], more: int) -> None:
-    """Raises `ConfigError` for an empty prompt, or if it and `more` tokens exceed the target's context."""
+def check_fits(context: int, prompt_ids: Sequence[int], more: int) -> None:
+    """Raises `ConfigError` for an empty prompt, or if it and `more` tokens exceed the target's `context`."""
     if not prompt_ids:
         raise ConfigError("a prompt must hold at least one token, got none")
-    if len(prompt_ids) + more > target.max_length:
-        rule = (
-            f"prompt and new tokens (guesses included) must fit the target's context of {target.max_length}"
-        )
+    if len(prompt_ids) + more > context:
+        rule = f"prompt and new tokens (guesses included) must fit the target's context of {context}"
         raise ConfigError(f"{rule} tokens, got {len(prompt_ids)} + {more}")

@@ -12,8 +12,17 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in conf_dir().glob("
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_file_of_conf_composes(choice: str):
-    required = {"target=hf": ["target.model=somewhere"], "data=chats": ["data.train_path=chats.jsonl"]}
+    required = {
+        "target=hf": ["target.model=somewhere"],
+        "data=chats": ["data.train_path=chats.jsonl"],
+        "job=compare": ["compare.drafts=[one, other]"],
+    }
     assert isinstance(load(choice, *required.get(choice, [])), Config)
+
+
+def test_a_comparison_needs_two_drafts():
+    with pytest.raises(ConfigError, match=r"compare\.drafts must name at least two directories, got \['one'"):
+        load("job=compare", "compare.drafts=[one, one]")
 
 
 def test_a_verification_uses_a_tiny_target_unless_told_otherwise():

@@ -50,6 +50,7 @@ FORMS = {
     "prompt beside its messages": {"prompt": "hello", "messages": turns("hello", "hi")},
     "Alpaca": {"instruction": "hello", "input": "", "output": "hi"},
     "question and answer": {"question": "hello", "answer": "hi"},
+    "MATH": {"problem": "hello", "solution": "hi", "answer": "h", "level": 2},
     "query and response": {"query": "hello", "response": "hi"},
     "null beside full": {"messages": None, "conversations": turns("hello", "hi")},
     "empty beside full": {"messages": [], "conversations": turns("hello", "hi")},

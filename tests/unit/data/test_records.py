@@ -343,10 +343,10 @@ def test_metadata_change_nothing(key, value):
 
 
 def test_keys_that_are_not_read_are_reported_once_for_a_file(tmp_path, caplog):
-    path = write_lines(tmp_path / "chats.jsonl", *[{**GOOD, "id": 1, "category": "x"}] * 3, KEPT)
+    path = write_lines(tmp_path / "chats.jsonl", *[{**GOOD, "id": 1, "level": "x"}] * 3, KEPT)
     with caplog.at_level(logging.INFO):
         read_chats(path, on_error=OnError.fail)
-    assert [record.getMessage() for record in caplog.records] == [f"{path}: not read: category, id"]
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: not read: id, level"]
 
 
 def test_an_error_names_the_place_and_the_way_out(tmp_path):

@@ -4,34 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from evaluation_cases import AUX_LAYERS, PROMPTS, tiny_export, tiny_model
 
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, guess_chains
+from eagle_rpc.draft import guess_chains
 from eagle_rpc.errors import ConfigError, TargetMismatch
-from eagle_rpc.evaluate import acceptance, judge
+from eagle_rpc.evaluate import guesses, judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
 from eagle_rpc.evaluate.own_text import own_texts
-from eagle_rpc.serving.export import export_draft, load_export
-from eagle_rpc.supervision import TargetShape, VocabMapping
-
-AUX_LAYERS = (0, 2, 5)
-PROMPTS = [[3, 7, 1], [2, 2, 5, 8], [6]]
-
-
-def tiny_model(vocab_size=16):
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def export(model, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("draft") / "export"
-    config = Eagle3DraftConfig.from_target(TargetShape.of(model.config), draft_vocab_size=8)
-    embedding = model.get_input_embeddings().weight
-    draft = Eagle3Draft(config, embedding)
-    draft.initialise(seed=0)
-    export_draft(
-        draft.state_dict(),
-        config,
-        VocabMapping.from_token_ids(torch.arange(0, 16, 2), 16),
-        directory,
-        dtype=torch.float32,
-        aux_layer_ids=AUX_LAYERS,
-        num_target_layers=6,
-        target_embedding=embedding,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return load_export(directory)
+    return tiny_export(model, tmp_path_factory.mktemp("draft") / "export")
 
 
 def evaluate(model, export, prompts=PROMPTS, *, stop_ids=(), tokenizer=None, **settings):
@@ -136,7 +99,7 @@ def test_other_counts_than_those_of_real_decoding_are_told(model, export, monkey
             chains.num_right[0] = 0 if chains.num_right[0] else 1
         return chains
 
-    monkeypatch.setattr(acceptance, "guess_chains", spoiled)
+    monkeypatch.setattr(guesses, "guess_chains", spoiled)
     result = evaluate(model, export, near_tie=near_tie)
     assert differences(result) == found and result.identical_texts
     (difference,) = result.prompts[2].decoded.differences
@@ -149,7 +112,7 @@ def test_a_text_that_batches_change_is_told(model, export, monkeypatch):
         first, *others = own_texts(*args, **settings)
         return [replace(first, token_ids=[*first.token_ids[:-1], 15 - first.token_ids[-1]]), *others]
 
-    monkeypatch.setattr(acceptance, "own_texts", changed)
+    monkeypatch.setattr(guesses, "own_texts", changed)
     result = evaluate(model, export)
     (difference,) = result.prompts[0].decoded.differences
     assert (difference.of, difference.token) == (judge.BATCHED_TEXT, 9)
@@ -175,7 +138,7 @@ def test_a_draft_of_another_target_is_refused(export):
     ("prompts", "message"), [([], "at least one prompt"), ([[1], [1] * 60], r"got 60 \+ 12")]
 )
 def test_prompts_are_checked_before_any_is_decoded(model, export, monkeypatch, prompts, message):
-    monkeypatch.setattr(acceptance, "own_texts", lambda *args, **kwargs: pytest.fail("decoded a prompt"))
+    monkeypatch.setattr(guesses, "own_texts", lambda *args, **kwargs: pytest.fail("decoded a prompt"))
     with pytest.raises(ConfigError, match=message):
         evaluate(model, export, prompts=prompts)
 

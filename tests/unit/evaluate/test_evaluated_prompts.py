@@ -13,7 +13,7 @@ TEMPLATE = ChatTemplate(make_tiny_tokenizer())
 CONTEXT = 200
 
 
-def read(tmp_path, *records, **settings):
+def read_with_categories(tmp_path, *records, **settings):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     overrides = [f"{key}={value}" for key, value in settings.items()]
@@ -21,6 +21,10 @@ def read(tmp_path, *records, **settings):
         "job=evaluate", f"evaluate.prompts={path}", "evaluate.max_new_tokens=20", "run.name=mine", *overrides
     )
     return read_prompts(config, TEMPLATE, CONTEXT)
+
+
+def read(tmp_path, *records, **settings):
+    return [one.token_ids for one in read_with_categories(tmp_path, *records, **settings)]
 
 
 def ids(*turns):
@@ -57,3 +61,13 @@ def test_no_more_prompts_are_read_than_asked_for(tmp_path):
     assert (
         len(read(tmp_path, {"prompt": "a"}, {"prompt": "b"}, {"id": 1}, **{"evaluate.num_prompts": 2})) == 2
     )
+
+
+def test_a_category_is_what_the_record_says_or_the_name_of_its_file(tmp_path):
+    records = [
+        {"turns": ["hello"], "category": "writing", "question_id": 81},
+        {"problem": "hello", "solution": "hi", "answer": "h", "subject": "Algebra"},
+        {"task_id": "HumanEval/0", "prompt": "hello", "canonical_solution": "hi", "entry_point": "f"},
+    ]
+    categories = [one.category for one in read_with_categories(tmp_path, *records)]
+    assert categories == ["writing", "Algebra", "prompts"]

@@ -1,0 +1,69 @@
+"""What a draft guesses over the target's own texts, which all drafts of a comparison share."""
+
+import sys
+from collections.abc import Collection, Sequence
+
+from transformers import PreTrainedModel
+
+from eagle_rpc.config.schema import EvaluateConfig
+from eagle_rpc.draft import Chains, Eagle3Draft, TargetText, guess_chains
+from eagle_rpc.errors import ConfigError, TargetMismatch
+from eagle_rpc.evaluate.own_text import captured_states, own_texts
+from eagle_rpc.evaluate.speculative import check_fits
+from eagle_rpc.serving import ExportedDraft
+from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.capture import aux_layers, find_decoder_layers
+
+
+def fitted_draft(model: PreTrainedModel, export: ExportedDraft) -> Eagle3Draft:
+    """The draft in the target's dtype, on its device. Raises `TargetMismatch` for another target's draft."""
+    target_shape = list(model.get_input_embeddings().get_parameter("weight").shape)
+    draft_shape = [export.config.vocab_size, export.config.hidden_size]
+    if draft_shape != target_shape:
+        raise TargetMismatch(
+            f"the draft must be of a target with embedding [V, H] {target_shape}, got {draft_shape}"
+        )
+    return export.model().to(model.device, model.dtype).eval()
+
+
+def answered(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    settings: EvaluateConfig,
+    stop_token_ids: Collection[int],
+) -> list[TargetText]:
+    """The target's own text of each prompt.
+
+    Raises `ConfigError` if there is no prompt, or if one does not fit the target's context with the tokens to
+    decode.
+    """
+    if not prompts:
+        raise ConfigError("evaluate.prompts must hold at least one prompt, got none")
+    context = TargetShape.of(model.config).context or sys.maxsize
+    for prompt_ids in prompts:
+        check_fits(context, prompt_ids, settings.max_new_tokens + settings.num_draft_tokens)
+    return own_texts(
+        model,
+        prompts,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        stop_token_ids=stop_token_ids,
+        # The last draft begins before the last token of the text.
+        tokens_after_end=settings.num_draft_tokens - 1,
+    )
+
+
+def chains_of(
+    model: PreTrainedModel,
+    draft: Eagle3Draft,
+    export: ExportedDraft,
+    texts: Sequence[TargetText],
+    num_draft_tokens: int,
+) -> list[Chains]:
+    """The chains of guesses that `draft`, the fitted draft of `export`, makes over each text."""
+    layers = aux_layers(len(find_decoder_layers(model)), export.aux_layer_ids)
+    chains = {
+        index: guess_chains(draft, export.mapping, texts[index], aux_T3H, num_draft_tokens)
+        for index, aux_T3H in captured_states(model, layers, texts)
+    }
+    return [chains[index] for index in range(len(texts))]
