@@ -9,10 +9,13 @@ from eagle_rpc.config.choices import (
     Encoding,
     JobName,
     MembershipKind,
+    Optimiser,
     Quantization,
+    Schedule,
+    Sharding,
 )
 from eagle_rpc.config.rules import broken_rules
-from eagle_rpc.config.schema import Config
+from eagle_rpc.config.schema import Config, TrainConfig
 from eagle_rpc.errors import ConfigError
 
 
@@ -92,10 +95,21 @@ def _broken_between(config: Config) -> Iterator[str]:
     if data.longest_row < data.max_length:
         field = "data.bucket_lengths" if data.row_length is None else "data.row_length"
         yield f"{field} must reach data.max_length {data.max_length}, got {data.longest_row}"
+    yield from _broken_in_training(config.train)
     batch_size = config.train.batch_size
     if job.name is JobName.train and batch_size * data.longest_row > target.max_batch_tokens:
         yield (
             "train.batch_size x the longest row must be at most "
             f"target.max_batch_tokens {target.max_batch_tokens}, "
             f"got {batch_size} x {data.longest_row} = {batch_size * data.longest_row}"
+        )
+
+
+def _broken_in_training(train: TrainConfig) -> Iterator[str]:
+    if train.optimiser is Optimiser.muon and train.sharding is Sharding.state:
+        yield "train.sharding must be none with train.optimiser=muon, which needs whole matrices, got state"
+    if train.schedule is Schedule.wsd and train.warmup_share + train.decay_share > 1:
+        yield (
+            "train.decay_share must be at most 1 - train.warmup_share with train.schedule=wsd, "
+            f"got {train.decay_share} with {train.warmup_share}"
         )

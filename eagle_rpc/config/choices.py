@@ -151,6 +151,24 @@ class OnError(Enum):
     skip = "skip"
 
 
+class Optimiser(Enum):
+    """The optimiser of the draft; `eagle_rpc/train/optimiser.py` says which parameters get which."""
+
+    adamw = "adamw"
+    muon = "muon"
+    """Muon for the matrices of layer and `fc`, AdamW for head and norms, at one learning rate."""
+
+
+class Schedule(Enum):
+    """The learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+    """Warm-up, stable, decay: constant, then linear over the last `train.decay_share` of the steps."""
+
+
 class Sharding(Enum):
     """The training state that each of several trainers holds."""
 

@@ -19,11 +19,13 @@ from eagle_rpc.config.choices import (
     JobName,
     MembershipKind,
     OnError,
+    Optimiser,
     Overlong,
     PromptSource,
     Quantization,
     Resume,
     Rows,
+    Schedule,
     Sharding,
     VerifySide,
 )
@@ -286,14 +288,21 @@ class TrainConfig:
     """Rows of one micro-batch of one trainer; a row holds one chat, or several with `data.packing`."""
     accumulation: Positive[int] = 1
     """Micro-batches of one optimiser step of one trainer."""
-    learning_rate: Positive[float] = 1e-3
-    """Highest learning rate, reached after the warm-up."""
+    optimiser: Optimiser = Optimiser.adamw
+    """AdamW alone, or Muon for the matrices of the draft's layer."""
+    learning_rate: Positive[float] | None = None
+    """Highest learning rate, reached after the warm-up; null: 1e-3 up to hidden size 576, beyond 0.576 / hidden
+    size."""
+    schedule: Schedule = Schedule.cosine
+    """Course of the learning rate after the warm-up."""
     min_learning_rate_share: Share[float] = 0.05
-    """The cosine ends at this share of `train.learning_rate`."""
+    """Share of the highest learning rate at the last step, except with `train.schedule=constant`."""
     warmup_share: Share[float] = 0.05
     """Share of the steps in which the learning rate climbs linearly."""
+    decay_share: Share[float] = 0.2
+    """Share of the steps in which `train.schedule=wsd` falls linearly at the end."""
     weight_decay: NotNegative[float] = 0.0
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of matrices."""
     betas: Annotated[list[float], rules.TWO_SHARES] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of AdamW's two moments."""
     max_grad_norm: Positive[float] = 1.0

@@ -21,7 +21,7 @@ from eagle_rpc.topology import Role, assign_roles, plan_devices
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30
-# Of a trained parameter: fp32 weight, gradient and AdamW's two moments.
+# Of a trained parameter: fp32 weight, gradient and AdamW's two moments; Muon keeps one of them less.
 _TRAINED_BYTES = 4 * 4
 
 
@@ -90,7 +90,7 @@ def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) 
     chunk = config.target.chunk_rows * draft.vocab_size * (dtype_bytes + 4 * copied)
     yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
-    yield "trainer, weights and AdamW", f"{state / _GIB:.2f} GiB"
+    yield "trainer, weights and optimiser", f"{state / _GIB:.2f} GiB"
     tokens = config.train.batch_size * config.data.longest_row
     reply = tokens * _bytes_per_token(config, draft, config.supervision.encoding.value)
     in_flight = config.supervision.prefetch + config.train.accumulation

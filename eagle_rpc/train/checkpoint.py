@@ -43,7 +43,7 @@ class Checkpoint:
     sequences: int  # of the data, consumed by all trainers, without prefetched ones
     record: RunRecord
     weights: dict[str, Tensor]  # of the draft, without the frozen embedding
-    optimiser: dict[str, Tensor]  # in the form of `optimiser_tensors`
+    optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
     running_sums: list[float]  # figures since the last line of metrics
 
 

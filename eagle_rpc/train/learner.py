@@ -21,13 +21,8 @@ from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.figures import RunningSums
 from eagle_rpc.train.master_weights import MasterWeights
-from eagle_rpc.train.optimiser import (
-    learning_rate,
-    load_optimiser_tensors,
-    make_optimiser,
-    optimiser_tensors,
-    trainable_parameters,
-)
+from eagle_rpc.train.optimiser import DraftOptimiser, trainable_parameters
+from eagle_rpc.train.schedule import peak_rate, share_of_peak
 from eagle_rpc.train.sharded_weights import ShardedWeights
 from eagle_rpc.train.step_supervision import StepSupervision
 
@@ -69,7 +64,8 @@ class Learner:
         self._group = group
         self.total_steps = total_steps
         self._masters = hold_weights(draft, config, group)
-        self._optimiser = make_optimiser(draft, config)
+        self._optimiser = DraftOptimiser(self._masters.parameters, config)
+        self._peak_rate = peak_rate(config, draft.config.hidden_size)
         self._ttt = make_ttt_step(draft, config, objective, self._masters.gradients)
 
     @property
@@ -91,10 +87,8 @@ class Learner:
         self._group.sum_(sums.flat, "losses")
         self._masters.reduce_gradients()
         grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
-        rate = learning_rate(self.steps_done, self.total_steps, self._config)
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self._optimiser.step()
+        rate = self._peak_rate * share_of_peak(self.steps_done, self.total_steps, self._config)
+        self._optimiser.step(rate)
         self._ttt.refresh_weights()
         self.steps_done += 1
         return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
@@ -130,8 +124,8 @@ class Learner:
         return self._masters.gathered(self.parameters)
 
     def optimiser_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole `optimiser_tensors`, one after the other; each trainer has to iterate to the end."""
-        return self._masters.gathered(optimiser_tensors(self._optimiser, self.parameters))
+        """Whole `DraftOptimiser.tensors`, one after the other; each trainer has to iterate to the end."""
+        return self._masters.gathered(self._optimiser.tensors())
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights and optimiser state for a checkpoint, on the CPU; empty but on the primary trainer."""
@@ -159,7 +153,7 @@ class Learner:
                     f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}"
                 )
             parameter.copy_(self._masters.shard_of(weights[name], parameter))
-        load_optimiser_tensors(self._optimiser, self.parameters, optimiser, self._masters.shard_of)
+        self._optimiser.load(optimiser, self._masters.shard_of)
         self._ttt.refresh_weights()
         self.steps_done = steps_done
 

@@ -1,14 +1,15 @@
-"""AdamW and its learning rate."""
+"""AdamW for all trained parameters, or Muon for the matrices between them."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from eagle_rpc.config.choices import Optimiser
 from eagle_rpc.config.schema import TrainConfig
 
 _FUSED_DEVICES = ("cpu", "cuda")
+_HEAD = "lm_head.weight"
 
 
 def trainable_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
@@ -16,52 +17,61 @@ def trainable_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
 
 
-def make_optimiser(draft: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Matrices decay by `config.weight_decay`, norm weights do not."""
-    parameters = list(trainable_parameters(draft).values())
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    norms = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
-    first_beta, second_beta = config.betas
-    fused = parameters[0].device.type in _FUSED_DEVICES
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(first_beta, second_beta), fused=fused)
+class DraftOptimiser:
+    """`config.optimiser` over the parameters of a draft. Matrices decay by `config.weight_decay`, norms do not.
 
-
-def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Rate of optimiser step `step` (0 <= step < total_steps).
-
-    It rises linearly to `config.learning_rate`, then falls as a cosine and is lowest in the last step.
+    Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of whole matrices between input
+    and output: those of the layer and `fc`. Norms and the head, whose rows are single tokens, stay with AdamW.
+    Muon's updates are scaled to the root mean square of AdamW's, so both take the same learning rate and
+    decay ("Muon is Scalable for LLM Training", arXiv 2502.16982).
     """
-    warmup_steps = round(config.warmup_share * total_steps)
-    if step < warmup_steps:
-        return config.learning_rate * (step + 1) / warmup_steps
-    progress = (step + 1 - warmup_steps) / (total_steps - warmup_steps)
-    lowest = config.min_learning_rate_share
-    return config.learning_rate * (lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2)
 
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+        self._parameters = parameters
+        orthogonalised = {
+            name
+            for name, parameter in parameters.items()
+            if config.optimiser is Optimiser.muon and parameter.dim() == 2 and name != _HEAD
+        }
+        rate, decay = 0.0, config.weight_decay  # `step` sets the rate
+        self._parts: list[torch.optim.Optimizer] = []
+        if orthogonalised:
+            matrices = [parameters[name] for name in parameters if name in orthogonalised]
+            muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            self._parts.append(muon)
+        others = [parameter for name, parameter in parameters.items() if name not in orthogonalised]
+        groups = [
+            {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": decay},
+            {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
+        first_beta, second_beta = config.betas
+        fused = others[0].device.type in _FUSED_DEVICES
+        self._parts.append(torch.optim.AdamW(groups, lr=rate, betas=(first_beta, second_beta), fused=fused))
+        self._part_of = {
+            parameter: part
+            for part in self._parts
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
 
-def optimiser_tensors(
-    optimiser: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """AdamW's state, moments and step counts, as `exp_avg/NAME` and so on. Empty before the first step."""
-    return {
-        f"{key}/{name}": value
-        for name, parameter in parameters.items()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
+    def step(self, rate: float) -> None:
+        """One step along the gradients in `.grad`, at this learning rate."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as `exp_avg/NAME`, `momentum_buffer/NAME` and so on. Empty before the first step."""
+        return {
+            f"{key}/{name}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self._part_of[parameter].state.get(parameter, {}).items()
+        }
 
-def load_optimiser_tensors(
-    optimiser: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    tensors: dict[str, Tensor],
-    shard_of: Callable[[Tensor, nn.Parameter], Tensor],
-) -> None:
-    """Restores the result of `optimiser_tensors`, sharded by `MasterWeights.shard_of`."""
-    for path, tensor in tensors.items():
-        key, _, name = path.partition("/")
-        parameter = parameters[name]
-        optimiser.state[parameter][key] = shard_of(tensor, parameter)
+    def load(self, tensors: Mapping[str, Tensor], shard_of: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+        """Restores the result of `tensors`, sharded by `MasterWeights.shard_of`."""
+        for path, tensor in tensors.items():
+            key, _, name = path.partition("/")
+            parameter = self._parameters[name]
+            self._part_of[parameter].state[parameter][key] = shard_of(tensor, parameter)

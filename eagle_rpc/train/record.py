@@ -19,6 +19,7 @@ _FIXED_SETTINGS = (
     "run.seed",
     "train.batch_size",
     "train.accumulation",
+    "train.optimiser",
     "draft.ttt_steps",
     "draft.step_decay",
     "data.validation_share",

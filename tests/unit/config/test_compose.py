@@ -126,6 +126,24 @@ def test_acceptance_losses_need_the_true_probabilities(loss: str):
     assert load(f"draft.loss={loss}", "supervision=logits").draft.loss.value == loss
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["train.optimiser=muon", "train.sharding=state"],
+            r"train\.sharding must be none with train\.optimiser=muon, .* got state",
+        ),
+        (
+            ["train.schedule=wsd", "train.warmup_share=0.3", "train.decay_share=0.8"],
+            r"train\.decay_share must be at most 1 - train\.warmup_share .* got 0\.8 with 0\.3",
+        ),
+    ],
+)
+def test_settings_of_training_that_exclude_each_other_are_refused(overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load(*overrides)
+
+
 def test_a_missing_value_is_named():
     with pytest.raises(ConfigError, match=r"target\.model"):
         load("target=hf")

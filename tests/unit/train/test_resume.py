@@ -22,6 +22,8 @@ from training_cases import (
     without_clock,
 )
 
+from eagle_rpc.config.choices import Optimiser, Schedule
+from eagle_rpc.config.schema import TrainConfig
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.report.metrics_log import read_metrics
@@ -98,6 +100,28 @@ def test_real_batch_plans_resume_where_they_were(tmp_path):
     resumed = make_trainer(tmp_path / "resumed", SETTINGS, **plans)
     resumed.train()
     assert_same_bits(final_state(resumed), final_state(straight))
+
+
+def run_with_a_break(path: Path, settings: TrainConfig, *, at: int = 19) -> None:
+    """Trains once through and once with a break; both end with the same bits and figures."""
+    straight = make_trainer(path / "straight", settings)
+    straight.train()
+    with pytest.raises(Interrupted):
+        make_trainer(path / "resumed", settings, target=InterruptedTarget(at)).train()
+    resumed = make_trainer(path / "resumed", settings)
+    resumed.train()
+    assert_same_bits(final_state(resumed), final_state(straight))
+    lines = [without_clock(read_metrics(path / name / "metrics.jsonl")) for name in ("straight", "resumed")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_a_run_resumes_along_the_same_rates(tmp_path, schedule):
+    run_with_a_break(tmp_path, replace(SETTINGS, schedule=schedule))
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
+    run_with_a_break(tmp_path, replace(SETTINGS, optimiser=Optimiser.muon, weight_decay=0.1))
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
@@ -186,6 +210,10 @@ def interrupted(tmp_path):
         (
             {"config": run_record(replace(SETTINGS, batch_size=5)).config},
             r"train\.batch_size .* it has 2, this run has 5",
+        ),
+        (
+            {"config": run_record(replace(SETTINGS, optimiser=Optimiser.muon)).config},
+            r"train\.optimiser .* it has adamw, this run has muon",
         ),
     ],
 )

@@ -63,9 +63,8 @@ class FailingTarget(TableTarget):
 
 def bytes_held(learner: Learner) -> int:
     """Of weights and moments."""
-    tensors = [*learner.parameters.values()]
-    for parameter in learner.parameters.values():
-        tensors += [learner._optimiser.state[parameter][slot] for slot in ("exp_avg", "exp_avg_sq")]
+    moments = [tensor for name, tensor in learner._optimiser.tensors().items() if name.startswith("exp_avg")]
+    tensors = [*learner.parameters.values(), *moments]
     return sum((t.to_local() if isinstance(t, DTensor) else t).numel() * t.element_size() for t in tensors)
 
 
