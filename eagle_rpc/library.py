@@ -60,7 +60,7 @@ from eagle_rpc.topology import Role, Worker, resolve_device
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.figures import figures_of
 from eagle_rpc.train.learner import Learner, StepOutcome
-from eagle_rpc.train.loop import supervised
+from eagle_rpc.train.step_supervision import supervised
 
 # Calls, and their results.
 __all__ = ["DraftTraining", "connect", "evaluate_draft", "load_draft", "load_target", "serve"]

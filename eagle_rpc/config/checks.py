@@ -108,6 +108,9 @@ def _broken_between(config: Config) -> Iterator[str]:
 def _broken_in_training(train: TrainConfig) -> Iterator[str]:
     if train.optimiser is Optimiser.muon and train.sharding is Sharding.state:
         yield "train.sharding must be none with train.optimiser=muon, which needs whole matrices, got state"
+    for name in ("validate_every", "validation_batches"):
+        if train.patience is not None and getattr(train, name) == 0:
+            yield f"train.{name} must be positive with train.patience, got 0"
     if train.schedule is Schedule.wsd and train.warmup_share + train.decay_share > 1:
         yield (
             "train.decay_share must be at most 1 - train.warmup_share with train.schedule=wsd, "

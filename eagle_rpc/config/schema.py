@@ -323,10 +323,12 @@ class TrainConfig:
     """Optimiser steps between validations; 0: only at the end."""
     validation_batches: NotNegative[int] = 16
     """Micro-batches of a validation, whose answers also give the accept length of decoding."""
+    patience: Positive[int] | None = None
+    """Validations in a row without a higher accept length after which training ends; null: no early end."""
     checkpoint_every: Positive[int] = 200
-    """Optimiser steps between checkpoints."""
+    """Optimiser steps between checkpoints; a validation that is the best so far writes one as well."""
     keep_checkpoints: Positive[int] = 2
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept, beside the best one."""
     log_every: Positive[int] = 10
     """Optimiser steps between lines of `metrics.jsonl`."""
     resume: Resume = Resume.never
@@ -338,7 +340,8 @@ class ServingConfig:
     """The export of a draft."""
 
     checkpoint: FilePath | None = None
-    """Checkpoint directory to export; null: the newest of the run."""
+    """`best`, `latest`, a step as 2000, or a checkpoint directory; null: the best by the accept length of
+    validations, or the newest if there was none."""
     dtype: DType = DType.bfloat16
     """Format of the exported weights."""
     dir: FilePath = "${run.dir}/export"

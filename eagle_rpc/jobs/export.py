@@ -19,6 +19,8 @@ from eagle_rpc.train import (
     Checkpoint,
     RunDirectory,
     RunRecord,
+    best_checkpoint,
+    checkpoint_of,
     latest_checkpoint,
     latest_whole_checkpoint,
     load_target_embedding,
@@ -27,28 +29,48 @@ from eagle_rpc.train import (
 
 logger = logging.getLogger(__name__)
 
+_BEST, _LATEST = "best", "latest"  # values of `serving.checkpoint`
+
 
 def run(config: Config) -> int:
     """Writes `serving.dir`; always 0. Raises `CheckpointError` if there is nothing to export."""
     start_worker(config, "export")
-    directory = RunDirectory.of(config)
-    named = config.serving.checkpoint
-    path, checkpoint = _newest(directory) if named is None else (Path(named), read_checkpoint(Path(named)))
+    directory, serving = RunDirectory.of(config), config.serving
+    path, checkpoint = _chosen(directory.checkpoints, serving.checkpoint)
     embedding = load_target_embedding(path.parent / directory.target_embedding.name)
-    serving = config.serving
     files = export_run(checkpoint.weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype)
-    logger.info("exported step %d: %s", checkpoint.step, ", ".join(map(str, files)))
+    history = checkpoint.history
+    judged = f" with accept length {history.best_accept_length:.3f} in validation"
+    of_best = judged if history.best_step == checkpoint.step else ""
+    logger.info("exported step %d%s: %s", checkpoint.step, of_best, ", ".join(map(str, files)))
     return 0
 
 
-def _newest(directory: RunDirectory) -> tuple[Path, Checkpoint]:
+def _chosen(checkpoints: Path, setting: str | None) -> tuple[Path, Checkpoint]:
+    """The checkpoint that `serving.checkpoint` means, of those in this directory."""
+    if setting == _LATEST:
+        return _newest(checkpoints)
+    if setting in (None, _BEST):
+        best = best_checkpoint(checkpoints)
+        if best is not None:
+            return best, read_checkpoint(best)
+        if setting is None:
+            return _newest(checkpoints)
+        raise CheckpointError(
+            f"{checkpoints} must hold a validated checkpoint for serving.checkpoint=best, got none"
+        )
+    path = checkpoint_of(checkpoints, int(setting)) if setting.isdecimal() else Path(setting)
+    return path, read_checkpoint(path)
+
+
+def _newest(checkpoints: Path) -> tuple[Path, Checkpoint]:
     """Raises `CheckpointError` if the newest checkpoint is damaged; an older one is named, not exported."""
-    whole = latest_whole_checkpoint(directory.checkpoints)
+    whole = latest_whole_checkpoint(checkpoints)
     if whole is None:
         raise CheckpointError(
-            f"{directory.checkpoints} must hold a checkpoint to export, got none: run job=train first"
+            f"{checkpoints} must hold a checkpoint to export, got none: run job=train first"
         )
-    path, newest = whole[0], latest_checkpoint(directory.checkpoints)
+    path, newest = whole[0], latest_checkpoint(checkpoints)
     if path != newest:
         raise CheckpointError(
             f"{newest} must be whole to be exported, it is damaged; train on with train.resume=auto, or "

@@ -84,6 +84,15 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
+def replace_link(path: Path, target: str) -> None:
+    """Makes `path` a symbolic link to `target`, relative to its directory. For one writer at a time."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(path)
+    flush_to_disk(path.parent)
+
+
 def remove_directory(path: Path) -> None:
     """Removes a directory. Its name goes first, so that it never names half of the content."""
     old = path.with_name(f".{path.name}.old")
@@ -95,7 +104,7 @@ def remove_unfinished(directory: Path) -> None:
     """Removes the leftovers of killed replacements from `directory`. Only for the one writer there."""
     for suffix in ("new", "old"):
         for path in directory.glob(f".*.{suffix}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def flush_to_disk(path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from eagle_rpc.train.checkpoint import (
     Checkpoint,
+    best_checkpoint,
+    checkpoint_of,
     latest_checkpoint,
     latest_whole_checkpoint,
     load_target_embedding,
@@ -18,6 +20,8 @@ __all__ = [
     "RunRecord",
     "Trainer",
     "TrainerGroup",
+    "best_checkpoint",
+    "checkpoint_of",
     "join_trainers",
     "latest_checkpoint",
     "latest_whole_checkpoint",

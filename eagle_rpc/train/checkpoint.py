@@ -20,10 +20,12 @@ from eagle_rpc.process.files import (
     is_lfs_pointer,
     remove_directory,
     remove_unfinished,
+    replace_link,
     replaced_directory,
     replaced_file,
 )
 from eagle_rpc.supervision import VocabMapping
+from eagle_rpc.train.history import ValidationHistory
 from eagle_rpc.train.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -45,16 +47,21 @@ class Checkpoint:
     weights: dict[str, Tensor]  # of the draft, without the frozen embedding
     optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
     running_sums: list[float]  # figures since the last line of metrics
+    history: ValidationHistory
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Adds `directory/step_N`, keeps the `keep` newest. A kill at any moment leaves the old ones usable."""
-    final = directory / f"step_{checkpoint.step}"
+    """Adds `directory/step_N`, keeps the `keep` newest and the best, and points the links at newest and best.
+
+    A kill at any moment leaves the old ones usable.
+    """
+    final = checkpoint_of(directory, checkpoint.step)
     facts = {
         "format_version": FORMAT_VERSION,
         "step": checkpoint.step,
         "sequences": checkpoint.sequences,
         "running_sums": checkpoint.running_sums,
+        "validations": checkpoint.history.to_json(),
         **checkpoint.record.to_json(),
     }
     selected = checkpoint.record.mapping.selected_token_ids
@@ -63,10 +70,39 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> P
         _save_tensors(fresh / _OPTIMISER, checkpoint.optimiser)
         _save_tensors(fresh / _MAPPING, {"selected_token_ids": selected})
         (fresh / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    for _, path in _complete(directory)[:-keep]:
-        remove_directory(path)
+    point_links(directory, checkpoint)
+    for step, path in _complete(directory)[:-keep]:
+        if step != checkpoint.history.best_step:
+            remove_directory(path)
     logger.info("saved %s", final)
     return final
+
+
+def point_links(directory: Path, checkpoint: Checkpoint) -> None:
+    """Lets `latest` and `best` name this checkpoint and the best one so far. For people and scripts only."""
+    for name, step in (("latest", checkpoint.step), ("best", checkpoint.history.best_step)):
+        if step is None or not checkpoint_of(directory, step).is_dir():
+            continue
+        try:
+            replace_link(directory / name, checkpoint_of(directory, step).name)
+        except OSError as error:  # a file system without links
+            logger.warning("%s cannot be a link to step %d: %s", directory / name, step, error)
+
+
+def checkpoint_of(directory: Path, step: int) -> Path:
+    """The directory of a step's checkpoint."""
+    return directory / f"step_{step}"
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """The checkpoint with the highest accept length in validation, by the record of the newest one.
+
+    None without a validation, or if it was not copied along. Raises `CheckpointError` for a damaged record.
+    """
+    newest = latest_checkpoint(directory)
+    step = None if newest is None else _history_of(_read_facts(newest / _FACTS)).best_step
+    best = None if step is None else checkpoint_of(directory, step)
+    return best if best is not None and best.is_dir() else None
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -119,6 +155,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             weights=_load_tensors(path / _WEIGHTS),
             optimiser=_load_tensors(path / _OPTIMISER),
             running_sums=facts["running_sums"],
+            history=_history_of(facts),
         )
     except CheckpointError:
         raise
@@ -162,6 +199,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}")
     return facts
+
+
+def _history_of(facts: dict[str, Any]) -> ValidationHistory:
+    """Earlier versions kept none; their validations were all done."""
+    return ValidationHistory(**facts.get("validations", {"last_step": facts["step"]}))
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

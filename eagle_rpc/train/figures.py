@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft import DecodingCounts, TTTResult, simulated_accept_length, step_weights
-from eagle_rpc.errors import CheckpointError
+from eagle_rpc.errors import CheckpointError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
+from eagle_rpc.train.record import RunRecord
 
 
 class RunningSums:
@@ -71,6 +72,23 @@ class RunningSums:
         copy = RunningSums(self._steps, torch.device("cpu"))
         copy.flat.copy_(self.flat)
         return copy._named
+
+
+def require_finite(sums: RunningSums, what: str, step: int, record: RunRecord) -> None:
+    """Raises `TrainingDiverged` if `sums` of steps up to `step`, or the target's values, are not finite."""
+    if sums.is_finite() and sums.supervision_is_finite:
+        return
+    when, dtype = f"at or shortly before step {step}", record.target.dtype
+    if not sums.supervision_is_finite:
+        advice = "use target.dtype=bfloat16" if dtype == "float16" else "its weights may be damaged"
+        raise TrainingDiverged(
+            f"the target's supervision must be finite, it is not {when} in {dtype}: {advice}; "
+            "earlier checkpoints are kept"
+        )
+    raise TrainingDiverged(
+        f"the {what} must be finite, it is not {when}; "
+        "earlier checkpoints are kept, train.learning_rate may be too high"
+    )
 
 
 def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:

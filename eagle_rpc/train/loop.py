@@ -6,35 +6,36 @@ have trained on.
 
 import contextlib
 import logging
-import math
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
-
-import torch
 
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.data import BatchPlan
-from eagle_rpc.draft import DecodingCounts, Eagle3Draft
-from eagle_rpc.errors import EagleRpcError, TrainingDiverged
+from eagle_rpc.draft import Eagle3Draft
+from eagle_rpc.errors import ConfigError, EagleRpcError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figures, MetricsLog
 from eagle_rpc.report.progress import Progress
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 from eagle_rpc.train.checkpoint import (
     Checkpoint,
     latest_whole_checkpoint,
+    point_links,
     remove_leftovers,
     save_target_embedding,
     write_checkpoint,
 )
-from eagle_rpc.train.decoding import DecodedAnswers, answers_of
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.figures import Pace, RunningSums, decoding_figures, figures_of, in_one_line
+from eagle_rpc.train.figures import Pace, figures_of, in_one_line, require_finite
+from eagle_rpc.train.history import ValidationHistory
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import RunRecord, require_same_run
 from eagle_rpc.train.rundir import RunDirectory
+from eagle_rpc.train.schedule import planned_steps
+from eagle_rpc.train.step_supervision import supervised
+from eagle_rpc.train.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class Trainer:
         draft: initialised, on this trainer's device, weights in fp32.
         backend: the target, with an open session.
         batches: this trainer's share of the training data.
-        validation: all of the validation data, the same on every trainer; None: no validation.
+        validation: all of the validation data, the same on every trainer; None: no validation, and no
+            `config.patience`, else `ConfigError`.
         num_draft_tokens: guesses of a draft in decoding, for the accept length of a validation.
         run: the run directory; the caller has claimed it.
         record: the identity of the run, for checkpoints.
@@ -74,15 +76,29 @@ class Trainer:
         self._draft = draft
         self._backend = backend
         self._batches = batches
-        self._validation = validation
-        self._num_draft_tokens = num_draft_tokens
-        self._answers: DecodedAnswers | None = None  # made at the first validation
         self._group = group
         self._run = run
         self._record = record
         self._stop = stop
         self.total_steps = planned_steps(config, batches)
         self.learner = Learner(draft, config, objective, group, self.total_steps)
+        self._validation = Validation(
+            config,
+            objective,
+            draft=draft,
+            learner=self.learner,
+            backend=backend,
+            plan=validation,
+            num_draft_tokens=num_draft_tokens,
+            group=group,
+            record=record,
+        )
+        if config.patience is not None and not self._validation.is_possible:
+            raise ConfigError(
+                "train.patience must be null without chats to validate with, "
+                f"got {config.patience}: see data.validation_path and data.validation_share"
+            )
+        self._history = ValidationHistory()
         self._sums = self.learner.empty_sums()  # since the last line of metrics
         self._position = 0  # sequences consumed by all trainers
         self._learning_rate = 0.0
@@ -113,7 +129,9 @@ class Trainer:
             stream = stack.enter_context(supervised(self._backend, batches))
             self._pace.restart()
             try:
-                while self.learner.steps_done < total and not self._told_to_stop():
+                if done and self._validation_is_missing and self._validate():
+                    self._save()
+                while not self._is_finished() and not self._told_to_stop():
                     self._train_step(stream, progress)
             except TrainingDiverged:
                 raise
@@ -152,16 +170,16 @@ class Trainer:
         self._learning_rate = outcome.learning_rate
         progress.advance(lambda: in_one_line(self._training_figures()))
         if self._due(self._config.log_every):
-            self._require_finite(self._sums, "loss or gradient norm")
+            require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self._record)
             figures = self._training_figures()
             self._write_metrics(figures)
             self._latest_pace = {name: figures[name] for name in ("tokens_per_second", "wait_share")}
             self._sums.zero_()
             self._pace.restart()
         with self._pace.paused():
-            if self._due(self._config.validate_every):
-                self._validate()
-            if self._due(self._config.checkpoint_every):
+            is_best = self._due(self._config.validate_every) and self._validate()
+            is_last = self._history.exhaustion(self._config.patience) is not None
+            if is_best or is_last or self._due(self._config.checkpoint_every):
                 self._save()
 
     def _due(self, every: int) -> bool:
@@ -182,72 +200,42 @@ class Trainer:
             **self._pace.figures(float(sums["tokens"])),
         }
 
-    def _validate(self) -> None:
-        """Each trainer takes every `size`-th batch; the figures equal those of a single trainer."""
-        if self._validation is None:
-            return
-        count = min(self._config.validation_batches, self._validation.batches_per_epoch)
-        if count == 0:
-            return
-        mine = [self._validation.batch(index) for index in range(self._group.rank, count, self._group.size)]
-        sums = self.learner.empty_sums()
-        self._draft.eval()
-        # Collectives run before the first wait for the target and after the last one.
-        with (
-            self.learner.ready_to_judge(),
-            self._group.together("the supervision of a validation"),
-            supervised(self._backend, mine) as stream,
-        ):
-            for batch in stream:
-                self.learner.judge(batch, sums)
-        counts = self._decoding_counts(mine)
-        self._draft.train()
-        self._group.sum_(sums.flat, "validation losses")
-        self._require_finite(sums, "validation loss")
-        figures = figures_of(sums.on_host(), self._objective.step_decay) | decoding_figures(counts)
+    def _validate(self) -> bool:
+        """Writes the figures of a validation; whether it was the best one so far."""
+        if not self._validation.is_possible:
+            return False
+        step, figures = self.learner.steps_done, self._validation.figures()
         self._write_metrics({f"validation/{name}": value for name, value in figures.items()})
+        accept_length = figures["accept_length"]
+        assert isinstance(accept_length, float)
+        self._history = self._history.with_result(step, accept_length)
+        is_best = self._history.best_step == step
         if self._group.is_primary:
             logger.info(
-                "step %d: validation loss %.3f, accept length %.2f (simulated over %d guesses %.2f)",
-                self.learner.steps_done,
+                "step %d: validation loss %.3f, accept length %.2f%s (simulated over %d guesses %.2f)",
+                step,
                 figures["loss"],
-                counts.accept_length,
+                accept_length,
+                ", the best so far" if is_best else "",
                 self._objective.ttt_steps,
                 figures["simulated_accept_length"],
             )
+        return is_best
 
-    def _decoding_counts(self, batches: Iterable[TokenBatch]) -> DecodingCounts:
-        """What decoding of the answers of all trainers' batches would accept; this trainer has `batches`."""
-        with self.learner.whole_draft(), self._group.together("the states of validation answers"):
-            if self._answers is None:
-                self._answers = DecodedAnswers(
-                    [text for batch in batches for text in answers_of(batch)],
-                    self._backend,
-                    self._record,
-                    batch_size=self._config.batch_size,
-                    num_draft_tokens=self._num_draft_tokens,
-                )
-            mine = self._answers.counts(self._draft).to_list()
-        total = self._group.sum_(torch.tensor(mine), "validation drafts")
-        return DecodingCounts.from_list(total.tolist())
+    @property
+    def _validation_is_missing(self) -> bool:
+        """Whether the target was lost between the last step and its validation."""
+        return self._due(self._config.validate_every) and self._history.last_step < self.learner.steps_done
 
-    def _require_finite(self, sums: RunningSums, what: str) -> None:
-        if sums.is_finite() and sums.supervision_is_finite:
-            return
-        when, dtype = f"at or shortly before step {self.learner.steps_done}", self._record.target.dtype
-        if not sums.supervision_is_finite:
-            advice = "use target.dtype=bfloat16" if dtype == "float16" else "its weights may be damaged"
-            raise TrainingDiverged(
-                f"the target's supervision must be finite, it is not {when} in {dtype}: {advice}; "
-                "earlier checkpoints are kept"
-            )
-        raise TrainingDiverged(
-            f"the {what} must be finite, it is not {when}; "
-            "earlier checkpoints are kept, train.learning_rate may be too high"
-        )
+    def _is_finished(self) -> bool:
+        """Whether all steps are done, or validations have not improved for too long."""
+        reason = self._history.exhaustion(self._config.patience)
+        if reason is not None and self._group.is_primary:
+            logger.info("training ends after step %d: %s", self.learner.steps_done, reason)
+        return reason is not None or self.learner.steps_done >= self.total_steps
 
     def _save(self) -> None:
-        self._require_finite(self._sums, "loss or gradient norm")
+        require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self._record)
         if not self.learner.weights_are_finite():
             raise TrainingDiverged(
                 f"the draft's weights must be finite, they are not after step {self.learner.steps_done}"
@@ -263,6 +251,7 @@ class Trainer:
             weights=weights,
             optimiser=optimiser,
             running_sums=self._sums.flat.tolist(),
+            history=self._history,
         )
         write_checkpoint(self._run.checkpoints, checkpoint, keep=self._config.keep_checkpoints)
 
@@ -281,7 +270,9 @@ class Trainer:
             self.total_steps = self.learner.total_steps = planned_steps(
                 self._config, self._batches, steps_done=checkpoint.step, position=checkpoint.sequences
             )
-            self._last_saved = checkpoint.step
+            self._last_saved, self._history = checkpoint.step, checkpoint.history
+            if self._group.is_primary:
+                point_links(self._run.checkpoints, checkpoint)
             logger.info("resuming from %s", path)
         # Of a run that was copied without it, an export could not be made.
         absent = newest is None or not self._run.target_embedding.exists()
@@ -290,25 +281,3 @@ class Trainer:
         self._group.require_equal(
             {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}
         )
-
-
-@contextlib.contextmanager
-def supervised(
-    backend: Eagle3TargetBackend, batches: Iterable[TokenBatch]
-) -> Iterator[Iterator[Eagle3TargetBatch]]:
-    """Supervision of the batches; requests that are in flight when the body ends are given up."""
-    stream = backend.stream(batches)
-    try:
-        yield stream
-    finally:
-        if isinstance(stream, Generator):
-            stream.close()
-
-
-def planned_steps(config: TrainConfig, batches: BatchPlan, *, steps_done: int = 0, position: int = 0) -> int:
-    """Optimiser steps of the run, `steps_done` of which have consumed the first `position` sequences."""
-    if config.max_epochs is None:
-        return config.max_steps
-    left = config.max_epochs * batches.sequences_per_epoch - position
-    steps_left = math.ceil(max(0, left) / (config.accumulation * batches.sequences_per_batch))
-    return min(config.max_steps, steps_done + steps_left)

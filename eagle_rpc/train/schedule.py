@@ -1,9 +1,10 @@
-"""The learning rate as a function of the step, so that a resumed run follows the same curve."""
+"""The steps of a run, and the learning rate as a function of the step: a resumed run follows the same curve."""
 
 import math
 
 from eagle_rpc.config.choices import Schedule
 from eagle_rpc.config.schema import TrainConfig
+from eagle_rpc.data import BatchPlan
 
 # Tuned on the draft of SmolLM2-135M.
 _TUNED_RATE, _TUNED_HIDDEN_SIZE = 1e-3, 576
@@ -40,3 +41,12 @@ def share_of_peak(step: int, total_steps: int, config: TrainConfig) -> float:
     left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule is Schedule.cosine else 1 - progress
     lowest = config.min_learning_rate_share
     return lowest + (1 - lowest) * left
+
+
+def planned_steps(config: TrainConfig, batches: BatchPlan, *, steps_done: int = 0, position: int = 0) -> int:
+    """Optimiser steps of the run, `steps_done` of which have consumed the first `position` sequences."""
+    if config.max_epochs is None:
+        return config.max_steps
+    left = config.max_epochs * batches.sequences_per_epoch - position
+    steps_left = math.ceil(max(0, left) / (config.accumulation * batches.sequences_per_batch))
+    return min(config.max_steps, steps_done + steps_left)

@@ -7,13 +7,14 @@ steps, and a buffer for each would cost S times the memory. So the first micro-b
 their large tensors in host memory if `offload` is on.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 
 import torch
 
 from eagle_rpc.draft import count_rows
-from eagle_rpc.supervision import Eagle3TargetBatch, to_device, to_host
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, TokenBatch, to_device, to_host
 
 
 class StepSupervision:
@@ -44,3 +45,16 @@ class StepSupervision:
         """Removes and returns the next micro-batch, on the device."""
         batch = self._waiting.popleft()
         return batch.map_large(lambda tensor: to_device(tensor, self._device)) if self._offload else batch
+
+
+@contextlib.contextmanager
+def supervised(
+    backend: Eagle3TargetBackend, batches: Iterable[TokenBatch]
+) -> Iterator[Iterator[Eagle3TargetBatch]]:
+    """Supervision of the batches; requests that are in flight when the body ends are given up."""
+    stream = backend.stream(batches)
+    try:
+        yield stream
+    finally:
+        if isinstance(stream, Generator):
+            stream.close()

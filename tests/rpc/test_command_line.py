@@ -334,7 +334,7 @@ def test_a_run_goes_on_and_is_exported_where_only_its_checkpoint_was_copied_to(
     assert resumed.returncode == 0 and "resuming from runs/copy/checkpoints/step_4" in resumed.stderr
     weights = checkpoints / "step_6/draft.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    damaged = run(PYTHON, directory, *export)
+    damaged = run(PYTHON, directory, *export, "serving.checkpoint=latest")
     assert "serving.checkpoint=runs/copy/checkpoints/step_4" in damaged.stderr.splitlines()[-1]
     older = run(PYTHON, directory, *export, "serving.checkpoint=runs/copy/checkpoints/step_4")
     assert older.returncode == 0, older.stderr

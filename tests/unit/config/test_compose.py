@@ -137,6 +137,10 @@ def test_acceptance_losses_need_the_true_probabilities(loss: str):
             ["train.schedule=wsd", "train.warmup_share=0.3", "train.decay_share=0.8"],
             r"train\.decay_share must be at most 1 - train\.warmup_share .* got 0\.8 with 0\.3",
         ),
+        (
+            ["train.patience=3", "train.validate_every=0"],
+            r"train\.validate_every must be positive with train\.patience, got 0",
+        ),
     ],
 )
 def test_settings_of_training_that_exclude_each_other_are_refused(overrides: list[str], message: str):

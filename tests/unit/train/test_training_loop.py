@@ -20,7 +20,7 @@ from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError, TrainingDiverged
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
-from eagle_rpc.train.loop import planned_steps
+from eagle_rpc.train.schedule import planned_steps
 
 
 def lines_of(path):
@@ -41,7 +41,8 @@ def test_figures_come_at_their_steps_and_at_the_end(tmp_path):
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 7]
     assert [line["step"] for line in lines if "validation/loss" in line] == [4, 7]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_6", "step_7"]
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept in (["step_4", "step_6", "step_7"], ["step_6", "step_7"])  # 4 only if it is the best
     line = lines[0]
     assert len(line["accuracy"]) == len(line["simulated_acceptance_per_position"]) == OBJECTIVE.ttt_steps
     shares = line["simulated_acceptance_per_position"]
