@@ -214,6 +214,12 @@ class DraftConfig:
     """Rotary embedding: the target's, stretched as its own, or plain with the target's base."""
     norm_before_residual: bool = False
     """The decoder layer's residual starts after `hidden_norm` instead of before it."""
+    norm_before_fc: bool = False
+    """One norm over the captured states side by side, before they are projected."""
+    fc_norm: bool = False
+    """EAGLE-3.1: a norm for each captured layer, before the states are projected."""
+    norm_output: bool = False
+    """EAGLE-3.1: each further step reads the normed output of the step before, as the head does."""
     seed_head: bool = True
     """The head starts from the target's rows instead of from noise."""
     ttt_steps: Positive[int] = 7

@@ -57,9 +57,9 @@ def guess_chains(
         return Chains(num_right=[], margins_AS=aux_T3H.new_empty(0, num_guesses, dtype=torch.float32))
     slots_T, cache = torch.arange(end, device=ids_T.device), DraftCache()
     fused_1TH = draft.fuse(aux_T3H[None, :end])
-    hidden_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
+    output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
     parts = [
-        _guess(draft, ids_T, slots_A, hidden_TH[slots_A], cache, num_guesses)
+        _guess(draft, ids_T, slots_A, output_TH[slots_A], cache, num_guesses)
         for slots_A in slots_T[first:].split(_CHAINS)
     ]
     guesses_AS, margins_AS = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -74,18 +74,19 @@ def _guess(
     draft: Eagle3Draft,
     ids_T: Tensor,
     slots_A: Tensor,
-    hidden_AH: Tensor,
+    output_AH: Tensor,
     cache: DraftCache,
     num_guesses: int,
 ) -> tuple[Tensor, Tensor]:
-    """Draft ids and margins [A, S] of the chains from `slots_A`, where the draft's output is `hidden_AH`."""
+    """Draft ids and margins [A, S] of the chains from `slots_A`, where the draft's output is `output_AH`."""
     memory, guesses, margins = cache.chains(slots_A), list[Tensor](), list[Tensor]()
     for step in range(num_guesses):
         if step:
             # Beyond the known tokens the guess before counts as wrong, and any id does.
             read_A = ids_T[(slots_A + 1 + step).clamp(max=len(ids_T) - 1)]
-            hidden_AH = draft.advance(read_A[None], hidden_AH[None], (slots_A + step)[None], memory)[0]
-        logits_AK = draft.lm_head(draft.norm(hidden_AH)).float()
+            hidden_1AH = draft.carried(output_AH)[None]
+            output_AH = draft.advance(read_A[None], hidden_1AH, (slots_A + step)[None], memory)[0]
+        logits_AK = draft.lm_head(draft.norm(output_AH)).float()
         guesses.append(logits_AK.argmax(dim=-1))
         best_A2 = logits_AK.topk(min(2, logits_AK.shape[1]), dim=-1).values
         margins.append(best_A2[:, 0] - best_A2[:, -1])

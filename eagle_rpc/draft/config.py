@@ -28,6 +28,10 @@ class Eagle3DraftConfig:
     )
     hidden_act: str = "silu"
     norm_before_residual: bool = False
+    num_aux_layers: int = 3  # captured layers
+    norm_before_fc: bool = False  # one norm over the captured states side by side, before `fc`
+    fc_norm: bool = False  # a norm for each captured layer, before `fc`
+    norm_output: bool = False  # each step reads the normed output of the step before
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -68,7 +72,6 @@ class Eagle3DraftConfig:
         intermediate_size: int | None = None,
         num_attention_heads: int | None = None,
         num_key_value_heads: int | None = None,
-        norm_before_residual: bool = False,
         plain_rope: bool = False,
         max_length: int | None = None,
     ) -> "Eagle3DraftConfig":
@@ -105,5 +108,4 @@ class Eagle3DraftConfig:
             rope_scaling=scaling,
             max_position_embeddings=target.context or target.length(max_length),
             rope_length=max_length if is_longrope else None,
-            norm_before_residual=norm_before_residual,
         )

@@ -1,7 +1,9 @@
 """The EAGLE-3 draft (arXiv 2503.01840): one Llama layer over token embeddings and hidden states.
 
+The norms before `fc` and after each step are those of EAGLE-3.1 (arXiv 2605.09992), as vLLM computes them.
 Parameters have the names of the exported checkpoint.
-Legend: B batch, T sequence, L slots with an output, S new tokens, H hidden, K draft vocab, D head width.
+Legend: B batch, T sequence, L slots with an output, S new tokens, H hidden, W width of all captured states side
+by side, K draft vocab, D head width.
 """
 
 import torch
@@ -108,7 +110,17 @@ class Eagle3Draft(nn.Module):
             )
         self.config = config
         self.embed_tokens = nn.Embedding.from_pretrained(input_embeddings.detach().clone(), freeze=True)
-        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        width = config.num_aux_layers * config.hidden_size
+        self.aux_norms: list[list[RMSNorm]] = []
+        """Norms before `fc`, one stage after the other; those of a stage share the captured states evenly."""
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(width, config.rms_norm_eps)
+            self.aux_norms.append([self.input_norm])
+        if config.fc_norm:
+            norms = [RMSNorm(config.hidden_size, config.rms_norm_eps) for _ in range(config.num_aux_layers)]
+            self.fc_norm = nn.ModuleList(norms)
+            self.aux_norms.append(norms)
+        self.fc = nn.Linear(width, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
@@ -136,16 +148,19 @@ class Eagle3Draft(nn.Module):
             )
         self.lm_head.weight.copy_(weight_KH)
 
-    def fuse(self, aux_BT3H: Tensor) -> Tensor:
-        """Projects the target's three hidden states, of any floating dtype, to one [B, T, H]."""
-        if not torch.is_autocast_enabled(aux_BT3H.device.type):
-            aux_BT3H = aux_BT3H.to(self.fc.weight.dtype)
-        return self.fc(aux_BT3H)
+    def fuse(self, aux_BTW: Tensor) -> Tensor:
+        """Projects the captured states of the target, of any floating dtype, to one [B, T, H]."""
+        if not torch.is_autocast_enabled(aux_BTW.device.type):
+            aux_BTW = aux_BTW.to(self.fc.weight.dtype)
+        for norms in self.aux_norms:
+            parts = zip(norms, aux_BTW.chunk(len(norms), dim=-1), strict=True)
+            aux_BTW = torch.cat([norm(part) for norm, part in parts], dim=-1)
+        return self.fc(aux_BTW)
 
     def advance(
         self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory
     ) -> Tensor:
-        """One pass; returns the output before the norm [B, L, H], the hidden states of the next step.
+        """One pass; returns the output before the norm [B, L, H], of which `carried` makes the next step's input.
 
         Slot t pairs the hidden state of token t with the id of token t + 1. Positions are [B or 1, T]. All
         slots give keys and values; outputs are those of the slots that `memory` lets ask.
@@ -153,12 +168,16 @@ class Eagle3Draft(nn.Module):
         embeds_BTH = self.embed_tokens(ids_BT).to(hidden_BTH.dtype)
         return self.midlayer(embeds_BTH, hidden_BTH, self.rotary.tables(positions_BT), memory)
 
-    def decode_step(self, ids_BS: Tensor, hidden_BSH: Tensor, cache: DraftCache) -> tuple[Tensor, Tensor]:
-        """Appends S slots; returns their outputs before the norm [B, S, H] and the last one's logits [B, K].
+    def carried(self, output_BLH: Tensor) -> Tensor:
+        """The hidden states that the next step reads, from this step's output before the norm."""
+        return self.norm(output_BLH) if self.config.norm_output else output_BLH
 
-        First pass the fused hidden states of the target's tokens, then one guess at a time with the draft's
-        last output. Before the next round truncate the cache to the slots of verified tokens.
+    def decode_step(self, ids_BS: Tensor, hidden_BSH: Tensor, cache: DraftCache) -> tuple[Tensor, Tensor]:
+        """Appends S slots; returns what the next step reads of them [B, S, H] and the last one's logits [B, K].
+
+        First pass the fused hidden states of the target's tokens, then one guess at a time with what the last
+        step returned. Before the next round truncate the cache to the slots of verified tokens.
         """
         positions_1S = torch.arange(cache.length, cache.length + ids_BS.shape[1], device=ids_BS.device)[None]
         output_BSH = self.advance(ids_BS, hidden_BSH, positions_1S, cache)
-        return output_BSH, self.lm_head(self.norm(output_BSH[:, -1]))
+        return self.carried(output_BSH), self.lm_head(self.norm(output_BSH[:, -1]))

@@ -147,9 +147,9 @@ def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, live: LiveSlots, steps
     slots: Tensor | slice = slice(None)
     for step in range(steps):
         ids, positions = ids_BT.flatten()[slots], positions_N[slots] + step
-        hidden = draft.advance(ids[None], hidden, positions[None], memory)
-        outputs_SLH.append(hidden[0])
-        ids_BT, slots = shift_left(ids_BT), live.places
+        output = draft.advance(ids[None], hidden, positions[None], memory)
+        outputs_SLH.append(output[0])
+        hidden, ids_BT, slots = draft.carried(output), shift_left(ids_BT), live.places
     return outputs_SLH
 
 

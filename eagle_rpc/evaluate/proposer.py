@@ -43,9 +43,9 @@ class DraftProposer:
         guesses: list[int] = []
         while True:
             ids_1N = torch.tensor([ids], device=aux_N3H.device)
-            output_1NH, logits_1K = self._draft.decode_step(ids_1N, hidden_1NH, self._cache)
+            carried_1NH, logits_1K = self._draft.decode_step(ids_1N, hidden_1NH, self._cache)
             guesses.append(self._target_ids[int(logits_1K.argmax())])
             if len(guesses) == self.num_draft_tokens:
                 self._cache.truncate(verified)
                 return guesses
-            ids, hidden_1NH = guesses[-1:], output_1NH[:, -1:]
+            ids, hidden_1NH = guesses[-1:], carried_1NH[:, -1:]

@@ -166,15 +166,22 @@ def make_draft(
 
 def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
     """The draft of this configuration, for a target of this shape; raises `ConfigError` for missing sizes."""
-    return Eagle3DraftConfig.from_target(
+    form = config.draft
+    base = Eagle3DraftConfig.from_target(
         shape,
-        draft_vocab_size=config.draft.vocab_size,
-        intermediate_size=config.draft.intermediate_size,
-        num_attention_heads=config.draft.num_attention_heads,
-        num_key_value_heads=config.draft.num_key_value_heads,
-        norm_before_residual=config.draft.norm_before_residual,
-        plain_rope=config.draft.rope is DraftRope.plain,
+        draft_vocab_size=form.vocab_size,
+        intermediate_size=form.intermediate_size,
+        num_attention_heads=form.num_attention_heads,
+        num_key_value_heads=form.num_key_value_heads,
+        plain_rope=form.rope is DraftRope.plain,
         max_length=config.target.max_length,
+    )
+    return replace(
+        base,
+        norm_before_residual=form.norm_before_residual,
+        norm_before_fc=form.norm_before_fc,
+        fc_norm=form.fc_norm,
+        norm_output=form.norm_output,
     )
 
 

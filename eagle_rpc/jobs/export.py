@@ -90,7 +90,6 @@ def export_run(
         directory,
         dtype=getattr(torch, dtype.value),
         aux_layer_ids=record.target.aux_layer_ids,
-        num_target_layers=record.target.num_layers,
         target_embedding=embedding_VH,
         bos_token_id=record.bos_token_id,
         eos_token_id=record.eos_token_id,

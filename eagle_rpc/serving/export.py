@@ -7,9 +7,8 @@ Legend: H hidden, V target vocab.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ from torch import Tensor
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, ConfigError, InvalidRequest
 from eagle_rpc.process.files import replaced_directory
+from eagle_rpc.serving.plain_config import plain_config, read_plain_config
 from eagle_rpc.supervision import VocabMapping
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 EMBEDDING = "embed_tokens.weight"
 _CONFIG_FILE, _WEIGHTS_FILE = "config.json", "model.safetensors"
-_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +51,6 @@ def export_draft(
     *,
     dtype: torch.dtype,
     aux_layer_ids: Sequence[int],
-    num_target_layers: int,
     target_embedding: Tensor,
     bos_token_id: int | None,
     eos_token_id: int | list[int] | None,
@@ -84,7 +81,7 @@ def export_draft(
     # Engines read a missing map as the identity, and vLLM refuses an identity map.
     if len(mapping) < mapping.target_vocab_size:
         stored |= {"d2t": mapping.d2t, "t2d": mapping.t2d}
-    config = _serving_config(draft_config, dtype, aux_layer_ids, num_target_layers) | {
+    config = plain_config(draft_config, dtype=dtype, aux_layer_ids=aux_layer_ids) | {
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
     }
@@ -102,11 +99,7 @@ def load_export(directory: Path) -> ExportedDraft:
     """Reads an export of `export_draft`. Raises `CheckpointError` naming file, rule and value."""
     config_path, weights_path = directory / _CONFIG_FILE, directory / _WEIGHTS_FILE
     raw = _read_config(config_path)
-    known = {field.name for field in fields(Eagle3DraftConfig)} & raw.keys()
-    try:
-        config = Eagle3DraftConfig(**{"rope_scaling": None, **{name: raw[name] for name in known}})
-    except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"{config_path} must describe an EAGLE-3 draft: {error}") from error
+    config, aux_layer_ids = read_plain_config(raw, config_path)
     try:
         tensors = load_file(weights_path)
     except (OSError, SafetensorError) as error:
@@ -125,44 +118,7 @@ def load_export(directory: Path) -> ExportedDraft:
         raise CheckpointError(
             f"{weights_path}: d2t and t2d must name the same {config.draft_vocab_size} tokens"
         )
-    layers = _read_aux_layers(raw, config_path)
-    return ExportedDraft(config=config, weights=tensors, mapping=mapping, aux_layer_ids=layers)
-
-
-def _serving_config(
-    draft_config: Eagle3DraftConfig, dtype: torch.dtype, aux_layer_ids: Sequence[int], num_target_layers: int
-) -> dict[str, Any]:
-    config: dict[str, Any] = {field.name: getattr(draft_config, field.name) for field in fields(draft_config)}
-    config["rope_scaling"] = _rope_for_engines(draft_config)
-    for name in ("rope_scaling", "rope_length"):
-        if config[name] is None:
-            del config[name]
-    config |= {
-        "architectures": [ARCHITECTURE],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    default_layers = [1, num_target_layers // 2 - 1, num_target_layers - 4]
-    if list(aux_layer_ids) != default_layers:
-        # vLLM reads the outer key and counts before the layer; SGLang reads the inner one and adds 1.
-        config[_AUX_LAYERS] = [layer + 1 for layer in aux_layer_ids]
-        config["eagle_config"] = {_AUX_LAYERS: list(aux_layer_ids), "use_aux_hidden_state": True}
-    return config
-
-
-def _rope_for_engines(draft_config: Eagle3DraftConfig) -> dict[str, Any] | None:
-    """The draft's `rope_scaling`; of YaRN with the attention factor as vLLM and SGLang read it.
-
-    They multiply `attn_factor` by `0.1 ln(factor) + 1` and know neither `attention_factor` nor `mscale`.
-    """
-    scaling = draft_config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "yarn" or not scaling.get("factor"):
-        return scaling
-    usual = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1
-    return {**scaling, "attn_factor": draft_config.rotary_embedding().factor / usual}
+    return ExportedDraft(config=config, weights=tensors, mapping=mapping, aux_layer_ids=aux_layer_ids)
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], config: Eagle3DraftConfig) -> None:
@@ -198,22 +154,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} must be a JSON file: {error}") from error
-    required = {"architectures": [ARCHITECTURE], "num_hidden_layers": 1, "tie_word_embeddings": False}
-    for name, value in required.items():
-        if raw.get(name) != value:
-            raise CheckpointError(f"{path}: {name} must be {value}, got {raw.get(name)}")
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(raw).__name__}")
     return raw
-
-
-def _read_aux_layers(raw: dict[str, Any], config_path: Path) -> tuple[int, ...] | None:
-    before_layer = raw.get(_AUX_LAYERS)
-    after_layer = (raw.get("eagle_config") or {}).get(_AUX_LAYERS)
-    if before_layer is None:
-        return None if after_layer is None else tuple(after_layer)
-    aux_layer_ids = tuple(layer - 1 for layer in before_layer)
-    if after_layer is not None and tuple(after_layer) != aux_layer_ids:
-        raise CheckpointError(
-            f"{config_path}: eagle_config.{_AUX_LAYERS} must be one less than {before_layer}, "
-            f"got {after_layer}"
-        )
-    return aux_layer_ids

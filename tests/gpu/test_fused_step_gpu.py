@@ -51,6 +51,18 @@ CASES = [
     Case(heads=4, key_heads=2, head_dim=128, hidden_size=256, batch=2, length=900, blocks=4, seed=8),
     Case(heads=6, key_heads=2, head_dim=80, hidden_size=320, length=800, blocks=3, packed=True, seed=9),
     Case(heads=2, key_heads=2, head_dim=256, hidden_size=256, batch=2, length=600, blocks=2, seed=10),
+    Case(head_dim=64, hidden_size=256, length=300, fc_norm=True, norm_output=True, seed=11),
+    Case(
+        head_dim=128,
+        hidden_size=384,
+        length=500,
+        packed=True,
+        aux_layers=5,
+        norm_before_fc=True,
+        norm_output=True,
+        norm_before_residual=True,
+        seed=12,
+    ),
 ]
 
 

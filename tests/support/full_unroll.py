@@ -55,5 +55,6 @@ def _outputs(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[T
         hidden_BTH = residual_BTH + attention.o_proj(attended_BTQ)
         hidden_BTH = hidden_BTH + layer.mlp(layer.post_attention_layernorm(hidden_BTH))
         outputs.append(hidden_BTH)
+        hidden_BTH = draft.norm(hidden_BTH) if draft.config.norm_output else hidden_BTH
         ids_BT = shift_left(ids_BT)
     return outputs

@@ -37,6 +37,10 @@ class Case:
     )
     supervised_share: float = 0.7
     norm_before_residual: bool = False
+    aux_layers: int = 3
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
     seed: int = 0
 
 
@@ -56,6 +60,10 @@ def random_case(seed: int) -> tuple[Case, Objective]:
         supervised_share=draw.choice([0.0, 0.5, 0.9, *[1.0] * 5]),
         norm_before_residual=draw.random() < 0.5,
         seed=seed,
+        aux_layers=draw.choice([1, 2, 3, 3, 5]),
+        norm_before_fc=draw.random() < 0.3,
+        fc_norm=draw.random() < 0.4,
+        norm_output=draw.random() < 0.5,
     )
     steps = draw.choice([1, 1, 2, 2, 3, 4, 5, 6, 7, 8])
     return case, Objective(steps=steps, step_decay=0.7, loss=draw.choice(sorted(LOSSES)))
@@ -77,6 +85,10 @@ def case_draft(case: Case) -> Eagle3Draft:
         rope_scaling=None,
         max_position_embeddings=4096,
         norm_before_residual=case.norm_before_residual,
+        num_aux_layers=case.aux_layers,
+        norm_before_fc=case.norm_before_fc,
+        fc_norm=case.fc_norm,
+        norm_output=case.norm_output,
     )
     draft = Eagle3Draft(config, torch.randn(VOCAB, case.hidden_size, generator=generator))
     with torch.no_grad():
@@ -120,7 +132,7 @@ def case_batch(case: Case) -> Eagle3TargetBatch:
     logits_NK = targets.logits(slice(None))
     return Eagle3TargetBatch(
         tokens=tokens,
-        aux_hidden_states=torch.randn(*shape, 3 * case.hidden_size, generator=generator),
+        aux_hidden_states=torch.randn(*shape, case.aux_layers * case.hidden_size, generator=generator),
         supervised_rows=rows,
         targets=targets,
         log_normalizer=logits_NK.logsumexp(dim=-1) + torch.rand(len(rows), generator=generator),

@@ -1,7 +1,7 @@
 """One micro-batch through the fused TTT step: the loss, and its gradients added to those of the parameters.
 
 Legend: B batch, T sequence, N rows (in `_unroll` slots B T), n rows of a chunk, L live slots, S steps, M = n S
-pairs of a chunk's row and a step, H hidden, K draft vocab.
+pairs of a chunk's row and a step, H hidden, W width of all captured states, K draft vocab.
 """
 
 from collections.abc import Mapping
@@ -87,9 +87,9 @@ class FusedStep:
         # Only the backward pass reads gate and up again.
         recompute_mlp = self._recompute_mlp or not with_gradients
         unroll = FusedUnroll(self._draft, self._weights, plan, self._objective.steps, recompute_mlp)
-        aux_NH3 = batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SLH.dtype)
+        aux_NW = batch.aux_hidden_states.flatten(0, 1).to(unroll.hidden_SLH.dtype)
         positions_N = positions_of(batch).expand_as(batch.input_ids).flatten()
-        unroll.forward(aux_NH3, batch.input_ids, positions_N)
+        unroll.forward(aux_NW, batch.input_ids, positions_N)
         return unroll
 
     def _judge(

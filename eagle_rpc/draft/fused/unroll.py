@@ -8,8 +8,8 @@ It equals autograd over `Eagle3Draft.advance` to rounding. Three differences mak
 * Backward overwrites each kept tensor after its last use: gate and up, and queries, keys and values, by their
   gradients, hidden states by their norms.
 
-Legend: B batch, T sequence, N = B T slots, L live slots, S steps, H hidden, Q width of all queries, J of all
-keys, P = Q + 2 J, I feed-forward width, D head width, E embedded tokens.
+Legend: B batch, T sequence, N = B T slots, L live slots, S steps, H hidden, W width of all captured states, Q of
+all queries, J of all keys, P = Q + 2 J, I feed-forward width, D head width, E embedded tokens.
 """
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused import formulas
+from eagle_rpc.draft.fused.aux_fusion import AuxFusion
 from eagle_rpc.draft.fused.idle_slots import IdleSlots
 from eagle_rpc.draft.fused.slot_plan import SlotPlan
 from eagle_rpc.draft.fused.step_attention import StepAttention
@@ -54,13 +55,12 @@ class FusedUnroll:
         self._attended = self._empty(steps, query_width)
         self._middle = self._empty(steps, hidden_size)  # between attention and feed-forward
         self._gate_up = self._empty(1 if recompute_mlp else steps, len(weights.gate_up))
-        self._idle = IdleSlots(draft, weights)
+        self._fusion, self._idle = AuxFusion(draft, weights), IdleSlots(draft, weights)
 
-    def forward(self, aux_NH3: Tensor, ids_BT: Tensor, positions_N: Tensor) -> None:
+    def forward(self, aux_NW: Tensor, ids_BT: Tensor, positions_N: Tensor) -> None:
         """Runs all steps. `ids` and `positions` are those of step 0 at all slots."""
         plan, weights = self._plan, self._weights
-        self._aux = aux_NH3
-        fused_NH = aux_NH3 @ weights.fuse.t()
+        fused_NH = self._fusion.forward(aux_NW)
         torch.index_select(fused_NH, 0, plan.live, out=self.hidden_SLH[0])
         idle_key_values = fused_NH.new_empty(0, 2 * self._key_width)
         if len(plan.idle):
@@ -79,7 +79,7 @@ class FusedUnroll:
 
     def _forward_step(self, step: int, embed_part_LP: Tensor) -> None:
         layer, weights = self._layer, self._weights
-        hidden_LH, middle_LH = self.hidden_SLH[step], self._middle[step]
+        hidden_LH, middle_LH = self._carried(step), self._middle[step]
         normed_LH = formulas.rms_norm(hidden_LH, weights.hidden_norm, self._eps)
         hidden_part_LP = normed_LH @ weights.qkv_of_hidden.t()
         parts, qkv_1LP = (hidden_part_LP[None], embed_part_LP[None]), self._qkv[step, None]
@@ -92,6 +92,16 @@ class FusedUnroll:
         gate_up_LI2 = self._gate_up[step % len(self._gate_up)]
         torch.mm(normed_LH, weights.gate_up.t(), out=gate_up_LI2)
         torch.addmm(middle_LH, formulas.swiglu(gate_up_LI2), weights.down.t(), out=self.hidden_SLH[step + 1])
+
+    def _carried(self, step: int) -> Tensor:
+        """The hidden states [L, H] that a step reads."""
+        hidden_LH = self.hidden_SLH[step]
+        if not self._reads_normed(step):
+            return hidden_LH
+        return formulas.rms_norm(hidden_LH, self._weights.last_norm, self._eps)
+
+    def _reads_normed(self, step: int) -> bool:
+        return step > 0 and self._draft.config.norm_output
 
     def backward(self, hidden_grads_SLH: Tensor) -> None:
         """Adds to the gradients of all parameters that come before the last norm.
@@ -127,7 +137,7 @@ class FusedUnroll:
         )
 
     def _backward_attention(self, step: int) -> None:
-        layer, weights = self._layer, self._weights
+        weights = self._weights
         middle_grads_LH = self._middle_grads[step % self._together]
         attended_grads_LQD = self._in_heads(middle_grads_LH @ weights.output)
         key_value_grads = self._in_heads(self._key_value_grads)
@@ -137,15 +147,27 @@ class FusedUnroll:
             key_value_grads[0].copy_(live_grads)
         grads = (query_grads_LQD.reshape(1, self._slots, -1), self._key_value_grads[step, None])
         formulas.rotate_back(*grads, self._tables[step], self._qkv[step, None])
-        normed_grads_LH = self._qkv[step] @ weights.qkv_of_hidden
-        passed_LH = self._hidden_grads[step]
+        self._backward_input(step, self._qkv[step] @ weights.qkv_of_hidden, middle_grads_LH)
+
+    def _backward_input(self, step: int, normed_grads_LH: Tensor, residual_grads_LH: Tensor) -> None:
+        """From the layer's norm of its input and its residual to the output of the step before."""
+        layer, hidden_LH, grads_LH = self._layer, self.hidden_SLH[step], self._hidden_grads[step]
+        norm, norm_grad = (self._weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
+        passed_LH: Tensor | None = residual_grads_LH
         if layer.norm_before_residual:
-            normed_grads_LH += middle_grads_LH
-        else:
-            passed_LH += middle_grads_LH
-        norm, norm_grad = (weights.hidden_norm, self._eps), self._gradient_of(layer.hidden_norm.weight)
-        hidden_LH = self.hidden_SLH[step]
-        formulas.rms_norm_backward(normed_grads_LH, hidden_LH, norm, norm_grad, passed_LH, passed_LH)
+            normed_grads_LH += residual_grads_LH
+            passed_LH = None
+        if not self._reads_normed(step):
+            if passed_LH is not None:
+                grads_LH += passed_LH
+            formulas.rms_norm_backward(normed_grads_LH, hidden_LH, norm, norm_grad, grads_LH, grads_LH)
+            return
+        carried_LH, carried_grads_LH = self._carried(step), normed_grads_LH
+        formulas.rms_norm_backward(normed_grads_LH, carried_LH, norm, norm_grad, passed_LH, carried_grads_LH)
+        norm, norm_grad = (self._weights.last_norm, self._eps), self._gradient_of(self._draft.norm.weight)
+        formulas.rms_norm_backward(carried_grads_LH, hidden_LH, norm, norm_grad, grads_LH, grads_LH)
+        # The weight gradients of the projections read the layer's norm of its input here.
+        hidden_LH.copy_(carried_LH)
 
     def _add_weight_gradients(self, first: int) -> None:
         """For the steps from `first` on; their kept hidden states are normed by now."""
@@ -173,11 +195,11 @@ class FusedUnroll:
     def _backward_inputs(self) -> None:
         """The inputs that all steps share: the fused hidden states and the embeddings."""
         plan, weights = self._plan, self._weights
-        fused_grads_NH = self.hidden_SLH.new_zeros(len(self._aux), weights.hidden_size)
+        fused_grads_NH = self.hidden_SLH.new_zeros(plan.shape[0] * plan.shape[1], weights.hidden_size)
         fused_grads_NH[plan.live] = self._hidden_grads[0]
         if len(plan.idle):
             fused_grads_NH[plan.idle] = self._idle.backward(self._idle_grads.flatten(1))
-        add_weight_gradient(self._gradient_of(self._draft.fc.weight), fused_grads_NH, self._aux)
+        self._fusion.backward(fused_grads_NH)
         grads_EP = formulas.sum_readers(self._qkv, self._readers())
         embeds_EH, embed_grads_EH = self._embeds(), grads_EP @ weights.qkv_of_embeds
         norm = (weights.embeds_norm, self._eps)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from eagle_rpc.draft.model import Eagle3Draft
+from eagle_rpc.draft.model import Eagle3Draft, RMSNorm
 
 
 class FusedWeights:
@@ -34,7 +34,7 @@ class FusedWeights:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=draft.fc.weight.device)
 
-        self.fuse = empty(*draft.fc.weight.shape)  # [H, 3H]
+        self.fuse = empty(*draft.fc.weight.shape)  # [H, W], W the width of all captured states
         self.qkv_of_embeds = empty(heights, self.hidden_size)  # [P, H], the columns that read embeddings
         self.qkv_of_hidden = empty(heights, self.hidden_size)  # [P, H], the columns that read hidden states
         widths = (self.projections[0].out_features, 2 * self.projections[1].out_features)
@@ -45,11 +45,16 @@ class FusedWeights:
         self.down = empty(*mlp.down_proj.weight.shape)  # [H, I]
         self.head = empty(*draft.lm_head.weight.shape)  # [K, H]
         layer = draft.midlayer
-        self._norms = (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, draft.norm)
-        self.embeds_norm, self.hidden_norm, self.middle_norm, self.last_norm = self._norm_weights = [
-            torch.empty(self.hidden_size, dtype=norm.weight.dtype, device=norm.weight.device)
-            for norm in self._norms
-        ]  # [H] each
+        self._norm_weights: dict[RMSNorm, Tensor] = {
+            norm: torch.empty(norm.weight.shape, dtype=norm.weight.dtype, device=norm.weight.device)
+            for norm in draft.modules()
+            if isinstance(norm, RMSNorm)
+        }
+        norms = (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, draft.norm)
+        # [H] each
+        self.embeds_norm, self.hidden_norm, self.middle_norm, self.last_norm = (
+            self._norm_weights[norm] for norm in norms
+        )
         self.refresh()
 
     @torch.no_grad()
@@ -67,8 +72,12 @@ class FusedWeights:
             _copy_whole(copy, layer.weight)
         _copy_whole(self.down, mlp.down_proj.weight)
         _copy_whole(self.head, self._draft.lm_head.weight)
-        for copy, norm in zip(self._norm_weights, self._norms, strict=True):
+        for norm, copy in self._norm_weights.items():
             _copy_whole(copy, norm.weight)
+
+    def norm_of(self, norm: RMSNorm) -> tuple[Tensor, float]:
+        """The copy of the weight of one of the draft's norms, and its eps."""
+        return self._norm_weights[norm], norm.eps
 
     def _split(self, qkv_PH: Tensor) -> Sequence[Tensor]:
         """Views of the copy for queries, keys and values."""

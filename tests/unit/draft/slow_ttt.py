@@ -49,7 +49,9 @@ def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Ten
     outputs, keys, values = {}, {}, {}
     for step in range(steps):
         for slot in range(len(ids) - step - 1):
-            hidden = outputs[step - 1, slot] if step else weights["fc.weight"] @ chat["aux"][slot]
+            hidden = outputs[step - 1, slot] if step else _fused(draft, weights, chat["aux"][slot])
+            if step and config.norm_output:
+                hidden = _norm(hidden, weights["norm.weight"], eps)
             embedding = weights["embed_tokens.weight"][ids[slot + step + 1]]
             normed = _norm(hidden, weights["midlayer.hidden_norm.weight"], eps)
             x = torch.cat([_norm(embedding, weights["midlayer.input_layernorm.weight"], eps), normed])
@@ -83,6 +85,21 @@ def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Ten
                 gate / (1 + (-gate).exp()) * up
             )
     return outputs
+
+
+def _fused(draft: Eagle3Draft, weights: dict[str, Tensor], aux: Tensor) -> Tensor:
+    """The first input of the draft from the captured states of one token."""
+    config = draft.config
+    if config.norm_before_fc:
+        aux = _norm(aux, weights["input_norm.weight"], config.rms_norm_eps)
+    if config.fc_norm:
+        states = aux.split(config.hidden_size)
+        normed = [
+            _norm(state, weights[f"fc_norm.{place}.weight"], config.rms_norm_eps)
+            for place, state in enumerate(states)
+        ]
+        aux = torch.cat(normed)
+    return weights["fc.weight"] @ aux
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

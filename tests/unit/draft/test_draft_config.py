@@ -86,11 +86,9 @@ def test_overrides_win_over_the_target():
         intermediate_size=10,
         num_attention_heads=4,
         num_key_value_heads=1,
-        norm_before_residual=True,
         plain_rope=True,
     )
     assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (10, 4, 1)
-    assert config.norm_before_residual
     assert config.head_dim == 8
     assert (config.rope_theta, config.rope_scaling) == (7.0, None)
 

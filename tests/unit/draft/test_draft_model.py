@@ -29,6 +29,12 @@ def test_state_dict_has_the_exported_names_and_shapes():
     assert {name: tuple(tensor.shape) for name, tensor in tiny_draft().state_dict().items()} == GOLDEN
 
 
+def test_norms_before_the_projection_have_the_names_that_engines_load():
+    draft = tiny_draft(norm_before_fc=True, fc_norm=True, norm_output=True)
+    added = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items() if name not in GOLDEN}
+    assert added == {"input_norm.weight": (36,)} | {f"fc_norm.{place}.weight": (12,) for place in range(3)}
+
+
 def test_only_the_embedding_is_frozen_and_it_is_a_copy():
     embedding = torch.randn(VOCAB, HIDDEN)
     draft = Eagle3Draft(tiny_config(), embedding)
@@ -78,21 +84,27 @@ def unrolled(draft, ids_BT, aux_BT3H, steps):
     hidden, outputs = draft.fuse(aux_BT3H), []
     for step in range(steps):
         ids = torch.nn.functional.pad(ids_BT[:, step + 1 :], (0, step + 1))
-        hidden = draft.advance(ids, hidden, positions + step, memory)
-        outputs.append(hidden)
+        output = draft.advance(ids, hidden, positions + step, memory)
+        outputs.append(output)
+        hidden = draft.carried(output)
     return outputs
 
 
+FORMS = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
-def test_decoding_equals_training():
+def test_decoding_equals_training(form):
     """Step 0 in one call, in pieces, and chains of guesses at every slot, on the same tokens."""
-    draft, chat, steps = tiny_draft(), random_chat(9, [1], seed=0), 4
+    draft, chat, steps = tiny_draft(**FORMS[form]), random_chat(9, [1], seed=0), 4
     ids, aux = chat["ids"][None], chat["aux"][None]
-    trained = unrolled(draft, ids, aux, steps)
+    outputs = unrolled(draft, ids, aux, steps)
+    trained = [draft.carried(output) for output in outputs]
     fused = draft.fuse(aux)
     whole, logits = draft.decode_step(ids[:, 1:], fused[:, :-1], DraftCache())
     torch.testing.assert_close(whole, trained[0][:, :-1])
-    torch.testing.assert_close(logits, draft.lm_head(draft.norm(trained[0][:, -2])))
+    torch.testing.assert_close(logits, draft.lm_head(draft.norm(outputs[0][:, -2])))
 
     cache, slot = DraftCache(), 0
     for piece in (1, 3, 1):

@@ -7,7 +7,7 @@ import torch
 from support.ttt_cases import Case, case_batch, case_draft, gradients
 
 from eagle_rpc.draft import LOSSES, Objective, ReferenceStep, count_rows
-from eagle_rpc.draft.fused import FusedStep, unroll
+from eagle_rpc.draft.fused import FusedStep, aux_fusion, unroll
 
 CASES = [
     Case(),
@@ -18,6 +18,10 @@ CASES = [
     Case(heads=6, key_heads=1, batch=1, length=31, seed=5),
     Case(heads=5, key_heads=1, supervised_share=0.1, seed=6),
     Case(packed=True, heads=2, key_heads=1, length=40, supervised_share=1.0, seed=7),
+    Case(fc_norm=True, norm_output=True, blocks=1, seed=8),
+    Case(norm_before_fc=True, norm_output=True, norm_before_residual=True, packed=True, seed=9),
+    Case(aux_layers=5, norm_before_fc=True, fc_norm=True, seed=10),
+    Case(aux_layers=1, fc_norm=True, batch=3, seed=11),
 ]
 FIGURES = ("loss", "loss_sums", "rows", "correct", "accepted", "drafts")
 
@@ -65,6 +69,12 @@ def test_weight_gradients_may_be_formed_after_any_number_of_steps(monkeypatch, s
 
 def test_the_feed_forward_block_may_be_recomputed():
     assert_equal(both(CASES[0], recompute_mlp=True))
+    assert_equal(both(CASES[8], recompute_mlp=True))
+
+
+def test_captured_states_may_be_normed_in_pieces(monkeypatch):
+    monkeypatch.setattr(aux_fusion, "_SLOTS_OF_A_PIECE", 7)
+    assert_equal(both(CASES[10]))
 
 
 def test_rows_may_come_in_any_chunks(monkeypatch):

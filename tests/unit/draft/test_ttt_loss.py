@@ -29,10 +29,19 @@ def run(draft, batch, denominators=None):
     return result, gradients(draft)
 
 
-@pytest.mark.parametrize("norm_before_residual", [False, True])
+FORMS = {
+    "eagle3": {},
+    "norm_before_residual": {"norm_before_residual": True},
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "norm_before_fc": {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True},
+    "all_norms": {"norm_before_fc": True, "fc_norm": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_loss_and_gradients_equal_a_slow_implementation(norm_before_residual, packed):
-    draft = tiny_draft(norm_before_residual=norm_before_residual)
+def test_loss_and_gradients_equal_a_slow_implementation(form, packed):
+    draft = tiny_draft(**FORMS[form])
     first, second, third = chats()
     rows = [[first, second], [third]] if packed else [[first], [second], [third]]
     result, grads = run(draft, batch_of(rows, length=17 if packed else 10, packed=packed))
@@ -201,6 +210,8 @@ class ScriptedDraft:
 
     def norm(self, x):
         return x
+
+    carried = norm
 
 
 def test_accepted_and_drafts_on_a_hand_case():

@@ -38,7 +38,6 @@ def tiny_export(model, directory, seed=0):
         directory,
         dtype=torch.float32,
         aux_layer_ids=AUX_LAYERS,
-        num_target_layers=6,
         target_embedding=embedding,
         bos_token_id=None,
         eos_token_id=None,

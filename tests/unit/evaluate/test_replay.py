@@ -42,7 +42,7 @@ def tiny_target(model_type, seed):
     return model.eval().requires_grad_(False)
 
 
-def tiny_draft(model, seed, texts):
+def tiny_draft(model, seed, texts, **form):
     """A draft of the texts' three most frequent tokens, so that chance alone makes some guesses right."""
     frequent = Counter(token for text in texts for token in text.token_ids).most_common(3)
     mapping = VocabMapping.from_token_ids(torch.tensor([token for token, _ in frequent]), VOCAB)
@@ -58,6 +58,7 @@ def tiny_draft(model, seed, texts):
         rope_theta=10000.0,
         rope_scaling=None,
         max_position_embeddings=CONTEXT,
+        **form,
     )
     draft = Eagle3Draft(config, model.get_input_embeddings().weight)
     draft.initialise(seed)
@@ -73,11 +74,11 @@ def random_prompts(seed, lengths):
     return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
 
 
-def compare(model, prompts, seed, *, max_new_tokens, stop_ids=(), shortest=LONGEST):
+def compare(model, prompts, seed, *, max_new_tokens, stop_ids=(), shortest=LONGEST, **form):
     """Asserts equal texts and drafts of `shortest` to `LONGEST` guesses; returns the counts of the longest."""
     limits = {"max_new_tokens": max_new_tokens, "stop_token_ids": stop_ids}
     texts = own_texts(model, prompts, batch_size=3, tokens_after_end=LONGEST - 1, **limits)
-    draft, mapping = tiny_draft(model, seed, texts)
+    draft, mapping = tiny_draft(model, seed, texts, **form)
     target, total = GreedyTarget(model, AUX_LAYERS), DecodingCounts([0] * LONGEST)
     for index, aux_T3H in captured_states(model, AUX_LAYERS, texts):
         text = texts[index]
@@ -96,6 +97,19 @@ def compare(model, prompts, seed, *, max_new_tokens, stop_ids=(), shortest=LONGE
 def test_every_draft_of_every_length_accepts_what_real_decoding_accepts(family):
     prompts = random_prompts(0, (1, 4, 9, 9, 30))
     counts = compare(tiny_target(family, 0), prompts, 0, max_new_tokens=24, shortest=1)
+    assert min(counts.accepted_per_position[:2]) > 0, f"some guesses must be accepted: {counts}"
+
+
+FORMS = {
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "norm_before_fc": {"norm_before_fc": True, "norm_before_residual": True},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_draft_accepts_what_real_decoding_accepts(form):
+    prompts = random_prompts(0, (1, 4, 9, 30))
+    counts = compare(tiny_target("llama", 0), prompts, 0, max_new_tokens=24, **FORMS[form])
     assert min(counts.accepted_per_position[:2]) > 0, f"some guesses must be accepted: {counts}"
 
 

@@ -53,7 +53,6 @@ def export(
         directory,
         dtype=dtype,
         aux_layer_ids=aux_layer_ids,
-        num_target_layers=12,
         target_embedding=EMBEDDING,
         bos_token_id=1,
         eos_token_id=[2, 3],
@@ -83,7 +82,38 @@ def test_config_holds_exactly_the_keys_that_engines_read(tmp_path):
         "torch_dtype": "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": [2, 3],
+        "eagle_aux_hidden_state_layer_ids": [2, 6, 9],
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 5, 8], "use_aux_hidden_state": True},
     }
+
+
+EAGLE_31 = replace(CONFIG, fc_norm=True, norm_output=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "keys"),
+    [
+        (EAGLE_31, {"fc_norm": True, "norm_output": True}),
+        (replace(CONFIG, norm_before_fc=True), {"norm_before_fc": True}),
+    ],
+)
+def test_norms_are_told_to_engines_only_if_they_are_on(tmp_path, config, keys):
+    export(tmp_path / "plain")
+    export(tmp_path / "normed", config=config)
+    plain, normed = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("plain", "normed")
+    )
+    inner = normed.pop("eagle_config")
+    assert normed == {name: plain[name] for name in plain if name != "eagle_config"} | keys
+    assert inner.get("norm_before_fc", False) == config.norm_before_fc
+
+
+def test_norms_before_the_projection_have_the_names_that_engines_load(tmp_path):
+    config = replace(EAGLE_31, norm_before_fc=True)
+    plain = load_file(export(tmp_path / "plain")[1])
+    normed = load_file(export(tmp_path / "normed", config=config)[1])
+    added = {name: tuple(normed[name].shape) for name in normed.keys() - plain.keys()}
+    assert added == {"input_norm.weight": (24,)} | {f"fc_norm.{place}.weight": (8,) for place in range(3)}
 
 
 def test_tensors_have_the_names_shapes_and_dtypes_that_engines_load(tmp_path):
@@ -150,12 +180,13 @@ def test_engines_are_told_the_attention_factor_of_yarn(tmp_path, scales, factor)
 
 
 def test_an_export_reads_back_as_it_was_written(tmp_path):
-    config = replace(CONFIG, rope_scaling=SCALING, norm_before_residual=True)
+    norms = {"norm_before_residual": True, "norm_before_fc": True, "fc_norm": True, "norm_output": True}
+    config = replace(CONFIG, rope_scaling=SCALING, **norms)
     weights = draft_weights(config)
     export(tmp_path / "export", weights=weights, config=config, dtype=torch.float32)
     read = load_export(tmp_path / "export")
     assert read.config == config
-    assert read.aux_layer_ids is None
+    assert read.aux_layer_ids == (1, 5, 8)
     assert torch.equal(read.mapping.selected_token_ids, MAPPING.selected_token_ids)
     assert read.mapping.target_vocab_size == 10
     assert read.weights.keys() == weights.keys()
@@ -244,6 +275,8 @@ def edit_config(directory, **changes):
             },
             "one less",
         ),
+        ({"num_aux_hidden_states": 4}, r"number of the captured layers \[1, 5, 8\], got 4"),
+        ({"fc_norm": True}, r"must hold fc_norm\.0\.weight, which is missing"),
     ],
 )
 def test_reading_a_config_that_does_not_fit_says_what_is_wrong(tmp_path, changes, message):
@@ -251,6 +284,22 @@ def test_reading_a_config_that_does_not_fit_says_what_is_wrong(tmp_path, changes
     edit_config(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=message):
         load_export(tmp_path)
+
+
+def test_reading_a_config_without_layers_leaves_the_targets_default(tmp_path):
+    export(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["eagle_aux_hidden_state_layer_ids"], config["eagle_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_export(tmp_path).aux_layer_ids is None
+
+
+def test_a_norm_before_the_projection_may_be_named_where_engines_look_for_it(tmp_path):
+    export(tmp_path, config=replace(CONFIG, norm_before_fc=True))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["norm_before_fc"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_export(tmp_path).config.norm_before_fc
 
 
 def test_reading_without_a_required_field_names_it(tmp_path):
