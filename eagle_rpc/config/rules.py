@@ -35,8 +35,8 @@ DECAY = Rule("lie in (0, 1]", lambda value: 0 < value <= 1)
 SHARE_BELOW_1 = Rule("lie in [0, 1)", lambda value: 0 <= value < 1)
 TWO_SHARES = Rule("be two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v))
 ASCENDING = Rule("ascend", lambda value: value == sorted(set(value)))
-THREE_LAYERS = Rule(
-    "be three distinct layers in ascending order", lambda v: len(v) == 3 and v == sorted(set(v))
+AUX_LAYERS = Rule(
+    "be one to eight distinct layers in ascending order", lambda v: 1 <= len(v) <= 8 and v == sorted(set(v))
 )
 NOT_FLOAT16 = Rule("be bfloat16 or float32", lambda value: value is not DType.float16)
 DATE = Rule("be a day as 2026-01-31", is_date)

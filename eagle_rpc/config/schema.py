@@ -155,8 +155,9 @@ class TargetConfig:
     """Also compiles the form for packed chats, in twice the time; else a compiled target refuses them."""
     compile_mode: CompileMode = CompileMode.default
     """Mode of `torch.compile`."""
-    aux_layer_ids: Annotated[list[int], rules.THREE_LAYERS] | None = None
-    """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`."""
+    aux_layer_ids: Annotated[list[int], rules.AUX_LAYERS] | None = None
+    """Decoder layers whose outputs are captured, counted after the layer; null: `[1, L//2 - 1, L - 4]`. Their
+    number is that of the states that the draft reads."""
     max_length: Positive[int] | None = None
     """Longest sequence in tokens; null: the model's context. Models with `longrope` take their long factors if it
     exceeds the context of their first training."""

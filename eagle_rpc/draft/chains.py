@@ -3,7 +3,7 @@
 While the guesses of a chain hold they are the text, so every chain reads the text; what it guesses after a
 wrong one does not matter. `replay` then walks the text as decoding does, so that its drafts and accepted
 guesses are those of real decoding.
-Legend: T tokens, H target hidden, A chains, S guesses of a chain, K draft vocab.
+Legend: T tokens, H draft hidden, W width of all captured states, A chains, S guesses of a chain, K draft vocab.
 """
 
 from collections.abc import Sequence
@@ -43,20 +43,20 @@ class Chains:
 
 @torch.no_grad()
 def guess_chains(
-    draft: Eagle3Draft, mapping: VocabMapping, text: TargetText, aux_T3H: Tensor, num_guesses: int
+    draft: Eagle3Draft, mapping: VocabMapping, text: TargetText, aux_TW: Tensor, num_guesses: int
 ) -> Chains:
     """`num_guesses` guesses from every place of `text` at which decoding may draft.
 
-    `aux_T3H` are the target's captured states of its tokens, at least of all up to the last but one.
+    `aux_TW` are the target's captured states of its tokens, at least of all up to the last but one.
     """
-    ids_T = torch.tensor(text.ids, device=aux_T3H.device)
+    ids_T = torch.tensor(text.ids, device=aux_TW.device)
     # Slot t pairs the states of token t with the id of token t + 1, and guesses token t + 2.
     first = len(text.prompt_ids) - 1
     end = first + len(text.token_ids) - 1
     if end == first:
-        return Chains(num_right=[], margins_AS=aux_T3H.new_empty(0, num_guesses, dtype=torch.float32))
+        return Chains(num_right=[], margins_AS=aux_TW.new_empty(0, num_guesses, dtype=torch.float32))
     slots_T, cache = torch.arange(end, device=ids_T.device), DraftCache()
-    fused_1TH = draft.fuse(aux_T3H[None, :end])
+    fused_1TH = draft.fuse(aux_TW[None, :end])
     output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
     parts = [
         _guess(draft, ids_T, slots_A, output_TH[slots_A], cache, num_guesses)

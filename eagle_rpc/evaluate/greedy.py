@@ -1,6 +1,7 @@
 """A target that continues one sequence greedily, with a KV cache that can be rolled back.
 
-Legend: N new tokens of a call, P of them whose next tokens are predicted, H target hidden, V target vocab.
+Legend: N new tokens of a call, P of them whose next tokens are predicted, W width of all captured states, V
+target vocab.
 """
 
 import copy
@@ -24,7 +25,7 @@ class TargetStep:
     """The target's output for N new tokens."""
 
     logits_PV: Tensor  # [P, V], after each of the last P tokens
-    aux_N3H: Tensor  # [N, 3H] in the target's dtype
+    aux_NW: Tensor  # in the target's dtype
 
     @property
     def choices(self) -> list[int]:

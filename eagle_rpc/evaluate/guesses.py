@@ -63,7 +63,7 @@ def chains_of(
     """The chains of guesses that `draft`, the fitted draft of `export`, makes over each text."""
     layers = aux_layers(len(find_decoder_layers(model)), export.aux_layer_ids)
     chains = {
-        index: guess_chains(draft, export.mapping, texts[index], aux_T3H, num_draft_tokens)
-        for index, aux_T3H in captured_states(model, layers, texts)
+        index: guess_chains(draft, export.mapping, texts[index], aux_TW, num_draft_tokens)
+        for index, aux_TW in captured_states(model, layers, texts)
     }
     return [chains[index] for index in range(len(texts))]

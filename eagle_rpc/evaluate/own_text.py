@@ -1,6 +1,6 @@
 """The target's own greedy texts, and the captured states of their tokens, both in batches.
 
-Legend: B texts, T tokens, H target hidden.
+Legend: B texts, T tokens, W width of all captured states side by side.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -53,7 +53,7 @@ def own_texts(
 def captured_states(
     model: PreTrainedModel, aux_layer_ids: Sequence[int], texts: Sequence[TargetText]
 ) -> Iterator[tuple[int, Tensor]]:
-    """The index of each text, longest first, with its states [T, 3H] in the target's dtype."""
+    """The index of each text, longest first, with its states [T, W] in the target's dtype."""
     base, layers = find_base(model), find_decoder_layers(model)
     waiting = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
     while waiting:

@@ -1,6 +1,6 @@
 """The draft as a proposer: it guesses the next tokens of a sequence.
 
-Legend: N newly verified tokens, H target hidden.
+Legend: N newly verified tokens, H draft hidden, W width of all captured states.
 """
 
 from collections.abc import Sequence
@@ -30,19 +30,19 @@ class DraftProposer:
         """Forgets the sequence."""
         self._cache = DraftCache()
 
-    def propose(self, next_token_ids: Sequence[int], aux_N3H: Tensor) -> list[int]:
+    def propose(self, next_token_ids: Sequence[int], aux_NW: Tensor) -> list[int]:
         """The next `num_draft_tokens` guesses: ids of the target vocabulary after the last `next_token_ids`.
 
-        The target has read N more tokens, with the hidden states `aux_N3H`. `next_token_ids` are the N tokens
+        The target has read N more tokens, with the hidden states `aux_NW`. `next_token_ids` are the N tokens
         one place later; the target has chosen the last of them and not read it yet. Afterwards the cache
         holds verified tokens only.
         """
         ids = list(next_token_ids)
-        hidden_1NH = self._draft.fuse(aux_N3H[None])
+        hidden_1NH = self._draft.fuse(aux_NW[None])
         verified = self._cache.length + len(ids)
         guesses: list[int] = []
         while True:
-            ids_1N = torch.tensor([ids], device=aux_N3H.device)
+            ids_1N = torch.tensor([ids], device=aux_NW.device)
             carried_1NH, logits_1K = self._draft.decode_step(ids_1N, hidden_1NH, self._cache)
             guesses.append(self._target_ids[int(logits_1K.argmax())])
             if len(guesses) == self.num_draft_tokens:

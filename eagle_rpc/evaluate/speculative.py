@@ -62,17 +62,17 @@ def decode_speculatively(
     proposer.start()
     accepted, margins = list[int](), list[list[float]]()
     step = target.read(prompt_ids, predictions=1)
-    token_ids, aux_N3H = step.choices, step.aux_N3H
+    token_ids, aux_NW = step.choices, step.aux_NW
     successors = [*prompt_ids[1:], *token_ids]
     while (length := _text_length(token_ids, max_new_tokens, stop_token_ids)) is None:
-        guesses = proposer.propose(successors, aux_N3H)
+        guesses = proposer.propose(successors, aux_NW)
         step = target.read([token_ids[-1], *guesses], predictions=len(guesses) + 1)
         choices = step.choices
         num_accepted = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
         accepted.append(num_accepted)
         margins.append(step.margins)
         target.keep(len(prompt_ids) + len(token_ids) + num_accepted)
-        successors, aux_N3H = choices[: num_accepted + 1], step.aux_N3H[: num_accepted + 1]
+        successors, aux_NW = choices[: num_accepted + 1], step.aux_NW[: num_accepted + 1]
         token_ids += successors
     return Decoding(
         token_ids=token_ids[:length],

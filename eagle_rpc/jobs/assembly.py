@@ -165,7 +165,10 @@ def make_draft(
 
 
 def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
-    """The draft of this configuration, for a target of this shape; raises `ConfigError` for missing sizes."""
+    """The draft of this configuration, for a target of this shape.
+
+    Raises `ConfigError` for missing sizes and layers.
+    """
     form = config.draft
     base = Eagle3DraftConfig.from_target(
         shape,
@@ -178,6 +181,7 @@ def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
     )
     return replace(
         base,
+        num_aux_layers=len(aux_layers(shape.num_layers, config.target.aux_layer_ids)),
         norm_before_residual=form.norm_before_residual,
         norm_before_fc=form.norm_before_fc,
         fc_norm=form.fc_norm,

@@ -76,6 +76,7 @@ def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) ->
         hidden_size=draft.hidden_size,
         draft_vocab_size=draft.draft_vocab_size,
         dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],
+        num_aux_layers=draft.num_aux_layers,
     )
 
 

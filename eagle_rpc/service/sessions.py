@@ -51,6 +51,8 @@ def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_
         draft_vocab_size=len(session.vocab.selected_token_ids),
         dtype_bytes=getattr(torch, info.dtype).itemsize,
         supervised_share=int(shifted_loss_mask(tokens).sum()) / num_tokens,
+        # A target that does not name its captured layers has three of them.
+        num_aux_layers=len(info.aux_layer_ids) or 3,
     )
     return math.ceil(per_token * num_tokens)
 

@@ -1,6 +1,6 @@
 """One batch of decoded supervision, as a trainer uses it.
 
-Legend: B batch, T sequence, H target hidden, K draft vocab, N supervised rows.
+Legend: B batch, T sequence, W width of all captured states, K draft vocab, N supervised rows.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Eagle3TargetBatch:
     """
 
     tokens: TokenBatch  # as sent, not shifted
-    aux_hidden_states: Tensor  # [B, T, 3H] target dtype, zero at padding
+    aux_hidden_states: Tensor  # [B, T, W] target dtype, zero at padding
     supervised_rows: Tensor  # [N] int64, flat rows with a target distribution, ascending
     targets: DraftTargets  # of those N rows
     log_normalizer: Tensor  # [N] fp32, logsumexp over the full vocabulary

@@ -1,6 +1,7 @@
 """Supervision on the wire: read from a target's output, encoded, and decoded at the trainer.
 
-Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, V target vocab, K draft vocab.
+Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, W width of all captured states,
+V target vocab, K draft vocab.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class EncodedSupervision:
     """One reply. It holds no padding and no row that the loss does not read."""
 
     encoding: str
-    aux: Tensor  # [R, 3H] target dtype, real tokens in order
+    aux: Tensor  # [R, W] target dtype, real tokens in order
     supervised_rows: Tensor  # [N] int32, flat b * T + t, ascending
     values: Tensor  # [N, ...] in the form of the encoding
     log_normalizer: Tensor  # [N] fp32, logsumexp over V
@@ -53,7 +54,7 @@ class ReadSupervision:
 
     encoding: type[DraftTargets]
     rows: BatchRows
-    aux_hidden_states: Tensor  # [B, T, 3H]
+    aux_hidden_states: Tensor  # [B, T, W]
     last_hidden_state: Tensor | None  # [B, T, H]; for encodings that need the head
     values: Tensor | None  # [N, ...]; for the others
     log_normalizer: Tensor  # [N] fp32
@@ -175,7 +176,7 @@ def decode_supervision(
 
 
 def _dense_aux(aux: Tensor, tokens: TokenBatch) -> Tensor:
-    """[B, T, 3H], zero at padding."""
+    """[B, T, W], zero at padding."""
     batch, length = tokens.shape
     if len(aux) < batch * length:
         real = to_device(true_places(tokens.attention_mask.bool()), aux.device)

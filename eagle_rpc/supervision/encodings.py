@@ -82,11 +82,17 @@ class DraftTargets(ABC):
 
     @classmethod
     def bytes_per_token(
-        cls, *, hidden_size: int, draft_vocab_size: int, dtype_bytes: int, supervised_share: float = 1.0
+        cls,
+        *,
+        hidden_size: int,
+        draft_vocab_size: int,
+        dtype_bytes: int,
+        supervised_share: float = 1.0,
+        num_aux_layers: int = 3,
     ) -> float:
         """Wire bytes of one real token whose row is supervised with probability `supervised_share`."""
         row_bytes = cls.value_bytes(hidden_size, draft_vocab_size, dtype_bytes) + _ROW_BYTES
-        return 3 * hidden_size * dtype_bytes + supervised_share * row_bytes
+        return num_aux_layers * hidden_size * dtype_bytes + supervised_share * row_bytes
 
 
 class StoredProbs(DraftTargets):

@@ -1,6 +1,7 @@
 """What a target returns from one forward pass.
 
-Legend: B batch, T sequence, H target hidden, V target vocab, N rows, K draft vocab.
+Legend: B batch, T sequence, H target hidden, W width of all captured states, V target vocab, N rows, K draft
+vocab.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from eagle_rpc.supervision.rows import RowsRead, read_rows
 class TargetOutput:
     """Hidden states, not shifted. There are no logits: the head runs on chosen rows only."""
 
-    aux_hidden_states: Tensor  # [B, T, 3H]
+    aux_hidden_states: Tensor  # [B, T, W]
     last_hidden_state: Tensor  # [B, T, H], the input of the head
     project: Callable[[Tensor], Tensor]  # [N, H] -> [N, V], the model's own head
     read_rows: Callable[[Tensor, Tensor | None], RowsRead] = read_rows  # `rows.read_rows` or an equal of it
@@ -25,7 +26,7 @@ class TargetOutput:
 class ShiftedLogits(Protocol):
     """The output of NeMo AutoModel's target wrapper."""
 
-    aux_hidden_states: Tensor  # [B, T, 3H]
+    aux_hidden_states: Tensor  # [B, T, W]
     logits: Tensor  # [B, T, V], shifted left by one
 
 

@@ -1,6 +1,6 @@
 """What is asked of a target, and one batch through it: shared by the service and the co-located backend.
 
-Legend: B batch, T sequence, H target hidden, V target vocab, K draft vocab.
+Legend: B batch, T sequence, H target hidden, W width of all captured states, V target vocab, K draft vocab.
 """
 
 import dataclasses
@@ -184,7 +184,7 @@ def compute_supervision(
     """Runs the target once on [B, T] tensors on its device and returns the reference's five keys.
 
     `selected_token_ids` [K] int64 are the target ids of the draft vocabulary, `selected_token_mask` [V] bool
-    marks them. Returns `aux_hidden_states` [B, T, 3H], not shifted; `target_probs` [B, T, K] fp32;
+    marks them. Returns `aux_hidden_states` [B, T, W], not shifted; `target_probs` [B, T, K] fp32;
     `position_mask` [B, T, 1] bool; `input_ids` and `loss_mask` [B, T], shifted left by one with zero fill.
 
     Source: the functions of this name and `_compute_target_distribution` in

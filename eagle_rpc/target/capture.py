@@ -1,6 +1,6 @@
 """Running a model without its head, and reading its decoder layers while it runs.
 
-Legend: B batch, T sequence, H target hidden.
+Legend: B batch, T sequence, H target hidden, W width of all captured states side by side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -92,15 +92,15 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield from _outermost_lists(child)
 
 
-def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, int, int]:
-    """The three layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
+def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
 
-    Raises `ConfigError` unless they are three distinct ids in range; shallow targets have no default.
+    Raises `ConfigError` unless they are distinct ids in range; shallow targets have no default.
     """
     ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
-    if len(ids) != 3 or len(set(ids)) != 3 or not all(0 <= layer < num_layers for layer in ids):
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= layer < num_layers for layer in ids):
         origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
-        rule = f"target.aux_layer_ids must be three distinct ids in [0, {num_layers})"
+        rule = f"target.aux_layer_ids must be distinct ids in [0, {num_layers})"
         raise ConfigError(f"{rule}, {origin} {list(ids)}")
     return ids
 
@@ -175,7 +175,7 @@ class AuxStates:
 
     @property
     def states(self) -> Tensor:
-        """[B, T, 3H]. Raises `UnsupportedTarget` if a layer did not run: its part is memory that nobody wrote."""
+        """[B, T, W]. Raises `UnsupportedTarget` if a layer did not run: its part is memory that nobody wrote."""
         if self._states is None or self._missing:
             rule = f"all {self._num_layers} captured layers must run in every pass"
             raise UnsupportedTarget(f"{rule}, missing are numbers {sorted(self._missing)} of them")

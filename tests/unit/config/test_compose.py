@@ -37,7 +37,7 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("draft.step_decay=1.5", r"draft.step_decay must lie in \(0, 1\], got 1.5"),
         (
             "target.aux_layer_ids=[3,3,5]",
-            r"target.aux_layer_ids must be three distinct layers .* got \[3, 3, 5\]",
+            r"target.aux_layer_ids must be one to eight distinct layers .* got \[3, 3, 5\]",
         ),
         ("data.bucket_lengths=[64,32]", r"data.bucket_lengths must ascend, got \[64, 32\]"),
         ("data.bucket_lengths=[64,128]", "data.bucket_lengths must reach data.max_length 2048, got 128"),

@@ -33,7 +33,7 @@ def test_guesses_that_are_rolled_back_leave_no_trace(family: str, crops: bool):
         logits = [target.read(IDS[:10], predictions=10).logits_PV]
         for start in range(10, len(IDS), 2):
             read = target.read([*IDS[start : start + 2], 1, 2, 1], predictions=5)
-            assert read.aux_N3H.shape == (5, 3 * 32)
+            assert read.aux_NW.shape == (5, 3 * 32)
             logits.append(read.logits_PV[:2])
             target.keep(start + 2)
     torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-3, atol=1e-4)

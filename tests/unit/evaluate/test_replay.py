@@ -80,9 +80,9 @@ def compare(model, prompts, seed, *, max_new_tokens, stop_ids=(), shortest=LONGE
     texts = own_texts(model, prompts, batch_size=3, tokens_after_end=LONGEST - 1, **limits)
     draft, mapping = tiny_draft(model, seed, texts, **form)
     target, total = GreedyTarget(model, AUX_LAYERS), DecodingCounts([0] * LONGEST)
-    for index, aux_T3H in captured_states(model, AUX_LAYERS, texts):
+    for index, aux_TW in captured_states(model, AUX_LAYERS, texts):
         text = texts[index]
-        chains = guess_chains(draft, mapping, text, aux_T3H, LONGEST)
+        chains = guess_chains(draft, mapping, text, aux_TW, LONGEST)
         for k in range(shortest, LONGEST + 1):
             decoding = decode_speculatively(
                 target, DraftProposer(draft, mapping, k), prompts[index], **limits

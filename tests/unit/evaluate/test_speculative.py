@@ -68,10 +68,10 @@ class ScriptedProposer:
     def start(self):
         self.seen, self.aux, self.remaining = [], [], list(self.script)
 
-    def propose(self, next_token_ids, aux_N3H):
-        assert len(next_token_ids) == len(aux_N3H)
+    def propose(self, next_token_ids, aux_NW):
+        assert len(next_token_ids) == len(aux_NW)
         self.seen += next_token_ids
-        self.aux.append(aux_N3H)
+        self.aux.append(aux_NW)
         known = len(self.seen) - len(PROMPT) + 1
         right = self.remaining.pop(0)
         following = self.text[known : known + self.num_draft_tokens]
@@ -144,8 +144,8 @@ def test_the_proposer_is_told_every_verified_token_once_with_the_hidden_states_b
     assert proposer.seen == ids[1:]
     with torch.no_grad():
         hidden_states = model(input_ids=torch.tensor([ids[:-1]]), output_hidden_states=True).hidden_states
-    expected_N3H = torch.cat([hidden_states[layer + 1][0] for layer in AUX_LAYERS], dim=-1)
-    torch.testing.assert_close(torch.cat(proposer.aux), expected_N3H, rtol=1e-4, atol=1e-4)
+    expected_NW = torch.cat([hidden_states[layer + 1][0] for layer in AUX_LAYERS], dim=-1)
+    torch.testing.assert_close(torch.cat(proposer.aux), expected_NW, rtol=1e-4, atol=1e-4)
 
 
 def test_margins_are_the_distance_between_the_two_best_logits():

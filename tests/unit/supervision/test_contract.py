@@ -31,11 +31,11 @@ K = len(MAPPING)
 class LinearTarget:
     """Random hidden states and a plain head; what it returned is kept for the independent computation."""
 
-    def __init__(self, batch, length, dtype=torch.float32, seed=0):
+    def __init__(self, batch, length, dtype=torch.float32, seed=0, num_aux_layers=3):
         generator = torch.Generator().manual_seed(seed)
         self.weight = torch.randn(V, H, generator=generator).to(dtype)
         self.hidden = torch.randn(batch, length, H, generator=generator).to(dtype)
-        self.aux = torch.randn(batch, length, 3 * H, generator=generator).to(dtype)
+        self.aux = torch.randn(batch, length, num_aux_layers * H, generator=generator).to(dtype)
 
     def generate_batch(self, input_ids, attention_mask, loss_mask, **packing):
         return TargetOutput(
@@ -265,14 +265,19 @@ def test_logits_of_one_chunk_are_gone_when_the_next_come(encoding):
     assert len(chunks) > 2
 
 
+@pytest.mark.parametrize("num_aux_layers", [1, 3, 5])
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
-def test_wire_bytes_are_what_bytes_per_token_claims(encoding):
-    target, tokens = LinearTarget(3, 16, torch.bfloat16), tokens_of()
+def test_wire_bytes_are_what_bytes_per_token_claims(encoding, num_aux_layers):
+    target, tokens = LinearTarget(3, 16, torch.bfloat16, num_aux_layers=num_aux_layers), tokens_of()
     encoded, batch = encoded_and_decoded(target, tokens, encoding)
     real = int(tokens.attention_mask.sum())
     share = len(batch.supervised_rows) / real
     claimed = ENCODINGS[encoding].bytes_per_token(
-        hidden_size=H, draft_vocab_size=K, dtype_bytes=2, supervised_share=share
+        hidden_size=H,
+        draft_vocab_size=K,
+        dtype_bytes=2,
+        supervised_share=share,
+        num_aux_layers=num_aux_layers,
     )
     assert encoded.num_bytes == pytest.approx(claimed * real)
 
