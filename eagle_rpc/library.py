@@ -21,7 +21,16 @@ import torch
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.config.checks import check
-from eagle_rpc.config.choices import DraftLoss, DType, Encoding, JobName, MembershipKind, Quantization, Rows
+from eagle_rpc.config.choices import (
+    DraftLoss,
+    DType,
+    Encoding,
+    InitVocab,
+    JobName,
+    MembershipKind,
+    Quantization,
+    Rows,
+)
 from eagle_rpc.config.compose import from_sections
 from eagle_rpc.config.schema import (
     DraftConfig,
@@ -36,7 +45,7 @@ from eagle_rpc.config.schema import (
 from eagle_rpc.errors import TrainingDiverged
 from eagle_rpc.evaluate import Evaluation
 from eagle_rpc.evaluate import evaluate_draft as decode_prompts
-from eagle_rpc.jobs.assembly import client_settings, expectation, make_draft, make_record
+from eagle_rpc.jobs.assembly import client_settings, expectation, make_draft, make_record, stored_draft
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.export import export_run
 from eagle_rpc.jobs.serve import elastic_target
@@ -175,13 +184,14 @@ class StepFigures:
 class DraftTraining:
     """A draft in training on batches of the caller, in one process, without checkpoints.
 
-    Opens a session with `mapping`, which gives `draft.vocab_size`, at the backend of `connect` or
-    `load_target`. Its batches have to be on `train.device`. Of `train`, settings of the loop (epochs, batch
-    size, validation, checkpoints, log) have no effect, except `max_steps`, which also shapes the learning
-    rate.
+    Opens a session with `mapping`, which gives the draft vocabulary also with `draft.init_from`, at the backend
+    of `connect` or `load_target`. Its batches have to be on `train.device`. Of `train`, settings of the loop
+    (epochs, batch size, validation, checkpoints, log) have no effect, except `max_steps`, which also shapes the
+    learning rate.
 
-    Raises `ConfigError` also for a draft that cannot work, `TargetMismatch` for a backend of another model
-    than `target`, `InvalidRequest` for a mapping of another vocabulary.
+    Raises `ConfigError` also for a draft that cannot work, `CheckpointError` for a `draft.init_from` that does
+    not fit, `TargetMismatch` for a backend of another model than `target`, `InvalidRequest` for a mapping of
+    another vocabulary.
     """
 
     def __init__(
@@ -194,14 +204,17 @@ class DraftTraining:
         train: TrainConfig | None = None,
         run: RunConfig | None = None,
     ) -> None:
-        draft = replace(draft or DraftConfig(), vocab_size=len(mapping))
+        # The caller's mapping decides; rows of a stored head are mapped to it.
+        draft = replace(draft or DraftConfig(), vocab_size=len(mapping), init_vocab=InitVocab.data)
         self._config = config = _config(target=target, draft=draft, train=train, run=run)
         shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
+        stored = stored_draft(config, shape)
         expectation(config, shape, None).check(backend.model_info())
         backend.open_session(mapping)
         self._backend = backend
         self._record = make_record(config, shape, backend, mapping)
-        self.draft = make_draft(config, shape, backend, _device(config.train.device))
+        device = _device(config.train.device)
+        self.draft = make_draft(config, shape, backend, device, stored=stored, mapping=mapping)
         """The module in training, with fp32 weights."""
         steps = config.train.max_steps
         self._learner = Learner(self.draft, config.train, config.draft, TrainerGroup(), steps)

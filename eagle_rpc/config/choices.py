@@ -77,6 +77,15 @@ class DraftLoss(Enum):
     lk_lambda = "lk_lambda"
 
 
+class InitVocab(Enum):
+    """The draft vocabulary of a training that starts from `draft.init_from`."""
+
+    stored = "stored"
+    """The draft's own."""
+    data = "data"
+    """That of this run's data; the head's rows of tokens in both are taken over."""
+
+
 class DType(Enum):
     """Floating-point formats by their torch names."""
 

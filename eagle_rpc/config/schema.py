@@ -16,6 +16,7 @@ from eagle_rpc.config.choices import (
     DraftRope,
     DType,
     Encoding,
+    InitVocab,
     JobName,
     MembershipKind,
     OnError,
@@ -223,6 +224,11 @@ class DraftConfig:
     """EAGLE-3.1: each further step reads the normed output of the step before, as the head does."""
     seed_head: bool = True
     """The head starts from the target's rows instead of from noise."""
+    init_from: FilePath | None = None
+    """Directory of a trained EAGLE-3 draft of this target to start from: an export, or a draft of SpecForge,
+    NeMo AutoModel or speculators in safetensors; null: a new draft."""
+    init_vocab: InitVocab = InitVocab.stored
+    """Draft vocabulary with `draft.init_from`."""
     ttt_steps: Positive[int] = 7
     """Steps that the draft is unrolled in training."""
     step_decay: Annotated[float, rules.DECAY] = 0.8

@@ -8,7 +8,7 @@ from eagle_rpc.data.samples import Sample
 from eagle_rpc.data.sources import read_records, training_sources
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.data.token_cache import datasets_of, load_data
-from eagle_rpc.data.vocab import build_vocab_mapping
+from eagle_rpc.data.vocab import build_vocab_mapping, coverage
 
 __all__ = [
     "BatchPlan",
@@ -22,6 +22,7 @@ __all__ = [
     "Sample",
     "build_vocab_mapping",
     "content_hash",
+    "coverage",
     "datasets_of",
     "iter_chats",
     "load_data",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.data.dataset import ChatDataset
@@ -76,7 +77,16 @@ def _build(
     # A stable sort keeps equal counts, zero included, in the order of their ids.
     selected = ranking_V.sort(descending=True, stable=True).indices[:draft_vocab_size]
     mapping = VocabMapping.from_token_ids(selected, target_vocab_size)
-    return mapping, float(counts_V[selected].sum() / counts_V.sum().clamp(min=1))
+    return mapping, _share(counts_V, mapping)
+
+
+def coverage(dataset: ChatDataset, mapping: VocabMapping) -> float:
+    """Share of the predicted tokens of `dataset` that the draft vocabulary has."""
+    return _share(torch.from_numpy(dataset.token_counts(mapping.target_vocab_size)[1]), mapping)
+
+
+def _share(counts_V: Tensor, mapping: VocabMapping) -> float:
+    return float(counts_V[mapping.selected_token_ids].sum() / counts_V.sum().clamp(min=1))
 
 
 def _read(path: Path, target_vocab_size: int, draft_vocab_size: int) -> tuple[VocabMapping, float] | None:

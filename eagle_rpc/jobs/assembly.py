@@ -4,6 +4,7 @@ import logging
 import threading
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import DraftRope
-from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate
+from eagle_rpc.config.choices import DraftRope, InitVocab
+from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, coverage
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
 from eagle_rpc.rpc import Membership
+from eagle_rpc.serving import StoredDraft
 from eagle_rpc.supervision import (
     Eagle3TargetBackend,
     SessionSettings,
@@ -148,10 +150,62 @@ def log_padding(config: Config, dataset: ChatDataset, num_ranks: int) -> None:
     )
 
 
+def stored_draft(config: Config, shape: TargetShape) -> StoredDraft | None:
+    """The draft of `draft.init_from`; null for a new one.
+
+    Raises `CheckpointError` if it does not fit, `ConfigError` for another `draft.vocab_size` than its own.
+    """
+    if config.draft.init_from is None:
+        return None
+    stored = StoredDraft.open(Path(config.draft.init_from))
+    stored.require_fit(draft_config(config, shape), aux_layers(shape.num_layers, config.target.aux_layer_ids))
+    if stored.aux_layer_ids is None and config.target.aux_layer_ids is not None:
+        logger.warning(
+            "draft.init_from=%s names no captured layers, so it may have read others than %s",
+            config.draft.init_from,
+            config.target.aux_layer_ids,
+        )
+    keeps_vocabulary = config.draft.init_vocab is InitVocab.stored
+    if keeps_vocabulary and len(stored.mapping) != config.draft.vocab_size:
+        raise ConfigError(
+            f"draft.vocab_size must be {len(stored.mapping)} with draft.init_from={config.draft.init_from}, "
+            f"got {config.draft.vocab_size}; draft.init_vocab=data takes a vocabulary of this run's data"
+        )
+    return stored
+
+
+def vocabulary(
+    config: Config,
+    shape: TargetShape,
+    stored: StoredDraft | None,
+    training: ChatDataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> VocabMapping:
+    """The draft vocabulary of this run: of the stored draft, or of the data."""
+    if stored is not None and config.draft.init_vocab is InitVocab.stored:
+        share = 100 * coverage(training, stored.mapping)
+        logger.info("the draft vocabulary of draft.init_from covers %.2f %% of the predicted tokens", share)
+        return stored.mapping
+    mapping, _ = build_vocab_mapping(
+        training,
+        tokenizer=tokenizer,
+        target_vocab_size=shape.vocab_size,
+        draft_vocab_size=config.draft.vocab_size,
+        cache_dir=config.run.cache_dir,
+    )
+    return mapping
+
+
 def make_draft(
-    config: Config, shape: TargetShape, backend: Eagle3TargetBackend, device: torch.device
+    config: Config,
+    shape: TargetShape,
+    backend: Eagle3TargetBackend,
+    device: torch.device,
+    *,
+    stored: StoredDraft | None = None,
+    mapping: VocabMapping | None = None,
 ) -> Eagle3Draft:
-    """The initial draft, equal on all trainers."""
+    """The initial draft, equal on all trainers: new, or `stored` in the draft vocabulary `mapping`."""
     draft = Eagle3Draft(draft_config(config, shape), backend.input_embeddings())
     draft.initialise(config.run.seed)
     if config.draft.seed_head:
@@ -161,6 +215,9 @@ def make_draft(
             raise UnsupportedTarget(
                 f"draft.seed_head must be false for a head that is not a plain matrix: {error}"
             ) from error
+    if stored is not None:
+        assert mapping is not None
+        stored.load_into(draft, mapping)
     return draft.to(device)
 
 
@@ -196,6 +253,7 @@ def make_record(
     mapping: VocabMapping,
     *,
     data_digest: str | None = None,
+    init_digest: str | None = None,
 ) -> RunRecord:
     """The identity of this run, for its checkpoints."""
     return RunRecord(
@@ -206,4 +264,5 @@ def make_record(
         eos_token_id=shape.eos_token_id,
         config=plain(config),
         data_digest=data_digest,
+        init_digest=init_digest,
     )

@@ -18,7 +18,7 @@ from eagle_rpc.data import ChatDataset, ChatTemplate, datasets_of
 from eagle_rpc.data.sources import data_files, training_sources
 from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
-from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room
+from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room, stored_draft
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.loading import load_target_shape, load_tokenizer
@@ -107,6 +107,7 @@ def _check_draft(config: Config, shape: TargetShape) -> None:
             f"got {config.draft.vocab_size}"
         )
     draft_config(config, shape)
+    stored_draft(config, shape)
 
 
 def _data_paths(config: Config) -> list[str]:

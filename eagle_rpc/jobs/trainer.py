@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from eagle_rpc.config import Config
-from eagle_rpc.data import build_vocab_mapping
 from eagle_rpc.jobs.assembly import (
     connect_target,
     join_group,
@@ -16,6 +15,8 @@ from eagle_rpc.jobs.assembly import (
     make_record,
     plan_batches,
     require_room,
+    stored_draft,
+    vocabulary,
 )
 from eagle_rpc.jobs.inputs import Inputs
 from eagle_rpc.rpc import ElasticMembership, Membership
@@ -41,13 +42,8 @@ def train_until_done(
     training, validation = inputs.training, inputs.validation
     if index == 0:
         log_padding(config, training, len(cast.trainer_names))
-    mapping, _ = build_vocab_mapping(
-        training,
-        tokenizer=tokenizer,
-        target_vocab_size=shape.vocab_size,
-        draft_vocab_size=config.draft.vocab_size,
-        cache_dir=config.run.cache_dir,
-    )
+    stored = stored_draft(config, shape)
+    mapping = vocabulary(config, shape, stored, training, tokenizer)
     backend = connect_target(config, shape, tokenizer, device, cast, membership, stop)
     with contextlib.closing(backend):
         require_room(config, backend.model_info().max_length)
@@ -56,14 +52,21 @@ def train_until_done(
             trainer = Trainer(
                 config.train,
                 config.draft,
-                draft=make_draft(config, shape, backend, device),
+                draft=make_draft(config, shape, backend, device, stored=stored, mapping=mapping),
                 backend=backend,
                 batches=plan_batches(config, training, rank=index, num_ranks=group.size),
                 validation=plan_batches(config, validation, endless=False) if len(validation) else None,
                 num_draft_tokens=config.evaluate.num_draft_tokens,
                 group=group,
                 run=RunDirectory.of(config),
-                record=make_record(config, shape, backend, mapping, data_digest=training.digest),
+                record=make_record(
+                    config,
+                    shape,
+                    backend,
+                    mapping,
+                    data_digest=training.digest,
+                    init_digest=None if stored is None else stored.digest,
+                ),
                 stop=stop,
             )
             if isinstance(membership, ElasticMembership):

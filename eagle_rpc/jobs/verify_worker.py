@@ -102,6 +102,8 @@ def _train_and_record(
     device: torch.device,
     stop: threading.Event,
 ) -> None:
+    # Synthetic chats have no vocabulary that a trained draft could share.
+    config = replace(config, draft=replace(config.draft, init_from=None))
     chats = synthetic_chats(config, shape.vocab_size)
     mapping = _random_mapping(shape.vocab_size, config.draft.vocab_size, config.run.seed)
     path = record_path(RunDirectory.of(config).path, encoding.name, group.rank)

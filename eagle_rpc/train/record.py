@@ -55,6 +55,7 @@ class RunRecord:
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     config: dict[str, Any]  # the result of `plain`
+    init_digest: str | None = None  # of the draft that training started from; None: a new one
     data_digest: str | None = None  # of the training examples in order; None: the seed determines them
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class RunRecord:
             "eos_token_id": self.eos_token_id,
             "config": self.config,
             "data_digest": self.data_digest,
+            "init_digest": self.init_digest,
         }
 
     @property
@@ -87,6 +89,7 @@ class RunRecord:
             eos_token_id=content["eos_token_id"],
             config=content["config"],
             data_digest=content["data_digest"],
+            init_digest=content.get("init_digest"),  # earlier versions made new drafts only
         )
 
 
@@ -114,6 +117,7 @@ def require_same_run(saved: RunRecord, current: RunRecord) -> None:
     for name in _TARGET_FIELDS:
         _require_equal(f"the target's {name}", getattr(saved.target, name), getattr(current.target, name))
     _require_equal("the vocab mapping's digest", saved.mapping.digest, current.mapping.digest)
+    _require_equal("the digest of draft.init_from", saved.init_digest, current.init_digest)
     _require_equal("the training data's digest", saved.data_digest, current.data_digest, _OTHER_DATA)
     # A checkpoint of an earlier version lacks newer settings; it was made with their present defaults.
     old, new = _flatten(plain(Config())) | _flatten(saved.config), _flatten(current.config)

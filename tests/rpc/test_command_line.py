@@ -136,6 +136,28 @@ def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, lis
     assert (directory / "runs/single/checkpoints/step_2").is_dir()
 
 
+def test_a_draft_starts_from_an_exported_one_and_resumes(workplace: tuple[Path, list[str]]):
+    directory, overrides = workplace
+    shared = ["topology=single", *overrides]
+    for job in (["job=train", "train.max_steps=2"], ["job=export", "serving.dtype=float32"]):
+        done = run(PYTHON, directory, *job, "run.name=general", *shared)
+        assert done.returncode == 0, done.stderr
+    warm = ["job=train", "run.name=domain", *shared, "draft.init_from=runs/general/export"]
+    refused = run(PYTHON, directory, *warm, "draft.vocab_size=48")
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    rule = "draft.vocab_size must be 64 with draft.init_from=runs/general/export, got 48"
+    assert rule in refused.stderr.splitlines()[-1]
+    for steps in (2, 4):
+        done = run(PYTHON, directory, *warm, f"train.max_steps={steps}", "train.resume=auto")
+        assert done.returncode == 0, done.stderr
+        assert "runs/general/export; 64 of 64 rows of its head are from there" in done.stderr
+    facts = json.loads((directory / "runs/domain/checkpoints/latest/checkpoint.json").read_text())
+    assert facts["step"] == 4 and len(facts["init_digest"]) == 64
+    narrow = [*warm, "run.name=narrow", "draft.vocab_size=48", "draft.init_vocab=data", "train.max_steps=1"]
+    done = run(PYTHON, directory, *narrow)
+    assert done.returncode == 0 and " of 48 rows of its head are from there" in done.stderr
+
+
 @pytest.mark.slow
 def test_two_trainers_that_share_out_their_state_write_the_checkpoint_of_two_that_each_hold_all(
     workplace: tuple[Path, list[str]],

@@ -16,7 +16,7 @@ from support.tiny_target import (
 
 import eagle_rpc
 from eagle_rpc import library
-from eagle_rpc.errors import ConfigError, InvalidRequest, TargetMismatch, TrainingDiverged
+from eagle_rpc.errors import CheckpointError, ConfigError, InvalidRequest, TargetMismatch, TrainingDiverged
 from eagle_rpc.registry import load_or_create_token
 from eagle_rpc.rpc import elastic
 from eagle_rpc.supervision import SessionSettings
@@ -168,3 +168,25 @@ def test_a_process_joins_rpc_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         eagle_rpc.serve(TARGET, rpc=rpc, index=3, host_registry=False),
     ):
         pass
+
+
+def test_training_starts_from_an_exported_draft_as_if_it_had_never_ended(tmp_path):
+    first = make_training()
+    list(first.steps([tiny_batch(1)] * 20))
+    first.export(tmp_path / "draft", dtype=eagle_rpc.DType.float32)
+    warm = replace(DRAFT, init_from=str(tmp_path / "draft"))
+    second = eagle_rpc.DraftTraining(
+        eagle_rpc.load_target(TARGET), tiny_mapping(), target=TARGET, draft=warm, train=TRAIN
+    )
+    for name, tensor in first.draft.state_dict().items():
+        assert torch.equal(second.draft.state_dict()[name], tensor), name
+    (cold,), (continued,) = make_training().steps([tiny_batch(1)]), second.steps([tiny_batch(1)])
+    assert continued.loss < cold.loss
+
+
+def test_a_draft_of_another_target_is_no_start(tmp_path):
+    make_training().export(tmp_path / "draft")
+    other = tiny_target_config(aux_layer_ids=[0, 2, 5])
+    draft = replace(DRAFT, init_from=str(tmp_path / "draft"))
+    with pytest.raises(CheckpointError, match=r"target\.aux_layer_ids must be \[0, 2, 4\]"):
+        eagle_rpc.DraftTraining(eagle_rpc.load_target(other), tiny_mapping(), target=other, draft=draft)

@@ -205,6 +205,7 @@ def interrupted(tmp_path):
             {"target": replace(TARGET_INFO, weights_fingerprint="other")},
             "weights_fingerprint .* it has weights, this run has other",
         ),
+        ({"init_digest": "new"}, r"the digest of draft\.init_from .* it has None, this run has new"),
         ({"data_digest": "new"}, "the training data's digest .* it has None, this run has new"),
         (
             {"config": run_record(replace(SETTINGS, batch_size=5)).config},
