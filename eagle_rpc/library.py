@@ -248,7 +248,7 @@ class DraftTraining:
 
         Raises `ConfigError` if `directory` holds other files.
         """
-        weights, embedding_VH = dict(self._learner.weights()), self.draft.embed_tokens.weight
+        weights, embedding_VH = self._learner.draft_weights(), self.draft.embed_tokens.weight
         return export_run(weights, self._record, embedding_VH, Path(directory), dtype)
 
 

@@ -316,6 +316,9 @@ class TrainConfig:
     """Share of the steps in which `train.schedule=wsd` falls linearly at the end."""
     weight_decay: NotNegative[float] = 0.0
     """Decoupled weight decay of matrices."""
+    ema_decay: Annotated[float, rules.SHARE_BELOW_1] | None = None
+    """Decay of an exponential moving average of the weights, such as 0.999, which validation and export then
+    take; null: no average."""
     betas: Annotated[list[float], rules.TWO_SHARES] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of AdamW's two moments."""
     max_grad_norm: Positive[float] = 1.0

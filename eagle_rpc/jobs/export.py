@@ -38,7 +38,9 @@ def run(config: Config) -> int:
     directory, serving = RunDirectory.of(config), config.serving
     path, checkpoint = _chosen(directory.checkpoints, serving.checkpoint)
     embedding = load_target_embedding(path.parent / directory.target_embedding.name)
-    files = export_run(checkpoint.weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype)
+    files = export_run(
+        checkpoint.draft_weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype
+    )
     history = checkpoint.history
     judged = f" with accept length {history.best_accept_length:.3f} in validation"
     of_best = judged if history.best_step == checkpoint.step else ""

@@ -26,6 +26,7 @@ from eagle_rpc.process.files import (
 )
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.train.history import ValidationHistory
+from eagle_rpc.train.learner import LearnerState
 from eagle_rpc.train.record import RunRecord
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step_(\d+)")
 _FACTS, _WEIGHTS, _OPTIMISER = "checkpoint.json", "draft.safetensors", "optimiser.safetensors"
-_MAPPING = "vocab_mapping.safetensors"
+_AVERAGE, _MAPPING = "average.safetensors", "vocab_mapping.safetensors"
 _EMBEDDING_KEY = "embed_tokens.weight"
 
 
@@ -44,10 +45,14 @@ class Checkpoint:
     step: int  # optimiser steps done
     sequences: int  # of the data, consumed by all trainers, without prefetched ones
     record: RunRecord
-    weights: dict[str, Tensor]  # of the draft, without the frozen embedding
-    optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
+    state: LearnerState
     running_sums: list[float]  # figures since the last line of metrics
     history: ValidationHistory
+
+    @property
+    def draft_weights(self) -> dict[str, Tensor]:
+        """The weights that validation judged and an export takes."""
+        return self.state.average or self.state.weights
 
 
 def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -66,8 +71,10 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> P
     }
     selected = checkpoint.record.mapping.selected_token_ids
     with replaced_directory(final) as fresh:
-        _save_tensors(fresh / _WEIGHTS, checkpoint.weights)
-        _save_tensors(fresh / _OPTIMISER, checkpoint.optimiser)
+        _save_tensors(fresh / _WEIGHTS, checkpoint.state.weights)
+        _save_tensors(fresh / _OPTIMISER, checkpoint.state.optimiser)
+        if checkpoint.state.average:
+            _save_tensors(fresh / _AVERAGE, checkpoint.state.average)
         _save_tensors(fresh / _MAPPING, {"selected_token_ids": selected})
         (fresh / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     point_links(directory, checkpoint)
@@ -152,8 +159,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             step=facts["step"],
             sequences=facts["sequences"],
             record=RunRecord.from_json(facts, mapping),
-            weights=_load_tensors(path / _WEIGHTS),
-            optimiser=_load_tensors(path / _OPTIMISER),
+            state=LearnerState(
+                weights=_load_tensors(path / _WEIGHTS),
+                optimiser=_load_tensors(path / _OPTIMISER),
+                average=_load_tensors(path / _AVERAGE) if (path / _AVERAGE).exists() else {},
+            ),
             running_sums=facts["running_sums"],
             history=_history_of(facts),
         )

@@ -18,6 +18,7 @@ from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
+from eagle_rpc.train.averaged_weights import AveragedWeights
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.figures import RunningSums
 from eagle_rpc.train.master_weights import MasterWeights
@@ -36,6 +37,15 @@ class StepOutcome:
     sums: RunningSums  # over its micro-batches and all trainers
     grad_norm: Tensor  # before clipping, scalar
     learning_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerState:
+    """Whole tensors by name, as checkpoints hold them."""
+
+    weights: dict[str, Tensor]  # without the frozen embedding
+    optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
+    average: dict[str, Tensor]  # of the weights; empty without `train.ema_decay`
 
 
 class Learner:
@@ -65,6 +75,9 @@ class Learner:
         self.total_steps = total_steps
         self._masters = hold_weights(draft, config, group)
         self._optimiser = DraftOptimiser(self._masters.parameters, config)
+        self._average = None
+        if config.ema_decay is not None:
+            self._average = AveragedWeights(self._masters.parameters, config.ema_decay)
         self._peak_rate = peak_rate(config, draft.config.hidden_size)
         self._ttt = make_ttt_step(draft, config, objective, self._masters.gradients)
 
@@ -89,12 +102,25 @@ class Learner:
         grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
         rate = self._peak_rate * share_of_peak(self.steps_done, self.total_steps, self._config)
         self._optimiser.step(rate)
+        if self._average is not None:
+            self._average.update()
         self._ttt.refresh_weights()
         self.steps_done += 1
         return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
 
     def _learn_micro_batch(self, batch: Eagle3TargetBatch, denominators_S: Tensor, sums: RunningSums) -> None:
         sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While the body runs, the draft has its averaged weights if there are any. No step may be taken there."""
+        if self._average is None:
+            yield
+            return
+        with self._average.in_place():
+            self._ttt.refresh_weights()
+            yield
+        self._ttt.refresh_weights()
 
     def ready_to_judge(self) -> contextlib.AbstractContextManager[None]:
         """While the body runs, each trainer may call `judge` any number of times."""
@@ -115,9 +141,10 @@ class Learner:
         return self._masters.are_finite()
 
     def digest(self) -> str:
-        """SHA-256 of weights, optimiser state and step."""
+        """SHA-256 of weights, optimiser state, averages and step."""
         steps_done = ("steps_done", torch.tensor([self.steps_done]))
-        return tensors_digest(itertools.chain(self.weights(), self.optimiser_state(), [steps_done]))
+        state = (self.weights(), self.optimiser_state(), self.average(), [steps_done])
+        return tensors_digest(itertools.chain(*state))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Whole weights by name, one after the other; each trainer has to iterate to the end."""
@@ -127,11 +154,19 @@ class Learner:
         """Whole `DraftOptimiser.tensors`, one after the other; each trainer has to iterate to the end."""
         return self._masters.gathered(self._optimiser.tensors())
 
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimiser state for a checkpoint, on the CPU; empty but on the primary trainer."""
+    def average(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole averages of the weights by name, as `weights`; nothing without `train.ema_decay`."""
+        return self._masters.gathered({} if self._average is None else self._average.tensors)
+
+    def draft_weights(self) -> dict[str, Tensor]:
+        """The whole weights that validation judges and an export takes: averages if there are any."""
+        return dict(self.weights()) | dict(self.average())
+
+    def snapshot(self) -> LearnerState:
+        """The state for a checkpoint, on the CPU; empty but on the primary trainer."""
         kept = self._group.is_primary
-        weights = {name: tensor.cpu() for name, tensor in self.weights() if kept}
-        return weights, {name: tensor.cpu() for name, tensor in self.optimiser_state() if kept}
+        parts = (self.weights(), self.optimiser_state(), self.average())
+        return LearnerState(*({name: tensor.cpu() for name, tensor in part if kept} for part in parts))
 
     @property
     def can_snapshot(self) -> bool:
@@ -139,21 +174,25 @@ class Learner:
         return not (self._masters.sharded and self._group.broken)
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], optimiser: dict[str, Tensor], steps_done: int) -> None:
+    def load(self, state: LearnerState, steps_done: int) -> None:
         """Restores a checkpoint's state. Raises `CheckpointError` if its weights do not fit this draft."""
-        if weights.keys() != self.parameters.keys():
-            differing = sorted(weights.keys() ^ self.parameters.keys())
-            raise CheckpointError(
-                f"the checkpoint's weights must be {sorted(self.parameters)}, these differ: {differing}"
-            )
-        self._masters.require_equal({**weights, **optimiser}, "the checkpoint to resume from")
-        for name, parameter in self.parameters.items():
-            if weights[name].shape != parameter.shape:
+        averages = {} if self._average is None else self._average.tensors
+        of_average = {f"average/{name}": tensor for name, tensor in state.average.items()}
+        everything = {**state.weights, **state.optimiser, **of_average}
+        self._masters.require_equal(everything, "the checkpoint to resume from")
+        for saved, current in ((state.weights, self.parameters), (state.average, averages)):
+            if saved.keys() != current.keys():
+                differing = sorted(saved.keys() ^ current.keys())
                 raise CheckpointError(
-                    f"{name} must have shape {list(parameter.shape)}, got {list(weights[name].shape)}"
+                    f"the checkpoint's weights must be {sorted(current)}, these differ: {differing}"
                 )
-            parameter.copy_(self._masters.shard_of(weights[name], parameter))
-        self._optimiser.load(optimiser, self._masters.shard_of)
+            for name, tensor in current.items():
+                if saved[name].shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{name} must have shape {list(tensor.shape)}, got {list(saved[name].shape)}"
+                    )
+                tensor.copy_(self._masters.shard_of(saved[name], self.parameters[name]))
+        self._optimiser.load(state.optimiser, self._masters.shard_of)
         self._ttt.refresh_weights()
         self.steps_done = steps_done
 

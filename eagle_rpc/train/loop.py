@@ -240,7 +240,7 @@ class Trainer:
             raise TrainingDiverged(
                 f"the draft's weights must be finite, they are not after step {self.learner.steps_done}"
             )
-        weights, optimiser = self.learner.snapshot()
+        state = self.learner.snapshot()
         self._last_saved = self.learner.steps_done
         if not self._group.is_primary:
             return
@@ -248,8 +248,7 @@ class Trainer:
             step=self.learner.steps_done,
             sequences=self._position,
             record=self._record,
-            weights=weights,
-            optimiser=optimiser,
+            state=state,
             running_sums=self._sums.flat.tolist(),
             history=self._history,
         )
@@ -264,7 +263,7 @@ class Trainer:
         if newest is not None:
             path, checkpoint = newest
             require_same_run(checkpoint.record, self._record)
-            self.learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
+            self.learner.load(checkpoint.state, checkpoint.step)
             self._sums.load(checkpoint.running_sums)
             self._position = checkpoint.sequences
             self.total_steps = self.learner.total_steps = planned_steps(

@@ -20,6 +20,7 @@ _FIXED_SETTINGS = (
     "train.batch_size",
     "train.accumulation",
     "train.optimiser",
+    "train.ema_decay",
     "draft.ttt_steps",
     "draft.step_decay",
     "data.validation_share",

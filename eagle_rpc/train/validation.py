@@ -50,8 +50,9 @@ class Validation:
         return self._count > 0
 
     def figures(self) -> Figures:
-        """Judges the draft as it is; the same figures on all trainers. Changes nothing that training uses.
+        """Judges the draft with its averaged weights if it has any; the same figures on all trainers.
 
+        Changes nothing that training uses.
         Raises `TrainingDiverged` for a loss that is not finite, and the errors of the backend.
         """
         assert self._plan is not None
@@ -59,15 +60,16 @@ class Validation:
         mine = [self._plan.batch(index) for index in indices]
         sums = self._learner.empty_sums()
         self._draft.eval()
-        # Collectives run before the first wait for the target and after the last one.
-        with (
-            self._learner.ready_to_judge(),
-            self._group.together("the supervision of a validation"),
-            supervised(self._backend, mine) as stream,
-        ):
-            for batch in stream:
-                self._learner.judge(batch, sums)
-        counts = self._decoding_counts(mine)
+        with self._learner.averaged():
+            # Collectives run before the first wait for the target and after the last one.
+            with (
+                self._learner.ready_to_judge(),
+                self._group.together("the supervision of a validation"),
+                supervised(self._backend, mine) as stream,
+            ):
+                for batch in stream:
+                    self._learner.judge(batch, sums)
+            counts = self._decoding_counts(mine)
         self._draft.train()
         self._group.sum_(sums.flat, "validation losses")
         require_finite(sums, "validation loss", self._learner.steps_done, self._record)

@@ -125,6 +125,10 @@ def test_a_run_with_muon_resumes_bit_for_bit(tmp_path):
     run_with_a_break(tmp_path, replace(SETTINGS, optimiser=Optimiser.muon, weight_decay=0.1))
 
 
+def test_a_run_with_averaged_weights_resumes_bit_for_bit(tmp_path):
+    run_with_a_break(tmp_path, replace(SETTINGS, ema_decay=0.9))
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
     make_trainer(tmp_path, SETTINGS).train()
     target = TableTarget()
@@ -279,6 +283,6 @@ def test_a_checkpoint_holds_what_an_export_needs(interrupted):
     record = run_record(SETTINGS)
     assert checkpoint.record == replace(record, mapping=checkpoint.record.mapping)
     assert checkpoint.record.mapping.digest == record.mapping.digest
-    assert "embed_tokens.weight" not in checkpoint.weights
-    assert len(checkpoint.weights) == 13
+    assert "embed_tokens.weight" not in checkpoint.draft_weights
+    assert len(checkpoint.draft_weights) == 13
     assert OBJECTIVE.ttt_steps == checkpoint.record.config["draft"]["ttt_steps"]

@@ -37,6 +37,7 @@ SETTINGS = train_config(
 SHARDED = replace(SETTINGS, sharding=Sharding.state)
 CLIPPED = replace(SETTINGS, max_grad_norm=0.05, autocast=None)
 FUSED = replace(SETTINGS, autocast=None)
+AVERAGED = replace(SETTINGS, ema_decay=0.5)
 
 
 class StoppingTarget(TableTarget):
@@ -82,6 +83,7 @@ def run_all(rank: int, size: int, path: Path) -> None:
         for sharding in Sharding:
             train(f"plain_{sharding.name}", replace(SETTINGS, sharding=sharding))
             train(f"clipped_{sharding.name}", replace(CLIPPED, sharding=sharding))
+            train(f"averaged_{sharding.name}", replace(AVERAGED, sharding=sharding))
         stop = threading.Event()
         make_trainer(
             path / "resumed", SHARDED, group=group, target=StoppingTarget(5, stop), stop=stop
@@ -125,7 +127,7 @@ def notes(path: Path, rank: int) -> dict:
     return json.loads((path / f"notes_{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("run", ["plain", "fused"])
+@pytest.mark.parametrize("run", ["plain", "fused", "averaged"])
 def test_sharded_training_ends_as_replicated_training(trained, run):
     size, path = trained
     sharded, replicated = state(path, f"{run}_state"), state(path, f"{run}_none")
@@ -153,7 +155,7 @@ def test_clipping_by_a_norm_over_parts_differs_by_rounding_alone(trained):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("run", ["plain_state", "clipped_state", "fused_state", "resumed"])
+@pytest.mark.parametrize("run", ["plain_state", "clipped_state", "fused_state", "averaged_state", "resumed"])
 def test_all_trainers_hold_parts_of_the_same_weights(trained, run):
     size, path = trained
     assert len({notes(path, rank)[run]["digest"] for rank in range(size)}) == 1
@@ -195,16 +197,17 @@ def test_checkpoints_look_as_those_of_replicated_runs(trained):
     for name in ("draft.safetensors", "optimiser.safetensors", "vocab_mapping.safetensors"):
         if size == 2:
             assert (sharded / name).read_bytes() == (replicated / name).read_bytes()
-    assert read_checkpoint(sharded).weights.keys() == read_checkpoint(replicated).weights.keys()
+    states = [read_checkpoint(path).state for path in (sharded, replicated)]
+    assert states[0].weights.keys() == states[1].weights.keys()
 
 
 def test_a_checkpoint_of_several_trainers_is_one_trainers_too(trained):
     _, path = trained
     checkpoint = read_checkpoint(latest_checkpoint(path / "plain_state" / "checkpoints"))
     learner = make_trainer(path / "alone", SHARDED).learner
-    learner.load(checkpoint.weights, checkpoint.optimiser, checkpoint.step)
-    assert_same_bits({name: tensor.detach() for name, tensor in learner.weights()}, checkpoint.weights)
-    assert_same_bits(dict(learner.optimiser_state()), checkpoint.optimiser)
+    learner.load(checkpoint.state, checkpoint.step)
+    assert_same_bits({name: tensor.detach() for name, tensor in learner.weights()}, checkpoint.state.weights)
+    assert_same_bits(dict(learner.optimiser_state()), checkpoint.state.optimiser)
 
 
 def test_drafts_that_differ_are_refused_before_their_parts_mix(trained):

@@ -202,11 +202,11 @@ def make_trainer(
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights and optimiser state."""
+    """Weights, optimiser state and averages."""
     learner = trainer.learner
-    return {
-        name: tensor.detach().clone() for name, tensor in (*learner.weights(), *learner.optimiser_state())
-    }
+    averages = ((f"average/{name}", tensor) for name, tensor in learner.average())
+    everything = (*learner.weights(), *learner.optimiser_state(), *averages)
+    return {name: tensor.detach().clone() for name, tensor in everything}
 
 
 def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
