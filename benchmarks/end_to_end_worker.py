@@ -94,7 +94,7 @@ def train_remote(config: Config) -> None:
 def serve(config: Config) -> None:
     """For each question, a span of time, answers with the share of it in which the forward thread had no work."""
     with joined(config) as (membership, device), contextlib.ExitStack() as stack:
-        server = load_server(config, device)
+        server = load_server(config, [device])
         life = TargetLifecycle(server=server, config=config.rpc, stop=threading.Event())
         stack.enter_context(life.hosted())
         looks: list[tuple[float, int]] = []

@@ -117,7 +117,7 @@ def serve(
     """
     config = _config(target=target, rpc=rpc, run=run)
     name, device, stop = f"target{index}", _device(config.target.device), threading.Event()
-    with elastic_target(config, name, device, stop, hosts_registry=host_registry) as life, life.hosted():
+    with elastic_target(config, name, [device], stop, hosts_registry=host_registry) as life, life.hosted():
         yield TargetServer(life)
 
 

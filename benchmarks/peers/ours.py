@@ -41,7 +41,7 @@ def overrides(work: Work) -> list[str]:
 def serve_target(_work: Work, config: Config) -> None:
     """The target of a static job."""
     with joined(config) as (membership, device):
-        serve_until_done(config, device, membership, threading.Event())
+        serve_until_done(config, [device], membership, threading.Event())
 
 
 def use_target(work: Work, config: Config) -> None:

@@ -58,6 +58,8 @@ def _broken_between(config: Config) -> Iterator[str]:
             "topology.single must go with one target and one trainer, "
             f"got {topology.targets} and {topology.trainers}"
         )
+    if topology.devices_per_target > 1:
+        yield from _broken_over_devices(config)
     if job.name is JobName.serve and not elastic:
         yield "job=serve must go with rpc.membership=elastic (rpc=elastic), got static"
     asks_service = config.regenerate.backend is AnswerBackend.service
@@ -115,4 +117,21 @@ def _broken_in_training(train: TrainConfig) -> Iterator[str]:
         yield (
             "train.decay_share must be at most 1 - train.warmup_share with train.schedule=wsd, "
             f"got {train.decay_share} with {train.warmup_share}"
+        )
+
+
+def _broken_over_devices(config: Config) -> Iterator[str]:
+    """Rules for targets over several devices."""
+    given = config.topology.devices_per_target
+    field = "topology.devices_per_target"
+    if config.topology.single:
+        yield f"topology.single must be false with {field}={given}, got true"
+    asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
+    if config.job.name in (JobName.evaluate, JobName.verify) or asks_itself:
+        backend = " and regenerate.backend=engine" if asks_itself else ""
+        yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs on one device, got {given}"
+    if config.target.attention == "flex_attention":
+        yield (
+            f"target.attention must be another than flex_attention with {field}={given}, since its masks stay on "
+            "one device, got flex_attention"
         )

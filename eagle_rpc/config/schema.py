@@ -57,6 +57,8 @@ class JobConfig:
     """`job=status` prints one JSON object a look instead of tables."""
     serve_until_unused: bool = False
     """`job=serve` ends when its last session has gone; otherwise it serves until it is told to stop."""
+    plan_device_gib: Positive[float] | None = None
+    """Memory of one GPU in GiB with which `job=plan` compares what each needs, 80 for an H100; null: none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,6 +85,9 @@ class TopologyConfig:
     """Target replicas of a static job."""
     trainers: Positive[int] = 1
     """Trainer processes of one torchrun."""
+    devices_per_target: Positive[int] = 1
+    """GPUs of one host over which each target's decoder layers are spread, with as many passes under way. Target i
+    takes GPUs i x N to i x N + N - 1, trainers the next ones; replies leave from the last GPU of a target."""
     first_target: NotNegative[int] = 0
     """Number of the first replica of a `job=serve`; jobs of one registry need different numbers."""
     single: bool = False

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -15,7 +15,7 @@ from eagle_rpc.process.startup import start_worker
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Role, assign_elastic_roles, resolve_device
+from eagle_rpc.topology import Role, assign_elastic_roles, resolve_devices
 
 # Seconds that `job.serve_until_unused` leaves a trainer between two sessions.
 _UNUSED_SECONDS = 0.2
@@ -26,12 +26,14 @@ def run(config: Config) -> int:
     world = read_world()
     me = assign_elastic_roles(Role.target, config.topology, world).me
     start_worker(config, me.name, workers_on_host=world.local_size)
-    device = torch.device(resolve_device(config.target.device, local_rank=world.local_rank))
+    devices = resolve_devices(
+        config.target.device, config.topology.devices_per_target, local_rank=world.local_rank
+    )
     hosts_registry = config.rpc.host_registry and world.rank == 0
     with (
         stop_signals() as stop,
         tolerate_stop(stop),
-        elastic_target(config, me.name, device, stop, hosts_registry=hosts_registry) as life,
+        elastic_target(config, me.name, devices, stop, hosts_registry=hosts_registry) as life,
     ):
         life.run()
     return 0
@@ -39,17 +41,24 @@ def run(config: Config) -> int:
 
 @contextlib.contextmanager
 def elastic_target(
-    config: Config, name: str, device: torch.device, stop: threading.Event, *, hosts_registry: bool
+    config: Config,
+    name: str,
+    devices: Sequence[torch.device | str],
+    stop: threading.Event,
+    *,
+    hosts_registry: bool,
 ) -> Iterator[TargetLifecycle]:
-    """The loaded target, in the registry while the body runs, which makes it serve.
+    """The target, loaded over `devices`, in the registry while the body runs, which makes it serve.
 
     Raises the errors of `announced` and `load_server`, and of `hosted_registry` if it runs the registry too.
     """
     superseded = threading.Event()
     give_way = superseded.set
     registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
+    # Supervision leaves from the last device.
+    device = torch.device(devices[-1])
     with registry, announced(config, name, Role.target, device, stop, when_superseded=give_way) as membership:
-        server = load_server(config, device, incarnation=membership.me.incarnation)
+        server = load_server(config, devices, incarnation=membership.me.incarnation)
         yield TargetLifecycle(
             server=server,
             config=config.rpc,
@@ -61,10 +70,12 @@ def elastic_target(
         )
 
 
-def load_server(config: Config, device: torch.device, *, incarnation: str | None = None) -> TargetModelServer:
-    """The server of the target that the configuration names."""
+def load_server(
+    config: Config, devices: Sequence[torch.device | str], *, incarnation: str | None = None
+) -> TargetModelServer:
+    """The server of the target that the configuration names, over `devices`."""
     target = HFEagle3TargetModel.load(
-        config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
+        config.target, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
     return TargetModelServer(
         target, config.target, incarnation=incarnation, answering=EngineAnswering(target.model)

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,15 +59,21 @@ def run(config: Config) -> int:
 def _train_static(
     config: Config, inputs: Inputs | None, cast: Cast, world: World, stop: threading.Event
 ) -> None:
-    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
+    devices = plan_devices(
+        cast,
+        world,
+        target=config.target.device,
+        trainer=config.train.device,
+        devices_per_target=config.topology.devices_per_target,
+    )
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if inputs is None:
-            serve_until_done(config, device, membership, stop)
+            serve_until_done(config, devices.devices, membership, stop)
             return
         with contextlib.ExitStack() as stack:
             if config.topology.single:
-                server, serving = load_server(config, device), lambda: membership.mark(READY)
+                server, serving = load_server(config, [device]), lambda: membership.mark(READY)
                 life = TargetLifecycle(server=server, config=config.rpc, stop=stop, when_serving=serving)
                 stack.enter_context(life.hosted())
             membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout, stop=stop)
@@ -78,11 +85,14 @@ def _train_static(
 
 
 def serve_until_done(
-    config: Config, device: torch.device, membership: StaticMembership, stop: threading.Event
+    config: Config,
+    devices: Sequence[torch.device | str],
+    membership: StaticMembership,
+    stop: threading.Event,
 ) -> None:
     """The whole life of a target in a static job. Raises as `TargetLifecycle.run`."""
     TargetLifecycle(
-        server=load_server(config, device),
+        server=load_server(config, devices),
         config=config.rpc,
         stop=stop,
         when_serving=lambda: membership.mark(READY),

@@ -81,7 +81,7 @@ def _record_remote(config: Config, stop: threading.Event) -> None:
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):
-            serve_until_done(config, device, membership, stop)
+            serve_until_done(config, devices.devices, membership, stop)
             return
         membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
         shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)

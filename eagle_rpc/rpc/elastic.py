@@ -118,7 +118,7 @@ class ElasticMembership:
             return False
         living = self._registry.living()
         trainers = sum(one.role == "trainer" and one.run == self.me.run for one in living)
-        gpus = [one.gpu for one in living]
+        gpus = [one.gpu for one in living if one.gpu]
         return carries(self.me.gpu, target.gpu, gpus, num_trainers=trainers)
 
     def admit(self, worker_id: int) -> None:

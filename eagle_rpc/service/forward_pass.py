@@ -1,5 +1,6 @@
 """One forward pass of the target for one request, and the errors that it may end with."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,33 +40,37 @@ class PassRequest:
 class ForwardPass:
     """Runs the target on requests.
 
-    A GPU runs the target on a stream of its own, so that replies are encoded, copied to the host and sent
-    while the next pass runs. Nothing here waits for the GPU before `StartedPass.finish`.
+    Each GPU of the target runs it on a stream of its own, so that replies are encoded, copied to the host and
+    sent while the next pass runs. Nothing here waits for a GPU before `StartedPass.finish`.
     """
 
     def __init__(self, target: Eagle3Target, config: TargetConfig) -> None:
         self._target = target
         self._device = device_of(target)
-        self._stream = torch.cuda.Stream(self._device) if self.overlaps else None
+        on_gpus = all(device.type == "cuda" for device in target.devices)
+        self._streams = [torch.cuda.Stream(device) for device in target.devices] if on_gpus else []
         self._chunk_rows = config.chunk_rows
 
     @property
-    def overlaps(self) -> bool:
-        """Whether a pass may start before the previous one is finished."""
-        return self._device.type == "cuda"
+    def most_before(self) -> int:
+        """Unfinished passes beside which one more may start: each GPU works on one while the next one waits."""
+        return len(self._streams)
 
     @torch.no_grad()
     def start(self, request: PassRequest) -> "StartedPass":
-        """Runs the pass, or gives it to the GPU."""
-        if self._stream is None:
+        """Runs the pass, or gives it to the GPUs."""
+        if not self._streams:
             return StartedPass(self._run(request), request.session, self._device, None)
+        last = self._streams[-1]
         # Memory of earlier passes may be overwritten only when their replies are encoded.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        last.wait_stream(torch.cuda.current_stream(self._device))
         # A blocking event leaves the core to other threads while one waits for it.
         done = torch.cuda.Event(blocking=True)
-        with torch.cuda.stream(self._stream):
+        with contextlib.ExitStack() as current:
+            for stream in self._streams:
+                current.enter_context(torch.cuda.stream(stream))
             read = self._run(request)
-            return StartedPass(read, request.session, self._device, self._stream.record_event(done))
+            return StartedPass(read, request.session, self._device, last.record_event(done))
 
     def _run(self, request: PassRequest) -> ReadSupervision:
         session, tokens = request.session, request.tokens
@@ -98,7 +103,7 @@ class StartedPass:
         read, self._read = self._read, None
         assert read is not None, "a pass is finished once"
         if self._done is not None:
-            # So at most one other pass is ahead, and a pass that failed on the GPU fails here.
+            # So a pass that failed on a GPU fails here.
             self._done.synchronize()
         encoded = read.encode(self._session.spec.rows)
         # TensorPipe aborts the process on a CUDA tensor without elements.

@@ -75,7 +75,7 @@ class ForwardScheduler:
         self._max_urgent = config.max_queued_requests
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
-        self._begun: _Begun | None = None
+        self._begun: deque[_Begun] = deque()  # in the order in which they are answered
         self._last_finish = clock()
         self._seconds_per_request = 0.0
         self._changed = threading.Condition()
@@ -214,36 +214,49 @@ class ForwardScheduler:
             self._refuse_all(failure)
 
     def _serve_next(self) -> bool:
-        """Begins the next work and finishes the pass that was begun before it; False when stopping.
+        """Begins the next work and finishes passes whose turn it is; False when stopping.
 
         No reply, which may be large, is held when it returns.
         """
-        before = self._begun
         with self._changed:
             self._wait_for_work()
-            if self._stopping and before is None:
+            if self._stopping and not self._begun:
                 return False
             urgent = self._urgent.popleft() if self._urgent else None
             work = None if urgent else self._queue.take()
-            under_way = [before.work if before else None, urgent, work]
-            self._running = [one for one in under_way if one is not None]
+            beginning = [one for one in (urgent, work) if one is not None]
+            self._running = [*(begun.work for begun in self._begun), *beginning]
         if urgent:
             set_outcome(urgent.answer, outcome_of(urgent.run))
-        self._begun = self._begin(work) if work else None
-        again = []
-        if before and not self._finish(before, alone=self._begun is None):
-            again.append(before.work)
-        at_once = again or not self._passes.overlaps
-        if self._begun and (at_once or isinstance(self._begun.started, EagleRpcError)):
-            if not self._finish(self._begun, alone=before is None):
-                again.append(self._begun.work)
-            self._begun = None
-        for work in again:
-            self._finish(self._begin(work), alone=True)
+        if work:
+            self._begun.append(self._begin(work))
+        if self._begun and isinstance(self._begun[-1].started, EagleRpcError):
+            self._finish_all()
+        elif not work or len(self._begun) > self._passes.most_before:
+            self._finish_first()
         with self._changed:
-            self._running = [self._begun.work] if self._begun else []
+            self._running = [begun.work for begun in self._begun]
             self._changed.notify_all()
         return True
+
+    def _finish_first(self) -> None:
+        """Finishes the oldest pass, if there is one; all of them if it finds too little memory beside others."""
+        if not self._begun:
+            return
+        first = self._begun.popleft()
+        if not self._finish(first, alone=not self._begun):
+            self._finish_all(again=[first.work])
+
+    def _finish_all(self, again: list[Work] | None = None) -> None:
+        """Finishes all passes in order, then runs those again, each alone, that found too little memory."""
+        again = again or []
+        alone = len(self._begun) == 1 and not again
+        while self._begun:
+            begun = self._begun.popleft()
+            if not self._finish(begun, alone=alone):
+                again.append(begun.work)
+        for work in again:
+            self._finish(self._begin(work), alone=True)
 
     @property
     def _is_wanted(self) -> bool:
@@ -253,9 +266,9 @@ class ForwardScheduler:
     def _wait_for_work(self) -> None:
         """Waits until there is work to begin, or a pass to finish without waiting for a GPU."""
         while not (self._is_wanted or self._stopping):
-            if self._begun is None:
+            if not self._begun:
                 self._changed.wait()
-            elif self._begun.is_done:
+            elif self._begun[0].is_done:
                 return
             else:
                 self._changed.wait(_LOOK_INTERVAL)

@@ -34,6 +34,7 @@ class TargetShape:
     num_key_value_heads: int | None
     head_dim: int | None
     intermediate_size: int | None  # of experts: those that a token passes, together
+    experts_per_token: int | None  # null: it has none
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None  # transformers' form, with `rope_type`; null: plain rotary embedding
@@ -68,6 +69,7 @@ class TargetShape:
             num_key_value_heads=key_heads,
             head_dim=head_dim,
             intermediate_size=_width_of(text),
+            experts_per_token=_integer(text, _EXPERTS),
             rms_norm_eps=next((_read(text, name) for name in _EPSILON if _read(text, name)), 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,

@@ -6,7 +6,7 @@ Legend: B batch, T sequence, H target hidden, W width of all captured states, V 
 import dataclasses
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -41,6 +41,8 @@ class Eagle3Target(Protocol):
 
     takes_host_tokens: bool
     """Whether `generate_batch` takes tokens of any device; otherwise they are moved to the target's first."""
+    devices: Sequence[torch.device]
+    """In the order in which a pass visits them. Tokens belong on the first, the output is on the last."""
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
@@ -48,7 +50,7 @@ class Eagle3Target(Protocol):
         """Runs the target once on [B, T] ids. Chats of different `segment_ids` do not see each other."""
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding [V, H], on the device of the target's inputs."""
+        """The token embedding [V, H], on the first device."""
 
     def model_info(self) -> ModelInfo:
         """Identity, with the model's own limits."""
@@ -74,7 +76,8 @@ class _CompletedTarget:
         self._architecture = type(target).__name__
         self._generate: Callable[..., AnyOutput] = target.generate_batch
         self.get_input_embeddings = target.get_input_embeddings
-        for name in ("takes_host_tokens", "model_info", "draft_head", "probe_head"):
+        self.devices: Sequence[torch.device] = (target.get_input_embeddings().weight.device,)
+        for name in ("takes_host_tokens", "devices", "model_info", "draft_head", "probe_head"):
             if hasattr(target, name):
                 setattr(self, name, getattr(target, name))
 
@@ -112,8 +115,8 @@ class _CompletedTarget:
 
 
 def device_of(target: Eagle3Target) -> torch.device:
-    """The device of the target's inputs."""
-    return target.get_input_embeddings().weight.device
+    """The device of the target's output: of supervision, vocabularies and replies."""
+    return target.devices[-1]
 
 
 def describe_target(
@@ -152,7 +155,7 @@ def check_encoding(target: Eagle3Target, selected_token_ids: Tensor, encoding: s
 def run_target(target: Eagle3Target, tokens: TokenBatch) -> AnyOutput:
     """The target's output for checked `tokens` on any device."""
     if not target.takes_host_tokens:
-        tokens = tokens.to(device_of(target))
+        tokens = tokens.to(target.devices[0])
     return target.generate_batch(
         tokens.input_ids, tokens.attention_mask, tokens.loss_mask, segment_ids=tokens.segment_ids
     )

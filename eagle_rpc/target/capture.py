@@ -154,9 +154,13 @@ def _keep_output(
 class AuxStates:
     """Outputs of the captured layers side by side, each written when its layer runs, so it exists once."""
 
-    def __init__(self, shape_BT: Sequence[int], num_layers: int) -> None:
+    def __init__(
+        self, shape_BT: Sequence[int], num_layers: int, bring: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """`bring`: outputs to the device of the states, if the layers are on several."""
         self._batch, self._length = shape_BT
         self._num_layers = num_layers
+        self._bring = bring
         self._states: Tensor | None = None
         self._missing = set(range(num_layers))
         self.rows = slice(0, self._batch)
@@ -165,6 +169,8 @@ class AuxStates:
     def write(self, index: int, hidden_BTH: Tensor) -> None:
         """Keeps the output of captured layer number `index`."""
         width = hidden_BTH.shape[-1]
+        if self._bring is not None:
+            hidden_BTH = self._bring(hidden_BTH)
         if self._states is None:
             # No inference tensor: autograd may have to save views of it, which it refuses for those.
             with torch.inference_mode(False):

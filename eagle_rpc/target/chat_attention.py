@@ -7,7 +7,7 @@ heads, D head width.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from eagle_rpc.target.capture import run_base
 from eagle_rpc.target.probes import FAILURES, packing_fault
 
 # Names in transformers' registry: one chat a row without a mask; a loop over chats; one kernel for all chats.
-_WHOLE, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
+WITHOUT_MASK, _LOOP, _VARLEN = "eagle_rpc_whole", "eagle_rpc_by_chat", "eagle_rpc_varlen"
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 # Ends of config fields that limit what a layer sees (`sliding_window`); some models apply them in masks only.
 _LIMITS = ("window", "window_size", "chunk_size")
@@ -41,7 +41,7 @@ class _Chat:
 
 
 _chats: ContextVar[list[_Chat]] = ContextVar("_chats")
-_boundaries: ContextVar[ChatBoundaries] = ContextVar("_boundaries")
+_boundaries: ContextVar[dict[torch.device, ChatBoundaries]] = ContextVar("_boundaries")
 
 
 class ChatAttention:
@@ -52,9 +52,19 @@ class ChatAttention:
     Other models (eager, flex attention) keep transformers' masks.
     """
 
-    def __init__(self, base: PreTrainedModel, decoder: PreTrainedModel, probe_ids: Tensor) -> None:
-        """`decoder`: the text model, `base` itself or inside it; `probe_ids`: [1, T] on their device."""
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        decoder: PreTrainedModel,
+        probe_ids: Tensor,
+        devices: Collection[torch.device],
+    ) -> None:
+        """`decoder`: the text model, `base` itself or inside it; `probe_ids`: [1, T] on their device.
+
+        `devices`: those of the layers.
+        """
         self._base, self._config = base, decoder.config
+        self._devices = frozenset(devices)
         self._skips_mask = self._flash = self._loops = False
         if self._config._attn_implementation != "sdpa":
             return
@@ -78,11 +88,11 @@ class ChatAttention:
         return run_base(self._base, input_ids, to_device(positions_BT, input_ids.device))
 
     def _run_whole(self, input_ids: Tensor) -> Tensor:
-        with self._attending(_WHOLE, _chats, []):
+        with self._attending(WITHOUT_MASK, _chats, []):
             return run_base(self._base, input_ids)
 
     def _run_varlen(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
-        with self._attending(_VARLEN, _boundaries, _boundaries_of(positions_BT, input_ids.device)):
+        with self._attending(_VARLEN, _boundaries, _boundaries_of(positions_BT, self._devices)):
             return run_base(self._base, input_ids, to_device(positions_BT, input_ids.device))
 
     def _run_in_loop(self, input_ids: Tensor, positions_BT: Tensor) -> Tensor:
@@ -171,15 +181,18 @@ def _attend_in_loop(
     return out_BTQD, None
 
 
-def _boundaries_of(positions_BT: Tensor, device: torch.device) -> ChatBoundaries:
+def _boundaries_of(
+    positions_BT: Tensor, devices: Collection[torch.device]
+) -> dict[torch.device, ChatBoundaries]:
     places = chat_boundaries(positions_BT == 0)
-    return ChatBoundaries(to_device(places, device), int(places.diff().max()))
+    longest = int(places.diff().max())
+    return {device: ChatBoundaries(to_device(places, device), longest) for device in devices}
 
 
 @torch.library.custom_op("eagle_rpc::attend_within_chats", mutates_args=())
 def _attend_within_chats(query_NQD: Tensor, key_NJD: Tensor, value_NJD: Tensor, scale: float) -> Tensor:
     """[N, Q, D]. Boundaries are no argument, or a layer would be compiled again for each number of chats."""
-    heads, chats = (query_NQD, key_NJD, value_NJD), _boundaries.get()
+    heads, chats = (query_NQD, key_NJD, value_NJD), _boundaries.get()[query_NQD.device]
     return torch.ops.aten._flash_attention_forward(*heads, *chats.arguments, 0.0, True, False, scale=scale)[0]
 
 
@@ -202,7 +215,7 @@ def _attend_varlen(
 
 
 # For a name without a mask function transformers makes no mask.
-AttentionInterface.register(_WHOLE, sdpa_attention_forward)
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)
 AttentionInterface.register(_LOOP, _attend_in_loop)
 AttentionMaskInterface.register(_LOOP, _mask_by_chat)
 AttentionInterface.register(_VARLEN, _attend_varlen)

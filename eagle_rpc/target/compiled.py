@@ -24,7 +24,8 @@ from eagle_rpc.target.chat_attention import ChatAttention, are_plain
 logger = logging.getLogger(__name__)
 
 _BACKEND = "inductor"
-# Graphs of one shape. Models have few kinds of decoder layers; one graph for every layer would take hours.
+# Graphs of one shape on one device. Models have few kinds of decoder layers; one graph for every layer would
+# take hours.
 _KINDS_OF_LAYERS = 4
 
 
@@ -90,8 +91,9 @@ class CompiledForward:
         return f"compiled ({self._mode}) for {' '.join(map(str, self.buckets.shapes))}"
 
     @torch.inference_mode()
-    def compile(self, device: torch.device) -> None:
-        """Compiles every shape, also for packed chats if they are allowed, by running it. Logs its progress.
+    def compile(self, devices: Sequence[torch.device]) -> None:
+        """Compiles every shape, also for packed chats if they are allowed, by running it over `devices`. Logs
+        its progress.
 
         Raises `UnsupportedTarget` if layers do not compile whole or are of too many kinds.
         """
@@ -99,14 +101,14 @@ class CompiledForward:
         kind = type(self._layers[0]).__name__
         packings = (False, True) if self._packed else (False,)
         forms = [(shape, packed) for shape in self.buckets.shapes for packed in packings]
-        limit = len(forms) * _KINDS_OF_LAYERS
+        limit = len(forms) * _KINDS_OF_LAYERS * len(devices)
         bounded = torch._dynamo.config.patch(
             recompile_limit=limit, accumulated_recompile_limit=limit, fail_on_recompile_limit_hit=True
         )
         for number, (shape, packed) in enumerate(forms, start=1):
             form = f"{shape}{' packed' if packed else ''}"
             logger.info("compiling %s for shape %d of %d, %s", kind, number, len(forms), form)
-            ids_BT = torch.zeros(shape, dtype=torch.int64, device=device)
+            ids_BT = torch.zeros(shape, dtype=torch.int64, device=devices[0])
             # Position 0 everywhere: every token is a chat of its own.
             positions_BT = torch.zeros(shape, dtype=torch.int64) if packed else None
             try:

@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +26,9 @@ from eagle_rpc.process.files import is_lfs_pointer
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
 from eagle_rpc.target.longrope import settle_longrope
-from eagle_rpc.target.quantization import is_quantised
+from eagle_rpc.target.placement import Placement, WeightFormat
+from eagle_rpc.target.quantization import is_quantised, layer_bits
+from eagle_rpc.target.spread import Spread, place_tensors
 from eagle_rpc.target.stored import auto_class, continues_text, in_one_line, load_stored
 
 logger = logging.getLogger(__name__)
@@ -142,11 +145,20 @@ def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> PreTrained
 def load_model(
     config: TargetConfig, device: torch.device | str, *, cache_dir: str | Path, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The frozen model on `device`, ready for forward passes, and its tokenizer.
+    """The frozen model on `device`, ready for forward passes, and its tokenizer. See `load_spread`."""
+    model, tokenizer, _ = load_spread(config, [torch.device(device)], cache_dir=cache_dir, seed=seed)
+    return model, tokenizer
 
-    A random target has the same weights in every process and on every device for equal `seed` and
-    `config.dtype`. Raises `ConfigError` if the model cannot be found, is of an unknown kind or lacks weights in
-    safetensors, or if this machine cannot run its attention or quantisation.
+
+def load_spread(
+    config: TargetConfig, devices: Sequence[torch.device], *, cache_dir: str | Path, seed: int = 0
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Spread | None]:
+    """The frozen model over `devices`, ready for forward passes, its tokenizer, and what makes it run over several.
+
+    Stored weights go from their files to their GPUs; there is no copy of the whole on the host. A random target
+    has the same weights in every process and on every device for equal `seed` and `config.dtype`.
+    Raises `ConfigError` if the model cannot be found, is of an unknown kind or lacks weights in safetensors, or
+    if this machine cannot run its attention or quantisation; for several devices also as `Placement.of`.
     """
     started = time.monotonic()
     hf_config = load_target_config(config, cache_dir=cache_dir)
@@ -154,13 +166,28 @@ def load_model(
     attention = exact_attention(hf_config, config.attention)
     _check_attention(hf_config, attention, dtype)
     quantised = is_quantised(config, hf_config)
+    placement = plan_placement(config, hf_config, len(devices)) if len(devices) > 1 else None
+    device_map = {"": devices[0]} if placement is None else placement.device_map(devices)
     if config.random:
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
         directory = resolve_model_dir(config, cache_dir)
-        model = load_stored(config, hf_config, directory, attention, device, quantised=quantised)
-    if not quantised:
-        model = model.to(device)
+        # On a CPU alone weights are where transformers reads them.
+        needed = placement is not None or quantised or devices[0].type != "cpu"
+        model = load_stored(
+            config,
+            hf_config,
+            directory,
+            device_map if needed else {},
+            attention=attention,
+            quantised=quantised,
+        )
+    spread = None
+    if placement is not None:
+        place_tensors(model, placement, devices)
+        spread = Spread(model, placement, devices)
+    elif not quantised:
+        model = model.to(devices[0])
     model = model.eval().requires_grad_(False)
     model.config.use_cache = False
     settle_longrope(model, config.max_length or TargetShape.of(hf_config).context or 0)
@@ -172,10 +199,23 @@ def load_model(
         config.dtype.value,
         " with quantised weights" if quantised else "",
         attention,
-        device,
+        devices[0] if placement is None else placement.describe(devices),
         time.monotonic() - started,
     )
-    return model, load_tokenizer(config, cache_dir=cache_dir)
+    return model, load_tokenizer(config, cache_dir=cache_dir), spread
+
+
+def plan_placement(config: TargetConfig, hf_config: PretrainedConfig, num_devices: int) -> Placement:
+    """Which parts of the target are on which of its devices, from its configuration. Raises as `Placement.of`."""
+    dtype = getattr(torch, config.dtype.value)
+    weights = WeightFormat(
+        bytes_per_value=dtype.itemsize,
+        bytes_per_layer_value=layer_bits(config, hf_config) / 8,
+        experts_per_token=TargetShape.of(hf_config).experts_per_token,
+    )
+    with torch.device("meta"):
+        model = _model_of(copy.deepcopy(hf_config), dtype, "eager")
+    return Placement.of(model.eval(), num_devices, weights)
 
 
 def load_with_tokenizer(

@@ -44,8 +44,9 @@ from eagle_rpc.target.chat_attention import ChatAttention, positions_within_chat
 from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.gated_mlp import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
-from eagle_rpc.target.loading import caps_attention, load_model
+from eagle_rpc.target.loading import caps_attention, load_spread
 from eagle_rpc.target.probes import check_causal, packing_fault, recurrent_layers, refusing_failures
+from eagle_rpc.target.spread import Spread
 
 # Tokens of the forward pass that the probes run.
 _PROBE_TOKENS = 32
@@ -67,9 +68,11 @@ class HFEagle3TargetModel(Eagle3Target):
         aux_layer_ids: Sequence[int] | None = None,
         fused_rows: bool = True,
         fused_mlp: bool = True,
+        spread: Spread | None = None,
     ) -> None:
         """Not compiled; see `compile`. `fused_rows` and `fused_mlp` as in `TargetConfig`.
 
+        `spread` of a model on several devices; null: it is on one.
         Raises `ConfigError` for bad `aux_layer_ids`, `UnsupportedTarget` if supervision would not be exact.
         """
         name = type(model).__name__
@@ -84,6 +87,8 @@ class HFEagle3TargetModel(Eagle3Target):
         self._layers = find_decoder_layers(model)
         self.tokenizer = tokenizer
         self.aux_layer_ids = aux_layers(len(self._layers), aux_layer_ids)
+        self._spread = spread
+        self.devices = (self._probe_ids.device,) if spread is None else spread.devices
         self._forward_lock = threading.Lock()
         self._packing_is_exact = False
         self._compiled: CompiledForward | None = None
@@ -95,23 +100,28 @@ class HFEagle3TargetModel(Eagle3Target):
             self._check_embedding(hidden_BTH.shape[-1])
             self._own_head = OwnHead(model, type(output))
             check_own_head(self._own_head, model, self._probe_ids, hidden_BTH)
-            self._attention = ChatAttention(self._base, find_decoder(model), self._probe_ids)
+            self._attention = ChatAttention(self._base, find_decoder(model), self._probe_ids, self.devices)
             logits_NV = self._own_head.project(hidden_BTH.flatten(0, 1))
             self._fused_rows = fused_rows and fused_rows_run(logits_NV)
         self._mlps = FusedMLPs(self._layers.modules() if fused_mlp else ())
 
     @classmethod
     def load(
-        cls, config: TargetConfig, device: torch.device | str, *, cache_dir: str | Path, seed: int = 0
+        cls, config: TargetConfig, *devices: torch.device | str, cache_dir: str | Path, seed: int = 0
     ) -> "HFEagle3TargetModel":
-        """The target of the configuration. Raises the errors of `load_model` and of the constructor."""
-        model, tokenizer = load_model(config, device, cache_dir=cache_dir, seed=seed)
+        """The target of the configuration on one device, or over several, in the order of its layers.
+
+        Raises the errors of `load_spread` and of the constructor.
+        """
+        places = [torch.device(device) for device in devices]
+        model, tokenizer, spread = load_spread(config, places, cache_dir=cache_dir, seed=seed)
         target = cls(
             model,
             tokenizer=tokenizer,
             aux_layer_ids=config.aux_layer_ids,
             fused_rows=config.fused_rows,
             fused_mlp=config.fused_mlp,
+            spread=spread,
         )
         if config.compile_shapes:
             target.compile(config.compile_shapes, packed=config.compile_packed, mode=config.compile_mode)
@@ -127,7 +137,7 @@ class HFEagle3TargetModel(Eagle3Target):
             self._attention, self._layers, Buckets(shapes), packed=packed, mode=mode.value
         )
         with self._forward_lock, self._mlps.in_place():
-            compiled.compile(device=self._probe_ids.device)
+            compiled.compile(self.devices)
             self._compiled = compiled
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -153,7 +163,8 @@ class HFEagle3TargetModel(Eagle3Target):
         if segment_ids is not None:
             positions_BT = positions_within_chats(attention_mask.bool(), segment_ids).cpu()
         input_ids = to_device(input_ids, self._probe_ids.device)
-        aux = AuxStates(input_ids.shape, len(self.aux_layer_ids))
+        bring = None if self._spread is None else self._spread.to_last
+        aux = AuxStates(input_ids.shape, len(self.aux_layer_ids), bring)
         captured = captured_layers(self._layers, self.aux_layer_ids, aux.write)
         with captured, self._mlps.in_place(), torch.inference_mode():
             if self._compiled is not None:

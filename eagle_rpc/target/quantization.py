@@ -1,5 +1,6 @@
 """Quantised weights, by transformers' own means. Head and embedding keep the target's dtype."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from eagle_rpc.errors import ConfigError
 # Compute capability of the first GPUs that multiply fp8.
 _FP8_CAPABILITY = (8, 9)
 # torchao's own settings make inductor try kernels for minutes, and change fp32 products in the whole process.
+_BITS = {Quantization.fp8: 8, Quantization.int8: 8, Quantization.int8_weights: 8, Quantization.nf4: 4}
+# Of methods whose stored configuration names no `bits`, by the beginning of their names. mxfp4 adds 8 bits to 32.
+_STORED_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "finegrained_fp8": 8.0, "mxfp4": 4.25}
 _OWN_INDUCTOR = {"set_inductor_config": False}
 
 
@@ -27,18 +31,33 @@ def is_quantised(config: TargetConfig, hf_config: PretrainedConfig) -> bool:
     return stored or config.quantization is not None
 
 
+def layer_bits(config: TargetConfig, hf_config: PretrainedConfig) -> float:
+    """Bits of a value of the matrices in decoder layers, without scales; of unknown methods those of the dtype."""
+    plain = 8.0 * getattr(torch, config.dtype.value).itemsize
+    if config.quantization is not None:
+        return _BITS[config.quantization]
+    stored = getattr(hf_config, "quantization_config", None)
+    if stored is None:
+        return plain
+    told: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
+    if told.get("load_in_4bit"):
+        return 4.0
+    if told.get("load_in_8bit"):
+        return 8.0
+    return float(told.get("bits") or _STORED_BITS.get(str(told.get("quant_method")), plain))
+
+
 def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for quantised weights, which are loaded to `device` and stay there.
+    """Arguments of `from_pretrained` that quantise weights while they are loaded to devices like `device`.
 
     Raises `ConfigError` if a package is missing or the device cannot run them.
     """
     device = torch.device(device)
-    placed = {"device_map": {"": device}}
     wanted = config.quantization
     if wanted is None:
-        return placed
+        return {}
     try:
-        quantised = {**placed, "quantization_config": _quantisation(wanted, dtype)}
+        quantised = {"quantization_config": _quantisation(wanted, dtype)}
     except ImportError as error:
         raise ConfigError(f"target.quantization={wanted.name} must find its package: {error}") from error
     if wanted is Quantization.fp8 and not _multiplies_fp8(device):

@@ -46,18 +46,21 @@ def load_stored(
     config: TargetConfig,
     hf_config: PretrainedConfig,
     directory: Path,
-    attention: str,
-    device: torch.device | str,
+    device_map: dict[str, torch.device],
     *,
+    attention: str,
     quantised: bool,
 ) -> PreTrainedModel:
-    """The model of a directory: on the CPU, or on `device` if its weights are quantised.
+    """The model of a directory, each weight read from its file onto its device; without a map on the CPU.
 
     Raises `ConfigError` if weights are damaged, of another format, missing or of other shapes, and if this
     machine cannot run their quantisation.
     """
     dtype = getattr(torch, config.dtype.value)
-    placed = loading_arguments(config, dtype, device) if quantised else {}
+    placed: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    device = next(iter(device_map.values()), torch.device("cpu"))
+    if quantised:
+        placed |= loading_arguments(config, dtype, device)
     exact = {"dtype": dtype, "attn_implementation": attention}
     safe = {"use_safetensors": True, "trust_remote_code": False}
     # Tensors of other shapes are refused below, by their names.
@@ -76,8 +79,20 @@ def load_stored(
             f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
         ) from error
     model: PreTrainedModel = loaded[0]
+    _remove_foreign_hooks(model)
     _require_all_tensors(model, loaded[1], directory)
     return model
+
+
+def _remove_foreign_hooks(model: PreTrainedModel) -> None:
+    """Those that accelerate has put around modules on several devices: their copies make devices wait."""
+    if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+        return
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    for module in model.modules():
+        vars(module).pop("forward", None)
 
 
 def _require_whole_files(directory: Path) -> None:

@@ -1,6 +1,6 @@
 """Roles, worker names, devices and device maps, as pure data. Importing it loads no torch."""
 
-from eagle_rpc.topology.devices import DevicePlan, carries, plan_devices, resolve_device
+from eagle_rpc.topology.devices import DevicePlan, carries, plan_devices, resolve_device, resolve_devices
 from eagle_rpc.topology.roles import (
     Cast,
     Role,
@@ -22,5 +22,6 @@ __all__ = [
     "carries",
     "plan_devices",
     "resolve_device",
+    "resolve_devices",
     "worker_name",
 ]

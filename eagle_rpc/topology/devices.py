@@ -10,53 +10,97 @@ from eagle_rpc.topology.roles import Cast, Role
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """The device of this worker, and how its CUDA tensors reach each peer."""
+    """The devices of this worker, and how its CUDA tensors reach each peer."""
 
-    device: str  # "cpu" or "cuda:N"
+    devices: tuple[
+        str, ...
+    ]  # "cpu" or "cuda:N"; several for a target over several GPUs, in the order of its layers
     device_maps: dict[str, dict[str, str]]  # peer name -> {own device: peer device}
+
+    @property
+    def device(self) -> str:
+        """The device of its supervision: of a target over several GPUs the last one."""
+        return self.devices[-1]
 
 
 def plan_devices(
-    cast: Cast, world: World, *, target: str, trainer: str, num_gpus: int | None = None
+    cast: Cast,
+    world: World,
+    *,
+    target: str,
+    trainer: str,
+    devices_per_target: int = 1,
+    num_gpus: int | None = None,
 ) -> DevicePlan:
-    """The device of this worker, mapped to the GPUs of its peers.
+    """The devices of this worker, mapped to the GPUs of its peers.
 
     `target` and `trainer` are the settings `target.device` and `train.device`; a worker with both roles
     follows `train.device`. `num_gpus` None: as many as torch finds. The workers of one torchrun agent share a
     host, where worker i of `cast.names` has local rank i. Host and GPUs of other agents' workers are unknown:
     nothing is mapped to them, and CUDA tensors go through host memory, as they do where RPC `carries` none.
+    Raises `ConfigError` for a GPU that the host lacks, and if targets over several GPUs and trainers need more.
     """
+    if num_gpus is None:
+        num_gpus = _count_gpus()
 
-    def device_of(name: str, local_rank: int) -> str:
-        trains = name in cast.trainer_names
-        return resolve_device(
-            trainer if trains else target,
-            field="train.device" if trains else "target.device",
-            local_rank=local_rank,
-            num_gpus=num_gpus,
-        )
+    def devices_of(name: str, local_rank: int) -> tuple[str, ...]:
+        if name not in cast.trainer_names:
+            return resolve_devices(target, devices_per_target, local_rank=local_rank, num_gpus=num_gpus)
+        # Targets are the first workers of a host: their further devices come before those of trainers.
+        on_host = cast.names[:local_rank] if world.num_agents == 1 else ()
+        before = sum(one not in cast.trainer_names for one in on_host)
+        place = local_rank + before * (devices_per_target - 1)
+        return (resolve_device(trainer, field="train.device", local_rank=place, num_gpus=num_gpus),)
 
-    device = device_of(cast.me.name, world.local_rank)
+    own = devices_of(cast.me.name, world.local_rank)
     if world.num_agents > 1:
-        return DevicePlan(device, {})
+        return DevicePlan(own, {})
+    if devices_per_target > 1 and num_gpus and target == trainer == "auto":
+        needed = devices_per_target * len(cast.target_names) + len(cast.trainer_names)
+        if needed > num_gpus:
+            rule = f"topology.devices_per_target={devices_per_target} needs {needed} GPUs"
+            workers = f"{len(cast.target_names)} targets and {len(cast.trainer_names)} trainers"
+            raise ConfigError(f"{rule} for {workers} unless train.device names one, got {num_gpus}")
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
-    devices = [device_of(name, index) for index, name in enumerate(cast.names)]
-    gpus = [one if one.startswith("cuda") else "" for one in devices]
-    gpu_of = dict(zip(cast.names, gpus, strict=True))
-    mine, num_trainers = gpu_of[cast.me.name], len(cast.trainer_names)
-    connected = [peer for peer in peers if carries(mine, gpu_of[peer], gpus, num_trainers=num_trainers)]
-    maps = {peer: {mine: gpu_of[peer]} for peer in connected}
-    return DevicePlan(device, maps)
+    devices = {name: devices_of(name, index) for index, name in enumerate(cast.names)}
+    gpus = [one for of_worker in devices.values() for one in of_worker if one.startswith("cuda")]
+    maps = {
+        peer: {own[-1]: devices[peer][-1]}
+        for peer in peers
+        if carries(own[-1], devices[peer][-1], gpus, num_trainers=len(cast.trainer_names))
+    }
+    return DevicePlan(own, maps)
+
+
+def resolve_devices(
+    setting: str, devices_per_target: int, *, local_rank: int = 0, num_gpus: int | None = None
+) -> tuple[str, ...]:
+    """The devices of a target: for `auto` those behind the targets before it on its host.
+
+    `cuda:K` names the first of them. Raises `ConfigError` for more GPUs than the host has.
+    """
+    if num_gpus is None and setting != "cpu":
+        num_gpus = _count_gpus()
+    if devices_per_target == 1 or setting == "cpu" or not num_gpus:
+        return (resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus),) * devices_per_target
+    first = local_rank * devices_per_target
+    if setting != "auto":
+        first = int(setting.partition(":")[2] or 0)
+    if first + devices_per_target > num_gpus:
+        rule = f"topology.devices_per_target={devices_per_target} needs GPUs {first}"
+        last = first + devices_per_target - 1
+        raise ConfigError(f"{rule} to {last} of this host for target {local_rank}, which has {num_gpus}")
+    return tuple(f"cuda:{first + number}" for number in range(devices_per_target))
 
 
 def carries(one: str, other: str, gpus: Collection[str], *, num_trainers: int) -> bool:
     """Whether RPC is to carry tensors from GPU to GPU between two workers.
 
-    `gpus` are those of all workers, "" for a worker without one. While a trainer waits for others in a
+    `gpus` are those of all workers; a CPU is none. While a trainer waits for others in a
     collective, tensors arrive late or wrong if a third process computes on a GPU of the two (seen on two
     H200; pytorch/pytorch#100784).
     """
-    if not (one and other):
+    if not (one in gpus and other in gpus):
         return False
     workers = sum(gpu in (one, other) for gpu in gpus)
     return workers == len({one, other}) or (workers == 2 and num_trainers == 1)
@@ -72,13 +116,17 @@ def resolve_device(
     if setting == "cpu":
         return setting
     if num_gpus is None:
-        # Roles and names are needed where torch is not loaded.
-        import torch
-
-        num_gpus = torch.cuda.device_count()
+        num_gpus = _count_gpus()
     if setting == "auto":
         return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
     number = int(setting.partition(":")[2] or 0)
     if number >= num_gpus:
         raise ConfigError(f"{field} must be a device of this host, which has {num_gpus} GPUs, got {setting}")
     return f"cuda:{number}"
+
+
+def _count_gpus() -> int:
+    # Roles and names are needed where torch is not loaded.
+    import torch
+
+    return torch.cuda.device_count()

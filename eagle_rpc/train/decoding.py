@@ -80,8 +80,8 @@ class DecodedAnswers:
         k, mapping = self._num_draft_tokens, self._record.mapping
         counts = DecodingCounts([0] * k)
         for first, batch in self._supervised(self._texts, next_token=False):
-            for text, aux_T3H in zip(self._texts[first:], batch.aux_hidden_states, strict=False):
-                accepted = replay(guess_chains(draft, mapping, text, aux_T3H, k).num_right, k)
+            for text, aux_TW in zip(self._texts[first:], batch.aux_hidden_states, strict=False):
+                accepted = replay(guess_chains(draft, mapping, text, aux_TW, k).num_right, k)
                 counts.add(DecodingCounts.of_text(accepted, k, len(text.token_ids)))
         return counts
 

@@ -153,7 +153,7 @@ def travel() -> tuple[Files, Files]:
         _recorded(journey),
         join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership,
     ):
-        server = load_server(config, torch.device("cpu"))
+        server = load_server(config, ["cpu"])
         with TargetLifecycle(server=server, config=config.rpc, stop=stop).hosted():
             membership.mark("ready")
             backend = connect_target(config, shape, None, torch.device("cpu"), cast, membership, stop)

@@ -59,7 +59,7 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):
-            serve_until_done(config, device, membership, threading.Event())
+            serve_until_done(config, devices.devices, membership, threading.Event())
             return None
         membership.wait_for(cast.target_names, READY, timeout=config.rpc.model_timeout)
         try:

@@ -32,7 +32,7 @@ def scheduler_of(passes, clock, answering=None, **bounds):
 class OneByOne:
     """Requests are functions."""
 
-    overlaps = False
+    most_before = 0
 
     def start(self, request):
         return Done(request())

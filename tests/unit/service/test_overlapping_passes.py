@@ -51,7 +51,7 @@ class UnderWay:
 class Gpu:
     """Passes that are begun at once, where there is room for their results, and log what happens to them."""
 
-    overlaps = True
+    most_before = 1
 
     def __init__(self):
         self.log = []

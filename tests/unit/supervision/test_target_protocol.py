@@ -87,6 +87,8 @@ def test_members_that_a_target_has_take_the_place_of_defaults():
 
 def test_a_target_with_all_members_is_used_as_it_is():
     class Whole(WithHead):
+        devices = (torch.device("cpu"),)
+
         def model_info(self):
             raise NotImplementedError
 

@@ -48,7 +48,7 @@ def test_a_model_that_refuses_an_attention_name_keeps_its_masks(make_model, mask
     def refuse(*args, **settings):
         raise KeyError("no such attention")
 
-    monkeypatch.setitem(AttentionInterface._global_mapping, chat_attention._WHOLE, refuse)
+    monkeypatch.setitem(AttentionInterface._global_mapping, chat_attention.WITHOUT_MASK, refuse)
     target = HFEagle3TargetModel(make_model("llama"))
     masks.clear()
     assert torch.equal(hidden(target), run_base(target.model.model, IDS)) and masks
@@ -56,7 +56,7 @@ def test_a_model_that_refuses_an_attention_name_keeps_its_masks(make_model, mask
 
 def attend_within_chats(query_NQD, key_NJD, value_NJD, scale):
     """What the kernel computes, which runs on GPUs only."""
-    chats = chat_attention._boundaries.get()
+    chats = chat_attention._boundaries.get()[query_NQD.device]
     bounds = chats.places.tolist()
     assert bounds[-1] == len(query_NQD) and chats.longest == max(b - a for a, b in itertools.pairwise(bounds))
     outs = []

@@ -1,0 +1,268 @@
+"""Which parts of a target are on which device: its decoder layers in order, a run of them on each.
+
+The embedding and whatever else runs before the layers is on the first device, the final norm and the head on
+the last, so a pass visits each device once. All of it follows from the model's structure, without weights.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.target.capture import find_decoder_layers
+from eagle_rpc.target.chat_attention import WITHOUT_MASK
+from eagle_rpc.target.probes import FAILURES, refusing_failures
+
+# Tokens of the pass, without values, that shows in which order parts run.
+_OUTLINE_TOKENS = 8
+# Values of the tuples that decoder layers of transformers return; 0: a tensor.
+_FORMS_OF_OUTPUTS = (0, 2, 3)
+_FIELD = "topology.devices_per_target"
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a part of a model costs the device that it is on."""
+
+    num_bytes: float = 0.0  # of its weights
+    passed: float = 0.0  # weights that each token passes, to which its time is proportional
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.num_bytes + other.num_bytes, self.passed + other.passed)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """What the weights of a target cost in bytes, and how many of its experts a token passes."""
+
+    bytes_per_value: float
+    bytes_per_layer_value: float  # of matrices in decoder layers, which may be quantised
+    experts_per_token: int | None = None  # null: it has none
+
+    def cost_of(self, part: nn.Module, *, in_layer: bool, counted: set[int]) -> Cost:
+        """The cost of a part beside the weights that are `counted` (their `id`s), to which its own are added."""
+        num_bytes = passed = 0.0
+        for module in part.modules():
+            for weight in module.parameters(recurse=False):
+                is_matrix = weight.dim() > 1
+                width = self.bytes_per_layer_value if in_layer and is_matrix else self.bytes_per_value
+                num_bytes += 0 if id(weight) in counted else weight.numel() * width
+                counted.add(id(weight))
+                if is_matrix and not isinstance(module, nn.Embedding):
+                    passed += weight.numel() * (self._share_of_stack(weight) if in_layer else 1.0)
+            if in_layer and isinstance(module, nn.ModuleList):
+                # Experts that are modules of their own. A token does not pass the others.
+                idle = 1.0 - self._share_of(len(module))
+                passed -= idle * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+        return Cost(num_bytes, passed)
+
+    def _share_of_stack(self, weight: Tensor) -> float:
+        """Of three dimensions the first one counts experts."""
+        return self._share_of(weight.shape[0]) if weight.dim() == 3 else 1.0
+
+    def _share_of(self, num_experts: int) -> float:
+        return min(1.0, (self.experts_per_token or num_experts) / max(1, num_experts))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Parts of one model by the number of the device that they are on."""
+
+    num_layers: tuple[int, ...]  # decoder layers of each device, in order
+    costs: tuple[Cost, ...]  # of each device
+    device_of: dict[str, int]  # module or tensor name -> number of its device; together the whole model
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.num_layers)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, num_devices: int, weights: WeightFormat) -> "Placement":
+        """The placement in which the largest share of bytes or of time that any device has is smallest.
+
+        `model` is on the meta device, without values. Raises `ConfigError` for fewer layers than devices,
+        `UnsupportedTarget` for a model whose parts do not run in a line: embedding, layers, head.
+        """
+        layers = find_decoder_layers(model)
+        if num_devices > len(layers):
+            rule = f"{_FIELD} must be at most the {len(layers)} decoder layers of {type(model).__name__}"
+            raise ConfigError(f"{rule}, got {num_devices}")
+        path, last = _path_to(model, layers), num_devices - 1
+        beside = dict(_parts_beside(model, path))
+        device_of = dict.fromkeys([*beside, *_own_tensors(model, path)], 0)
+        run_behind = dict.fromkeys(beside, False)
+        if last:
+            _require_own_weights(model, layers)
+            run_behind = _run_behind_layers(model, layers, beside)
+            device_of |= {name: last for name, behind in run_behind.items() if behind}
+        counted: dict[int, set[int]] = {0: set(), last: set()}
+        outside = {0: Cost(), last: Cost()}
+        for name, part in beside.items():
+            number = device_of[name]
+            cost = weights.cost_of(part, in_layer=False, counted=counted[number])
+            # Text does not pass a vision tower.
+            outside[number] += cost if name in run_behind else Cost(cost.num_bytes)
+        of_layers = [weights.cost_of(layer, in_layer=True, counted=set()) for layer in layers]
+        behind = outside[last] if last else Cost()
+        num_layers = balance(of_layers, num_devices, before=outside[0], behind=behind)
+        stops = list(itertools.accumulate(num_layers))
+        costs = []
+        for number, (own, stop) in enumerate(zip(num_layers, stops, strict=True)):
+            costs.append(sum(of_layers[stop - own : stop], outside.get(number, Cost())))
+            device_of |= {f"{path}.{layer}": number for layer in range(stop - own, stop)}
+        return cls(num_layers, tuple(costs), device_of)
+
+    def layers_of(self, number: int) -> range:
+        """The decoder layers of a device."""
+        first = sum(self.num_layers[:number])
+        return range(first, first + self.num_layers[number])
+
+    def device_map(self, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+        """The form in which transformers takes it."""
+        return {name: devices[number] for name, number in self.device_of.items()}
+
+    def describe(self, devices: Sequence[object]) -> str:
+        """The layers of each device, for the log."""
+        layers = (self.layers_of(number) for number in range(self.num_devices))
+        return ", ".join(
+            f"layers {own[0]} to {own[-1]} on {device}" for own, device in zip(layers, devices, strict=True)
+        )
+
+
+def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: Cost) -> tuple[int, ...]:
+    """Numbers of layers for each device: the largest share of all bytes or of all time is smallest.
+
+    `before` is on the first device, `behind` on the last. Exact: all cuts, by dynamic programming.
+    """
+    whole = sum(layers, before + behind)
+    sums = list(itertools.accumulate(layers, initial=Cost()))
+
+    def share(start: int, stop: int) -> float:
+        num_bytes = sums[stop].num_bytes - sums[start].num_bytes
+        passed = sums[stop].passed - sums[start].passed
+        if start == 0:
+            num_bytes, passed = num_bytes + before.num_bytes, passed + before.passed
+        if stop == len(layers):
+            num_bytes, passed = num_bytes + behind.num_bytes, passed + behind.passed
+        return max(num_bytes / (whole.num_bytes or 1.0), passed / (whole.passed or 1.0))
+
+    # By number of layers: the largest share, the sum of squares that settles ties, and the cuts before it.
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for device in range(1, num_devices + 1):
+        left = num_devices - device
+        stops = range(device, len(layers) - left + 1) if left else (len(layers),)
+        reached = {}
+        for stop in stops:
+            candidates = (
+                (max(most, cost), squares + cost**2, (*cuts, stop - start))
+                for start, (most, squares, cuts) in best.items()
+                if start < stop
+                for cost in [share(start, stop)]
+            )
+            reached[stop] = min(candidates)
+        best = reached
+    return best[len(layers)][2]
+
+
+def _path_to(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _parts_beside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules with tensors that neither hold the module at `path` nor are in it, by name."""
+    holder, prefix = model, ""
+    for name in path.split("."):
+        for other, child in holder.named_children():
+            if other != name and any(True for _ in itertools.chain(child.parameters(), child.buffers())):
+                yield prefix + other, child
+        holder, prefix = holder.get_submodule(name), f"{prefix}{name}."
+
+
+def _own_tensors(model: nn.Module, path: str) -> Iterator[str]:
+    """Names of weights and buffers of the modules that hold the one at `path`."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        holder = ".".join(names[:depth])
+        module = model.get_submodule(holder)
+        own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+        yield from (f"{holder}.{name}" if holder else name for name, _ in own)
+
+
+def _require_own_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+    """Raises `UnsupportedTarget` for layers that share weights: these would be on several devices."""
+    counts = Counter(id(weight) for layer in layers for weight in layer.parameters())
+    if any(count > 1 for count in counts.values()):
+        raise UnsupportedTarget(f"{_FIELD} must be 1 for {type(model).__name__}, whose layers share weights")
+
+
+def _run_behind_layers(
+    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module]
+) -> dict[str, bool]:
+    """Whether each part that runs does so behind the last layer, not before the first.
+
+    Raises `UnsupportedTarget` for a part that runs between two layers, or before and behind.
+    """
+    rule = f"{_FIELD} must be 1 for {type(model).__name__}, whose parts must run in a line"
+    calls: list[tuple[str, int]] = []
+    *first_forms, last_form = _FORMS_OF_OUTPUTS
+    for num_values in first_forms:
+        with suppress(*FAILURES):
+            calls = _outline(model, layers, beside, num_values)
+            break
+    else:
+        with refusing_failures(rule):
+            calls = _outline(model, layers, beside, last_form)
+    for part, num_done in calls:
+        if 0 < num_done < len(layers):
+            raise UnsupportedTarget(f"{rule}, {part} runs behind layer {num_done - 1} of {len(layers)}")
+    run_behind = {part: bool(num_done) for part, num_done in calls}
+    if twice := {part for part, num_done in calls if run_behind[part] != bool(num_done)}:
+        raise UnsupportedTarget(f"{rule}, {min(twice)} runs before and behind the layers")
+    return run_behind
+
+
+def _outline(
+    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module], num_values: int
+) -> list[tuple[str, int]]:
+    """The parts in the order in which a pass calls them, each with the number of layers that are done by then.
+
+    Tensors have no values, layers do nothing, and no mask is made. `num_values` of the tuple that layers return;
+    0: they return a tensor.
+    """
+    calls: list[tuple[str, int]] = []
+    num_done = 0
+
+    def identity(hidden: Any = None, *unused: Any, hidden_states: Any = None, **also_unused: Any) -> Any:
+        nonlocal num_done
+        num_done += 1
+        hidden = hidden_states if hidden is None else hidden
+        return (hidden, None, None)[:num_values] if num_values else hidden
+
+    def note(part: str, *unused: Any) -> None:
+        calls.append((part, num_done))
+
+    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    before = [config._attn_implementation for config in configs]
+    with ExitStack() as undone:
+        for part, module in beside.items():
+            undone.callback(module.register_forward_pre_hook(partial(note, part)).remove)
+        for layer in layers:
+            layer.forward = identity
+            undone.callback(vars(layer).pop, "forward")
+        for config, attention in zip(configs, before, strict=True):
+            undone.callback(setattr, config, "_attn_implementation", attention)
+            config._attn_implementation = WITHOUT_MASK
+        undone.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        undone.enter_context(torch.device("meta"))
+        undone.enter_context(torch.inference_mode())
+        model(input_ids=torch.zeros(1, _OUTLINE_TOKENS, dtype=torch.int64), use_cache=False)
+    return calls
