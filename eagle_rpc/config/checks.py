@@ -7,6 +7,7 @@ from eagle_rpc.config.choices import (
     DraftLoss,
     DType,
     Encoding,
+    Guesses,
     JobName,
     MembershipKind,
     Optimiser,
@@ -67,6 +68,8 @@ def _broken_between(config: Config) -> Iterator[str]:
         yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
     if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
         yield "data.train_path must be given, or data.sources, got nothing"
+    if config.evaluate.guesses is Guesses.drawn and config.evaluate.temperature == 0:
+        yield "evaluate.temperature must be positive with evaluate.guesses=drawn, got 0"
     if job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
         yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
     asked = config.regenerate

@@ -126,6 +126,15 @@ class PromptSource(Enum):
     """The target writes absent files itself, from its template's user header on (section `prompts`)."""
 
 
+class Guesses(Enum):
+    """The choice of a draft's guesses where the target's texts are drawn at a temperature."""
+
+    likeliest = "likeliest"
+    """The most likely token, accepted where the target draws it; vLLM proposes so."""
+    drawn = "drawn"
+    """Drawn at the target's temperature, accepted by the rule of speculative sampling."""
+
+
 class AnswerBackend(Enum):
     """What answers the prompts of `job=regenerate`."""
 

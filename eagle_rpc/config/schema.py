@@ -16,6 +16,7 @@ from eagle_rpc.config.choices import (
     DraftRope,
     DType,
     Encoding,
+    Guesses,
     InitVocab,
     JobName,
     MembershipKind,
@@ -388,6 +389,11 @@ class EvaluateConfig:
     """Tokens of an answer."""
     num_draft_tokens: Positive[int] = 3
     """Guesses k of each round; the result has the accept length of shorter rounds as well."""
+    temperature: NotNegative[float] = 0.0
+    """Temperature of the target's texts; 0: the most likely tokens. Texts that are drawn are not decoded for
+    real, where other tokens would be drawn."""
+    guesses: Guesses = Guesses.likeliest
+    """How the draft guesses at a temperature above 0."""
     dtype: DType = DType.float32
     """Format of target and draft while they decode."""
     near_tie: NotNegative[float] = 1e-4

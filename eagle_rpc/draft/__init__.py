@@ -1,7 +1,7 @@
 """The draft: its configuration, model, attention and losses, and the training-time test that unrolls it."""
 
 from eagle_rpc.draft.attention_memory import DraftCache, UnrollMemory
-from eagle_rpc.draft.chains import Chains, TargetText, guess_chains, replay
+from eagle_rpc.draft.chains import Chains, DrawnGuesses, TargetText, guess_chains, replay
 from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.draft.counts import DecodingCounts
 from eagle_rpc.draft.losses import LOSSES
@@ -21,6 +21,7 @@ __all__ = [
     "Chains",
     "DecodingCounts",
     "DraftCache",
+    "DrawnGuesses",
     "Eagle3Draft",
     "Eagle3DraftConfig",
     "Objective",

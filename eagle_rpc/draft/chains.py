@@ -41,13 +41,33 @@ class Chains:
     margins_AS: Tensor  # [A, S] fp32, distance between the draft's two best logits at each guess
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnGuesses:
+    """Guesses that are drawn from the draft's distribution, for a text drawn from the target's.
+
+    Speculative sampling accepts a guess x with probability min(1, p(x) / q(x)), p the target's and q the
+    draft's probability, and otherwise draws from what is left of p (Leviathan et al. 2023, arXiv:2211.17192,
+    algorithm 1). So the token t of the text was an accepted guess with probability min(1, q(t) / p(t)).
+    """
+
+    temperature: float  # of both distributions
+    log_probs_T: Tensor  # fp32, the target's of each token given those before it; prompts are not read
+    generator: torch.Generator  # on the CPU
+
+
 @torch.no_grad()
 def guess_chains(
-    draft: Eagle3Draft, mapping: VocabMapping, text: TargetText, aux_TW: Tensor, num_guesses: int
+    draft: Eagle3Draft,
+    mapping: VocabMapping,
+    text: TargetText,
+    aux_TW: Tensor,
+    num_guesses: int,
+    drawn: DrawnGuesses | None = None,
 ) -> Chains:
     """`num_guesses` guesses from every place of `text` at which decoding may draft.
 
-    `aux_TW` are the target's captured states of its tokens, at least of all up to the last but one.
+    `aux_TW` are the target's captured states of its tokens, at least of all up to the last but one. With
+    `drawn` null the draft guesses its most likely token.
     """
     ids_T = torch.tensor(text.ids, device=aux_TW.device)
     # Slot t pairs the states of token t with the id of token t + 1, and guesses token t + 2.
@@ -58,15 +78,12 @@ def guess_chains(
     slots_T, cache = torch.arange(end, device=ids_T.device), DraftCache()
     fused_1TH = draft.fuse(aux_TW[None, :end])
     output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
+    judge = _Judge(mapping, ids_T, drawn)
     parts = [
-        _guess(draft, ids_T, slots_A, output_TH[slots_A], cache, num_guesses)
+        _guess(draft, ids_T, slots_A, output_TH[slots_A], cache, judge, num_guesses)
         for slots_A in slots_T[first:].split(_CHAINS)
     ]
-    guesses_AS, margins_AS = (torch.cat(part) for part in zip(*parts, strict=True))
-    target_ids_K = mapping.selected_token_ids.to(ids_T.device)
-    places_AS = slots_T[first:, None] + 2 + torch.arange(num_guesses, device=ids_T.device)
-    text_AS = ids_T[places_AS.clamp(max=len(ids_T) - 1)]
-    right_AS = (target_ids_K[guesses_AS] == text_AS) & (places_AS < len(ids_T))
+    right_AS, margins_AS = (torch.cat(part) for part in zip(*parts, strict=True))
     return Chains(num_right=right_AS.cumprod(dim=1).sum(dim=1).tolist(), margins_AS=margins_AS)
 
 
@@ -76,10 +93,11 @@ def _guess(
     slots_A: Tensor,
     output_AH: Tensor,
     cache: DraftCache,
+    judge: "_Judge",
     num_guesses: int,
 ) -> tuple[Tensor, Tensor]:
-    """Draft ids and margins [A, S] of the chains from `slots_A`, where the draft's output is `output_AH`."""
-    memory, guesses, margins = cache.chains(slots_A), list[Tensor](), list[Tensor]()
+    """Right guesses and margins [A, S] of the chains from `slots_A`, where the draft's output is `output_AH`."""
+    memory, right, margins = cache.chains(slots_A), list[Tensor](), list[Tensor]()
     for step in range(num_guesses):
         if step:
             # Beyond the known tokens the guess before counts as wrong, and any id does.
@@ -87,10 +105,32 @@ def _guess(
             hidden_1AH = draft.carried(output_AH)[None]
             output_AH = draft.advance(read_A[None], hidden_1AH, (slots_A + step)[None], memory)[0]
         logits_AK = draft.lm_head(draft.norm(output_AH)).float()
-        guesses.append(logits_AK.argmax(dim=-1))
+        right.append(judge.right(logits_AK, slots_A + 2 + step))
         best_A2 = logits_AK.topk(min(2, logits_AK.shape[1]), dim=-1).values
         margins.append(best_A2[:, 0] - best_A2[:, -1])
-    return torch.stack(guesses, dim=1), torch.stack(margins, dim=1)
+    return torch.stack(right, dim=1), torch.stack(margins, dim=1)
+
+
+class _Judge:
+    """Says which guesses are the tokens of a text."""
+
+    def __init__(self, mapping: VocabMapping, ids_T: Tensor, drawn: DrawnGuesses | None) -> None:
+        self._target_ids_K = mapping.selected_token_ids.to(ids_T.device)
+        self._ids_T, self._drawn = ids_T, drawn
+
+    def right(self, logits_AK: Tensor, places_A: Tensor) -> Tensor:
+        """Whether the guesses of `logits` are the tokens at `places`; none beyond the known tokens is."""
+        known_A = places_A < len(self._ids_T)
+        tokens_A = self._ids_T[places_A.clamp(max=len(self._ids_T) - 1)]
+        if self._drawn is None:
+            return (self._target_ids_K[logits_AK.argmax(dim=-1)] == tokens_A) & known_A
+        draft_ids_A = torch.searchsorted(self._target_ids_K, tokens_A).clamp(max=len(self._target_ids_K) - 1)
+        known_A &= self._target_ids_K[draft_ids_A] == tokens_A
+        guessed_AK = (logits_AK / self._drawn.temperature).log_softmax(dim=-1)
+        guessed_A = guessed_AK.gather(1, draft_ids_A[:, None]).squeeze(1)
+        said_A = self._drawn.log_probs_T[places_A.clamp(max=len(self._ids_T) - 1)]
+        chance_A = torch.rand(len(places_A), generator=self._drawn.generator).to(said_A.device)
+        return (chance_A < (guessed_A - said_A).exp()) & known_A
 
 
 def replay(num_right: Sequence[int], num_draft_tokens: int) -> list[int]:

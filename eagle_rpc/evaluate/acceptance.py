@@ -1,17 +1,14 @@
 """What a draft gives in decoding, from passes over the target's own texts; real decoding is the judge."""
 
 import itertools
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import Chains, DecodingCounts, TargetText, replay
 from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.guesses import answered, chains_of, fitted_draft
+from eagle_rpc.evaluate.guesses import answered, chains_of, conditions, fitted_draft
 from eagle_rpc.evaluate.intervals import bootstrap_interval
 from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
 from eagle_rpc.evaluate.proposer import DraftProposer
@@ -45,19 +42,16 @@ def evaluate_draft(
     target, draft = GreedyTarget(model, export.aux_layer_ids), fitted_draft(model, export)
     stop = stop_token_ids(model.config, model.generation_config, tokenizer) if stop_ids is None else stop_ids
     texts = answered(model, prompts, settings, stop)
-    chains = chains_of(model, draft, export, texts, settings.num_draft_tokens)
+    chains = chains_of(model, draft, export, texts, settings)
     judged = list(zip(texts, chains, strict=True))
     proposer = DraftProposer(draft, export.mapping, settings.num_draft_tokens)
-    decoded = _decode(target, proposer, judged[: settings.num_decoded], settings.max_new_tokens, stop)
-    conditions = {
-        **asdict(settings),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-        "aux_layer_ids": list(target.aux_layer_ids),
-    }
+    decoded = list[DecodedPrompt]()
+    if settings.temperature == 0:
+        decoded = _decode(target, proposer, judged[: settings.num_decoded], settings.max_new_tokens, stop)
     names = categories or [""] * len(judged)
-    return _evaluation(judged, names, decoded, tokenizer, settings, conditions)
+    result = _evaluation(judged, names, decoded, tokenizer, settings)
+    result.settings.update(conditions(model, settings), aux_layer_ids=list(target.aux_layer_ids))
+    return result
 
 
 def _decode(
@@ -86,7 +80,6 @@ def _evaluation(
     decoded: Sequence[DecodedPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
     settings: EvaluateConfig,
-    conditions: dict[str, Any],
 ) -> Evaluation:
     longest = settings.num_draft_tokens
     by_length = {k: _counts(judged, k) for k in range(1, longest + 1)}
@@ -117,15 +110,14 @@ def _evaluation(
         num_prompts=counts.num_texts,
         num_tokens=counts.num_tokens,
         num_decoded=len(decoded),
-        counts_agree=not differing_counts,
-        identical_texts=not differing_texts,
+        counts_agree=not differing_counts if decoded else None,
+        identical_texts=not differing_texts if decoded else None,
         differing_counts=differing_counts,
         differing_texts=differing_texts,
         near_ties=len(clearest) - len(unexplained),
-        tokens_per_second=sum(one.tokens for one in decoded) / sum(one.seconds for one in decoded),
-        tokens_per_second_without_draft=sum(one.own_tokens for one in decoded)
-        / sum(one.seconds_without_draft for one in decoded),
-        settings=conditions,
+        tokens_per_second=_rate((one.tokens, one.seconds) for one in decoded),
+        tokens_per_second_without_draft=_rate((one.own_tokens, one.seconds_without_draft) for one in decoded),
+        settings={},
         prompts=[
             _prompt_result(text, category, of_prompt, real, tokenizer)
             for (text, _), category, of_prompt, real in itertools.zip_longest(
@@ -133,6 +125,12 @@ def _evaluation(
             )
         ],
     )
+
+
+def _rate(measured: Iterable[tuple[int, float]]) -> float | None:
+    """Tokens a second."""
+    tokens, seconds = (sum(column) for column in zip((0, 0.0), *measured, strict=True))
+    return tokens / seconds if seconds else None
 
 
 def _counts(judged: Sequence[tuple[TargetText, Chains]], num_draft_tokens: int) -> DecodingCounts:

@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import Eagle3Draft
-from eagle_rpc.evaluate.guesses import answered, chains_of, fitted_draft
+from eagle_rpc.evaluate.guesses import answered, chains_of, conditions, fitted_draft
 from eagle_rpc.evaluate.intervals import Interval, bootstrap_gain
 from eagle_rpc.evaluate.result import with_interval
 from eagle_rpc.evaluate.slices import (
@@ -116,7 +115,7 @@ def compare_drafts(
     texts, longest = answered(model, prompts, settings, stop_token_ids), settings.num_draft_tokens
     compared, first = list[ComparedDraft](), list[list[Draft]]()
     for name, draft in fitted.items():
-        pairs = list(zip(texts, chains_of(model, draft, drafts[name], texts, longest), strict=True))
+        pairs = list(zip(texts, chains_of(model, draft, drafts[name], texts, settings), strict=True))
         by_length = {k: [drafts_of(*pair, k) for pair in pairs] for k in range(1, longest + 1)}
         first = first or by_length[longest]
         compared.append(_compared(name, draft, by_length, first, categories))
@@ -124,12 +123,7 @@ def compare_drafts(
         drafts=compared,
         num_prompts=len(texts),
         num_tokens=sum(len(text.token_ids) for text in texts),
-        settings={
-            **asdict(settings),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "threads": torch.get_num_threads(),
-        },
+        settings=conditions(model, settings),
     )
 
 

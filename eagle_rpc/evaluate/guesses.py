@@ -2,13 +2,17 @@
 
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from eagle_rpc.config.choices import Guesses
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import Chains, Eagle3Draft, TargetText, guess_chains
+from eagle_rpc.draft import Chains, DrawnGuesses, Eagle3Draft, TargetText, guess_chains
 from eagle_rpc.errors import ConfigError, TargetMismatch
-from eagle_rpc.evaluate.own_text import captured_states, own_texts
+from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 from eagle_rpc.evaluate.speculative import check_fits
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.supervision import TargetShape
@@ -50,6 +54,7 @@ def answered(
         stop_token_ids=stop_token_ids,
         # The last draft begins before the last token of the text.
         tokens_after_end=settings.num_draft_tokens - 1,
+        temperature=settings.temperature,
     )
 
 
@@ -58,12 +63,36 @@ def chains_of(
     draft: Eagle3Draft,
     export: ExportedDraft,
     texts: Sequence[TargetText],
-    num_draft_tokens: int,
+    settings: EvaluateConfig,
 ) -> list[Chains]:
     """The chains of guesses that `draft`, the fitted draft of `export`, makes over each text."""
     layers = aux_layers(len(find_decoder_layers(model)), export.aux_layer_ids)
-    chains = {
-        index: guess_chains(draft, export.mapping, texts[index], aux_TW, num_draft_tokens)
-        for index, aux_TW in captured_states(model, layers, texts)
-    }
+    chains = dict[int, Chains]()
+    for index, aux_TW in captured_states(model, layers, texts):
+        drawn = _drawn(model, texts[index], settings, seed=index)
+        guessed = guess_chains(draft, export.mapping, texts[index], aux_TW, settings.num_draft_tokens, drawn)
+        chains[index] = guessed
     return [chains[index] for index in range(len(texts))]
+
+
+def _drawn(
+    model: PreTrainedModel, text: TargetText, settings: EvaluateConfig, *, seed: int
+) -> DrawnGuesses | None:
+    if settings.guesses is Guesses.likeliest:
+        return None
+    return DrawnGuesses(
+        temperature=settings.temperature,
+        log_probs_T=log_probs(model, text, settings.temperature),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def conditions(model: PreTrainedModel, settings: EvaluateConfig) -> dict[str, Any]:
+    """All that figures depend on beside prompts and drafts, as JSON has it."""
+    return {
+        **asdict(settings),
+        "guesses": settings.guesses.value,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,4 +1,4 @@
-"""The target's own greedy texts, and the captured states of their tokens, both in batches.
+"""The target's own texts, and the captured states of their tokens, both in batches.
 
 Legend: B texts, T tokens, W width of all captured states side by side.
 """
@@ -27,14 +27,21 @@ def own_texts(
     max_new_tokens: int,
     stop_token_ids: Collection[int],
     tokens_after_end: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[TargetText]:
-    """The text of each prompt, and `tokens_after_end` tokens that the target would say after it."""
+    """The text of each prompt, and `tokens_after_end` tokens that the target would say after it.
+
+    At a temperature above 0 tokens are drawn, by `seed`.
+    """
     answerer = own_answerer(
         model,
         batch_size=min(batch_size, len(prompts)),
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
         tokens_after_end=tokens_after_end,
+        temperature=temperature,
+        seed=seed,
     )
     for number, prompt_ids in enumerate(prompts):
         answerer.submit(str(number), prompt_ids)
@@ -65,3 +72,15 @@ def captured_states(
         with captured_layers(layers, aux_layer_ids, aux.write):
             run_base(base, ids_BT)
         yield from zip(group, aux.states, strict=True)
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, text: TargetText, temperature: float) -> Tensor:
+    """Of each token of `text` given those before it, [T] fp32; 0 for the prompt's."""
+    ids_T = torch.tensor(text.ids, device=model.device)
+    start = len(text.prompt_ids)
+    logits_TV = model(ids_T[None], use_cache=False).logits[0]
+    said = (logits_TV[start - 1 : -1].float() / temperature).log_softmax(dim=-1)
+    probs_T = said.new_zeros(len(ids_T))
+    probs_T[start:] = said.gather(1, ids_T[start:, None]).squeeze(1)
+    return probs_T

@@ -50,14 +50,16 @@ class Evaluation:
     accepted_per_position: list[int]
     num_prompts: int
     num_tokens: int
-    num_decoded: int  # prompts that were also decoded for real, one by one
-    counts_agree: bool  # drafts and accepted guesses of all of them are the same, except for near-ties
-    identical_texts: bool  # all their texts equal the target's own, except for near-ties
+    num_decoded: (
+        int  # prompts that were also decoded for real, one by one; without any, the next two are null
+    )
+    counts_agree: bool | None  # drafts and accepted guesses of all of them are the same, except for near-ties
+    identical_texts: bool | None  # all their texts equal the target's own, except for near-ties
     differing_counts: int  # prompts, without near-ties
     differing_texts: int
     near_ties: int  # prompts that first differ where the two best logits are closer than `near_tie`
-    tokens_per_second: float  # in real decoding
-    tokens_per_second_without_draft: float
+    tokens_per_second: float | None  # in real decoding
+    tokens_per_second_without_draft: float | None
     settings: dict[str, Any]
     prompts: list[PromptResult]
 
@@ -70,11 +72,6 @@ class Evaluation:
         """Lines for a terminal."""
         by_length = "  ".join(f"{k}: {value:.3f}" for k, value in self.accept_length_by_draft_tokens.items())
         shares = "  ".join(f"{share:.3f}" for share in self.acceptance_per_position)
-        same, agree = "identical to the target's own", "agree"
-        if not self.identical_texts:
-            same = f"DIFFERENT in {self.differing_texts} texts"
-        if not self.counts_agree:
-            agree = f"DIFFER in {self.differing_counts} prompts"
         drafts = f"{self.num_drafts} drafts, {self.num_prompts} prompts"
         within = with_interval(self.accept_length_within_text, self.accept_length_within_text_interval)
         return (
@@ -84,6 +81,18 @@ class Evaluation:
             f"  by draft tokens    {by_length}\n"
             f"{_slices('by category', self.by_category)}{_slices('by context up to', self.by_context)}"
             f"accepted by position {shares}\n"
+            f"{self._real_decoding()}"
+        )
+
+    def _real_decoding(self) -> str:
+        if not self.num_decoded:
+            return "real decoding        none of texts that are drawn at a temperature\n"
+        same, agree = "identical to the target's own", "agree"
+        if not self.identical_texts:
+            same = f"DIFFERENT in {self.differing_texts} texts"
+        if not self.counts_agree:
+            agree = f"DIFFER in {self.differing_counts} prompts"
+        return (
             f"text                 {same} ({self.num_decoded} prompts decoded, {self.near_ties} near-ties)\n"
             f"counts               {agree} with real decoding\n"
             f"tokens per second    {self.tokens_per_second:.1f} with the draft, "

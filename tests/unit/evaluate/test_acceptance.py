@@ -6,6 +6,7 @@ import pytest
 import torch
 from evaluation_cases import AUX_LAYERS, PROMPTS, tiny_export, tiny_model
 
+from eagle_rpc.config.choices import Guesses
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import guess_chains
 from eagle_rpc.errors import ConfigError, TargetMismatch
@@ -148,3 +149,14 @@ def test_the_text_ends_at_the_models_own_stop_tokens_unless_others_are_given(mod
     monkeypatch.setattr(model.generation_config, "eos_token_id", [first, 0])
     assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=None).num_tokens == 1
     assert evaluate(model, export, prompts=PROMPTS[:1], stop_ids=()).num_tokens == 10
+
+
+@pytest.mark.parametrize("guesses_are", list(Guesses))
+def test_texts_that_are_drawn_are_not_decoded_for_real(model, export, guesses_are):
+    result = evaluate(model, export, temperature=1.0, guesses=guesses_are)
+    assert (result.num_decoded, result.identical_texts, result.counts_agree) == (0, None, None)
+    assert result.tokens_per_second is result.tokens_per_second_without_draft is None
+    assert "none of texts that are drawn" in result.summary()
+    assert result.settings["guesses"] == guesses_are.value and result.num_drafts > 0
+    assert json.dumps(result.settings)
+    assert result == evaluate(model, export, temperature=1.0, guesses=guesses_are)
