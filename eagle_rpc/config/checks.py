@@ -92,6 +92,13 @@ def _broken_between(config: Config) -> Iterator[str]:
             f"draft.loss={config.draft.loss.name} must not go with supervision.encoding=probs, whose "
             "probabilities cover the draft vocabulary alone: use hidden or logits"
         )
+    mixed = (DraftLoss.reverse_kl, DraftLoss.total_variation, DraftLoss.jensen_shannon)
+    if config.draft.kl_share and config.draft.loss not in mixed:
+        names = ", ".join(loss.name for loss in mixed)
+        yield (
+            f"draft.kl_share must be 0 but with draft.loss={names}, "
+            f"got {config.draft.kl_share} with {config.draft.loss.name}"
+        )
     if data.row_length is not None and (not data.packing or data.bucket_lengths):
         yield (
             "data.row_length must go with data.packing=true and without data.bucket_lengths, "

@@ -75,6 +75,9 @@ class DraftLoss(Enum):
     kl = "kl"
     lk_alpha = "lk_alpha"
     lk_lambda = "lk_lambda"
+    reverse_kl = "reverse_kl"
+    total_variation = "total_variation"
+    jensen_shannon = "jensen_shannon"
 
 
 class InitVocab(Enum):

@@ -241,6 +241,8 @@ class DraftConfig:
     """Step k weighs `step_decay ** k`, normalised over the steps."""
     loss: DraftLoss = DraftLoss.soft_cross_entropy
     """Loss of a row. `lk_alpha` and `lk_lambda` aim at acceptance and need another encoding than `probs`."""
+    kl_share: Share[float] = 0.0
+    """Share of (forward) KL in the losses `reverse_kl`, `total_variation` and `jensen_shannon`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -28,6 +28,7 @@ class JudgedRows:
     log_normalizer: Tensor  # [N] fp32
     loss: str  # one of `losses.LOSSES`
     coefficients: Tensor  # [N, S] fp32 or fp64
+    kl_share: float = 0.0  # of a loss that mixes
 
 
 def head_loss(hidden_NSH: Tensor, head_KH: Tensor, rows: JudgedRows) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,5 +96,7 @@ def _judge(logits_nSK: Tensor, rows: JudgedRows, chunk: slice) -> tuple[Tensor, 
     if rows.loss == "soft_cross_entropy":
         return cross_entropy_from_probs(logits_nSK, rows.targets.probs(chunk).to(logits_nSK.dtype))
     target_logits_nK = rows.targets.logits(chunk).to(logits_nSK.dtype)
-    losses_nS, gradient_nSK = row_losses(rows.loss, logits_nSK, target_logits_nK, rows.log_normalizer[chunk])
+    losses_nS, gradient_nSK = row_losses(
+        rows.loss, logits_nSK, target_logits_nK, rows.log_normalizer[chunk], rows.kl_share
+    )
     return losses_nS, logits_nSK.argmax(dim=-1), gradient_nSK

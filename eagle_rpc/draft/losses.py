@@ -14,6 +14,7 @@ A new loss takes four steps; tests compare 1 with the definition and 3 with 1:
 Legend: n rows, S steps, K draft vocab.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ from torch import Tensor
 
 # How fast `lk_lambda` turns from KL to acceptance as acceptance grows.
 LAMBDA_DECAY = 3.0
+# Of a token that the target rules out: near the log of the smallest fp32 number. It bounds the cost of guessing
+# such a token, which would be infinite.
+LOWEST_LOG_PROBABILITY = -87.0
 
 LossAndGradient = tuple[Tensor, Tensor]  # [n, S, 1] and, by the logits, [n, S, K]
 
@@ -35,7 +39,19 @@ class _Distributions:
         self.target_n1K = target_logits_nK.softmax(dim=-1).unsqueeze(1)  # p
         self.cross_entropy_nS1 = log_sums_nS1 - (self.target_n1K * logits_nSK).sum(dim=-1, keepdim=True)
         self.cross_entropy_gradient_nSK = self.draft_nSK - self.target_n1K
+        self._logits_nSK, self._log_sums_nS1 = logits_nSK, log_sums_nS1
         self._target_logits_nK, self._log_normalizer_n = target_logits_nK, log_normalizer_n
+
+    def log_probabilities(self) -> tuple[Tensor, Tensor]:
+        """log q [n, S, K], and log p [n, 1, K] of at least `LOWEST_LOG_PROBABILITY`."""
+        log_draft_nSK = self._logits_nSK - self._log_sums_nS1
+        log_target_n1K = self._target_logits_nK.log_softmax(dim=-1).unsqueeze(1)
+        return log_draft_nSK, log_target_n1K.clamp(min=LOWEST_LOG_PROBABILITY)
+
+    def total(self, terms_nSK: Tensor, slopes_nSK: Tensor) -> LossAndGradient:
+        """The sum over tokens of terms f(q_j) with slopes f'(q_j), and its gradient q_j (f'_j - sum_i q_i f'_i)."""
+        mean_slope_nS1 = (self.draft_nSK * slopes_nSK).sum(dim=-1, keepdim=True)
+        return terms_nSK.sum(dim=-1, keepdim=True), self.draft_nSK * (slopes_nSK - mean_slope_nS1)
 
     def acceptance(self) -> LossAndGradient:
         """a and its gradient. Only tokens with q < P gain acceptance when q grows."""
@@ -71,16 +87,40 @@ def _lk_lambda(rows: _Distributions) -> LossAndGradient:
     return losses_nS1, weight_nS1 * divergence_gradient_nSK - (1 - weight_nS1) * acceptance_gradient_nSK
 
 
+def _reverse_kl(rows: _Distributions) -> LossAndGradient:
+    """sum_j q_j log(q_j / p_j) (MiniLLM, arXiv 2306.08543): the draft avoids what the target would not say."""
+    log_draft_nSK, log_target_n1K = rows.log_probabilities()
+    # Without the + 1 of the slope, which the gradient cancels.
+    slopes_nSK = log_draft_nSK - log_target_n1K
+    return rows.total(rows.draft_nSK * slopes_nSK, slopes_nSK)
+
+
+def _total_variation(rows: _Distributions) -> LossAndGradient:
+    """sum_j |p_j - q_j| / 2: the rejected share if p were P (DistillSpec, arXiv 2310.08461)."""
+    difference_nSK = rows.draft_nSK - rows.target_n1K
+    return rows.total(difference_nSK.abs() / 2, difference_nSK.sign() / 2)
+
+
+def _jensen_shannon(rows: _Distributions) -> LossAndGradient:
+    """(KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2 (DistillSpec, arXiv 2310.08461)."""
+    log_draft_nSK, log_target_n1K = rows.log_probabilities()
+    log_mean_nSK = torch.logaddexp(log_draft_nSK, log_target_n1K) - math.log(2)
+    slopes_nSK = (log_draft_nSK - log_mean_nSK) / 2
+    of_target_nSK = rows.target_n1K * (log_target_n1K - log_mean_nSK) / 2
+    return rows.total(rows.draft_nSK * slopes_nSK + of_target_nSK, slopes_nSK)
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """One loss: the reference and the flags of the Triton kernel that compute it.
 
     A loss with the flag ACCEPTANCE reads P, so it needs logits and log-normaliser of the target; the encoding
-    `probs` has none.
+    `probs` has none. Only a loss that `mixes` may be blended with KL.
     """
 
     reference: Callable[[_Distributions], LossAndGradient]
     kernel_flags: tuple[str, ...] = ()  # of `fused.triton_losses.FLAGS`
+    mixes: bool = False
 
 
 LOSSES = {
@@ -88,18 +128,29 @@ LOSSES = {
     "kl": Loss(_kl, ("KL",)),
     "lk_alpha": Loss(_lk_alpha, ("ACCEPTANCE",)),
     "lk_lambda": Loss(_lk_lambda, ("KL", "ACCEPTANCE", "HYBRID")),
+    "reverse_kl": Loss(_reverse_kl, ("KL", "REVERSE"), mixes=True),
+    "total_variation": Loss(_total_variation, ("KL", "VARIATION"), mixes=True),
+    "jensen_shannon": Loss(_jensen_shannon, ("KL", "SHANNON"), mixes=True),
 }
 
 
 def row_losses(
-    loss: str, logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor
+    loss: str,
+    logits_nSK: Tensor,
+    target_logits_nK: Tensor,
+    log_normalizer_n: Tensor,
+    kl_share: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Losses [n, S] and their gradients by the logits [n, S, K], in the logits' dtype (fp32 or fp64).
 
-    `log_normalizer` is the target's over the full vocabulary.
+    `log_normalizer` is the target's over the full vocabulary. Of a loss that mixes, `kl_share` is KL.
     """
     rows = _Distributions(logits_nSK, target_logits_nK, log_normalizer_n)
     losses_nS1, gradient_nSK = LOSSES[loss].reference(rows)
+    if kl_share:
+        divergence_nS1, divergence_gradient_nSK = _kl(rows)
+        losses_nS1 = kl_share * divergence_nS1 + (1 - kl_share) * losses_nS1
+        gradient_nSK = kl_share * divergence_gradient_nSK + (1 - kl_share) * gradient_nSK
     return losses_nS1.squeeze(-1), gradient_nSK
 
 

@@ -29,6 +29,7 @@ class Objective:
     steps: int  # S
     step_decay: float  # w_k is proportional to `step_decay ** k`; the weights sum to 1
     loss: str = "soft_cross_entropy"  # one of `losses.LOSSES`
+    kl_share: float = 0.0  # of a loss that mixes
 
     def rows_of(self, batch: Eagle3TargetBatch, valid_NS: Tensor, denominators_S: Tensor) -> JudgedRows:
         """The rows of `judged_slots`, with the factor of each row's loss at each step."""
@@ -37,6 +38,7 @@ class Objective:
             targets=batch.targets,
             log_normalizer=batch.log_normalizer,
             loss=self.loss,
+            kl_share=self.kl_share,
             coefficients=valid_NS * (weights_S / denominators_S.clamp(min=1)),
         )
 

@@ -209,7 +209,12 @@ def make_ttt_step(
 ) -> ReferenceStep | FusedStep:
     """The fused step if device and configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
-    rule = Objective(steps=objective.ttt_steps, step_decay=objective.step_decay, loss=objective.loss.value)
+    rule = Objective(
+        steps=objective.ttt_steps,
+        step_decay=objective.step_decay,
+        loss=objective.loss.value,
+        kl_share=objective.kl_share,
+    )
     if config.fused and FusedStep.supports(draft, dtype):
         return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp, gradients=gradients)
     if config.recompute_mlp:

@@ -111,7 +111,9 @@ def test_losses(loss, vocab):
     targets[1, 3] = -torch.inf
     log_normalizer = targets.float().logsumexp(-1) + 0.3
     coefficients = torch.rand(5, 7, device="cuda") + 0.1
-    assert_kernel_equals_formula("judge_rows_", 3 * logits, targets, log_normalizer, coefficients, loss)
+    for kl_share in (0.0, 0.4) if LOSSES[loss].mixes else (0.0,):
+        arguments = (3 * logits, targets, log_normalizer, coefficients, loss, kl_share)
+        assert_kernel_equals_formula("judge_rows_", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,17 @@ def sum_readers(steps_SNP: Tensor, readers_SE: Tensor) -> Tensor:
 
 @with_kernel
 def judge_rows_(
-    logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
+    logits_nSK: Tensor,
+    target_logits_nK: Tensor,
+    log_normalizer_n: Tensor,
+    coefficients_nS: Tensor,
+    loss: str,
+    kl_share: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses and most likely ids, [n, S] each; logits become the gradients of coefficient times loss."""
     wide_nSK = widened(logits_nSK)
-    losses_nS, gradient_nSK = row_losses(loss, wide_nSK, widened(target_logits_nK), log_normalizer_n)
+    wide_targets_nK = widened(target_logits_nK)
+    losses_nS, gradient_nSK = row_losses(loss, wide_nSK, wide_targets_nK, log_normalizer_n, kl_share)
     predicted_nS = wide_nSK.argmax(dim=-1)
     logits_nSK.copy_(gradient_nSK * coefficients_nS.unsqueeze(-1))
     return losses_nS, predicted_nS

@@ -117,6 +117,7 @@ class FusedStep:
                 rows.log_normalizer[chunk],
                 rows.coefficients[chunk],
                 rows.loss,
+                rows.kl_share,
             )
             if hidden_grads_SLH is not None:
                 logit_grads_MK = logits_nSK.flatten(0, 1)

@@ -1,6 +1,7 @@
 """Triton kernel of `formulas.judge_rows_`: the losses of `draft/losses.py` and their gradients.
 
-It reads a row's logits twice, and three times with ACCEPTANCE. One program takes one row at one step.
+It reads a row's logits twice, and three times with ACCEPTANCE or another divergence than KL. One program
+takes one row at one step.
 Legend: n rows, S steps, K draft vocab and block of it.
 """
 
@@ -9,19 +10,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES
+from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES, LOWEST_LOG_PROBABILITY
 
-# Of `_judge_kernel`: subtract the target's entropy, read the acceptance, blend both by `lk_lambda`'s weight.
-FLAGS = ("KL", "ACCEPTANCE", "HYBRID")
+# Of `_judge_kernel`: subtract the target's entropy, read the acceptance, blend both by `lk_lambda`'s weight; add
+# another divergence in the share that KL leaves.
+FLAGS = ("KL", "ACCEPTANCE", "HYBRID", "REVERSE", "VARIATION", "SHANNON")
+_LOG_2 = tl.constexpr(0.6931471805599453)
 _BLOCK, _NUM_WARPS = 4096, 8
 # Replaces minus infinity, whose differences would be NaN.
 _LOWEST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
+def _terms_and_slopes(log_draft_K, log_target_K, lowest, REVERSE: tl.constexpr, VARIATION: tl.constexpr):
+    """The terms f(q_j) of a divergence, their slopes f'(q_j), and q_j."""
+    draft_K, target_K = tl.exp(log_draft_K), tl.exp(log_target_K)
+    log_target_K = tl.maximum(log_target_K, lowest)
+    if REVERSE:
+        slopes_K = log_draft_K - log_target_K
+        terms_K = draft_K * slopes_K
+    elif VARIATION:
+        slopes_K = tl.where(draft_K > target_K, 0.5, tl.where(draft_K < target_K, -0.5, 0.0))
+        terms_K = 0.5 * tl.abs(draft_K - target_K)
+    else:
+        larger_K, smaller_K = tl.maximum(log_draft_K, log_target_K), tl.minimum(log_draft_K, log_target_K)
+        log_mean_K = larger_K + tl.log(1.0 + tl.exp(smaller_K - larger_K)) - _LOG_2
+        slopes_K = 0.5 * (log_draft_K - log_mean_K)
+        terms_K = draft_K * slopes_K + 0.5 * target_K * (log_target_K - log_mean_K)
+    return terms_K, slopes_K, draft_K
+
+
+@triton.jit
 def _judge_kernel(
-    logits, targets, log_normalizers, coefficients, losses, predicted, steps, vocab, decay,
-    KL: tl.constexpr, ACCEPTANCE: tl.constexpr, HYBRID: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, log_normalizers, coefficients, losses, predicted, steps, vocab, decay, kl_share, lowest,
+    KL: tl.constexpr, ACCEPTANCE: tl.constexpr, HYBRID: tl.constexpr, REVERSE: tl.constexpr,
+    VARIATION: tl.constexpr, SHANNON: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
     row = pair // steps
@@ -76,6 +99,21 @@ def _judge_kernel(
         else:
             divergence_weight, acceptance_weight = 0.0, 1.0 / acceptance
             loss = -tl.log(acceptance)
+    mean_slope = 0.0
+    if REVERSE or VARIATION or SHANNON:
+        sum_K, slope_sum_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, vocab, BLOCK):
+            mask_K = start + columns_K < vocab
+            logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+            targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+            terms_K, slopes_K, draft_K = _terms_and_slopes(
+                logits_K - log_sum, targets_K - target_log_sum, lowest, REVERSE, VARIATION
+            )
+            # Columns beyond the vocabulary add 0: both probabilities are 0 there, and all logs finite.
+            sum_K += terms_K
+            slope_sum_K += draft_K * slopes_K
+        mean_slope, divergence_weight = tl.sum(slope_sum_K), kl_share
+        loss = kl_share * loss + (1.0 - kl_share) * tl.sum(sum_K)
     tl.store(losses + pair, loss)
     tl.store(predicted + pair, best.to(tl.int64))  # type: ignore[attr-defined]
 
@@ -89,11 +127,21 @@ def _judge_kernel(
         if ACCEPTANCE:
             short_K = tl.where(draft_K < tl.exp(targets_K - log_normalizer), draft_K, 0.0)
             gradient_K -= acceptance_weight * (short_K - draft_K * short)
+        if REVERSE or VARIATION or SHANNON:
+            _, slopes_K, _ = _terms_and_slopes(
+                logits_K - log_sum, targets_K - target_log_sum, lowest, REVERSE, VARIATION
+            )
+            gradient_K += (1.0 - kl_share) * draft_K * (slopes_K - mean_slope)
         tl.store(logits + start + columns_K, (coefficient * gradient_K).to(logits.dtype.element_ty), mask_K)
 
 
 def judge_rows_(
-    logits_nSK: Tensor, target_logits_nK: Tensor, log_normalizer_n: Tensor, coefficients_nS: Tensor, loss: str
+    logits_nSK: Tensor,
+    target_logits_nK: Tensor,
+    log_normalizer_n: Tensor,
+    coefficients_nS: Tensor,
+    loss: str,
+    kl_share: float,
 ) -> tuple[Tensor, Tensor]:
     """`formulas.judge_rows_` as one kernel."""
     assert logits_nSK.is_contiguous() and target_logits_nK.is_contiguous() and coefficients_nS.is_contiguous()
@@ -103,6 +151,14 @@ def judge_rows_(
     tensors = (logits_nSK, target_logits_nK, log_normalizer_n, coefficients_nS, losses_nS, predicted_nS)
     flags = {flag: flag in LOSSES[loss].kernel_flags for flag in FLAGS}
     _judge_kernel[(rows * steps,)](
-        *tensors, steps, vocab, LAMBDA_DECAY, **flags, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+        *tensors,
+        steps,
+        vocab,
+        LAMBDA_DECAY,
+        kl_share,
+        LOWEST_LOG_PROBABILITY,
+        **flags,
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
     )
     return losses_nS, predicted_nS

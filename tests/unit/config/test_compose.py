@@ -138,6 +138,10 @@ def test_acceptance_losses_need_the_true_probabilities(loss: str):
             r"train\.decay_share must be at most 1 - train\.warmup_share .* got 0\.8 with 0\.3",
         ),
         (
+            ["draft.loss=kl", "draft.kl_share=0.5"],
+            r"draft\.kl_share must be 0 but with draft\.loss=reverse_kl, .* got 0\.5 with kl",
+        ),
+        (
             ["train.patience=3", "train.validate_every=0"],
             r"train\.validate_every must be positive with train\.patience, got 0",
         ),

@@ -26,9 +26,16 @@ CASES = [
 FIGURES = ("loss", "loss_sums", "rows", "correct", "accepted", "drafts")
 
 
-def both(case: Case, *, steps: int = 4, recompute_mlp: bool = False, loss: str = "soft_cross_entropy"):
+def both(
+    case: Case,
+    *,
+    steps: int = 4,
+    recompute_mlp: bool = False,
+    loss: str = "soft_cross_entropy",
+    kl_share: float = 0.0,
+):
     """Results and gradients of reference and fused step."""
-    objective = Objective(steps=steps, step_decay=0.7, loss=loss)
+    objective = Objective(steps=steps, step_decay=0.7, loss=loss, kl_share=kl_share)
     draft, batch = case_draft(case).double(), case_batch(case)
     fused = FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=recompute_mlp)
     for step in (ReferenceStep(draft, objective, autocast=None), fused):
@@ -59,6 +66,8 @@ def test_any_number_of_steps(steps):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss(loss):
     assert_equal(both(CASES[2], loss=loss))
+    if LOSSES[loss].mixes:
+        assert_equal(both(CASES[2], loss=loss, kl_share=0.4))
 
 
 @pytest.mark.parametrize("steps_of_a_product", [1, 2, 3])

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 import torch
 
 from eagle_rpc.config.choices import DraftLoss
-from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES, row_losses
+from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES, LOWEST_LOG_PROBABILITY, row_losses
 
 
 def case():
@@ -20,11 +22,16 @@ def by_hand(loss, logits, targets, log_normalizer, weight=None):
     acceptance = torch.minimum((targets - log_normalizer[:, None]).exp().unsqueeze(1), q).sum(-1)
     weight = (-LAMBDA_DECAY * acceptance).exp().detach() if weight is None else weight
     hybrid = weight * kl + (1 - weight) * (1 - acceptance)
+    mean = (p + q) / 2
+    shannon = ((p * (p / mean).log()).sum(-1) + (q * (q / mean).log()).sum(-1)) / 2
     return {
         "soft_cross_entropy": cross_entropy,
         "kl": kl,
         "lk_alpha": -acceptance.log(),
         "lk_lambda": hybrid,
+        "reverse_kl": (q * (q / p).log()).sum(-1),
+        "total_variation": (p - q).abs().sum(-1) / 2,
+        "jensen_shannon": shannon,
     }[loss]
 
 
@@ -44,12 +51,46 @@ def test_gradients_sum_to_zero_over_the_vocabulary(loss):
     torch.testing.assert_close(gradient.sum(-1), torch.zeros(5, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("loss", ["kl", "lk_alpha", "lk_lambda"])
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "soft_cross_entropy"])
 def test_a_draft_that_equals_the_target_costs_nothing(loss):
     _, targets, _ = case()
     losses, gradient = row_losses(loss, targets.unsqueeze(1), targets, targets.logsumexp(dim=-1))
     torch.testing.assert_close(losses, torch.zeros_like(losses))
-    assert gradient.abs().max() < 1e-12
+    # Total variation has a kink there.
+    assert loss == "total_variation" or gradient.abs().max() < 1e-12
+
+
+MIXED = [name for name, loss in LOSSES.items() if loss.mixes]
+
+
+@pytest.mark.parametrize("loss", MIXED)
+def test_a_mixture_with_kl_equals_its_definition(loss):
+    logits, targets, log_normalizer = case()
+    logits.requires_grad_()
+    parts = [by_hand(name, logits, targets, log_normalizer) for name in ("kl", loss)]
+    expected = 0.3 * parts[0] + 0.7 * parts[1]
+    losses, gradient = row_losses(loss, logits.detach(), targets, log_normalizer, 0.3)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), logits)[0])
+
+
+def test_the_symmetric_divergences_are_bounded_where_nothing_overlaps():
+    _, targets, log_normalizer = case()
+    logits = torch.full((5, 1, 11), -400.0, dtype=torch.float64)
+    logits.scatter_(-1, targets.argmin(dim=-1)[:, None, None], 400.0)
+    sharp = 100 * targets
+    for loss, most in (("total_variation", 1.0), ("jensen_shannon", math.log(2))):
+        losses, _ = row_losses(loss, logits, sharp, log_normalizer)
+        torch.testing.assert_close(losses, torch.full_like(losses, most))
+
+
+def test_a_guess_that_the_target_rules_out_has_a_bounded_cost():
+    logits, targets, log_normalizer = case()
+    targets[:, 4] = -torch.inf
+    logits[..., 4] = 50.0
+    losses, gradient = row_losses("reverse_kl", logits, targets, log_normalizer)
+    torch.testing.assert_close(losses, torch.full_like(losses, -LOWEST_LOG_PROBABILITY), rtol=1e-3, atol=0)
+    assert gradient.isfinite().all()
 
 
 def test_probability_outside_the_draft_vocabulary_is_never_accepted():
