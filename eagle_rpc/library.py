@@ -217,7 +217,8 @@ class DraftTraining:
         self.draft = make_draft(config, shape, backend, device, stored=stored, mapping=mapping)
         """The module in training, with fp32 weights."""
         steps = config.train.max_steps
-        self._learner = Learner(self.draft, config.train, config.draft, TrainerGroup(), steps)
+        group, seed = TrainerGroup(), config.run.seed
+        self._learner = Learner(self.draft, config.train, config.draft, group, steps, seed=seed)
 
     def steps(self, batches: Iterable[TokenBatch]) -> Iterator[StepFigures]:
         """Takes an optimiser step for each `train.accumulation` batches, until they or `train.max_steps` end.

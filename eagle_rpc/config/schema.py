@@ -329,6 +329,8 @@ class TrainConfig:
     take; null: no average."""
     betas: Annotated[list[float], rules.TWO_SHARES] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of AdamW's two moments."""
+    aux_noise: NotNegative[float] = 0.0
+    """Bound of uniform noise that is added to the captured states in training, such as 0.1; 0: none."""
     max_grad_norm: Positive[float] = 1.0
     """Larger gradients are scaled down to this norm."""
     autocast: Annotated[DType, rules.NOT_FLOAT16] | None = DType.bfloat16

@@ -18,6 +18,7 @@ from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
+from eagle_rpc.train.aux_noise import AuxNoise
 from eagle_rpc.train.averaged_weights import AveragedWeights
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.figures import RunningSums
@@ -52,8 +53,8 @@ class Learner:
     """The draft with its optimiser: equal on each trainer of `group`, or sharded with `config.sharding`.
 
     Weights are fp32; matrix products run in `config.autocast`. Raises `ConfigError` for a draft of another
-    dtype, and as `ShardedWeights` does. All methods but `judge` are collective: all trainers call them in the
-    same order.
+    dtype, and as `ShardedWeights` does. `seed` is that of `config.aux_noise`. All
+    methods but `judge` are collective: all trainers call them in the same order.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class Learner:
         objective: DraftConfig,
         group: TrainerGroup,
         total_steps: int,
+        *,
+        seed: int = 0,
     ) -> None:
         for name, parameter in trainable_parameters(draft).items():
             if parameter.dtype != torch.float32:
@@ -75,7 +78,9 @@ class Learner:
         self.total_steps = total_steps
         self._masters = hold_weights(draft, config, group)
         self._optimiser = DraftOptimiser(self._masters.parameters, config)
-        self._average = None
+        self._noise = self._average = None
+        if config.aux_noise:
+            self._noise = AuxNoise(config.aux_noise, seed=seed, trainer=group.rank)
         if config.ema_decay is not None:
             self._average = AveragedWeights(self._masters.parameters, config.ema_decay)
         self._peak_rate = peak_rate(config, draft.config.hidden_size)
@@ -95,8 +100,8 @@ class Learner:
         sums = self.empty_sums()
         self._masters.zero_gradients()
         with self.ready_to_judge():
-            while supervision:
-                self._learn_micro_batch(supervision.take(), denominators_S, sums)
+            for number in range(len(supervision)):
+                self._learn_micro_batch(supervision.take(), number, denominators_S, sums)
         self._group.sum_(sums.flat, "losses")
         self._masters.reduce_gradients()
         grad_norm = self._masters.clip_gradients(self._config.max_grad_norm)
@@ -108,9 +113,6 @@ class Learner:
         self.steps_done += 1
         return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
 
-    def _learn_micro_batch(self, batch: Eagle3TargetBatch, denominators_S: Tensor, sums: RunningSums) -> None:
-        sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
-
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """While the body runs, the draft has its averaged weights if there are any. No step may be taken there."""
@@ -121,6 +123,13 @@ class Learner:
             self._ttt.refresh_weights()
             yield
         self._ttt.refresh_weights()
+
+    def _learn_micro_batch(
+        self, batch: Eagle3TargetBatch, number: int, denominators_S: Tensor, sums: RunningSums
+    ) -> None:
+        if self._noise is not None:
+            batch = self._noise.added_to(batch, self.steps_done, number)
+        sums.add_batch(batch, self._ttt.add_gradients(batch, denominators_S))
 
     def ready_to_judge(self) -> contextlib.AbstractContextManager[None]:
         """While the body runs, each trainer may call `judge` any number of times."""

@@ -81,7 +81,8 @@ class Trainer:
         self._record = record
         self._stop = stop
         self.total_steps = planned_steps(config, batches)
-        self.learner = Learner(draft, config, objective, group, self.total_steps)
+        seed = record.config["run"]["seed"]
+        self.learner = Learner(draft, config, objective, group, self.total_steps, seed=seed)
         self._validation = Validation(
             config,
             objective,
