@@ -6,7 +6,8 @@
 Weights and tokens are random. `plain` is the reference (`compute_supervision`: full logits, shift, argmax,
 gather, fp32 softmax); the others are `supervise` with eager or compiled layers; `fused_rows` reads logits
 with a kernel, `fused` also applies the gates of MLPs with one. `served` is the rate of a server in this
-process whose queue is never empty. One process gives the systems and ceilings of one table. With --chats the
+process whose queue is never empty: with --devices N as many passes are under way as there are devices, where
+`tokens_per_second` is one pass at a time. One process gives the systems and ceilings of one table. With --chats the
 same lognormal chats are padded to buckets and packed into rows. With --deliver a trainer process on the same
 device takes a target process's supervision over RPC. Figures go to the screen and to DIR/target.json.
 """
@@ -27,6 +28,7 @@ from target_lab.serving import served_rate
 from target_lab.stages import stage_milliseconds
 from target_lab.work import (
     chat_lengths,
+    devices_of,
     flops_per_token,
     full_batch,
     fused_kernels,
@@ -36,7 +38,6 @@ from target_lab.work import (
     padded,
     shape_ceiling,
 )
-from transformers import PreTrainedModel
 
 from eagle_rpc.config.choices import CompileMode, Quantization
 from eagle_rpc.errors import EagleRpcError
@@ -65,9 +66,14 @@ class Bench:
         self, shape: str, attention: str, options: argparse.Namespace, results: Results, ceiling: float
     ) -> None:
         self.name = {"shape": shape, "attention": attention, "quantization": options.quantization}
+        self.name |= {"devices": options.devices}
         self.options, self.results, self.ceiling = options, results, ceiling
-        self.device = torch.device(options.device)
-        self.model: PreTrainedModel = make_model(shape, attention, self.device, options.quantization)
+        devices = devices_of(options.device, options.devices)
+        self.device = devices[-1]
+        if self.device.type == "cuda":
+            # Events are recorded where supervision is made.
+            torch.cuda.set_device(self.device)
+        self.model, self.spread = make_model(shape, attention, devices, options.quantization)
         self.mapping: VocabMapping = make_mapping(self.model.config)
         self.vocab = DraftVocabOnDevice.of(self.mapping, self.device)
         self._targets: dict[str, HFEagle3TargetModel] = {}
@@ -75,7 +81,7 @@ class Bench:
     def target(self, system: str) -> HFEagle3TargetModel:
         """Made, and compiled for every shape of this run, when it is first asked for."""
         if system not in self._targets:
-            target = HFEagle3TargetModel(self.model, **fused_kernels([system]))
+            target = HFEagle3TargetModel(self.model, spread=self.spread, **fused_kernels([system]))
             if system.startswith("compiled"):
                 self._compile(system, target)
             self._targets[system] = target
@@ -104,13 +110,15 @@ class Bench:
     def measure_size(self, size: str, share: float, encoding: str, chunk_rows: int, system: str) -> None:
         batch, length = size_of(size)
         num_tokens = batch * length
-        tokens = full_batch(batch, length, self.model.config.vocab_size, share, self.device)
+        first = self.model.get_input_embeddings().weight.device
+        tokens = full_batch(batch, length, self.model.config.vocab_size, share, first)
         plain, settings = system == "plain", {"encoding": encoding, "chunk_rows": chunk_rows}
         run = self.run_of(system, tokens, encoding, chunk_rows)
         run()
         flops = flops_per_token(self.model, length, 1.0 if plain else share)
         figures = measure(run, num_tokens, flops, self.ceiling, slow=num_tokens > 4096, device=self.device)
-        of_shapes = shape_ceiling(self.model, num_tokens, share, chunk_rows, self.device)
+        devices = [weight.device for weight in self.model.parameters()]
+        of_shapes = shape_ceiling(self.model, num_tokens, share, chunk_rows, devices)
         figures["shape_ceiling_tokens_per_second"] = of_shapes
         if not plain:
             target = self.target(system)
@@ -122,6 +130,8 @@ class Bench:
             )
             figures["served_tokens_per_second"] = served
             figures["served_share_of_shape_ceiling"] = served / of_shapes
+            figures["served_teraflops_a_device"] = served * flops / self.options.devices / 1e12
+            figures["served_of_one_pass_at_a_time"] = served / figures["tokens_per_second"]
         name = {**self.name, "size": size, "system": system, "supervised_share": share}
         self.results.add(**name, **({"encoding": "probs"} if plain else settings), **figures)
 
@@ -189,6 +199,7 @@ def parse_options() -> argparse.Namespace:
     parser = arguments_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--devices", type=int, default=1, help="over which the layers are spread")
     parser.add_argument("--shapes", nargs="+", default=["llama"], choices=SHAPES)
     parser.add_argument("--sizes", nargs="+", default=["1x2048", "4x2048", "8x2048"])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
@@ -207,6 +218,9 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.deliver and options.quantization:
         parser.error("--deliver must come without --quantization")
+    if options.devices > 1:
+        # The reference holds tokens and logits on one device.
+        options.systems = [system for system in options.systems if system != "plain"]
     options.longest = max(size_of(size)[1] for size in options.sizes)
     return options
 

@@ -16,7 +16,7 @@ from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, join_static
-from eagle_rpc.target.loading import load_target_config
+from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.topology import assign_roles, plan_devices
 
 __all__ = ["compose", "connected", "elastic_trainer", "joined", "processes"]
@@ -28,7 +28,13 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
+    devices = plan_devices(
+        cast,
+        world,
+        target=config.target.device,
+        trainer=config.train.device,
+        devices_per_target=config.topology.devices_per_target,
+    )
     device = torch.device(devices.device)
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.
@@ -43,9 +49,9 @@ def connected(
 ) -> Iterator[RemoteEagle3TargetModel]:
     """The static job's target, when it is ready. Afterwards the target may end."""
     membership.wait_for(membership.cast.target_names, READY, timeout=config.rpc.model_timeout)
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     stop = threading.Event()
-    target = connect_target(config, target_config, None, device, membership.cast, membership, stop)
+    target = connect_target(config, shape, None, device, membership.cast, membership, stop)
     with contextlib.closing(target):
         yield target
     membership.mark(DONE)

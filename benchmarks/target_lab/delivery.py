@@ -28,7 +28,7 @@ from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 from target_lab.serving import served_rate
-from target_lab.work import full_batch, fused_kernels, make_mapping, make_model
+from target_lab.work import devices_of, full_batch, fused_kernels, make_mapping, make_model
 
 _WARM_UP = 4  # requests
 # As many replies as requests are under way.
@@ -42,6 +42,7 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="delivery-") as directory:
         overrides = [
             *overrides_of(SHAPES[shape]),
+            "target.dtype=bfloat16",
             f"target.attention={options.attention[0]}",
             f"target.chunk_rows={options.chunk_rows[0]}",
             *(f"target.{name}={used}" for name, used in fused.items()),
@@ -50,7 +51,9 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
             f"supervision={encoding}",
             "supervision.rows=loss_mask",
             f"supervision.prefetch={options.prefetch}",
-            *(f"{room}.device={options.device}" for room in ("target", "train")),
+            f"target.device={options.device}",
+            f"train.device={trainer_device(options)}",
+            f"topology.devices_per_target={options.devices}",
             f"run.dir={directory}/run",
             *(f"target.{name}={_REPLY_BYTES}" for name in ("max_reply_bytes", "max_reply_bytes_per_session")),
             "rpc.model_timeout=500",
@@ -70,12 +73,21 @@ def deliver(shape: str, encoding: str, options: argparse.Namespace) -> dict[str,
     return {**figures, **fused, **found, "share_of_server": share, "gigabytes_per_second": gigabytes}
 
 
+def trainer_device(options: argparse.Namespace) -> str:
+    """That of the target; of a target over several GPUs the next one, or else its last."""
+    if options.device == "cpu" or options.devices == 1:
+        return str(options.device)
+    return f"cuda:{min(options.devices, torch.cuda.device_count() - 1)}"
+
+
 def serve_target(spec: dict[str, Any], config: Config) -> None:
     """Measures the target by itself, then serves until the trainer is done."""
     with joined(config) as (membership, device):
-        model = make_model(spec["shape"], spec["attention"], device)
         settings = config.target
-        target = HFEagle3TargetModel(model, fused_rows=settings.fused_rows, fused_mlp=settings.fused_mlp)
+        devices = devices_of(settings.device, config.topology.devices_per_target)
+        model, spread = make_model(spec["shape"], spec["attention"], devices)
+        kernels = {"fused_rows": settings.fused_rows, "fused_mlp": settings.fused_mlp}
+        target = HFEagle3TargetModel(model, spread=spread, **kernels)
         if settings.compile_shapes:
             target.compile(settings.compile_shapes, packed=False, mode=settings.compile_mode)
         rate = served_rate(

@@ -13,7 +13,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import EncodedSupervision, GenerateRequest, SessionSpec, TokenBatch, VocabMapping
 
-_WARM_UP, _UNDER_WAY = 3, 3  # requests
+_WARM_UP = 3  # requests
 _MOST_BYTES = 2**35
 
 
@@ -52,7 +52,8 @@ def served_rate(
         )
         return server.generate(request)
 
-    under_way, started = deque(send() for _ in range(_UNDER_WAY)), 0.0
+    # One a device, one behind them, and one that waits.
+    under_way, started = deque(send() for _ in range(len(target.devices) + 2)), 0.0
     for number in range(_WARM_UP + requests):
         under_way.popleft().result()
         # A reply counts when its bytes are there.

@@ -4,7 +4,7 @@ Legend: B batch, T sequence, H hidden, V target vocab, K draft vocab.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,31 +12,56 @@ from measuring import median_seconds
 from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from eagle_rpc.config.choices import Quantization
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.supervision import TokenBatch, VocabMapping
+from eagle_rpc.target.loading import plan_placement
 from eagle_rpc.target.quantization import loading_arguments
+from eagle_rpc.target.spread import Spread, place_tensors
+from eagle_rpc.target.stored import remove_device_hooks
 
 # Tokens of a chat, lognormally distributed; few chats reach the limit.
 _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 
 
+def devices_of(device: str, number: int) -> list[torch.device]:
+    """`number` devices: of a GPU the first ones."""
+    if device == "cpu" or number == 1:
+        return [torch.device(device)] * number
+    return [torch.device("cuda", index) for index in range(number)]
+
+
 def make_model(
-    shape: str, attention: str, device: torch.device, quantization: str | None = None
-) -> PreTrainedModel:
-    """In bf16, drawn on the device, equal in its processes. `quantization`: one of torchao's."""
+    shape: str, attention: str, devices: Sequence[torch.device], quantization: str | None = None
+) -> tuple[PreTrainedModel, Spread | None]:
+    """In bf16, drawn on its devices, equal in its processes. `quantization`: one of torchao's."""
     torch.manual_seed(0)
-    with torch.device(device):
-        config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
+    form = {"dtype": torch.bfloat16, "attn_implementation": attention}
+    device, spread = devices[0], None
+    if len(devices) == 1:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, **form)
+    else:
+        placement = plan_placement(TargetConfig(model=shape), config, len(devices))
+        # A checkpoint without tensors: transformers draws each where the map puts it.
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        # It reports all of them as missing.
+        logging.set_verbosity_error()
+        placed = {"device_map": placement.device_map(devices), "state_dict": {}}
+        model = kind.from_pretrained(None, config=config, **placed, **form)
+        remove_device_hooks(model)
+        place_tensors(model, placement, devices)
+        spread = Spread(model, placement, devices)
     if quantization is not None:
         from torchao.quantization import quantize_
 
         quantised = TargetConfig(quantization=Quantization[quantization])
         settings = loading_arguments(quantised, torch.bfloat16, device)["quantization_config"]
         quantize_(model.base_model, settings.quant_type)
-    return model
+    return model, spread
 
 
 def fused_kernels(systems: Iterable[str]) -> dict[str, bool]:
@@ -132,14 +157,21 @@ def flops_per_token(model: PreTrainedModel, length: int, share: float) -> float:
 
 
 def shape_ceiling(
-    model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device
+    model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, devices: Sequence[torch.device]
 ) -> float:
     """Tokens per second of the matrix products of these shapes alone, measured for as long as a system is.
 
     A GPU lowers its clock within a second of matrix products: a shorter measurement would give a higher
-    ceiling.
+    ceiling. Over several devices it is the slowest one's, each measured by itself.
     """
+    return min(_ceiling_on(model, tokens, share, chunk_rows, device) for device in dict.fromkeys(devices))
+
+
+def _ceiling_on(
+    model: PreTrainedModel, tokens: int, share: float, chunk_rows: int, device: torch.device
+) -> float:
     products, head = _products(model)
+    products = [one for one in products if one.weight.device == device]
     rows = round(share * tokens)
     widths = {one.in_features for one in products}
     inputs = {width: torch.randn(tokens, width, device=device, dtype=model.dtype) for width in widths}
@@ -147,8 +179,9 @@ def shape_ceiling(
     def run() -> None:
         for one in products:
             one(inputs[one.in_features])
-        for chunk in inputs[head.in_features][:rows].split(chunk_rows):
-            head(chunk)
+        if head.weight.device == device:
+            for chunk in inputs[head.in_features][:rows].split(chunk_rows):
+                head(chunk)
 
     with torch.inference_mode():
         return tokens / median_seconds(run, repeats=5, warmups=2, device=device)

@@ -79,13 +79,13 @@ def load_stored(
             f"target.quantization must be one that this machine runs on {device}, got {wanted}: {error}"
         ) from error
     model: PreTrainedModel = loaded[0]
-    _remove_foreign_hooks(model)
+    remove_device_hooks(model)
     _require_all_tensors(model, loaded[1], directory)
     return model
 
 
-def _remove_foreign_hooks(model: PreTrainedModel) -> None:
-    """Those that accelerate has put around modules on several devices: their copies make devices wait."""
+def remove_device_hooks(model: PreTrainedModel) -> None:
+    """Takes off what transformers puts around modules on several devices: its copies make devices wait."""
     if len(set(getattr(model, "hf_device_map", {}).values())) < 2:
         return
     from accelerate.hooks import remove_hook_from_submodules

@@ -55,7 +55,13 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
-    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
+    devices = plan_devices(
+        cast,
+        world,
+        target=config.target.device,
+        trainer=config.train.device,
+        devices_per_target=config.topology.devices_per_target,
+    )
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):

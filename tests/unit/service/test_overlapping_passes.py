@@ -242,3 +242,69 @@ def test_answers_are_decoded_while_passes_come_and_go(gpu, clock):
     assert [future.result(WAIT).token_ids.tolist() for future in answers] == [[7, 7]] * 3
     assert scheduler.drain(WAIT)
     assert scheduler.stop(WAIT)
+
+
+@pytest.fixture
+def two_gpus(gpu):
+    gpu.most_before = 2
+    return gpu
+
+
+def test_over_several_gpus_each_works_on_a_pass_while_one_more_waits(two_gpus, scheduler):
+    requests = [Request(name) for name in "abcd"]
+    futures = begin(two_gpus, scheduler, *requests[:3])
+    assert scheduler.num_running == 3 and two_gpus.log == ["start a", "start b", "start c"]
+    futures.append(submit(scheduler, requests[3]))
+    for request in requests:
+        request.done.set()
+    assert [future.result(WAIT) for future in futures] == list("abcd")
+    assert [line for line in two_gpus.log if line.startswith("finish")] == [
+        f"finish {name}" for name in "abcd"
+    ]
+    assert two_gpus.log.index("finish a") < two_gpus.log.index("start d") < two_gpus.log.index("finish b")
+    assert scheduler.drain(WAIT) and scheduler.num_passes == 4
+
+
+def test_replies_over_several_gpus_come_in_the_order_of_their_passes(two_gpus, scheduler):
+    requests = [Request(name) for name in "abc"]
+    futures = begin(two_gpus, scheduler, *requests)
+    requests[2].done.set()
+    requests[1].done.set()
+    assert not any(future.done() for future in futures)
+    requests[0].done.set()
+    assert [future.result(WAIT) for future in futures] == list("abc")
+    assert [line for line in two_gpus.log if line.startswith("finish")] == [
+        "finish a",
+        "finish b",
+        "finish c",
+    ]
+
+
+def test_a_pass_without_room_beside_two_others_runs_when_both_have_left(two_gpus, scheduler):
+    two_gpus.room = 4
+    requests = [Request("a", room=2), Request("b", room=2), Request("c", room=4)]
+    futures = begin(two_gpus, scheduler, *requests[:2])
+    futures.append(submit(scheduler, requests[2]))
+    for request in requests:
+        request.done.set()
+    assert [future.result(WAIT) for future in futures] == list("abc")
+
+
+def test_a_reply_without_room_beside_two_passes_is_made_when_both_have_left(two_gpus, scheduler):
+    full = torch.OutOfMemoryError("no room for the reply")
+    requests = [Request("a", fault=full), Request("b"), Request("c")]
+    futures = begin(two_gpus, scheduler, *requests)
+    for request in requests:
+        request.done.set()
+    assert [future.result(WAIT) for future in futures] == list("abc")
+    assert two_gpus.log[-5:] == ["finish a", "finish b", "finish c", "start a", "finish a"]
+
+
+def test_stopping_answers_all_passes_under_way(two_gpus, scheduler):
+    requests = [Request(name) for name in "abc"]
+    futures = begin(two_gpus, scheduler, *requests)
+    assert not scheduler.stop(0.0)
+    for request in requests:
+        request.done.set()
+    assert scheduler.stop(WAIT)
+    assert [future.result(WAIT) for future in futures] == list("abc")
