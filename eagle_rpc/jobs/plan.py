@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -10,17 +10,21 @@ from transformers import PretrainedConfig
 
 from eagle_rpc.config import Config
 from eagle_rpc.draft import Eagle3DraftConfig
+from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.jobs.assembly import draft_config
 from eagle_rpc.process import read_world
 from eagle_rpc.serving.export import EMBEDDING, weight_shapes
 from eagle_rpc.supervision import ENCODINGS, TargetShape
 from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.target.loading import load_target_config
-from eagle_rpc.target.stored import auto_class
+from eagle_rpc.target.loading import exact_attention, load_target_config, target_outline, weight_format
+from eagle_rpc.target.memory import DeviceMemory, Load, memory_by_device
+from eagle_rpc.target.placement import Placement
 from eagle_rpc.topology import Role, assign_roles, plan_devices
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30
+# Devices of one host that a target is planned for.
+_MOST_DEVICES = 16
 # Of a trained parameter: fp32 weight, gradient and AdamW's two moments; Muon keeps one of them less.
 _TRAINED_BYTES = 4 * 4
 
@@ -49,19 +53,27 @@ def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iter
     encoding, prefetch = config.supervision.encoding.value, config.supervision.prefetch
     yield "encoding", f"{encoding}, {prefetch} requests in flight a trainer"
     yield from _traffic(config, draft)
-    yield from _memory(config, target, draft)
+    yield from _memory(config, target, shape, draft)
 
 
 def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Name, roles and device of each worker if all run on this host."""
+    """Name, roles and devices of each worker if all run on this host."""
     size = 1 if config.topology.single else config.topology.targets + config.topology.trainers
     target, trainer = config.target.device, config.train.device
     for rank in range(size):
         world = replace(read_world({}), rank=rank, size=size, local_rank=rank, local_size=size)
         cast = assign_roles(config.topology, world)
         num_gpus = torch.cuda.device_count()
-        devices = plan_devices(cast, world, target=target, trainer=trainer, num_gpus=num_gpus)
-        yield cast.me.name, " and ".join(role.value for role in Role if cast.me.has(role)), devices.device
+        devices = plan_devices(
+            cast,
+            world,
+            target=target,
+            trainer=trainer,
+            devices_per_target=config.topology.devices_per_target,
+            num_gpus=num_gpus,
+        )
+        roles = " and ".join(role.value for role in Role if cast.me.has(role))
+        yield cast.me.name, roles, ", ".join(devices.devices)
 
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
@@ -80,22 +92,89 @@ def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) ->
     )
 
 
-def _memory(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
+def _memory(
+    config: Config, target: PretrainedConfig, shape: TargetShape, draft: Eagle3DraftConfig
+) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
-    with torch.device("meta"):
-        num_parameters = auto_class(target).from_config(target).num_parameters()
-    weights = f"{num_parameters * dtype_bytes / _GIB:.2f} GiB"
-    yield "target, weights", f"{weights} ({num_parameters / 1e6:.1f} M parameters)"
-    # Without the fused kernel a GPU copies logits to fp32; a CPU copies few rows at a time.
-    copied = torch.cuda.is_available() and not config.target.fused_rows
-    chunk = config.target.chunk_rows * draft.vocab_size * (dtype_bytes + 4 * copied)
-    yield "target, projection", f"{chunk / _GIB:.2f} GiB for {config.target.chunk_rows} rows of logits"
+    yield from _target_memory(config, target, shape, draft)
     state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and optimiser", f"{state / _GIB:.2f} GiB"
-    tokens = config.train.batch_size * config.data.longest_row
+    tokens, in_flight = _request(config), config.supervision.prefetch + config.train.accumulation
     reply = tokens * _bytes_per_token(config, draft, config.supervision.encoding.value)
-    in_flight = config.supervision.prefetch + config.train.accumulation
     yield "trainer, replies", f"{in_flight * reply / _GIB:.2f} GiB at most: {in_flight} of {tokens} tokens"
+
+
+def _target_memory(
+    config: Config, target: PretrainedConfig, shape: TargetShape, draft: Eagle3DraftConfig
+) -> Iterator[tuple[str, str]]:
+    """What each device of a target holds, and the fewest devices that are enough. By formula: nothing is run."""
+    outline, weights = target_outline(config.target, target), weight_format(config.target, target)
+    load = _load(config, target, draft)
+
+    def on_devices(number: int) -> tuple[Placement, list[DeviceMemory]]:
+        placement = Placement.of(outline, number, weights)
+        return placement, memory_by_device(placement, shape, load)
+
+    placement, devices = on_devices(config.topology.devices_per_target)
+    num_bytes, parameters = sum(one.weights for one in devices), outline.num_parameters()
+    yield "target, weights", f"{num_bytes / _GIB:.2f} GiB ({parameters / 1e6:.1f} M parameters)"
+    yield "target, largest request", f"{config.train.batch_size} x {config.data.longest_row} tokens"
+    room = config.job.plan_device_gib
+    for number, needed in enumerate(devices):
+        own = placement.layers_of(number)
+        total = f"{needed.total / _GIB:.2f} GiB"
+        if room is not None:
+            total += f", {'fits' if needed.total <= room * _GIB else 'does not fit'} {room:g} GiB"
+        yield f"target, device {number}", f"{total}: layers {own[0]} to {own[-1]}, {_parts(needed)}"
+    if room is not None:
+        yield "target, fewest devices", _fewest(on_devices, shape.num_layers, room)
+
+
+def _fewest(
+    on_devices: Callable[[int], tuple[Placement, list[DeviceMemory]]], num_layers: int, room: float
+) -> str:
+    try:
+        for number in range(1, min(num_layers, _MOST_DEVICES) + 1):
+            if max(one.total for one in on_devices(number)[1]) <= room * _GIB:
+                return f"topology.devices_per_target={number} fits {room:g} GiB a device"
+    except UnsupportedTarget as error:
+        return str(error)
+    return f"more than {min(num_layers, _MOST_DEVICES)}: requests have to be smaller, or weights quantised"
+
+
+def _parts(needed: DeviceMemory) -> str:
+    return ", ".join(
+        f"{label} {size / _GIB:.2f}"
+        for label, size in (
+            ("weights", needed.weights),
+            ("activations", needed.activations),
+            ("passes under way", needed.under_way),
+            ("logits", needed.head),
+            ("replies", needed.replies),
+        )
+        if size
+    )
+
+
+def _load(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Load:
+    """Each trainer's requests in flight wait as replies at one target, up to its own bound."""
+    reply = _request(config) * _bytes_per_token(config, draft, config.supervision.encoding.value)
+    replies = config.topology.trainers * config.supervision.prefetch * reply
+    return Load(
+        batch=config.train.batch_size,
+        length=config.data.longest_row,
+        dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],
+        chunk_rows=config.target.chunk_rows,
+        # Without the fused kernel a GPU copies logits to fp32; a CPU copies few rows at a time.
+        copies_logits=torch.cuda.is_available() and not config.target.fused_rows,
+        eager=exact_attention(target, config.target.attention) == "eager",
+        reply_bytes=min(replies, config.target.max_reply_bytes),
+    )
+
+
+def _request(config: Config) -> int:
+    """Tokens of the largest request that these settings send."""
+    return config.train.batch_size * config.data.longest_row
 
 
 def _count(draft: Eagle3DraftConfig) -> int:

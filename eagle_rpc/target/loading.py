@@ -207,15 +207,22 @@ def load_spread(
 
 def plan_placement(config: TargetConfig, hf_config: PretrainedConfig, num_devices: int) -> Placement:
     """Which parts of the target are on which of its devices, from its configuration. Raises as `Placement.of`."""
-    dtype = getattr(torch, config.dtype.value)
-    weights = WeightFormat(
-        bytes_per_value=dtype.itemsize,
+    return Placement.of(target_outline(config, hf_config), num_devices, weight_format(config, hf_config))
+
+
+def target_outline(config: TargetConfig, hf_config: PretrainedConfig) -> PreTrainedModel:
+    """The target without values, on the meta device."""
+    with torch.device("meta"):
+        return _model_of(copy.deepcopy(hf_config), getattr(torch, config.dtype.value), "eager").eval()
+
+
+def weight_format(config: TargetConfig, hf_config: PretrainedConfig) -> WeightFormat:
+    """Bytes of the target's weights, of quantised ones by their bits alone, and the experts that a token passes."""
+    return WeightFormat(
+        bytes_per_value=getattr(torch, config.dtype.value).itemsize,
         bytes_per_layer_value=layer_bits(config, hf_config) / 8,
         experts_per_token=TargetShape.of(hf_config).experts_per_token,
     )
-    with torch.device("meta"):
-        model = _model_of(copy.deepcopy(hf_config), dtype, "eager")
-    return Placement.of(model.eval(), num_devices, weights)
 
 
 def load_with_tokenizer(
