@@ -21,7 +21,7 @@ from eagle_rpc.errors import ConfigError, EagleRpcError
 from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room, stored_draft
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.loading import load_target_shape, load_tokenizer
+from eagle_rpc.target.loading import load_target_config, load_target_shape, load_tokenizer, plan_placement
 from eagle_rpc.topology import Cast, resolve_device
 from eagle_rpc.train import RunDirectory, latest_whole_checkpoint
 
@@ -79,6 +79,8 @@ def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
             raise ConfigError("target.random has no tokenizer to read data with: name a stored target.model")
     if shape is not None:
         with mistakes.noted():
+            _check_placement(config)
+        with mistakes.noted():
             _check_draft(config, shape)
         with mistakes.noted():
             require_room(config, shape.length(config.target.max_length))
@@ -98,6 +100,12 @@ def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
     mistakes.raise_if_any()
     training, validation = datasets_of(config.data, data)
     return Inputs(shape, tokenizer, template, data, training, validation)
+
+
+def _check_placement(config: Config) -> None:
+    if (num_devices := config.topology.devices_per_target) > 1:
+        target = load_target_config(config.target, cache_dir=config.run.cache_dir)
+        plan_placement(config.target, target, num_devices)
 
 
 def _check_draft(config: Config, shape: TargetShape) -> None:

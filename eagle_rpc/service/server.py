@@ -92,7 +92,7 @@ class TargetModelServer:
         )
         self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
         self.device = device_of(self._target)
-        """The device of the target, and of the supervision."""
+        """The device of the supervision: the target's, or its last one."""
         self.sessions = SessionTable(config, self.device, clock)
         self.throughput = Throughput(clock)
         demand = Demand(clock)
@@ -289,7 +289,7 @@ class TargetModelServer:
             "max_reply_bytes": self._config.max_reply_bytes,
             **self.throughput.describe(),
             **describe_load(self.sessions, self._scheduler, self._answers, self._budget),
-            **describe_memory(self.device),
+            **describe_memory(self._target.devices),
         }
 
     # --- for the process that serves

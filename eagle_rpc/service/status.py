@@ -3,6 +3,7 @@
 import os
 import threading
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,10 @@ def describe_load(
     }
 
 
-def describe_memory(device: torch.device) -> dict[str, int]:
-    """`resident_bytes`: physical memory, by Linux; `device_bytes`: allocated on a GPU, else 0."""
+def describe_memory(devices: Collection[torch.device]) -> dict[str, int]:
+    """`resident_bytes`: physical memory, by Linux; `device_bytes`: allocated on GPUs, else 0."""
+    gpus = {device for device in devices if device.type == "cuda"}
     return {
         "resident_bytes": int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
-        "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else 0,
+        "device_bytes": sum(torch.cuda.memory_allocated(gpu) for gpu in gpus),
     }

@@ -54,10 +54,12 @@ def test_mistakes_that_do_not_depend_on_each_other_are_told_together(config: Con
     config.draft.vocab_size = 100_000
     config.data.max_length = 100_000
     config.train.device = "cuda:9"
+    config.topology.devices_per_target = 9
     with pytest.raises(ConfigError) as told:
         load_inputs(config)
     for part in (
-        "6 mistakes in the inputs",
+        "7 mistakes in the inputs",
+        "topology.devices_per_target must be at most the 8 decoder layers of LlamaForCausalLM, got 9",
         "absent.jsonl",
         "also_absent.jsonl",
         "absent.jinja",
