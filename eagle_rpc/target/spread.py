@@ -72,7 +72,8 @@ class Spread:
     """A placed model that runs over its devices whoever calls it.
 
     Each part behind the first device gets a hook that brings its arguments there: hidden states, rotary tables,
-    masks, states that layers share. A tensor that many layers are given is copied once in a pass.
+    masks, states that layers share. A tensor that many layers are given is copied once in a pass. While a part
+    runs, its GPU is the current one: kernels in Triton, unlike torch's own, start on that.
     """
 
     def __init__(
@@ -91,10 +92,17 @@ class Spread:
         self._copies: list[MutableMapping[Tensor, Tensor]] = [
             WeakTensorKeyDictionary() for _ in range(placement.num_devices)
         ]
+        self._devices_before: list[int] = []
         find_decoder_layers(model)[0].register_forward_pre_hook(self._begin_pass)
+        parts = dict(model.named_modules())
         for name, number in placement.device_of.items():
-            if number and (part := _module(model, name)) is not None:
+            if (part := parts.get(name)) is None:
+                continue  # a tensor
+            if number:
                 part.register_forward_pre_hook(partial(self._bring_arguments, number), with_kwargs=True)
+            if devices[number].type == "cuda":
+                part.register_forward_pre_hook(partial(self._enter, devices[number]))
+                part.register_forward_hook(self._leave, always_call=True)
 
     def to_last(self, tensor: Tensor) -> Tensor:
         """The tensor on the last device, where replies are made."""
@@ -104,6 +112,13 @@ class Spread:
         # Streams that read a copy in an earlier pass are not those of this one.
         for copies in self._copies:
             copies.clear()
+
+    def _enter(self, device: torch.device, *unused: Any) -> None:
+        self._devices_before.append(torch.cuda.current_device())
+        torch.cuda.set_device(device)
+
+    def _leave(self, *unused: Any) -> None:
+        torch.cuda.set_device(self._devices_before.pop())
 
     def _bring_arguments(
         self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -132,22 +147,16 @@ class Spread:
         return value
 
 
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    """The part of this name; null if it is a tensor."""
-    return dict(model.named_modules()).get(name)
-
-
 def place_tensors(model: nn.Module, placement: Placement, devices: Sequence[torch.device]) -> None:
     """Moves what is not on the device of its part yet. A weight tied over two devices gets a copy on the second."""
+    parts = dict(model.named_modules())
     for name, number in placement.device_of.items():
-        device = devices[number]
-        part = _module(model, name)
-        if part is None:
+        if name in parts:
+            for module in parts[name].modules():
+                _place_own(module, devices[number])
+        else:
             owner, _, own = name.rpartition(".")
-            _place_own(model.get_submodule(owner), device, only=own)
-            continue
-        for module in part.modules():
-            _place_own(module, device)
+            _place_own(parts[owner], devices[number], only=own)
 
 
 def _place_own(module: nn.Module, device: torch.device, *, only: str | None = None) -> None:

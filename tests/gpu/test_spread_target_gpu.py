@@ -80,7 +80,9 @@ def settle(forward, request):
 def test_two_gpus_give_the_bits_of_one(loaded, encoding, packed):
     _, one, two = loaded
     tokens = batch_of(4, 256, packed=packed)
+    before = torch.cuda.current_device()
     assert_same_bits(supervised(two, tokens, encoding), supervised(one, tokens, encoding))
+    assert torch.cuda.current_device() == before
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "qwen3_moe"])
