@@ -118,8 +118,7 @@ class ElasticMembership:
             return False
         living = self._registry.living()
         trainers = sum(one.role == "trainer" and one.run == self.me.run for one in living)
-        gpus = [one.gpu for one in living if one.gpu]
-        return carries(self.me.gpu, target.gpu, gpus, num_trainers=trainers)
+        return carries(self.me.gpu, target.gpu, [[one.gpu] for one in living], num_trainers=trainers)
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, so that RRefs can call it back. Closes files of dead ones.

@@ -63,11 +63,10 @@ def plan_devices(
             raise ConfigError(f"{rule} for {workers} unless train.device names one, got {num_gpus}")
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
     devices = {name: devices_of(name, index) for index, name in enumerate(cast.names)}
-    gpus = [one for of_worker in devices.values() for one in of_worker if one.startswith("cuda")]
     maps = {
         peer: {own[-1]: devices[peer][-1]}
         for peer in peers
-        if carries(own[-1], devices[peer][-1], gpus, num_trainers=len(cast.trainer_names))
+        if carries(own[-1], devices[peer][-1], devices.values(), num_trainers=len(cast.trainer_names))
     }
     return DevicePlan(own, maps)
 
@@ -93,17 +92,17 @@ def resolve_devices(
     return tuple(f"cuda:{first + number}" for number in range(devices_per_target))
 
 
-def carries(one: str, other: str, gpus: Collection[str], *, num_trainers: int) -> bool:
-    """Whether RPC is to carry tensors from GPU to GPU between two workers.
+def carries(one: str, other: str, workers: Collection[Collection[str]], *, num_trainers: int) -> bool:
+    """Whether RPC is to carry tensors from GPU `one` to GPU `other`, each of another worker.
 
-    `gpus` are those of all workers; a CPU is none. While a trainer waits for others in a
-    collective, tensors arrive late or wrong if a third process computes on a GPU of the two (seen on two
-    H200; pytorch/pytorch#100784).
+    `workers` are the devices of each worker. While a trainer waits for others in a collective, tensors arrive
+    late or wrong if a third worker computes on a GPU of the two (seen on two H200; pytorch/pytorch#100784).
     """
-    if not (one in gpus and other in gpus):
+    if not (one and other) or "cpu" in (one, other):
         return False
-    workers = sum(gpu in (one, other) for gpu in gpus)
-    return workers == len({one, other}) or (workers == 2 and num_trainers == 1)
+    users = [[gpu for gpu in devices if gpu in (one, other)] for devices in workers]
+    apart = sum(map(len, users)) == len({one, other})
+    return apart or (num_trainers == 1 and sum(map(bool, users)) <= 2)
 
 
 def resolve_device(
