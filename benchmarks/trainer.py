@@ -24,6 +24,7 @@ from shapes import SHAPES
 from transformers import AutoConfig
 
 from eagle_rpc import supervision
+from eagle_rpc.config.choices import Optimiser
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
@@ -32,8 +33,11 @@ from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
 # Forward and backward: the fused step, the same with the feed-forward block recomputed, the reference. A
-# learner's whole optimiser step: on one micro-batch, on one recomputed, on four.
-SYSTEMS = ("fused fused_recompute reference optimiser optimiser_recompute optimiser_accumulated").split()
+# learner's whole optimiser step: on one micro-batch, on one recomputed, on four; with Muon, with averaged weights.
+SYSTEMS = (
+    *("fused", "fused_recompute", "reference"),
+    *("optimiser", "optimiser_recompute", "optimiser_accumulated", "optimiser_muon", "optimiser_average"),
+)
 ACCUMULATED = 4
 STEPS = 7
 GPU = torch.device("cuda")
@@ -161,7 +165,11 @@ def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple
     """The function to time, and its number of micro-batches."""
     recompute = system.endswith("_recompute")
     if system.startswith("optimiser"):
-        config = TrainConfig(recompute_mlp=recompute)
+        config = TrainConfig(
+            recompute_mlp=recompute,
+            optimiser=Optimiser.muon if system == "optimiser_muon" else Optimiser.adamw,
+            ema_decay=0.999 if system == "optimiser_average" else None,
+        )
         learner = Learner(draft, config, DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10**6)
         micro_batches = ACCUMULATED if system == "optimiser_accumulated" else 1
         return lambda: learner.learn([batch] * micro_batches), micro_batches
