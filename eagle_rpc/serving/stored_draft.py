@@ -79,7 +79,7 @@ class StoredDraft:
             directory=directory,
             shapes={name: shape for name, shape in shapes.items() if name not in (_D2T, _T2D)},
             mapping=mapping,
-            aux_layer_ids=_aux_layers(raw, inner),
+            aux_layer_ids=_aux_layers(raw, inner, shapes.get("fc.weight")),
             switches={
                 name: bool(raw.get(name, inner.get(name, absent.get(name, False)))) for name in _SWITCHES
             },
@@ -174,16 +174,20 @@ def _value(layer: dict[str, Any], name: str) -> Any:
     return layer.get(name, (layer.get("rope_parameters") or {}).get(name))
 
 
-def _aux_layers(raw: dict[str, Any], inner: dict[str, Any]) -> tuple[int, ...] | None:
+def _aux_layers(
+    raw: dict[str, Any], inner: dict[str, Any], fc_shape: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
     """Captured layers counted after the layer: as vLLM writes them, else as SGLang does.
 
-    speculators adds a fourth, the target's last hidden state, which no draft reads.
+    speculators adds one that `fc` does not read: the target's last hidden state.
     """
     before_layer, after_layer = raw.get(_AUX_LAYERS), inner.get(_AUX_LAYERS)
     if before_layer is None:
         return None if after_layer is None else tuple(after_layer)
     layers = tuple(layer - 1 for layer in before_layer)
-    return layers[:-1] if "speculators_model_type" in raw and len(layers) == 4 else layers
+    if "speculators_model_type" in raw and fc_shape is not None:
+        layers = layers[: fc_shape[1] // fc_shape[0]]
+    return layers
 
 
 def _places_of(directory: Path) -> dict[str, tuple[Path, str]]:
