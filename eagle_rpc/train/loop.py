@@ -130,7 +130,8 @@ class Trainer:
             stream = stack.enter_context(supervised(self._backend, batches))
             self._pace.restart()
             try:
-                if done and self._validation_is_missing and self._validate():
+                if done and self._validation_is_missing:
+                    self._validate()
                     self._save()
                 while not self._is_finished() and not self._told_to_stop():
                     self._train_step(stream, progress)
@@ -178,7 +179,7 @@ class Trainer:
             self._sums.zero_()
             self._pace.restart()
         with self._pace.paused():
-            is_best = self._due(self._config.validate_every) and self._validate()
+            is_best = self._validation_is_missing and self._validate()
             is_last = self._history.exhaustion(self._config.patience) is not None
             if is_best or is_last or self._due(self._config.checkpoint_every):
                 self._save()
@@ -203,8 +204,6 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Writes the figures of a validation; whether it was the best one so far."""
-        if not self._validation.is_possible:
-            return False
         step, figures = self.learner.steps_done, self._validation.figures()
         self._write_metrics({f"validation/{name}": value for name, value in figures.items()})
         accept_length = figures["accept_length"]
@@ -225,8 +224,9 @@ class Trainer:
 
     @property
     def _validation_is_missing(self) -> bool:
-        """Whether the target was lost between the last step and its validation."""
-        return self._due(self._config.validate_every) and self._history.last_step < self.learner.steps_done
+        """Whether the last step is to be validated and was not, as after a loss of the target."""
+        due = self._validation.is_possible and self._due(self._config.validate_every)
+        return due and self._history.last_step < self.learner.steps_done
 
     def _is_finished(self) -> bool:
         """Whether all steps are done, or validations have not improved for too long."""

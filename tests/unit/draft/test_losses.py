@@ -1,10 +1,14 @@
+import contextlib
 import math
 
 import pytest
 import torch
 
-from eagle_rpc.config.choices import DraftLoss
+from eagle_rpc.config.choices import DraftLoss, JobName
+from eagle_rpc.config.compose import from_sections
+from eagle_rpc.config.schema import DraftConfig, JobConfig, TargetConfig
 from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES, LOWEST_LOG_PROBABILITY, row_losses
+from eagle_rpc.errors import ConfigError
 
 
 def case():
@@ -109,3 +113,11 @@ def test_impossible_target_tokens_are_no_problem():
 
 def test_the_configuration_offers_exactly_these_losses():
     assert tuple(loss.value for loss in DraftLoss) == tuple(LOSSES)
+
+
+def test_the_configuration_mixes_exactly_the_losses_that_mix():
+    for name, loss in LOSSES.items():
+        draft = DraftConfig(loss=DraftLoss(name), kl_share=0.5)
+        refused = contextlib.nullcontext() if loss.mixes else pytest.raises(ConfigError, match="kl_share")
+        with refused:
+            from_sections(draft=draft, target=TargetConfig(model="any"), job=JobConfig(name=JobName.evaluate))
