@@ -82,6 +82,7 @@ def decode_in_vllm(work: Work) -> Outcome:
     guesses = work.num_draft_tokens
     llm = LLM(
         model=work.target,
+        skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=max(map(len, work.prompts)) + work.max_new_tokens + guesses + 64,
         max_num_seqs=1,
@@ -91,7 +92,10 @@ def decode_in_vllm(work: Work) -> Outcome:
         speculative_config={"method": "eagle3", "model": work.draft, "num_speculative_tokens": guesses},
     )
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=work.max_new_tokens, stop_token_ids=work.stop_token_ids
+        temperature=0.0,
+        max_tokens=work.max_new_tokens,
+        stop_token_ids=work.stop_token_ids,
+        detokenize=False,
     )
     answers = llm.generate([{"prompt_token_ids": prompt_ids} for prompt_ids in work.prompts], sampling)
     metrics = {metric.name: metric for metric in llm.get_metrics()}

@@ -99,6 +99,9 @@ def _broken_between(config: Config) -> Iterator[str]:
             f"draft.kl_share must be 0 but with draft.loss={names}, "
             f"got {config.draft.kl_share} with {config.draft.loss.name}"
         )
+    window, steps = config.draft.sliding_window, config.draft.ttt_steps
+    if window is not None and window < steps:
+        yield f"draft.sliding_window must reach over draft.ttt_steps {steps}, got {window}"
     if data.row_length is not None and (not data.packing or data.bucket_lengths):
         yield (
             "data.row_length must go with data.packing=true and without data.bucket_lengths, "

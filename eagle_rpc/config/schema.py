@@ -208,10 +208,14 @@ class SupervisionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DraftConfig:
-    """The draft: one Llama-style layer, shaped like the target, and its objective."""
+    """The draft: Llama-style layers, shaped like the target, and its objective."""
 
-    vocab_size: Positive[int] = 8192
-    """Draft vocabulary K; at most the target's vocabulary."""
+    vocab_size: Positive[int] | None = 8192
+    """Draft vocabulary K; at most the target's vocabulary, which null takes whole."""
+    num_layers: Positive[int] = 1
+    """Decoder layers. Several train by the reference step, which is slower on a GPU."""
+    sliding_window: Positive[int] | None = None
+    """Tokens that the draft attends to, at least `draft.ttt_steps`; null: all earlier ones."""
     intermediate_size: Positive[int] | None = None
     """Width of the feed-forward block; null: the target's, of experts that of all that a token passes."""
     num_attention_heads: Positive[int] | None = None

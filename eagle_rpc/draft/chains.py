@@ -75,7 +75,7 @@ def guess_chains(
     end = first + len(text.token_ids) - 1
     if end == first:
         return Chains(num_right=[], margins_AS=aux_TW.new_empty(0, num_guesses, dtype=torch.float32))
-    slots_T, cache = torch.arange(end, device=ids_T.device), DraftCache()
+    slots_T, cache = torch.arange(end, device=ids_T.device), draft.new_cache()
     fused_1TH = draft.fuse(aux_TW[None, :end])
     output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
     judge = _Judge(mapping, ids_T, drawn)

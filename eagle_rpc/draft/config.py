@@ -10,7 +10,7 @@ from eagle_rpc.supervision import TargetShape
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eagle3DraftConfig:
-    """A Llama-style EAGLE-3 draft of one decoder layer. Raises `ConfigError` on values that cannot work."""
+    """A Llama-style EAGLE-3 draft. Raises `ConfigError` on values that cannot work."""
 
     hidden_size: int  # the target's
     intermediate_size: int
@@ -28,6 +28,8 @@ class Eagle3DraftConfig:
     )
     hidden_act: str = "silu"
     norm_before_residual: bool = False
+    num_layers: int = 1  # decoder layers; the first alone reads token embeddings
+    sliding_window: int | None = None  # tokens that a query attends to, its own included; null: all earlier
     num_aux_layers: int = 3  # captured layers
     norm_before_fc: bool = False  # one norm over the captured states side by side, before `fc`
     fc_norm: bool = False  # a norm for each captured layer, before `fc`
@@ -35,8 +37,9 @@ class Eagle3DraftConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type in (int, float) and getattr(self, field.name) <= 0:
-                raise ConfigError(f"{field.name} must be positive, got {getattr(self, field.name)}")
+            value = getattr(self, field.name)
+            if field.type in (int, float, int | None) and value is not None and value <= 0:
+                raise ConfigError(f"{field.name} must be positive, got {value}")
         if self.draft_vocab_size > self.vocab_size:
             raise ConfigError(
                 f"draft_vocab_size must be at most the target's {self.vocab_size}, "

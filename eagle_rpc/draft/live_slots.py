@@ -41,6 +41,11 @@ class LiveSlots:
             live_lengths=torch.searchsorted(places_L, boundaries_C).diff().tolist(),
         )
 
+    def every_slot(self) -> "LiveSlots":
+        """The same chats, with all of their slots."""
+        places = torch.arange(sum(self.chat_lengths), device=self.places.device)
+        return replace(self, places=places, live_lengths=self.chat_lengths)
+
     def to(self, device: torch.device) -> "LiveSlots":
         return replace(self, places=to_device(self.places, device))
 

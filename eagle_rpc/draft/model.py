@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft (arXiv 2503.01840): one Llama layer over token embeddings and hidden states.
+"""The EAGLE-3 draft (arXiv 2503.01840): Llama layers over token embeddings and hidden states.
 
 The norms before `fc` and after each step are those of EAGLE-3.1 (arXiv 2605.09992), as vLLM computes them.
 Parameters have the names of the exported checkpoint.
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache
+from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache, DraftMemory, UnrollMemory
 from eagle_rpc.draft.config import Eagle3DraftConfig
+from eagle_rpc.draft.live_slots import LiveSlots
 from eagle_rpc.draft.rope import RopeTables, rotate
 from eagle_rpc.errors import ConfigError
 
@@ -33,21 +34,21 @@ class RMSNorm(nn.Module):
 
 
 class DraftAttention(nn.Module):
-    """Grouped-query attention whose input is the concatenation of embeddings and hidden states."""
+    """Grouped-query attention over inputs of `input_width`."""
 
-    def __init__(self, config: Eagle3DraftConfig) -> None:
+    def __init__(self, config: Eagle3DraftConfig, input_width: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, query_width, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, key_width, bias=False)
+        self.q_proj = nn.Linear(input_width, query_width, bias=False)
+        self.k_proj = nn.Linear(input_width, key_width, bias=False)
+        self.v_proj = nn.Linear(input_width, key_width, bias=False)
         self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
 
-    def forward(self, inputs_BT2H: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
-        queries = self._heads(self.q_proj(memory.asking(inputs_BT2H)))
-        keys, values = self._heads(self.k_proj(inputs_BT2H)), self._heads(self.v_proj(inputs_BT2H))
+    def forward(self, inputs_BT: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
+        queries = self._heads(self.q_proj(memory.asking(inputs_BT)))
+        keys, values = self._heads(self.k_proj(inputs_BT)), self._heads(self.v_proj(inputs_BT))
         cos, sin = tables
         queries = rotate(queries, (memory.asking(cos), memory.asking(sin)))
         attended = memory.attend(queries, rotate(keys, tables), values)
@@ -72,14 +73,17 @@ class DraftMLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Attention and feed-forward. `norm_before_residual`: the residual is the normed hidden state."""
+    """The first layer, which reads embeddings beside hidden states.
+
+    `norm_before_residual`: the residual is the normed hidden state.
+    """
 
     def __init__(self, config: Eagle3DraftConfig) -> None:
         super().__init__()
         self.norm_before_residual = config.norm_before_residual
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DraftAttention(config)
+        self.self_attn = DraftAttention(config, 2 * config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DraftMLP(config)
 
@@ -91,6 +95,22 @@ class DraftLayer(nn.Module):
         inputs_BT2H = torch.cat((self.input_layernorm(embeds_BTH), normed_BTH), dim=-1)
         residual_BLH = memory.asking(residual_BTH)
         hidden_BLH = residual_BLH + self.self_attn(inputs_BT2H, tables, memory)
+        return hidden_BLH + self.mlp(self.post_attention_layernorm(hidden_BLH))
+
+
+class FurtherLayer(nn.Module):
+    """A layer after the first: Llama's own."""
+
+    def __init__(self, config: Eagle3DraftConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DraftAttention(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DraftMLP(config)
+
+    def forward(self, hidden_BTH: Tensor, tables: RopeTables, memory: AttentionMemory) -> Tensor:
+        residual_BLH = memory.asking(hidden_BTH)
+        hidden_BLH = residual_BLH + self.self_attn(self.input_layernorm(hidden_BTH), tables, memory)
         return hidden_BLH + self.mlp(self.post_attention_layernorm(hidden_BLH))
 
 
@@ -122,6 +142,8 @@ class Eagle3Draft(nn.Module):
             self.aux_norms.append(norms)
         self.fc = nn.Linear(width, config.hidden_size, bias=False)
         self.midlayer = DraftLayer(config)
+        # Named by their numbers; the first layer has a name of its own.
+        self.layers = nn.ModuleDict({str(n): FurtherLayer(config) for n in range(1, config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = config.rotary_embedding()
@@ -158,7 +180,7 @@ class Eagle3Draft(nn.Module):
         return self.fc(aux_BTW)
 
     def advance(
-        self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: AttentionMemory
+        self, ids_BT: Tensor, hidden_BTH: Tensor, positions_BT: Tensor, memory: DraftMemory
     ) -> Tensor:
         """One pass; returns the output before the norm [B, L, H], of which `carried` makes the next step's input.
 
@@ -166,7 +188,20 @@ class Eagle3Draft(nn.Module):
         slots give keys and values; outputs are those of the slots that `memory` lets ask.
         """
         embeds_BTH = self.embed_tokens(ids_BT).to(hidden_BTH.dtype)
-        return self.midlayer(embeds_BTH, hidden_BTH, self.rotary.tables(positions_BT), memory)
+        tables = self.rotary.tables(positions_BT)
+        first, *further = memory.layers
+        hidden = self.midlayer(embeds_BTH, hidden_BTH, tables, first)
+        for layer, layer_memory in zip(self.layers.values(), further, strict=True):
+            hidden = layer(hidden, tables, layer_memory)
+        return hidden
+
+    def new_cache(self) -> DraftCache:
+        """An empty cache for decoding."""
+        return DraftCache(self.config.num_layers, self.config.sliding_window)
+
+    def unroll_memory(self, live: LiveSlots) -> UnrollMemory:
+        """The memory of one batch in training."""
+        return UnrollMemory(live, self.config.num_layers, self.config.sliding_window)
 
     def carried(self, output_BLH: Tensor) -> Tensor:
         """The hidden states that the next step reads, from this step's output before the norm."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft.attention_memory import UnrollMemory
 from eagle_rpc.draft.chunked_loss import JudgedRows, head_loss
 from eagle_rpc.draft.live_slots import LiveSlots, index_among
 from eagle_rpc.draft.model import Eagle3Draft
@@ -141,7 +140,7 @@ def result_of(
 
 def _unroll(draft: Eagle3Draft, batch: Eagle3TargetBatch, live: LiveSlots, steps: int) -> list[Tensor]:
     """Outputs before the norm [L, H] of each step at the live slots."""
-    memory = UnrollMemory(live)
+    memory = draft.unroll_memory(live)
     positions_N = positions_of(batch).expand_as(batch.input_ids).flatten()
     ids_BT, hidden = batch.input_ids, draft.fuse(batch.aux_hidden_states.flatten(0, 1)[None])
     outputs_SLH = []

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft.attention_memory import DraftCache
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.supervision import VocabMapping
 
@@ -28,7 +27,7 @@ class DraftProposer:
 
     def start(self) -> None:
         """Forgets the sequence."""
-        self._cache = DraftCache()
+        self._cache = self._draft.new_cache()
 
     def propose(self, next_token_ids: Sequence[int], aux_NW: Tensor) -> list[int]:
         """The next `num_draft_tokens` guesses: ids of the target vocabulary after the last `next_token_ids`.

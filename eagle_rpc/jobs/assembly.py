@@ -166,7 +166,7 @@ def stored_draft(config: Config, shape: TargetShape) -> StoredDraft | None:
             config.target.aux_layer_ids,
         )
     keeps_vocabulary = config.draft.init_vocab is InitVocab.stored
-    if keeps_vocabulary and len(stored.mapping) != config.draft.vocab_size:
+    if keeps_vocabulary and len(stored.mapping) != draft_vocab_size(config, shape):
         raise ConfigError(
             f"draft.vocab_size must be {len(stored.mapping)} with draft.init_from={config.draft.init_from}, "
             f"got {config.draft.vocab_size}; draft.init_vocab=data takes a vocabulary of this run's data"
@@ -190,7 +190,7 @@ def vocabulary(
         training,
         tokenizer=tokenizer,
         target_vocab_size=shape.vocab_size,
-        draft_vocab_size=config.draft.vocab_size,
+        draft_vocab_size=draft_vocab_size(config, shape),
         cache_dir=config.run.cache_dir,
     )
     return mapping
@@ -224,12 +224,12 @@ def make_draft(
 def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
     """The draft of this configuration, for a target of this shape.
 
-    Raises `ConfigError` for missing sizes and layers.
+    Raises `ConfigError` for missing sizes.
     """
-    form = config.draft
+    form, named = config.draft, config.target.aux_layer_ids
     base = Eagle3DraftConfig.from_target(
         shape,
-        draft_vocab_size=form.vocab_size,
+        draft_vocab_size=draft_vocab_size(config, shape),
         intermediate_size=form.intermediate_size,
         num_attention_heads=form.num_attention_heads,
         num_key_value_heads=form.num_key_value_heads,
@@ -238,12 +238,19 @@ def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
     )
     return replace(
         base,
-        num_aux_layers=len(aux_layers(shape.num_layers, config.target.aux_layer_ids)),
+        num_layers=form.num_layers,
+        sliding_window=form.sliding_window,
+        num_aux_layers=base.num_aux_layers if named is None else len(named),
         norm_before_residual=form.norm_before_residual,
         norm_before_fc=form.norm_before_fc,
         fc_norm=form.fc_norm,
         norm_output=form.norm_output,
     )
+
+
+def draft_vocab_size(config: Config, shape: TargetShape) -> int:
+    """`draft.vocab_size`; null: the whole vocabulary of the target."""
+    return config.draft.vocab_size or shape.vocab_size
 
 
 def make_record(

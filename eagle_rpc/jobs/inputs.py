@@ -18,7 +18,7 @@ from eagle_rpc.data import ChatDataset, ChatTemplate, datasets_of
 from eagle_rpc.data.sources import data_files, training_sources
 from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
-from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room, stored_draft
+from eagle_rpc.jobs.assembly import chat_template, draft_config, draft_vocab_size, require_room, stored_draft
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.loading import load_target_config, load_target_shape, load_tokenizer, plan_placement
@@ -109,7 +109,7 @@ def _check_placement(config: Config) -> None:
 
 
 def _check_draft(config: Config, shape: TargetShape) -> None:
-    if config.draft.vocab_size > shape.vocab_size:
+    if draft_vocab_size(config, shape) > shape.vocab_size:
         raise ConfigError(
             f"draft.vocab_size must be at most the target's vocabulary {shape.vocab_size}, "
             f"got {config.draft.vocab_size}"

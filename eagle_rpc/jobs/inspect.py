@@ -7,6 +7,7 @@ from rich.console import Console
 
 from eagle_rpc.config import Config
 from eagle_rpc.data.inspection import inspect_data
+from eagle_rpc.jobs.assembly import draft_vocab_size
 from eagle_rpc.jobs.inputs import load_inputs
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.inspection import print_inspection, write_page
@@ -22,7 +23,7 @@ def run(config: Config) -> int:
         inputs.template,
         config.data,
         target_vocab_size=inputs.shape.vocab_size,
-        draft_vocab_size=config.draft.vocab_size,
+        draft_vocab_size=draft_vocab_size(config, inputs.shape),
         num_samples=config.inspect.num_samples,
     )
     sources = [(path, counts.line(config.data.max_length)) for path, counts in inspection.sources]

@@ -11,7 +11,14 @@ import torch
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.data import ChatDataset, Example
-from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft, make_record, plan_batches
+from eagle_rpc.jobs.assembly import (
+    connect_target,
+    draft_vocab_size,
+    join_group,
+    make_draft,
+    make_record,
+    plan_batches,
+)
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
@@ -105,7 +112,7 @@ def _train_and_record(
     # Synthetic chats have no vocabulary that a trained draft could share.
     config = replace(config, draft=replace(config.draft, init_from=None))
     chats = synthetic_chats(config, shape.vocab_size)
-    mapping = _random_mapping(shape.vocab_size, config.draft.vocab_size, config.run.seed)
+    mapping = _random_mapping(shape.vocab_size, draft_vocab_size(config, shape), config.run.seed)
     path = record_path(RunDirectory.of(config).path, encoding.name, group.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDirectory(path.parent)

@@ -1,8 +1,7 @@
 """The plain EAGLE-3 directory that vLLM and SGLang serve: `config.json` and `model.safetensors`.
 
-Names and keys are those that all versions of both engines read: `midlayer.*` without a `model.` prefix (older
-SGLang skips unknown names and serves random weights), one layer, an untied head, explicit rotary settings,
-`d2t` as offsets.
+Names and keys are those that the engines read (`tensor_names`, `plain_config`), with an untied head, explicit
+rotary settings and `d2t` as offsets.
 Legend: H hidden, V target vocab.
 """
 
@@ -21,6 +20,7 @@ from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, ConfigError, InvalidRequest
 from eagle_rpc.process.files import replaced_directory
 from eagle_rpc.serving.plain_config import plain_config, read_plain_config
+from eagle_rpc.serving.tensor_names import draft_names, exported_names
 from eagle_rpc.supervision import VocabMapping
 
 EMBEDDING = "embed_tokens.weight"
@@ -75,9 +75,9 @@ def export_draft(
             f"the mapping must hold {draft_config.draft_vocab_size} of {draft_config.vocab_size} tokens "
             f"as the draft's config says, got {len(mapping)} of {mapping.target_vocab_size}"
         )
-    stored = {
-        name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()
-    }
+    stored = exported_names(
+        {name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+    )
     # Engines read a missing map as the identity, and vLLM refuses an identity map.
     if len(mapping) < mapping.target_vocab_size:
         stored |= {"d2t": mapping.d2t, "t2d": mapping.t2d}
@@ -106,6 +106,7 @@ def load_export(directory: Path) -> ExportedDraft:
         raise CheckpointError(f"{weights_path} must be a safetensors file: {error}") from error
     offsets = tensors.pop("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
     membership = tensors.pop("t2d", None)
+    tensors = draft_names(tensors, weights_path)
     _check_shapes(tensors, config)
     try:
         mapping = VocabMapping.from_token_ids(offsets + torch.arange(len(offsets)), config.vocab_size)
@@ -128,7 +129,7 @@ def _check_shapes(tensors: Mapping[str, Tensor], config: Eagle3DraftConfig) -> N
             raise CheckpointError(f"the draft's weights must hold {name}, which is missing")
         if name not in expected:
             raise CheckpointError(
-                f"the draft's weights must be those of one EAGLE-3 layer, got {name} as well"
+                f"the draft's weights must be those that its config names, got {name} as well"
             )
         shape = tuple(tensors[name].shape)
         if shape != expected[name]:

@@ -17,9 +17,10 @@ from eagle_rpc.errors import CheckpointError, ConfigError
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _AUX_LAYERS, _NUM_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 _DEFAULT_NUM_AUX_LAYERS = 3
+_SLIDING = "sliding_attention"
 # Left out if they are off, so that the config of a plain EAGLE-3 draft has no key of EAGLE-3.1.
 _SWITCHES = ("norm_before_fc", "fc_norm", "norm_output")
-_ABSENT_IF_NULL = ("rope_scaling", "rope_length")
+_ABSENT_IF_NULL = ("rope_scaling", "rope_length", "sliding_window")
 
 
 def plain_config(
@@ -31,7 +32,9 @@ def plain_config(
     for name in (*_SWITCHES, *_ABSENT_IF_NULL):
         if config[name] is None or config[name] is False:
             del config[name]
-    num_aux_layers = config.pop("num_aux_layers")
+    num_layers, num_aux_layers = config.pop("num_layers"), config.pop("num_aux_layers")
+    if draft_config.sliding_window is not None:
+        config["layer_types"] = [_SLIDING] * num_layers
     if num_aux_layers != _DEFAULT_NUM_AUX_LAYERS:
         config[_NUM_AUX_LAYERS] = num_aux_layers
     # vLLM reads the outer ids and counts before the layer; SGLang reads the inner ones and adds 1.
@@ -42,7 +45,7 @@ def plain_config(
     return config | {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        "num_hidden_layers": 1,
+        "num_hidden_layers": num_layers,
         "attention_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -56,7 +59,10 @@ def read_plain_config(raw: dict[str, Any], path: Path) -> tuple[Eagle3DraftConfi
 
     Raises `CheckpointError` that names `path`, rule and value.
     """
-    required = {"architectures": [ARCHITECTURE], "num_hidden_layers": 1, "tie_word_embeddings": False}
+    required = {"architectures": [ARCHITECTURE], "tie_word_embeddings": False}
+    if raw.get("sliding_window") is not None:
+        # Without the kinds of the layers vLLM serves full attention.
+        required["layer_types"] = [_SLIDING] * raw.get("num_hidden_layers", 1)
     for name, value in required.items():
         if raw.get(name) != value:
             raise CheckpointError(f"{path}: {name} must be {value}, got {raw.get(name)}")
@@ -71,8 +77,9 @@ def read_plain_config(raw: dict[str, Any], path: Path) -> tuple[Eagle3DraftConfi
     # As vLLM, which takes this one from either place.
     raw = {"norm_before_fc": (raw.get("eagle_config") or {}).get("norm_before_fc", False), **raw}
     known = {field.name: raw[field.name] for field in fields(Eagle3DraftConfig) if field.name in raw}
+    known |= {"num_aux_layers": num_aux_layers, "num_layers": raw.get("num_hidden_layers", 1)}
     try:
-        config = Eagle3DraftConfig(**{"rope_scaling": None, **known, "num_aux_layers": num_aux_layers})
+        config = Eagle3DraftConfig(**{"rope_scaling": None, **known})
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} must describe an EAGLE-3 draft: {error}") from error
     return config, aux_layer_ids

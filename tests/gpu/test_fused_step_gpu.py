@@ -63,6 +63,12 @@ CASES = [
         norm_before_residual=True,
         seed=12,
     ),
+    Case(head_dim=64, hidden_size=256, length=700, window=100, seed=13),
+    Case(head_dim=128, hidden_size=384, length=900, window=64, blocks=3, seed=14),
+    Case(
+        head_dim=80, hidden_size=320, length=600, window=8, blocks=2, packed=True, norm_output=True, seed=15
+    ),
+    Case(head_dim=256, hidden_size=256, length=300, window=7, packed=True, seed=16),
 ]
 
 

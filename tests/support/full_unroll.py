@@ -27,34 +27,54 @@ def full_ttt_loss(
 
 def _outputs(draft: Eagle3Draft, batch: Eagle3TargetBatch, steps: int) -> list[Tensor]:
     """Outputs before the norm [B, T, H] of each step."""
-    layer, attention, length = draft.midlayer, draft.midlayer.self_attn, batch.input_ids.shape[1]
-    repeats = draft.config.num_attention_heads // draft.config.num_key_value_heads
-    chats_BT = batch.tokens.segment_ids
-    chats_BT = torch.zeros_like(batch.input_ids) if chats_BT is None else chats_BT
-    causal_BTT = (chats_BT.unsqueeze(2) == chats_BT.unsqueeze(1)).tril()
-    own_BTT = torch.eye(length, dtype=torch.bool).expand_as(causal_BTT)
-    ids_BT, hidden_BTH, outputs, keys, values = (
-        batch.input_ids, draft.fuse(batch.aux_hidden_states), [], [], []
-    )  # fmt: skip
-    for step in range(steps):
-        normed_BTH = layer.hidden_norm(hidden_BTH)
-        embeds_BTH = layer.input_layernorm(draft.embed_tokens(ids_BT).to(hidden_BTH.dtype))
-        inputs_BT2H = torch.cat((embeds_BTH, normed_BTH), dim=-1)
-        queries_BQTD, keys_BJTD, values_BJTD = (
-            projection(inputs_BT2H).unflatten(-1, (-1, draft.config.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        tables = draft.rotary.tables(positions_of(batch) + step)
-        keys.append(rotate(keys_BJTD, tables).repeat_interleave(repeats, dim=1))
-        values.append(values_BJTD.repeat_interleave(repeats, dim=1))
-        scores = rotate(queries_BQTD, tables) @ torch.cat(keys, dim=2).mT / draft.config.head_dim**0.5
-        visible = torch.cat((causal_BTT, *[own_BTT] * step), dim=-1).unsqueeze(1)
-        shares = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
-        attended_BTQ = (shares @ torch.cat(values, dim=2)).transpose(1, 2).flatten(2)
-        residual_BTH = normed_BTH if layer.norm_before_residual else hidden_BTH
-        hidden_BTH = residual_BTH + attention.o_proj(attended_BTQ)
-        hidden_BTH = hidden_BTH + layer.mlp(layer.post_attention_layernorm(hidden_BTH))
+    layers = [_Layer(draft, batch, number) for number in range(draft.config.num_layers)]
+    ids_BT, hidden_BTH, outputs = batch.input_ids, draft.fuse(batch.aux_hidden_states), []
+    for _ in range(steps):
+        normed_BTH = draft.midlayer.hidden_norm(hidden_BTH)
+        embeds_BTH = draft.midlayer.input_layernorm(draft.embed_tokens(ids_BT).to(hidden_BTH.dtype))
+        residual_BTH = normed_BTH if draft.config.norm_before_residual else hidden_BTH
+        hidden_BTH = layers[0].step(torch.cat((embeds_BTH, normed_BTH), dim=-1), residual_BTH)
+        for layer in layers[1:]:
+            hidden_BTH = layer.step(layer.module.input_layernorm(hidden_BTH), hidden_BTH)
         outputs.append(hidden_BTH)
         hidden_BTH = draft.norm(hidden_BTH) if draft.config.norm_output else hidden_BTH
         ids_BT = shift_left(ids_BT)
     return outputs
+
+
+class _Layer:
+    """One layer with the keys and values of all its steps."""
+
+    def __init__(self, draft: Eagle3Draft, batch: Eagle3TargetBatch, number: int) -> None:
+        self.module = draft.layers[str(number)] if number else draft.midlayer
+        self._draft, self._positions = draft, positions_of(batch)
+        chats_BT = batch.tokens.segment_ids
+        chats_BT = torch.zeros_like(batch.input_ids) if chats_BT is None else chats_BT
+        self._chat_BTT = chats_BT.unsqueeze(2) == chats_BT.unsqueeze(1)
+        self._keys, self._values = [], []
+
+    def step(self, inputs: Tensor, residual_BTH: Tensor) -> Tensor:
+        attention, config, step = self.module.self_attn, self._draft.config, len(self._keys)
+        repeats = config.num_attention_heads // config.num_key_value_heads
+        queries_BQTD, keys_BJTD, values_BJTD = (
+            projection(inputs).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        tables = self._draft.rotary.tables(self._positions + step)
+        self._keys.append(rotate(keys_BJTD, tables).repeat_interleave(repeats, dim=1))
+        self._values.append(values_BJTD.repeat_interleave(repeats, dim=1))
+        scores = rotate(queries_BQTD, tables) @ torch.cat(self._keys, dim=2).mT / config.head_dim**0.5
+        shares = scores.masked_fill(~self._visible(step), -torch.inf).softmax(dim=-1)
+        attended_BTQ = (shares @ torch.cat(self._values, dim=2)).transpose(1, 2).flatten(2)
+        middle_BTH = residual_BTH + attention.o_proj(attended_BTQ)
+        return middle_BTH + self.module.mlp(self.module.post_attention_layernorm(middle_BTH))
+
+    def _visible(self, step: int) -> Tensor:
+        """[B, 1, T, T * steps so far]"""
+        window = self._draft.config.sliding_window or 10**9
+        length = self._chat_BTT.shape[1]
+        distance_TT = torch.arange(length)[:, None] - torch.arange(length)
+        causal_BTT = self._chat_BTT & (distance_TT >= 0) & (distance_TT + step < window)
+        own_BTT = torch.eye(length, dtype=torch.bool).expand_as(causal_BTT)
+        own = [own_BTT & (step - later < window) for later in range(1, step + 1)]
+        return torch.cat((causal_BTT, *own), dim=-1).unsqueeze(1)

@@ -1,7 +1,7 @@
 """Random drafts and batches for tests that compare two ways to compute the TTT objective."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Case:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    num_layers: int = 1
+    window: int | None = None
     seed: int = 0
 
 
@@ -66,6 +68,8 @@ def random_case(seed: int) -> tuple[Case, Objective]:
         norm_output=draw.random() < 0.5,
     )
     steps = draw.choice([1, 1, 2, 2, 3, 4, 5, 6, 7, 8])
+    window = draw.choice([None, None, steps, steps + draw.randint(1, 8)])
+    case = replace(case, window=window, num_layers=draw.choice([1, 1, 1, 2]))
     return case, Objective(steps=steps, step_decay=0.7, loss=draw.choice(sorted(LOSSES)))
 
 
@@ -89,6 +93,8 @@ def case_draft(case: Case) -> Eagle3Draft:
         norm_before_fc=case.norm_before_fc,
         fc_norm=case.fc_norm,
         norm_output=case.norm_output,
+        num_layers=case.num_layers,
+        sliding_window=case.window,
     )
     draft = Eagle3Draft(config, torch.randn(VOCAB, case.hidden_size, generator=generator))
     with torch.no_grad():

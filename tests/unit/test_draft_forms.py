@@ -14,6 +14,8 @@ FORMS = {
     "eagle3.1": ({"fc_norm": True, "norm_output": True}, [0, 2, 4]),
     "norm_before_fc": ({"norm_before_fc": True, "norm_before_residual": True}, [0, 2, 4]),
     "one_layer_captured": ({}, [3]),
+    "two_layers": ({"num_layers": 2, "norm_output": True}, [0, 2, 4]),
+    "window": ({"sliding_window": 4}, [0, 2, 4]),
     "five_layers_captured": ({"fc_norm": True, "norm_before_fc": True}, [0, 1, 2, 3, 4]),
 }
 

@@ -49,25 +49,31 @@ class QueryBlocks:
         return replace(self, queries=to_device(self.queries, device), keys=to_device(self.keys, device))
 
 
-def causal_attention(inputs: Heads, scale: float, blocks: QueryBlocks | None) -> tuple[Tensor, Tensor]:
-    """Attended values [B, T, Q, D] and log-sums [B, Q, T] of the `inputs`; with `blocks` B is 1."""
+def causal_attention(
+    inputs: Heads, scale: float, blocks: QueryBlocks | None, window_left: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attended values [B, T, Q, D] and log-sums [B, Q, T] of the `inputs`; with `blocks` B is 1.
+
+    `window_left`: keys before its own that a query attends to; null: all of them.
+    """
     if not inputs[0].is_cuda:
-        return _causal_on_cpu(inputs, scale, blocks)
+        return _causal_on_cpu(inputs, scale, blocks, window_left)
+    window = _window(window_left)
     # With fewer queries than keys, flash attention aligns the last query with the last key.
     if blocks is not None:
         out, log_sums, *_ = aten._flash_attention_forward(
-            *(tensor[0] for tensor in inputs), *blocks.arguments, 0.0, True, False, scale=scale
+            *(tensor[0] for tensor in inputs), *blocks.arguments, 0.0, True, False, **window, scale=scale
         )
         return out[None], log_sums[None]
     length = inputs[0].shape[1]
-    if _cudnn_runs(inputs[0]):
+    if window_left is None and _cudnn_runs(inputs[0]):
         heads_first = (tensor.transpose(1, 2) for tensor in inputs)
         out, log_sums, *_ = aten._scaled_dot_product_cudnn_attention(
             *heads_first, None, True, 0.0, True, False, scale=scale
         )
         return out.transpose(1, 2), log_sums.squeeze(-1)
     out, log_sums, *_ = aten._flash_attention_forward(
-        *inputs, None, None, length, length, 0.0, True, False, scale=scale
+        *inputs, None, None, length, length, 0.0, True, False, **window, scale=scale
     )
     return out, log_sums
 
@@ -79,6 +85,7 @@ def causal_attention_backward(
     log_sums_BQT: Tensor,
     scale: float,
     blocks: QueryBlocks | None,
+    window_left: int | None = None,
 ) -> Heads:
     """Gradients of the `inputs` through the causal keys.
 
@@ -86,17 +93,18 @@ def causal_attention_backward(
     """
     tensors = (out_grads_BTQD, *inputs, out_BTQD)
     if not out_BTQD.is_cuda:
-        return _causal_backward_on_cpu(tensors, log_sums_BQT, scale, blocks)
+        return _causal_backward_on_cpu(tensors, log_sums_BQT, scale, blocks, window_left)
+    window = _window(window_left)
     # The state of dropout, which is not used.
     unused = torch.empty(0, dtype=torch.int64, device=out_BTQD.device)
     if blocks is not None:
         packed = (*(tensor[0] for tensor in tensors), log_sums_BQT[0])
         query_grads, key_grads, value_grads = aten._flash_attention_backward(
-            *packed, *blocks.arguments, 0.0, True, unused, unused, scale=scale
+            *packed, *blocks.arguments, 0.0, True, unused, unused, **window, scale=scale
         )
         return query_grads[None], key_grads[None], value_grads[None]
     length = out_BTQD.shape[1]
-    if _cudnn_runs(out_BTQD):
+    if window_left is None and _cudnn_runs(out_BTQD):
         heads_first = (tensor.transpose(1, 2) for tensor in tensors)
         no_bias_and_no_boundaries = (None, None, None)
         sizes = (*no_bias_and_no_boundaries, length, length)
@@ -105,8 +113,13 @@ def causal_attention_backward(
         )
         return query_grads.transpose(1, 2), key_grads.transpose(1, 2), value_grads.transpose(1, 2)
     return aten._flash_attention_backward(
-        *tensors, log_sums_BQT, None, None, length, length, 0.0, True, unused, unused, scale=scale
+        *tensors, log_sums_BQT, None, None, length, length, 0.0, True, unused, unused, **window, scale=scale
     )
+
+
+def _window(window_left: int | None) -> dict[str, int]:
+    """The arguments of flash attention."""
+    return {} if window_left is None else {"window_size_left": window_left, "window_size_right": 0}
 
 
 def _cudnn_runs(heads_BTQD: Tensor) -> bool:
@@ -115,12 +128,14 @@ def _cudnn_runs(heads_BTQD: Tensor) -> bool:
     return hopper and torch.backends.cudnn.is_available() and heads_BTQD.shape[-1] <= 128
 
 
-def _causal_on_cpu(inputs: Heads, scale: float, blocks: QueryBlocks | None) -> tuple[Tensor, Tensor]:
+def _causal_on_cpu(
+    inputs: Heads, scale: float, blocks: QueryBlocks | None, window_left: int | None
+) -> tuple[Tensor, Tensor]:
     outs, log_sums = [], []
     for queries, keys in _slices(blocks):
         heads = _heads_first(inputs, (queries, keys, keys))
         out, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, False, attn_mask=_causal_mask(heads), scale=scale
+            *heads, 0.0, False, attn_mask=_causal_mask(heads, window_left), scale=scale
         )
         outs.append(out)
         log_sums.append(log_sum)
@@ -128,12 +143,16 @@ def _causal_on_cpu(inputs: Heads, scale: float, blocks: QueryBlocks | None) -> t
 
 
 def _causal_backward_on_cpu(
-    tensors: tuple[Tensor, ...], log_sums_BQT: Tensor, scale: float, blocks: QueryBlocks | None
+    tensors: tuple[Tensor, ...],
+    log_sums_BQT: Tensor,
+    scale: float,
+    blocks: QueryBlocks | None,
+    window_left: int | None,
 ) -> Heads:
     pieces = []
     for queries, keys in _slices(blocks):
         out_grads, *heads, out = _heads_first(tensors, (queries, queries, keys, keys, queries))
-        options = {"attn_mask": _causal_mask(heads), "scale": scale}
+        options = {"attn_mask": _causal_mask(heads, window_left), "scale": scale}
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             out_grads, *heads, out, log_sums_BQT[:, :, queries], 0.0, False, **options
         )
@@ -155,7 +174,9 @@ def _heads_first(tensors: Sequence[Tensor], parts: Sequence[slice]) -> list[Tens
     return [tensor[:, part].transpose(1, 2) for tensor, part in zip(tensors, parts, strict=True)]
 
 
-def _causal_mask(heads: Sequence[Tensor]) -> Tensor:
-    """[T, M]: 0 where a query may attend, -inf at later keys; the last query attends to the last key."""
+def _causal_mask(heads: Sequence[Tensor], window_left: int | None) -> Tensor:
+    """[T, M]: 0 where a query may attend, -inf elsewhere; the last query attends to the last key."""
     queries, keys = heads[0].shape[2], heads[1].shape[2]
-    return heads[0].new_full((queries, keys), float("-inf")).triu(keys - queries + 1)
+    hidden = heads[0].new_full((queries, keys), float("-inf"))
+    later = hidden.triu(keys - queries + 1)
+    return later if window_left is None else later + hidden.tril(keys - queries - window_left - 1)

@@ -4,6 +4,7 @@ Legend: B batch, T sequence, N rows (in `_unroll` slots B T), n rows of a chunk,
 pairs of a chunk's row and a step, H hidden, W width of all captured states, K draft vocab.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,7 +20,10 @@ from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
 from eagle_rpc.draft.live_slots import index_among
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
+from eagle_rpc.errors import ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch
+
+logger = logging.getLogger(__name__)
 
 # Logits of a chunk in bytes: large matrix products, and little memory compared with that of the unroll.
 _CHUNK_BYTES = 2**30
@@ -45,15 +49,31 @@ class FusedStep:
         recompute_mlp: bool,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
+        window = draft.config.sliding_window
+        if draft.config.num_layers > 1 or (window is not None and window < objective.steps):
+            raise ConfigError(
+                "the fused step must have a draft of one layer, with a sliding window of at least "
+                f"draft.ttt_steps {objective.steps} tokens or none, got {draft.config.num_layers} and {window}"
+            )
         self._draft, self._objective, self._recompute_mlp = draft, objective, recompute_mlp
         self._weights = FusedWeights(draft, dtype, gradients)
 
     @staticmethod
     def supports(draft: Eagle3Draft, dtype: torch.dtype) -> bool:
-        """Whether flash attention can run this draft on its device in `dtype`."""
-        head_dim = draft.config.head_dim
-        on_gpu_in_bf16 = draft.fc.weight.is_cuda and dtype is torch.bfloat16
-        return on_gpu_in_bf16 and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        """Whether this draft runs so on its device in `dtype`; what alone keeps it from a GPU is logged."""
+        if not (draft.fc.weight.is_cuda and dtype is torch.bfloat16):
+            return False
+        head_dim, num_layers = draft.config.head_dim, draft.config.num_layers
+        attends = head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+        if num_layers > 1 or not attends:
+            logger.warning(
+                "this draft trains by the reference step, which is slower: the fused one takes one layer, this "
+                "draft has %d, and heads of a multiple of 8 up to %d, it has %d",
+                num_layers,
+                MAX_HEAD_DIM,
+                head_dim,
+            )
+        return num_layers == 1 and attends
 
     def refresh_weights(self) -> None:
         self._weights.refresh()

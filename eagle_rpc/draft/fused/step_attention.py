@@ -22,8 +22,9 @@ class StepAttention:
     0. `backward` takes the steps in reverse.
     """
 
-    def __init__(self, plan: SlotPlan, live_SLJ2D: Tensor, idle_IJ2D: Tensor) -> None:
-        self._plan = plan
+    def __init__(self, plan: SlotPlan, live_SLJ2D: Tensor, idle_IJ2D: Tensor, window: int | None) -> None:
+        """`window`: at least as many tokens as steps, so that a query attends to all later keys of its slot."""
+        self._plan, self._window = plan, window
         self._live, self._idle = live_SLJ2D, idle_IJ2D
         self._scale = live_SLJ2D.shape[-1] ** -0.5
         self._heads: list[StepHeads] = []
@@ -36,7 +37,7 @@ class StepAttention:
             if not self._plan.all_live:
                 self._step_0_MJ2D = torch.cat((self._live[0], self._idle))[self._plan.key_sources]
         causal_BTQD, log_sums_BQT = causal_attention(
-            self._inputs(queries_LQD), self._scale, self._plan.blocks
+            self._inputs(queries_LQD), self._scale, self._plan.blocks, self._window_left(len(self._heads))
         )
         out_LQD.copy_(self._collect(causal_BTQD))
         keys_SLJD, values_SLJD = self._live.chunk(2, dim=2)
@@ -65,6 +66,7 @@ class StepAttention:
             log_sums_BQT,
             self._scale,
             self._plan.blocks,
+            self._window_left(heads.step),
         )
         query_grads_LQD = self._collect(grads[0])
         for total_MJD, grad_BMJD in zip(self._step_0_grads_MJ2D.chunk(2, dim=1), grads[1:], strict=True):
@@ -72,6 +74,10 @@ class StepAttention:
         key_grads_SLJD, value_grads_SLJD = key_value_grads_SLJ2D.chunk(2, dim=2)
         merge_backward(heads, out_grads_LQD, query_grads_LQD, (key_grads_SLJD, value_grads_SLJD))
         return query_grads_LQD
+
+    def _window_left(self, step: int) -> int | None:
+        """Keys of step 0 before a slot that its query of this step attends to."""
+        return None if self._window is None else self._window - 1 - step
 
     def step_0_grads(self) -> tuple[Tensor, Tensor]:
         """Gradients of step 0's keys and values, after its backward: of live slots, and of idle ones."""

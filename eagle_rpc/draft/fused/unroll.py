@@ -67,7 +67,8 @@ class FusedUnroll:
             ids_I, positions_I = ids_BT.flatten()[plan.idle], positions_N[plan.idle]
             idle_key_values = self._idle.forward(fused_NH[plan.idle], ids_I, positions_I)
         key_values = self._in_heads(self._qkv[..., self._query_width :])
-        self._attention = StepAttention(plan, key_values, self._in_heads(idle_key_values))
+        window, idle = self._draft.config.sliding_window, self._in_heads(idle_key_values)
+        self._attention = StepAttention(plan, key_values, idle, window)
 
         positions_L = positions_N[plan.live]
         self._tables = [self._draft.rotary.tables(positions_L[None] + step) for step in range(self._steps)]

@@ -36,6 +36,10 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("train.batch_size=0", "train.batch_size must be positive, got 0"),
         ("draft.step_decay=1.5", r"draft.step_decay must lie in \(0, 1\], got 1.5"),
         (
+            "draft.sliding_window=6",
+            r"draft.sliding_window must reach over draft.ttt_steps 7, got 6",
+        ),
+        (
             "target.aux_layer_ids=[3,3,5]",
             r"target.aux_layer_ids must be one to eight distinct layers .* got \[3, 3, 5\]",
         ),

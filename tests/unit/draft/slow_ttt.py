@@ -44,9 +44,8 @@ def slow_ttt(
 
 def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Tensor], steps: int) -> dict:
     """Output of every (step, slot) whose next token exists."""
-    config, ids = draft.config, chat["ids"]
-    eps = config.rms_norm_eps
-    outputs, keys, values = {}, {}, {}
+    config, ids, memories = draft.config, chat["ids"], [({}, {}) for _ in range(draft.config.num_layers)]
+    eps, outputs = config.rms_norm_eps, {}
     for step in range(steps):
         for slot in range(len(ids) - step - 1):
             hidden = outputs[step - 1, slot] if step else _fused(draft, weights, chat["aux"][slot])
@@ -55,36 +54,46 @@ def _outputs(draft: Eagle3Draft, weights: dict[str, Tensor], chat: dict[str, Ten
             embedding = weights["embed_tokens.weight"][ids[slot + step + 1]]
             normed = _norm(hidden, weights["midlayer.hidden_norm.weight"], eps)
             x = torch.cat([_norm(embedding, weights["midlayer.input_layernorm.weight"], eps), normed])
-            q, k, v = (
-                (weights[f"midlayer.self_attn.{name}_proj.weight"] @ x).reshape(-1, config.head_dim)
-                for name in ("q", "k", "v")
-            )
-            q, k = _turn(q, slot + step, config.rope_theta), _turn(k, slot + step, config.rope_theta)
-            keys[step, slot], values[step, slot] = k, v
-            seen = [(0, earlier) for earlier in range(slot + 1)] + [
-                (later, slot) for later in range(1, step + 1)
-            ]
-            attended = []
-            for head in range(config.num_attention_heads):
-                shared = head // (config.num_attention_heads // config.num_key_value_heads)
-                scores = torch.stack(
-                    [q[head] @ keys[place][shared] / math.sqrt(config.head_dim) for place in seen]
-                )
-                shares = scores.exp() / scores.exp().sum()
-                attended.append(
-                    sum(share * values[place][shared] for share, place in zip(shares, seen, strict=True))
-                )
             residual = normed if config.norm_before_residual else hidden
-            middle = residual + weights["midlayer.self_attn.o_proj.weight"] @ torch.cat(attended)
-            y = _norm(middle, weights["midlayer.post_attention_layernorm.weight"], eps)
-            gate, up = (
-                weights["midlayer.mlp.gate_proj.weight"] @ y,
-                weights["midlayer.mlp.up_proj.weight"] @ y,
-            )
-            outputs[step, slot] = middle + weights["midlayer.mlp.down_proj.weight"] @ (
-                gate / (1 + (-gate).exp()) * up
-            )
+            hidden = _layer(draft, weights, "midlayer", x, residual, (step, slot), memories[0])
+            for number in range(1, config.num_layers):
+                x = _norm(hidden, weights[f"layers.{number}.input_layernorm.weight"], eps)
+                hidden = _layer(draft, weights, f"layers.{number}", x, hidden, (step, slot), memories[number])
+            outputs[step, slot] = hidden
     return outputs
+
+
+def _layer(
+    draft: Eagle3Draft,
+    weights: dict[str, Tensor],
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    place: tuple[int, int],
+    memory: tuple[dict, dict],
+) -> Tensor:
+    """The output of a layer for its normed input `x` at (step, slot); keys and values are kept in `memory`."""
+    config, (step, slot), (keys, values) = draft.config, place, memory
+    q, k, v = (
+        (weights[f"{name}.self_attn.{one}_proj.weight"] @ x).reshape(-1, config.head_dim)
+        for one in ("q", "k", "v")
+    )
+    position = slot + step
+    q, k = _turn(q, position, config.rope_theta), _turn(k, position, config.rope_theta)
+    keys[place], values[place] = k, v
+    seen = [(0, earlier) for earlier in range(slot + 1)] + [(later, slot) for later in range(1, step + 1)]
+    if config.sliding_window is not None:
+        seen = [(s, t) for s, t in seen if s + t > position - config.sliding_window]
+    attended = []
+    for head in range(config.num_attention_heads):
+        shared = head // (config.num_attention_heads // config.num_key_value_heads)
+        scores = torch.stack([q[head] @ keys[one][shared] / math.sqrt(config.head_dim) for one in seen])
+        shares = scores.exp() / scores.exp().sum()
+        attended.append(sum(share * values[one][shared] for share, one in zip(shares, seen, strict=True)))
+    middle = residual + weights[f"{name}.self_attn.o_proj.weight"] @ torch.cat(attended)
+    y = _norm(middle, weights[f"{name}.post_attention_layernorm.weight"], config.rms_norm_eps)
+    gate, up = weights[f"{name}.mlp.gate_proj.weight"] @ y, weights[f"{name}.mlp.up_proj.weight"] @ y
+    return middle + weights[f"{name}.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
 
 
 def _fused(draft: Eagle3Draft, weights: dict[str, Tensor], aux: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def test_every_step_equals_an_explicit_mask():
             )
             memory = UnrollMemory(
                 LiveSlots(places=live, chat_lengths=chat_lengths, live_lengths=live_lengths)
-            )
+            ).layers[0]
             for step in range(steps):
                 slots = [in_one_row(heads[step]) for heads in (keys, values)]
                 answer = memory.attend(

@@ -3,7 +3,7 @@ import torch
 from draft_cases import DRAFT_VOCAB, HIDDEN, VOCAB, random_chat, tiny_config, tiny_draft
 from support.ttt_cases import every_slot
 
-from eagle_rpc.draft import DraftCache, Eagle3Draft, UnrollMemory
+from eagle_rpc.draft import DraftCache, Eagle3Draft
 from eagle_rpc.errors import ConfigError
 
 # Names and shapes that serving engines read; H 12, 4 heads and 2 key heads of 6, intermediate 20, V 23, K 11.
@@ -27,6 +27,14 @@ GOLDEN = {
 
 def test_state_dict_has_the_exported_names_and_shapes():
     assert {name: tuple(tensor.shape) for name, tensor in tiny_draft().state_dict().items()} == GOLDEN
+
+
+def test_further_layers_are_plain_llama_layers():
+    draft = tiny_draft(num_layers=3)
+    names = {name.removeprefix("layers.2.") for name in draft.state_dict() if name.startswith("layers.2.")}
+    first = {name.removeprefix("midlayer.") for name in GOLDEN if name.startswith("midlayer.")}
+    assert names == first - {"hidden_norm.weight"}
+    assert draft.layers["1"].self_attn.q_proj.weight.shape == (24, 12)
 
 
 def test_norms_before_the_projection_have_the_names_that_engines_load():
@@ -80,7 +88,8 @@ def test_a_cast_draft_keeps_its_rotary_frequencies():
 
 def unrolled(draft, ids_BT, aux_BT3H, steps):
     """TTT outputs of every step; slots near the end read the filler id 0."""
-    memory, positions = UnrollMemory(every_slot(ids_BT.shape[1])), torch.arange(ids_BT.shape[1])[None]
+    memory = draft.unroll_memory(every_slot(ids_BT.shape[1]))
+    positions = torch.arange(ids_BT.shape[1])[None]
     hidden, outputs = draft.fuse(aux_BT3H), []
     for step in range(steps):
         ids = torch.nn.functional.pad(ids_BT[:, step + 1 :], (0, step + 1))
@@ -90,7 +99,13 @@ def unrolled(draft, ids_BT, aux_BT3H, steps):
     return outputs
 
 
-FORMS = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
+FORMS = {
+    "eagle3": {},
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "two_layers": {"num_layers": 2},
+    "window": {"sliding_window": 4, "num_layers": 2},
+    "window_shorter_than_the_steps": {"sliding_window": 2},
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,11 +117,11 @@ def test_decoding_equals_training(form):
     outputs = unrolled(draft, ids, aux, steps)
     trained = [draft.carried(output) for output in outputs]
     fused = draft.fuse(aux)
-    whole, logits = draft.decode_step(ids[:, 1:], fused[:, :-1], DraftCache())
+    whole, logits = draft.decode_step(ids[:, 1:], fused[:, :-1], draft.new_cache())
     torch.testing.assert_close(whole, trained[0][:, :-1])
     torch.testing.assert_close(logits, draft.lm_head(draft.norm(outputs[0][:, -2])))
 
-    cache, slot = DraftCache(), 0
+    cache, slot = draft.new_cache(), 0
     for piece in (1, 3, 1):
         output, _ = draft.decode_step(
             ids[:, slot + 1 : slot + 1 + piece], fused[:, slot : slot + piece], cache

@@ -8,6 +8,7 @@ from support.ttt_cases import Case, case_batch, case_draft, gradients
 
 from eagle_rpc.draft import LOSSES, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep, aux_fusion, unroll
+from eagle_rpc.errors import ConfigError
 
 CASES = [
     Case(),
@@ -22,6 +23,8 @@ CASES = [
     Case(norm_before_fc=True, norm_output=True, norm_before_residual=True, packed=True, seed=9),
     Case(aux_layers=5, norm_before_fc=True, fc_norm=True, seed=10),
     Case(aux_layers=1, fc_norm=True, batch=3, seed=11),
+    Case(window=6, length=24, seed=12),
+    Case(window=9, length=40, packed=True, blocks=2, norm_output=True, seed=13),
 ]
 FIGURES = ("loss", "loss_sums", "rows", "correct", "accepted", "drafts")
 
@@ -137,6 +140,13 @@ def test_no_rows_give_zero_loss_and_zero_gradients():
     (_, _), (result, grads) = both(Case(supervised_share=0.0))
     assert result.loss == 0
     assert all(not grad.any() for grad in grads.values())
+
+
+@pytest.mark.parametrize("case", [Case(num_layers=2), Case(window=2)], ids=["layers", "window"])
+def test_forms_that_it_does_not_unroll_are_refused(case):
+    objective = Objective(steps=3, step_decay=0.7)
+    with pytest.raises(ConfigError, match="the fused step must have a draft of one layer"):
+        FusedStep(case_draft(case), objective, dtype=torch.float64, recompute_mlp=False)
 
 
 def test_the_cpu_keeps_the_reference():

@@ -103,6 +103,9 @@ def test_every_draft_of_every_length_accepts_what_real_decoding_accepts(family):
 FORMS = {
     "eagle3.1": {"fc_norm": True, "norm_output": True},
     "norm_before_fc": {"norm_before_fc": True, "norm_before_residual": True},
+    "two_layers": {"num_layers": 2, "norm_output": True},
+    "window": {"sliding_window": 6},
+    "window_shorter_than_the_guesses": {"sliding_window": 3, "num_layers": 2},
 }
 
 

@@ -116,6 +116,44 @@ def test_norms_before_the_projection_have_the_names_that_engines_load(tmp_path):
     assert added == {"input_norm.weight": (24,)} | {f"fc_norm.{place}.weight": (8,) for place in range(3)}
 
 
+def test_several_layers_have_the_names_that_each_engine_loads(tmp_path):
+    config = replace(CONFIG, num_layers=3, sliding_window=64)
+    weights = draft_weights(config)
+    weights["layers.2.input_layernorm.weight"] = torch.arange(8.0)
+    config_path, weights_path = export(tmp_path, config=config, weights=weights, dtype=torch.float32)
+    written, tensors = json.loads(config_path.read_text()), load_file(weights_path)
+    assert written["num_hidden_layers"] == 3
+    assert (written["sliding_window"], written["layer_types"]) == (64, ["sliding_attention"] * 3)
+    assert not any("midlayer" in name for name in tensors)
+    shapes = {
+        name: tuple(tensors[f"layers.{name}.weight"].shape)
+        for name in (
+            "0.self_attn.q_proj",
+            "0.hidden_norm",
+            "1.self_attn.q_proj",
+            "1.hidden_norm",
+            "1.input_layernorm",
+        )
+    }
+    assert list(shapes.values()) == [(24, 16), (8,), (24, 8), (8,), (8,)]
+    # vLLM reads the first of these, SGLang and TensorRT-LLM the second.
+    for name in ("input_layernorm", "hidden_norm"):
+        assert torch.equal(tensors[f"layers.2.{name}.weight"], torch.arange(8.0))
+    read = load_export(tmp_path)
+    assert read.config == config
+    assert read.weights.keys() == weights.keys()
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == ["sliding_attention"] * 3
+
+
+def test_the_two_names_of_a_norm_must_agree(tmp_path):
+    _, weights = export(tmp_path, config=replace(CONFIG, num_layers=2))
+    tensors = load_file(weights)
+    tensors["layers.1.hidden_norm.weight"] += 1
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.hidden_norm\.weight must be equal"):
+        load_export(tmp_path)
+
+
 def test_tensors_have_the_names_shapes_and_dtypes_that_engines_load(tmp_path):
     files = export(tmp_path / "export")
     assert files == [tmp_path / "export" / "config.json", tmp_path / "export" / "model.safetensors"]
@@ -261,7 +299,8 @@ def edit_config(directory, **changes):
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures must be"),
-        ({"num_hidden_layers": 2}, "num_hidden_layers must be 1, got 2"),
+        ({"num_hidden_layers": 2}, r"must hold layers\.1\.input_layernorm\.weight, which is missing"),
+        ({"sliding_window": 32}, r"layer_types must be \['sliding_attention'\], got None"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be False, got True"),
         ({"head_dim": 7}, "head_dim must be even"),
         (

@@ -25,6 +25,7 @@ SETTINGS = train_config(max_steps=5, accumulation=2, checkpoint_every=2, validat
 FORMS = {
     "eagle3.1": {"fc_norm": True, "norm_output": True},
     "norm_before_fc": {"norm_before_fc": True, "norm_before_residual": True},
+    "two_layers_with_a_window": {"num_layers": 2, "sliding_window": 6},
 }
 EMBEDDING = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
 
