@@ -38,6 +38,7 @@ from eagle_rpc.config.schema import (
     JobConfig,
     RpcConfig,
     RunConfig,
+    ServingConfig,
     SupervisionConfig,
     TargetConfig,
     TrainConfig,
@@ -250,7 +251,8 @@ class DraftTraining:
         Raises `ConfigError` if `directory` holds other files.
         """
         weights, embedding_VH = self._learner.draft_weights(), self.draft.embed_tokens.weight
-        return export_run(weights, self._record, embedding_VH, Path(directory), dtype)
+        settings = ServingConfig(dir=str(directory), dtype=dtype)
+        return export_run(weights, self._record, embedding_VH, settings)
 
 
 def load_draft(directory: str | Path) -> ExportedDraft:

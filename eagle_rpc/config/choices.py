@@ -89,6 +89,15 @@ class InitVocab(Enum):
     """That of this run's data; the head's rows of tokens in both are taken over."""
 
 
+class Engine(Enum):
+    """Engines that serve drafts; `docs/drafts.md` says what each makes of a draft's form."""
+
+    vllm = "vllm"
+    sglang = "sglang"
+    tensorrt_llm = "tensorrt_llm"
+    llama_cpp = "llama_cpp"
+
+
 class DType(Enum):
     """Floating-point formats by their torch names."""
 

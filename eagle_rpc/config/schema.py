@@ -16,6 +16,7 @@ from eagle_rpc.config.choices import (
     DraftRope,
     DType,
     Encoding,
+    Engine,
     Guesses,
     InitVocab,
     JobName,
@@ -376,6 +377,9 @@ class ServingConfig:
     """Format of the exported weights."""
     dir: FilePath = "${run.dir}/export"
     """Directory that the draft is written to."""
+    engines: list[Engine] = field(default_factory=list)
+    """Engines that will serve the draft: a form that one of them ignores is refused, before training already.
+    Empty: exports warn of all engines."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import ServingConfig
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.startup import start_worker
-from eagle_rpc.serving import export_draft
+from eagle_rpc.serving import ServedForm, check_form, export_draft, warn_of_engines
 from eagle_rpc.train import (
     Checkpoint,
     RunDirectory,
@@ -38,9 +38,7 @@ def run(config: Config) -> int:
     directory, serving = RunDirectory.of(config), config.serving
     path, checkpoint = _chosen(directory.checkpoints, serving.checkpoint)
     embedding = load_target_embedding(path.parent / directory.target_embedding.name)
-    files = export_run(
-        checkpoint.draft_weights, checkpoint.record, embedding, Path(serving.dir), serving.dtype
-    )
+    files = export_run(checkpoint.draft_weights, checkpoint.record, embedding, serving)
     history = checkpoint.history
     judged = f" with accept length {history.best_accept_length:.3f} in validation"
     of_best = judged if history.best_step == checkpoint.step else ""
@@ -82,15 +80,24 @@ def _newest(checkpoints: Path) -> tuple[Path, Checkpoint]:
 
 
 def export_run(
-    weights: Mapping[str, Tensor], record: RunRecord, embedding_VH: Tensor, directory: Path, dtype: DType
+    weights: Mapping[str, Tensor], record: RunRecord, embedding_VH: Tensor, settings: ServingConfig
 ) -> list[Path]:
-    """Exports the draft of a run; returns the files. Raises as `export_draft`."""
+    """Exports the draft of a run; returns the files. Raises as `export_draft` and `check_form`."""
+    target = record.target
+    form = ServedForm(
+        config=record.draft_config,
+        aux_layer_ids=target.aux_layer_ids,
+        num_target_layers=target.num_layers,
+        target=target.architecture,
+    )
+    check_form(form, settings.engines)
+    warn_of_engines(form, settings.engines)
     return export_draft(
         weights,
         record.draft_config,
         record.mapping,
-        directory,
-        dtype=getattr(torch, dtype.value),
+        Path(settings.dir),
+        dtype=getattr(torch, settings.dtype.value),
         aux_layer_ids=record.target.aux_layer_ids,
         target_embedding=embedding_VH,
         bos_token_id=record.bos_token_id,

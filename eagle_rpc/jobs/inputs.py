@@ -20,7 +20,9 @@ from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
 from eagle_rpc.jobs.assembly import chat_template, draft_config, draft_vocab_size, require_room, stored_draft
 from eagle_rpc.process.waiting import wait_until
+from eagle_rpc.serving import ServedForm, check_form
 from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import load_target_config, load_target_shape, load_tokenizer, plan_placement
 from eagle_rpc.topology import Cast, resolve_device
 from eagle_rpc.train import RunDirectory, latest_whole_checkpoint
@@ -114,7 +116,13 @@ def _check_draft(config: Config, shape: TargetShape) -> None:
             f"draft.vocab_size must be at most the target's vocabulary {shape.vocab_size}, "
             f"got {config.draft.vocab_size}"
         )
-    draft_config(config, shape)
+    form = ServedForm(
+        config=draft_config(config, shape),
+        aux_layer_ids=aux_layers(shape.num_layers, config.target.aux_layer_ids),
+        num_target_layers=shape.num_layers,
+        target=shape.model_type,
+    )
+    check_form(form, config.serving.engines)
     stored_draft(config, shape)
 
 
