@@ -116,25 +116,26 @@ def test_cards_of_the_tests_are_told_apart():
         model(input_ids=torch.arange(8)[None])
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("stored")
-    tiny_model("gemma2", num_hidden_layers=LAYERS).save_pretrained(directory)
+def save(directory, family, **changes):
+    tiny_model(family, **changes).save_pretrained(directory)
     make_tiny_tokenizer().save_pretrained(directory)
     return directory
 
 
-def config_of(stored, random):
-    # Drawn, with a head of its own; stored, with a tied one.
-    fields = tiny_config("llama", num_hidden_layers=LAYERS).to_dict() if random else {}
-    return TargetConfig(model=str(stored), random=fields, dtype=DType.float32, aux_layer_ids=AUX)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("stored"), "gemma2", num_hidden_layers=LAYERS)
 
 
-@pytest.mark.parametrize("random", [False, True])
-def test_a_model_is_loaded_over_devices_with_the_bits_and_identity_of_one(stored, random, tmp_path):
-    config = config_of(stored, random)
+def random_config():
+    fields = tiny_config("llama", num_hidden_layers=LAYERS).to_dict()
+    return TargetConfig(model="random", random=fields, dtype=DType.float32, aux_layer_ids=AUX)
+
+
+def assert_loads_over_devices(config, cache_dir):
     one, three = (
-        HFEagle3TargetModel.load(config, *["cpu"] * num_devices, cache_dir=tmp_path) for num_devices in (1, 3)
+        HFEagle3TargetModel.load(config, *["cpu"] * num_devices, cache_dir=cache_dir)
+        for num_devices in (1, 3)
     )
     assert len(three.devices) == 3
     assert_same_bits(supervised(three, batch_of(0)), supervised(one, batch_of(0)))
@@ -142,18 +143,30 @@ def test_a_model_is_loaded_over_devices_with_the_bits_and_identity_of_one(stored
     assert three.model_info().form == one.model_info().form
 
 
+@pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "gemma3"])
+def test_a_stored_model_is_loaded_over_devices_with_the_bits_and_identity_of_one(family, tmp_path):
+    """With a tied head; with experts that transformers stacks while it reads them; inside a vision-language model."""
+    directory = save(tmp_path / "model", family)
+    config = TargetConfig(model=str(directory), dtype=DType.float32, aux_layer_ids=[0, 1, 2])
+    assert_loads_over_devices(config, tmp_path)
+
+
+def test_a_random_model_is_loaded_over_devices_with_the_bits_and_identity_of_one(tmp_path):
+    assert_loads_over_devices(random_config(), tmp_path)
+
+
 def test_transformers_own_hooks_between_devices_are_taken_off(stored, tmp_path):
     """They copy on the streams in use, so each card would wait for the other. Here the second card has no values."""
     devices = [torch.device("cpu"), torch.device("meta")]
-    model, _, spread = load_spread(config_of(stored, random=False), devices, cache_dir=tmp_path)
+    config = TargetConfig(model=str(stored), dtype=DType.float32)
+    model, _, spread = load_spread(config, devices, cache_dir=tmp_path)
     assert spread is not None and {weight.device for weight in model.parameters()} == set(devices)
     assert model.lm_head.weight.is_meta and not model.get_input_embeddings().weight.is_meta
     assert not any(hasattr(module, "_hf_hook") or "forward" in vars(module) for module in model.modules())
 
 
 def test_compiled_layers_over_devices_have_the_bits_of_one(tmp_path):
-    config = config_of("none", random=True)
-    replies = []
+    config, replies = random_config(), []
     for num_devices in (1, 2):
         target = HFEagle3TargetModel.load(config, *["cpu"] * num_devices, cache_dir=tmp_path)
         target.compile(["3x16"], packed=True, mode=CompileMode.default)
