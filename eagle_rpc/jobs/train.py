@@ -19,7 +19,7 @@ from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
-from eagle_rpc.topology import Cast, Role, assign_trainers, plan_devices, resolve_device
+from eagle_rpc.topology import Cast, DevicePlan, Role, assign_trainers, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
 
 # Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
@@ -43,29 +43,27 @@ def run(config: Config) -> int:
             stack.enter_context(directory.claimed(config.train.resume))
             write_config(config, directory.config)
         stack.enter_context(tolerate_stop(stop))
+        static = config.rpc.membership is MembershipKind.static
+        if static and config.topology.devices_per_target > 1:
+            # Too few GPUs are told before any input is read.
+            _devices(config, cast, world)
         store = attempt_store(world, timeout=config.rpc.start_timeout)
         loaded = load_inputs_once(config, cast, store, stop)
         if loaded is None:
             return int(not stop.is_set())
         config, inputs = loaded
-        if config.rpc.membership is MembershipKind.elastic:
+        if static:
+            _train_static(config, inputs, cast, world, stop)
+        else:
             assert inputs is not None, "an elastic job has trainers only"
             _train_elastic(config, inputs, cast, world, store, stop, superseded)
-        else:
-            _train_static(config, inputs, cast, world, stop)
     return int(superseded.is_set())
 
 
 def _train_static(
     config: Config, inputs: Inputs | None, cast: Cast, world: World, stop: threading.Event
 ) -> None:
-    devices = plan_devices(
-        cast,
-        world,
-        target=config.target.device,
-        trainer=config.train.device,
-        devices_per_target=config.topology.devices_per_target,
-    )
+    devices = _devices(config, cast, world)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if inputs is None:
@@ -82,6 +80,16 @@ def _train_static(
             if stop.is_set():
                 membership.announce_leaving()
             membership.mark(DONE)
+
+
+def _devices(config: Config, cast: Cast, world: World) -> DevicePlan:
+    return plan_devices(
+        cast,
+        world,
+        target=config.target.device,
+        trainer=config.train.device,
+        devices_per_target=config.topology.devices_per_target,
+    )
 
 
 def serve_until_done(

@@ -158,7 +158,7 @@ def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: C
             num_bytes, passed = num_bytes + behind.num_bytes, passed + behind.passed
         return max(num_bytes / _BYTE_SLACK / (whole.num_bytes or 1.0), passed / (whole.passed or 1.0))
 
-    # By number of layers: the largest share, the sum of squares that settles ties, and the cuts before it.
+    # By number of layers: the largest share, the sum of squares that decides between equals, and the cuts before it.
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for device in range(1, num_devices + 1):
         left = num_devices - device
