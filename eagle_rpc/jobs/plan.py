@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     """Prints the plan; always 0."""
     target = load_target_config(config.target, cache_dir=config.run.cache_dir)
     for label, value in _lines(config, target, TargetShape.of(target)):
-        sys.stdout.write(f"{label:<28}{value}\n")
+        sys.stdout.write(f"{label:<32}{value}\n")
     return 0
 
 
