@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from eagle_rpc.supervision import Eagle3TargetBatch
+from eagle_rpc.supervision import Eagle3TargetBatch, to_device
 
 
 class AuxNoise:
@@ -24,5 +24,5 @@ class AuxNoise:
         identity = hashlib.sha256(f"{self._origin} {step} {number}".encode()).digest()
         draw = torch.Generator(states.device).manual_seed(int.from_bytes(identity[:7], "little"))
         noise = torch.empty_like(states).uniform_(-self._size, self._size, generator=draw)
-        noise *= batch.tokens.attention_mask.to(states.device).unsqueeze(-1)
+        noise *= to_device(batch.tokens.attention_mask, states.device).unsqueeze(-1)
         return replace(batch, aux_hidden_states=noise.add_(states))
