@@ -1,12 +1,16 @@
 """AdamW for all trained parameters, or Muon for the matrices between them."""
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from eagle_rpc.config.choices import Optimiser
+from eagle_rpc.config.native import native_dtype
 from eagle_rpc.config.schema import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 _FUSED_DEVICES = ("cpu", "cuda")
 _HEAD = "lm_head.weight"
@@ -35,7 +39,13 @@ class DraftOptimiser:
         }
         rate, decay = 0.0, config.weight_decay  # `step` sets the rate
         self._parts: list[torch.optim.Optimizer] = []
+        device = next(iter(parameters.values())).device.type
         if orthogonalised:
+            if device == "cpu" and native_dtype() != "bfloat16":
+                logger.warning(
+                    "train.optimiser=muon multiplies bfloat16 matrices, for which this processor has no "
+                    "instructions: a step of a draft of real size takes minutes"
+                )
             matrices = [parameters[name] for name in parameters if name in orthogonalised]
             muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             self._parts.append(muon)
@@ -45,7 +55,7 @@ class DraftOptimiser:
             {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
         first_beta, second_beta = config.betas
-        fused = others[0].device.type in _FUSED_DEVICES
+        fused = device in _FUSED_DEVICES
         self._parts.append(torch.optim.AdamW(groups, lr=rate, betas=(first_beta, second_beta), fused=fused))
         self._part_of = {
             parameter: part

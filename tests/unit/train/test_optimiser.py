@@ -55,6 +55,13 @@ def test_an_update_of_muon_is_nearly_orthogonal_and_has_the_size_of_adamws():
     assert 0.1 < update.square().mean().sqrt() < 0.4
 
 
+@pytest.mark.parametrize(("fast", "warned"), [("bfloat16", False), ("float32", True)])
+def test_muon_on_a_processor_without_bfloat16_is_warned_about(monkeypatch, caplog, fast, warned):
+    monkeypatch.setattr("eagle_rpc.train.optimiser.native_dtype", lambda: fast)
+    optimiser_of(random_draft(), optimiser=Optimiser.muon)
+    assert ("this processor has no instructions" in caplog.text) is warned
+
+
 @pytest.mark.parametrize("kind", Optimiser)
 def test_optimiser_state_survives_a_round_trip(kind):
     straight, resumed = random_draft(), random_draft()
