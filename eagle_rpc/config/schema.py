@@ -218,7 +218,8 @@ class DraftConfig:
     sliding_window: Positive[int] | None = None
     """Tokens that the draft attends to, at least `draft.ttt_steps`; null: all earlier ones."""
     intermediate_size: Positive[int] | None = None
-    """Width of the feed-forward block; null: the target's, of experts that of all that a token passes."""
+    """Width of the feed-forward block; null: the target's, of experts that of all that a token passes,
+    shared ones included."""
     num_attention_heads: Positive[int] | None = None
     """Attention heads; null: the target's, or hidden size over width of its values where it stores latents."""
     num_key_value_heads: Positive[int] | None = None

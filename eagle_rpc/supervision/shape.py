@@ -15,6 +15,16 @@ _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_g
 _WIDTH = ("intermediate_size", "ffn_hidden_size", "decoder_ffn_dim", "ffn_dim", "n_inner", "dim_ff", "dff")
 _EXPERT_WIDTH = ("moe_intermediate_size", "expert_ffn_hidden_size")
 _EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+# Beside them: the width of the experts that every token passes, or their number.
+_SHARED_WIDTH = (
+    "shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+# Of layers without experts, in a model that has both.
+_DENSE_WIDTH = ("intermediate_size_mlp",)
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 _EPSILON = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "eps")
 # Key heads of a draft whose target stores latents instead of keys.
@@ -123,11 +133,12 @@ def _heads_of(text: Any, hidden_size: int) -> tuple[int | None, int | None, int 
 
 
 def _width_of(text: Any) -> int | None:
-    """Width of the feed-forward block; of experts that of all that a token passes."""
+    """Width of the feed-forward block; of experts that of all that a token passes, or of dense layers beside them."""
     width, expert_width = _integer(text, _WIDTH), _integer(text, _EXPERT_WIDTH)
     if active := _integer(text, _EXPERTS):
-        of_experts = (expert_width or width or 0) * active
-        return max(of_experts, width or 0) or None
+        one = expert_width or width or 0
+        shared = _integer(text, _SHARED_WIDTH) or (_integer(text, _SHARED_EXPERTS) or 0) * one
+        return max(active * one + shared, width or 0, _integer(text, _DENSE_WIDTH) or 0) or None
     if width is None and hasattr(text, "n_inner"):
         # transformers documents null as this.
         return 4 * _read(text, "hidden_size")

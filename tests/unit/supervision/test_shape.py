@@ -9,14 +9,17 @@ from transformers import (
     FalconConfig,
     Gemma2Config,
     Gemma4Config,
+    Glm4MoeConfig,
     GPT2Config,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LongcatFlashConfig,
     MambaConfig,
     MixtralConfig,
     MptConfig,
     Qwen3_5Config,
+    Qwen3_5MoeConfig,
     Qwen3MoeConfig,
 )
 
@@ -57,6 +60,9 @@ def shape_with(**attributes) -> TargetShape:
         (MixtralConfig(), {"intermediate_size": 2 * 14336}),
         (Qwen3MoeConfig(), {"intermediate_size": 8 * 768}),
         (GptOssConfig(), {"intermediate_size": 4 * 2880}),
+        (Glm4MoeConfig(num_experts_per_tok=8), {"intermediate_size": (8 + 1) * 1408}),
+        (Qwen3_5MoeConfig(), {"intermediate_size": 8 * 512 + 512}),
+        (Llama4TextConfig(), {"intermediate_size": 16384}),
         # Latent keys: heads as wide as the values, few key heads.
         (DeepseekV3Config(), {"head_dim": 128, "num_attention_heads": 56, "num_key_value_heads": 8}),
     ],
