@@ -50,10 +50,21 @@ def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iter
     heads = f"{draft.num_attention_heads} heads and {draft.num_key_value_heads} key heads of {draft.head_dim}"
     rope = (draft.rope_scaling or {"rope_type": "plain"})["rope_type"]
     yield "draft, shape", f"{heads}, feed-forward {draft.intermediate_size}, {rope} rotary embedding"
+    yield "draft, form", _form_of(draft)
     encoding, prefetch = config.supervision.encoding.value, config.supervision.prefetch
     yield "encoding", f"{encoding}, {prefetch} requests in flight a trainer"
     yield from _traffic(config, draft)
     yield from _memory(config, target, shape, draft)
+
+
+def _form_of(draft: Eagle3DraftConfig) -> str:
+    norms = [
+        name
+        for name in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        if getattr(draft, name)
+    ]
+    window = "" if draft.sliding_window is None else f", a window of {draft.sliding_window} tokens"
+    return f"{draft.num_layers} layer{'s' * (draft.num_layers > 1)}{window}, {', '.join(norms) or 'no further norms'}"
 
 
 def _workers(config: Config) -> Iterator[tuple[str, str, str]]:

@@ -69,10 +69,10 @@ def read_plain_config(raw: dict[str, Any], path: Path) -> tuple[Eagle3DraftConfi
     aux_layer_ids = _read_aux_layers(raw, path)
     of_ids = _DEFAULT_NUM_AUX_LAYERS if aux_layer_ids is None else len(aux_layer_ids)
     num_aux_layers = raw.get(_NUM_AUX_LAYERS) or of_ids
-    if aux_layer_ids is not None and num_aux_layers != of_ids:
+    if num_aux_layers != of_ids:
+        named = "three default ones" if aux_layer_ids is None else str(list(aux_layer_ids))
         raise CheckpointError(
-            f"{path}: {_NUM_AUX_LAYERS} must be the number of the captured layers {list(aux_layer_ids)}, "
-            f"got {num_aux_layers}"
+            f"{path}: {_NUM_AUX_LAYERS} must be the number of the captured layers, {named}, got {num_aux_layers}"
         )
     # As vLLM, which takes this one from either place.
     raw = {"norm_before_fc": (raw.get("eagle_config") or {}).get("norm_before_fc", False), **raw}

@@ -314,7 +314,7 @@ def edit_config(directory, **changes):
             },
             "one less",
         ),
-        ({"num_aux_hidden_states": 4}, r"number of the captured layers \[1, 5, 8\], got 4"),
+        ({"num_aux_hidden_states": 4}, r"number of the captured layers, \[1, 5, 8\], got 4"),
         ({"fc_norm": True}, r"must hold fc_norm\.0\.weight, which is missing"),
     ],
 )
