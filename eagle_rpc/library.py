@@ -43,7 +43,7 @@ from eagle_rpc.config.schema import (
     TargetConfig,
     TrainConfig,
 )
-from eagle_rpc.errors import TrainingDiverged
+from eagle_rpc.errors import ConfigError, TrainingDiverged
 from eagle_rpc.evaluate import Evaluation
 from eagle_rpc.evaluate import evaluate_draft as decode_prompts
 from eagle_rpc.jobs.assembly import client_settings, expectation, make_draft, make_record, stored_draft
@@ -66,7 +66,7 @@ from eagle_rpc.supervision import (
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_model, load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Role, Worker, resolve_device
+from eagle_rpc.topology import Role, Worker, resolve_device, resolve_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.figures import figures_of
 from eagle_rpc.train.learner import Learner, StepOutcome
@@ -106,19 +106,22 @@ def serve(
     run: RunConfig | None = None,
     index: int = 0,
     host_registry: bool = True,
+    devices_per_target: int = 1,
 ) -> Iterator[TargetServer]:
     """Serves a target while the body runs, then drains it for `rpc.drain_timeout` seconds at most.
 
     `index` (0 to 63) tells the replicas of one registry apart. `host_registry`, in place of that of `rpc`:
-    whether this process runs the registry at `rpc.registry`, as one process has to.
+    whether this process runs the registry at `rpc.registry`, as one process has to. `devices_per_target` as in
+    `TopologyConfig`: GPUs over which the layers are spread, from that of `target.device` on.
 
     Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
     supervision, `NameTaken` for an index in use, `AccessRefused` for a token file that others may read,
     `WaitTimeout` after `rpc.start_timeout` without a registry.
     """
     config = _config(target=target, rpc=rpc, run=run)
-    name, device, stop = f"target{index}", _device(config.target.device), threading.Event()
-    with elastic_target(config, name, [device], stop, hosts_registry=host_registry) as life, life.hosted():
+    devices = _devices(config.target.device, devices_per_target)
+    name, stop = f"target{index}", threading.Event()
+    with elastic_target(config, name, devices, stop, hosts_registry=host_registry) as life, life.hosted():
         yield TargetServer(life)
 
 
@@ -154,16 +157,22 @@ def connect(
 
 
 def load_target(
-    target: TargetConfig, *, supervision: SupervisionConfig | None = None, run: RunConfig | None = None
+    target: TargetConfig,
+    *,
+    supervision: SupervisionConfig | None = None,
+    run: RunConfig | None = None,
+    devices_per_target: int = 1,
 ) -> ColocatedEagle3TargetModel:
     """The target in this process, without RPC: a backend with the bits of the remote one.
+
+    `devices_per_target` as in `serve`; batches are on the last of these GPUs.
 
     Raises `ConfigError` also for a model that cannot be loaded, `UnsupportedTarget` for one without exact
     supervision.
     """
     config = _config(target=target, supervision=supervision, run=run)
-    place, files = _device(config.target.device), config.run
-    model = HFEagle3TargetModel.load(config.target, place, cache_dir=files.cache_dir, seed=files.seed)
+    devices, files = _devices(config.target.device, devices_per_target), config.run
+    model = HFEagle3TargetModel.load(config.target, *devices, cache_dir=files.cache_dir, seed=files.seed)
     encoding, rows = config.supervision.encoding.value, config.supervision.rows.value
     return ColocatedEagle3TargetModel(model, config.target, SessionSettings(encoding=encoding, rows=rows))
 
@@ -288,6 +297,12 @@ def evaluate_draft(
 
 def _device(setting: str) -> torch.device:
     return torch.device(resolve_device(setting))
+
+
+def _devices(setting: str, devices_per_target: int) -> tuple[str, ...]:
+    if devices_per_target < 1:
+        raise ConfigError(f"devices_per_target must be at least 1, got {devices_per_target}")
+    return resolve_devices(setting, devices_per_target)
 
 
 def _config(*, target: TargetConfig | None = None, rpc: RpcConfig | None = None, **sections: Any) -> Config:

@@ -49,9 +49,12 @@ def test_other_names_are_no_attributes():
         _ = eagle_rpc.Trainer
 
 
-def test_a_loaded_target_answers_as_the_backend_of_the_jobs_does():
+@pytest.mark.parametrize("devices_per_target", [1, 2])
+def test_a_loaded_target_answers_as_the_backend_of_the_jobs_does(devices_per_target):
     mine = eagle_rpc.load_target(
-        TARGET, supervision=eagle_rpc.SupervisionConfig(encoding=eagle_rpc.Encoding.logits)
+        TARGET,
+        supervision=eagle_rpc.SupervisionConfig(encoding=eagle_rpc.Encoding.logits),
+        devices_per_target=devices_per_target,
     )
     theirs = ColocatedEagle3TargetModel(
         HFEagle3TargetModel.load(TARGET, "cpu", cache_dir="unused", seed=0),
@@ -65,6 +68,11 @@ def test_a_loaded_target_answers_as_the_backend_of_the_jobs_does():
         answers.append(tensors_of(next(target.stream([batch]))))
     for name, tensor in answers[0].items():
         assert torch.equal(tensor, answers[1][name]), name
+
+
+def test_a_target_on_no_device_is_refused():
+    with pytest.raises(ConfigError, match="devices_per_target must be at least 1, got 0"):
+        eagle_rpc.load_target(TARGET, devices_per_target=0)
 
 
 def test_training_takes_a_step_for_each_accumulated_batch_and_one_for_the_rest():
