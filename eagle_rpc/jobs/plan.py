@@ -130,6 +130,8 @@ def _target_memory(
     num_bytes, parameters = sum(one.weights for one in devices), outline.num_parameters()
     yield "target, weights", f"{num_bytes / _GIB:.2f} GiB ({parameters / 1e6:.1f} M parameters)"
     yield "target, largest request", f"{config.train.batch_size} x {config.data.longest_row} tokens"
+    if len(devices) > 1:
+        yield "target, passes under way", _pipeline(config)
     room = config.job.plan_device_gib
     for number, needed in enumerate(devices):
         own = placement.layers_of(number)
@@ -139,6 +141,14 @@ def _target_memory(
         yield f"target, device {number}", f"{total}: layers {own[0]} to {own[-1]}, {_parts(needed)}"
     if room is not None:
         yield "target, fewest devices", _fewest(on_devices, shape.num_layers, room)
+
+
+def _pipeline(config: Config) -> str:
+    """Whether trainers send enough requests for every device of a target to have one."""
+    topology, prefetch = config.topology, config.supervision.prefetch
+    most, sent = topology.devices_per_target + 1, prefetch * topology.trainers // topology.targets
+    told = f"{most} of {sent} requests that trainers keep in flight at a target"
+    return told if sent >= most else f"{told}: supervision.prefetch is too small to keep all devices busy"
 
 
 def _fewest(

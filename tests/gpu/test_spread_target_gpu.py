@@ -69,6 +69,10 @@ def request_of(tokens, encoding="hidden"):
 def settle(forward, request):
     """Passes that fill the caches of memory on GPUs and host with as much as three passes under way need."""
     for _ in range(2):
+        for stream in forward._streams:
+            # So that none of the passes is over when the last of them starts.
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(_LONG // 4)
         for started in [forward.start(request) for _ in range(3)]:
             started.finish()
     for device in DEVICES:
