@@ -147,8 +147,8 @@ def _pipeline(config: Config) -> str:
     """Whether trainers send enough requests for every device of a target to have one."""
     topology, prefetch = config.topology, config.supervision.prefetch
     most, sent = topology.devices_per_target + 1, prefetch * topology.trainers // topology.targets
-    told = f"{most} of {sent} requests that trainers keep in flight at a target"
-    return told if sent >= most else f"{told}: supervision.prefetch is too small to keep all devices busy"
+    told = f"{most} at most, trainers keep {sent} requests in flight at a target"
+    return told if sent >= most else f"{told}: too few to keep all devices busy (supervision.prefetch)"
 
 
 def _fewest(

@@ -42,14 +42,14 @@ def test_the_plan_names_the_layers_and_bytes_of_each_device(capsys):
     assert ["layers 0 to " in devices[0], "logits" in devices[0]] == [True, False]
     assert "to 7, weights" in devices[2] and "logits" in devices[2] and "replies" in devices[2]
     assert "target, fewest devices" not in lines
-    assert lines["target, passes under way"] == "4 of 4 requests that trainers keep in flight at a target"
+    assert lines["target, passes under way"] == "4 at most, trainers keep 4 requests in flight at a target"
 
 
 def test_the_plan_tells_when_trainers_send_too_few_requests(capsys):
     lines = planned(capsys, "topology.devices_per_target=4", "topology.targets=2", "topology.trainers=2")
     assert lines["target, passes under way"] == (
-        "5 of 4 requests that trainers keep in flight at a target: supervision.prefetch is too small to keep all "
-        "devices busy"
+        "5 at most, trainers keep 4 requests in flight at a target: too few to keep all devices busy "
+        "(supervision.prefetch)"
     )
 
 
