@@ -28,11 +28,14 @@ def exported_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def draft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of the export in `path` under their names in a draft.
+    """The tensors of the export in `path` under their names in a draft; a prefix `model.` is left out.
 
     Raises `CheckpointError` if the two names of one norm have different values.
     """
-    named = {name.replace(_FIRST_OF_SEVERAL, _FIRST_LAYER): tensor for name, tensor in tensors.items()}
+    named = {
+        name.removeprefix("model.").replace(_FIRST_OF_SEVERAL, _FIRST_LAYER): tensor
+        for name, tensor in tensors.items()
+    }
     for name in list(named):
         if match := _FURTHER_NORM.fullmatch(name):
             second = named.pop(_second_name(match), None)

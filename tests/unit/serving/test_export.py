@@ -145,6 +145,18 @@ def test_several_layers_have_the_names_that_each_engine_loads(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).layer_types == ["sliding_attention"] * 3
 
 
+def test_names_of_other_programs_are_read(tmp_path):
+    config = replace(EAGLE_31, num_layers=2)
+    _, weights = export(tmp_path, config=config)
+    expected = load_export(tmp_path).weights
+    tensors = load_file(weights)
+    del tensors["layers.1.hidden_norm.weight"]
+    save_file({name if "lm_head" in name else f"model.{name}": one for name, one in tensors.items()}, weights)
+    read = load_export(tmp_path).weights
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], one) for name, one in expected.items())
+
+
 def test_the_two_names_of_a_norm_must_agree(tmp_path):
     _, weights = export(tmp_path, config=replace(CONFIG, num_layers=2))
     tensors = load_file(weights)
