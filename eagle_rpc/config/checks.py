@@ -39,7 +39,17 @@ def as_message(mistakes: list[str], place: str = "in the configuration") -> str:
 
 
 def _broken_between(config: Config) -> Iterator[str]:
-    job, topology, rpc, target, data = config.job, config.topology, config.rpc, config.target, config.data
+    yield from _broken_in_service(config)
+    yield from _broken_in_answers(config)
+    yield from _broken_in_decoding(config)
+    yield from _broken_in_draft(config)
+    yield from _broken_in_data(config)
+    yield from _broken_in_training(config.train)
+
+
+def _broken_in_service(config: Config) -> Iterator[str]:
+    """Rules for targets, and for the way to them."""
+    job, topology, rpc, target = config.job, config.topology, config.rpc, config.target
     elastic = rpc.membership is MembershipKind.elastic
     silence = rpc.heartbeat_interval * rpc.heartbeat_misses
     if target.session_lease <= silence:
@@ -63,16 +73,17 @@ def _broken_between(config: Config) -> Iterator[str]:
         yield from _broken_over_devices(config)
     if job.name is JobName.serve and not elastic:
         yield "job=serve must go with rpc.membership=elastic (rpc=elastic), got static"
-    asks_service = config.regenerate.backend is AnswerBackend.service
-    if job.name is JobName.regenerate and asks_service and not elastic:
+    if config.data.packing and target.compile_shapes and not target.compile_packed:
+        yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
+    if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:
+        yield f"target.dtype must be bfloat16 for target.quantization=fp8, got {target.dtype.name}"
+
+
+def _broken_in_answers(config: Config) -> Iterator[str]:
+    asked, asks_service = config.regenerate, config.regenerate.backend is AnswerBackend.service
+    elastic = config.rpc.membership is MembershipKind.elastic
+    if config.job.name is JobName.regenerate and asks_service and not elastic:
         yield "regenerate.backend=service must go with rpc.membership=elastic (rpc=elastic), got static"
-    if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
-        yield "data.train_path must be given, or data.sources, got nothing"
-    if config.evaluate.guesses is Guesses.drawn and config.evaluate.temperature == 0:
-        yield "evaluate.temperature must be positive with evaluate.guesses=drawn, got 0"
-    if job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
-        yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
-    asked = config.regenerate
     if asked.answers_per_prompt > 1 and asked.temperature == 0:
         yield (
             "regenerate.answers_per_prompt must be 1 with regenerate.temperature=0, whose answers are all "
@@ -80,28 +91,41 @@ def _broken_between(config: Config) -> Iterator[str]:
         )
     if asked.stop and asks_service:
         yield "regenerate.stop must be empty with regenerate.backend=service, which ends answers by tokens alone"
-    if config.regenerate.backend is AnswerBackend.openai and not config.regenerate.endpoints:
+    if asked.backend is AnswerBackend.openai and not asked.endpoints:
         yield "regenerate.endpoints must name a server for regenerate.backend=openai, got []"
-    if data.packing and target.compile_shapes and not target.compile_packed:
-        yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
-    if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:
-        yield f"target.dtype must be bfloat16 for target.quantization=fp8, got {target.dtype.name}"
-    acceptance_loss = config.draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda)
+
+
+def _broken_in_decoding(config: Config) -> Iterator[str]:
+    if config.evaluate.guesses is Guesses.drawn and config.evaluate.temperature == 0:
+        yield "evaluate.temperature must be positive with evaluate.guesses=drawn, got 0"
+    if config.job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
+        yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
+
+
+def _broken_in_draft(config: Config) -> Iterator[str]:
+    draft = config.draft
+    acceptance_loss = draft.loss in (DraftLoss.lk_alpha, DraftLoss.lk_lambda)
     if acceptance_loss and config.supervision.encoding is Encoding.probs:
         yield (
-            f"draft.loss={config.draft.loss.name} must not go with supervision.encoding=probs, whose "
+            f"draft.loss={draft.loss.name} must not go with supervision.encoding=probs, whose "
             "probabilities cover the draft vocabulary alone: use hidden or logits"
         )
     mixed = (DraftLoss.reverse_kl, DraftLoss.total_variation, DraftLoss.jensen_shannon)
-    if config.draft.kl_share and config.draft.loss not in mixed:
+    if draft.kl_share and draft.loss not in mixed:
         names = ", ".join(loss.name for loss in mixed)
         yield (
             f"draft.kl_share must be 0 but with draft.loss={names}, "
-            f"got {config.draft.kl_share} with {config.draft.loss.name}"
+            f"got {draft.kl_share} with {draft.loss.name}"
         )
-    window, steps = config.draft.sliding_window, config.draft.ttt_steps
+    window, steps = draft.sliding_window, draft.ttt_steps
     if window is not None and window < steps:
         yield f"draft.sliding_window must reach over draft.ttt_steps {steps}, got {window}"
+
+
+def _broken_in_data(config: Config) -> Iterator[str]:
+    job, data, target = config.job, config.data, config.target
+    if job.name in (JobName.train, JobName.inspect) and data.train_path is None and not data.sources:
+        yield "data.train_path must be given, or data.sources, got nothing"
     if data.row_length is not None and (not data.packing or data.bucket_lengths):
         yield (
             "data.row_length must go with data.packing=true and without data.bucket_lengths, "
@@ -110,7 +134,6 @@ def _broken_between(config: Config) -> Iterator[str]:
     if data.longest_row < data.max_length:
         field = "data.bucket_lengths" if data.row_length is None else "data.row_length"
         yield f"{field} must reach data.max_length {data.max_length}, got {data.longest_row}"
-    yield from _broken_in_training(config.train)
     batch_size = config.train.batch_size
     if job.name is JobName.train and batch_size * data.longest_row > target.max_batch_tokens:
         yield (
@@ -140,7 +163,7 @@ def _broken_over_devices(config: Config) -> Iterator[str]:
     if config.topology.single:
         yield f"topology.single must be false with {field}={given}, got true"
     asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
-    if config.job.name in (JobName.evaluate, JobName.verify) or asks_itself:
+    if config.job.name in (JobName.evaluate, JobName.compare, JobName.verify) or asks_itself:
         backend = " and regenerate.backend=engine" if asks_itself else ""
         yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs on one device, got {given}"
     if config.target.attention == "flex_attention":
