@@ -14,6 +14,7 @@ from eagle_rpc.draft import Chains, DrawnGuesses, Eagle3Draft, TargetText, guess
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 from eagle_rpc.evaluate.speculative import check_fits
+from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.capture import aux_layers, find_decoder_layers
@@ -67,11 +68,14 @@ def chains_of(
 ) -> list[Chains]:
     """The chains of guesses that `draft`, the fitted draft of `export`, makes over each text."""
     layers = aux_layers(len(find_decoder_layers(model)), export.aux_layer_ids)
-    chains = dict[int, Chains]()
+    chains, progress = dict[int, Chains](), Progress("prompt", len(texts), title="guessing")
     for index, aux_TW in captured_states(model, layers, texts):
         drawn = _drawn(model, texts[index], settings, seed=index)
-        guessed = guess_chains(draft, export.mapping, texts[index], aux_TW, settings.num_draft_tokens, drawn)
-        chains[index] = guessed
+        chains[index] = guess_chains(
+            draft, export.mapping, texts[index], aux_TW, settings.num_draft_tokens, drawn
+        )
+        progress.advance()
+    progress.close()
     return [chains[index] for index in range(len(texts))]
 
 
