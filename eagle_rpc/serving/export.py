@@ -104,9 +104,9 @@ def load_export(directory: Path) -> ExportedDraft:
         tensors = load_file(weights_path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{weights_path} must be a safetensors file: {error}") from error
+    tensors = draft_names(tensors, weights_path)
     offsets = tensors.pop("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
     membership = tensors.pop("t2d", None)
-    tensors = draft_names(tensors, weights_path)
     _check_shapes(tensors, config)
     try:
         mapping = VocabMapping.from_token_ids(offsets + torch.arange(len(offsets)), config.vocab_size)
