@@ -94,8 +94,8 @@ def test_a_foreign_token_counts_against_the_draft_unless_it_was_a_near_tie(
 
 @pytest.mark.parametrize(("near_tie", "found"), [(1e-6, (0, 1, 0)), (math.inf, (0, 0, 1))])
 def test_other_counts_than_those_of_real_decoding_are_told(model, export, monkeypatch, near_tie, found):
-    def spoiled(draft, mapping, text, aux_TW, num_guesses):
-        chains = guess_chains(draft, mapping, text, aux_TW, num_guesses)
+    def spoiled(draft, mapping, text, aux_TW, num_guesses, drawn):
+        chains = guess_chains(draft, mapping, text, aux_TW, num_guesses, drawn)
         if text.prompt_ids == PROMPTS[2]:
             chains.num_right[0] = 0 if chains.num_right[0] else 1
         return chains
