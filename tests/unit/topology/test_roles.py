@@ -6,7 +6,7 @@ from eagle_rpc.config.choices import JobName, MembershipKind
 from eagle_rpc.config.schema import Config, JobConfig, RpcConfig, TopologyConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process import World, read_world
-from eagle_rpc.topology import Role, assign_roles, plan_devices, worker_name
+from eagle_rpc.topology import Role, assign_roles, carries, plan_devices, worker_name
 
 TORCHRUN = {
     "RANK": "1",
@@ -149,6 +149,23 @@ def test_tensors_go_through_host_memory_where_a_third_process_computes_on_a_gpu(
         cast = assign_roles(TopologyConfig(targets=targets, trainers=trainers), there)
         maps = plan_devices(cast, there, **AUTO, num_gpus=num_gpus).device_maps
         assert ("trainer0" in maps) is (f"target{index}" in mapped)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "workers", "num_trainers", "carried"),
+    [
+        ("gpu1", "gpu0", [("gpu0", "gpu1"), ("gpu0",)], 1, True),  # a lone trainer on the target's first GPU
+        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu0",)], 2, True),  # the others are elsewhere
+        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu1",)], 2, False),
+        ("gpu0", "gpu0", [("gpu0",)], 1, True),  # one process
+        ("gpu0", "", [("gpu0",), ("",)], 1, False),
+        ("cpu", "cpu", [("cpu",), ("cpu",)], 1, False),
+    ],
+)
+def test_a_pair_of_gpus_carries_tensors_unless_a_third_worker_computes_there(
+    one: str, other: str, workers: list[tuple[str, ...]], num_trainers: int, carried: bool
+):
+    assert carries(one, other, workers, num_trainers=num_trainers) is carried
 
 
 @pytest.mark.parametrize(
