@@ -28,8 +28,10 @@ from eagle_rpc.config.choices import (
     InitVocab,
     JobName,
     MembershipKind,
+    Optimiser,
     Quantization,
     Rows,
+    Schedule,
 )
 from eagle_rpc.config.compose import from_sections
 from eagle_rpc.config.schema import (
@@ -77,7 +79,7 @@ __all__ = ["DraftTraining", "connect", "evaluate_draft", "load_draft", "load_tar
 __all__ += ["Evaluation", "ExportedDraft", "StepFigures", "TargetServer"]
 # Sections of the configuration, and choices of their settings.
 __all__ += ["DraftConfig", "EvaluateConfig", "RpcConfig", "RunConfig", "SupervisionConfig", "TargetConfig"]
-__all__ += ["DType", "DraftLoss", "Encoding", "Quantization", "Rows", "TrainConfig"]
+__all__ += ["DType", "DraftLoss", "Encoding", "Optimiser", "Quantization", "Rows", "Schedule", "TrainConfig"]
 # The contract between target and trainer.
 __all__ += ["Eagle3TargetBackend", "Eagle3TargetBatch", "ModelInfo", "TokenBatch", "VocabMapping"]
 

@@ -133,6 +133,11 @@ def test_a_run_with_noise_resumes_bit_for_bit(tmp_path):
     run_with_a_break(tmp_path, replace(SETTINGS, aux_noise=0.1))
 
 
+def test_a_run_with_everything_at_once_resumes_bit_for_bit(tmp_path):
+    changes = {"optimiser": Optimiser.muon, "schedule": Schedule.wsd, "ema_decay": 0.9, "aux_noise": 0.1}
+    run_with_a_break(tmp_path, replace(SETTINGS, **changes), at=23)
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path, undisturbed):
     make_trainer(tmp_path, SETTINGS).train()
     target = TableTarget()

@@ -21,7 +21,7 @@ from training_cases import (
     without_clock,
 )
 
-from eagle_rpc.config.choices import Sharding
+from eagle_rpc.config.choices import Optimiser, Sharding
 from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.errors import ConfigError, TargetFailed, TargetUnavailable
 from eagle_rpc.process import bind_to_interface
@@ -84,6 +84,7 @@ def run_all(rank: int, size: int, path: Path) -> None:
             train(f"plain_{sharding.name}", replace(SETTINGS, sharding=sharding))
             train(f"clipped_{sharding.name}", replace(CLIPPED, sharding=sharding))
             train(f"averaged_{sharding.name}", replace(AVERAGED, sharding=sharding))
+        train("muon", replace(SETTINGS, optimiser=Optimiser.muon, aux_noise=0.1))
         stop = threading.Event()
         make_trainer(
             path / "resumed", SHARDED, group=group, target=StoppingTarget(5, stop), stop=stop
@@ -155,8 +156,10 @@ def test_clipping_by_a_norm_over_parts_differs_by_rounding_alone(trained):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("run", ["plain_state", "clipped_state", "fused_state", "averaged_state", "resumed"])
-def test_all_trainers_hold_parts_of_the_same_weights(trained, run):
+@pytest.mark.parametrize(
+    "run", ["plain_state", "clipped_state", "fused_state", "averaged_state", "muon", "resumed"]
+)
+def test_all_trainers_have_the_same_weights(trained, run):
     size, path = trained
     assert len({notes(path, rank)[run]["digest"] for rank in range(size)}) == 1
     for rank in range(1, size):
