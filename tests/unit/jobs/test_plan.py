@@ -32,7 +32,7 @@ def planned(capsys, *overrides, **fields):
     ]
     assert plan.run(load("job=plan", f"++target.random={{{random}}}", *settings, *overrides)) == 0
     lines = capsys.readouterr().out.splitlines()
-    return {line[:28].strip(): line[28:] for line in lines}
+    return {line[:32].strip(): line[32:] for line in lines}
 
 
 def test_the_plan_names_the_layers_and_bytes_of_each_device(capsys):

@@ -75,4 +75,5 @@ def test_the_documents_show_the_table():
     lines = "".join(f"| {' | '.join(row)} |\n" for row in table_rows())
     assert lines in page, lines
     for facts in ENGINES.values():
-        assert f"| {facts.name} | {facts.version} | `{facts.file}` |" in page
+        assert f"| {facts.name} | {facts.version} | [" in page
+        assert f"{facts.version}/{facts.file}) |" in page

@@ -8,7 +8,7 @@ from support.tiny_target import tiny_target_config
 from training_cases import train_config
 
 import eagle_rpc
-from eagle_rpc.config.schema import Config, DraftConfig, EvaluateConfig
+from eagle_rpc.config.schema import Config, DraftConfig, EvaluateConfig, ServingConfig
 from eagle_rpc.data import BatchPlan, ChatDataset, Example
 from eagle_rpc.draft import TargetText
 from eagle_rpc.evaluate.acceptance import evaluate_draft
@@ -78,7 +78,8 @@ def test_the_last_validation_counts_what_evaluation_counts(tmp_path, packed_leng
     )
     trainer.train()
     weights = dict(trainer.learner.weights())
-    export_run(weights, record, draft.embed_tokens.weight, tmp_path / "export", eagle_rpc.DType.float32)
+    serving = ServingConfig(dir=str(tmp_path / "export"), dtype=eagle_rpc.DType.float32)
+    export_run(weights, record, draft.embed_tokens.weight, serving)
     settings = EvaluateConfig(max_new_tokens=NEW_TOKENS, num_draft_tokens=GUESSES)
     prompts = [list(text.prompt_ids) for text in texts]
     result = evaluate_draft(model, load_export(tmp_path / "export"), prompts, settings, stop_ids={stop})

@@ -56,7 +56,7 @@ def test_an_interrupted_run_ends_as_one_left_alone_and_exports_its_weights(tmp_p
 
     checkpoint = read_checkpoint(latest_checkpoint(tmp_path / "resumed" / "checkpoints"))
     export_draft(
-        checkpoint.weights,
+        checkpoint.draft_weights,
         checkpoint.record.draft_config,
         checkpoint.record.mapping,
         tmp_path / "export",
@@ -69,4 +69,6 @@ def test_an_interrupted_run_ends_as_one_left_alone_and_exports_its_weights(tmp_p
     read = load_export(tmp_path / "export")
     assert read.config == replace(DRAFT_CONFIG, **FORMS[form])
     draft = read.model()
-    assert_same_bits({name: draft.get_parameter(name) for name in checkpoint.weights}, checkpoint.weights)
+    assert_same_bits(
+        {name: draft.get_parameter(name) for name in checkpoint.draft_weights}, checkpoint.draft_weights
+    )

@@ -117,6 +117,8 @@ def test_figures_do_not_depend_on_the_number_of_trainers(trained, size):
 def test_only_the_first_trainer_writes(trained, size):
     checkpoints = trained[size] / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "best",
+        "latest",
         "step_3",
         "step_4",
         "target_embedding.safetensors",
