@@ -27,8 +27,8 @@ _MEDIAN_CHAT, _SIGMA, _SHORTEST_CHAT = 450, 0.8, 32
 
 
 def devices_of(device: str, number: int) -> list[torch.device]:
-    """`number` devices: of a GPU the first ones."""
-    if device == "cpu" or number == 1:
+    """`number` devices: of GPUs the first ones."""
+    if device == "cpu":
         return [torch.device(device)] * number
     return [torch.device("cuda", index) for index in range(number)]
 

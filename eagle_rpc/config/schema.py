@@ -176,7 +176,7 @@ class TargetConfig:
     fused_rows: bool = True
     """On a GPU: one Triton kernel for argmax, log-normaliser and draft-vocab columns, not torch in fp32."""
     fused_mlp: bool = True
-    """On a Hopper GPU: a Triton kernel applies the gate of SiLU-gated MLPs inside the matrix product."""
+    """On a Hopper GPU: Triton kernels for SiLU-gated MLPs and experts, with the gate inside the matrix product."""
     max_queued_requests: Positive[int] = 64
     """Requests that may wait for the forward thread."""
     max_queued_per_session: Positive[int] = 16

@@ -3,10 +3,6 @@
 Legend: N rows, H hidden, I intermediate width.
 """
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from types import MethodType
 from typing import Protocol, TypeGuard
 
 import torch
@@ -15,15 +11,11 @@ from torch.nn import functional as F
 
 from eagle_rpc.target.probes import ROUNDING, relative_error
 
-logger = logging.getLogger(__name__)
-
-# Compute capability of the GPUs that the kernel was written for and measured on.
-_HOPPER = 9
-_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 # Rows of all three matrices have to be multiples of 16 bytes: that many elements of these dtypes.
-_ALIGNED = 8
+ALIGNED = 8
 # Rows of a probe, and its largest gates and ups: the size that layers have, and a size that some MLPs clamp.
-_PROBE_ROWS, _PROBE_LARGEST = 8, (4.0, 100.0)
+_PROBE_ROWS, PROBE_LARGEST = 8, (4.0, 100.0)
 
 
 class _GatedMLP(Protocol):
@@ -33,54 +25,11 @@ class _GatedMLP(Protocol):
     up_proj: nn.Linear
     down_proj: nn.Linear
     gate_up_weight: Tensor  # [2, I, H], once it is fused
-    forward: object
 
     def __call__(self, hidden: Tensor) -> Tensor: ...
 
 
-class FusedMLPs:
-    """Those of `modules` that are gated MLPs with SiLU, as a probe of each has shown.
-
-    Their gate and up weights become the halves of one tensor, so the modules must not be moved or given other
-    weights afterwards. Empty without a Hopper GPU and Triton, or without such an MLP.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._mlps: list[_GatedMLP] = []
-        warned = False
-        for mlp in filter(_is_candidate, modules):
-            try:
-                weight_2IH = torch.stack((mlp.gate_proj.weight.data, mlp.up_proj.weight.data))
-                if _equals_modules(mlp, weight_2IH):
-                    mlp.gate_up_weight = weight_2IH
-                    mlp.gate_proj.weight.data, mlp.up_proj.weight.data = weight_2IH
-                    self._mlps.append(mlp)
-            except Exception:
-                # No Triton, no C compiler, a refused kernel, an unusual module: each raises other errors.
-                if not warned:
-                    message = "some MLPs run as their modules do: the probe for target.fused_mlp failed"
-                    logger.warning(message, exc_info=True)
-                warned = True
-        if self._mlps:
-            # The freed weights leave gaps in torch's cache that are too small for the next pair.
-            torch.cuda.empty_cache()
-
-    def __len__(self) -> int:
-        return len(self._mlps)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside the block the modules' `forward` is the fused one."""
-        try:
-            for mlp in self._mlps:
-                mlp.forward = MethodType(_fused_forward, mlp)
-            yield
-        finally:
-            for mlp in self._mlps:
-                vars(mlp).pop("forward", None)
-
-
-def _is_candidate(mlp: nn.Module) -> TypeGuard[_GatedMLP]:
+def is_candidate(mlp: nn.Module) -> TypeGuard[_GatedMLP]:
     """Whether the module holds the three products of a gated MLP, in a form that the kernel takes."""
     products = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     linear = [product for product in products if _is_plain_linear(product)]
@@ -89,8 +38,8 @@ def _is_candidate(mlp: nn.Module) -> TypeGuard[_GatedMLP]:
         return False
     gate, up = linear[0].weight, linear[1].weight
     alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
-    aligned = all(size % _ALIGNED == 0 for size in gate.shape)
-    return alike and aligned and gate.dtype in _DTYPES and _is_hopper(gate.device)
+    aligned = all(size % ALIGNED == 0 for size in gate.shape)
+    return alike and aligned and gate.dtype in DTYPES
 
 
 def _is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
@@ -98,25 +47,25 @@ def _is_plain_linear(module: object) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER
-
-
 @torch.no_grad()
-def _equals_modules(mlp: _GatedMLP, weight_2IH: Tensor) -> bool:
-    """Whether the fused MLP gives what its modules give, up to rounding."""
+def fuse(mlp: _GatedMLP) -> bool:
+    """Joins the gate and up weights if the fused MLP gives what its modules give, up to rounding."""
+    weight_2IH = torch.stack((mlp.gate_proj.weight.data, mlp.up_proj.weight.data))
     generator = torch.Generator().manual_seed(0)
     probe_NH = torch.randn(_PROBE_ROWS, weight_2IH.shape[2], generator=generator).to(weight_2IH)
     largest = F.linear(probe_NH, weight_2IH.flatten(0, 1)).abs().max().float().clamp_min(1e-6)
-    for wanted in _PROBE_LARGEST:
+    for wanted in PROBE_LARGEST:
         rows_NH = probe_NH * (wanted / largest).to(probe_NH.dtype)
         fused_NH = mlp.down_proj(_gated_product(rows_NH, weight_2IH))
         if not relative_error(fused_NH, mlp(rows_NH)) <= ROUNDING[weight_2IH.dtype]:
             return False
+    mlp.gate_up_weight = weight_2IH
+    mlp.gate_proj.weight.data, mlp.up_proj.weight.data = weight_2IH
     return True
 
 
-def _fused_forward(mlp: _GatedMLP, hidden: Tensor) -> Tensor:
+def fused_forward(mlp: _GatedMLP, hidden: Tensor) -> Tensor:
+    """The `forward` of an MLP after `fuse`."""
     gated_NI = _gated_product(hidden.flatten(0, -2), mlp.gate_up_weight)
     return mlp.down_proj(gated_NI.unflatten(0, hidden.shape[:-1]))
 

@@ -42,7 +42,7 @@ from eagle_rpc.target.capture import (
 )
 from eagle_rpc.target.chat_attention import ChatAttention, positions_within_chats
 from eagle_rpc.target.compiled import Buckets, CompiledForward
-from eagle_rpc.target.gated_mlp import FusedMLPs
+from eagle_rpc.target.fused_mlps import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_spread
 from eagle_rpc.target.probes import check_causal, packing_fault, recurrent_layers, refusing_failures

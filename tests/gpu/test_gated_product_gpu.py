@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from eagle_rpc.target.gated_mlp import FusedMLPs
+from eagle_rpc.target.fused_mlps import FusedMLPs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9

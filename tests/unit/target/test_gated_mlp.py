@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from eagle_rpc.config.choices import CompileMode
-from eagle_rpc.target import gated_mlp
-from eagle_rpc.target.gated_mlp import FusedMLPs
+from eagle_rpc.target import fused_mlps, gated_mlp
+from eagle_rpc.target.fused_mlps import FusedMLPs
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 
@@ -51,8 +51,8 @@ class Calls(list):
 @pytest.fixture
 def kernel(monkeypatch):
     calls = Calls()
-    monkeypatch.setattr(gated_mlp, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(gated_mlp, "_DTYPES", (torch.bfloat16, torch.float16, torch.float32))
+    monkeypatch.setattr(fused_mlps, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(gated_mlp, "DTYPES", (torch.bfloat16, torch.float16, torch.float32))
     monkeypatch.setitem(
         sys.modules, "eagle_rpc.target.gated_kernel", SimpleNamespace(gated_product=calls.gated_product)
     )
