@@ -19,7 +19,7 @@ def load_decoding(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
     Raises as `load_with_tokenizer` and `read_prompts`.
     """
-    ensure_prompts(config)
+    ensure_prompts(config, config.evaluate.prompts)
     target = replace(config.target, dtype=config.evaluate.dtype)
     device = torch.device(resolve_device(target.device))
     model, tokenizer = load_with_tokenizer(target, device, cache_dir=config.run.cache_dir)

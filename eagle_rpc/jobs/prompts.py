@@ -22,12 +22,12 @@ from eagle_rpc.target.loading import load_tokenizer
 logger = logging.getLogger(__name__)
 
 
-def ensure_prompts(config: Config) -> None:
+def ensure_prompts(config: Config, needed: str) -> None:
     """Writes prompts for training and evaluation, without overlap, if `data.prompt_source` names a source.
 
-    Nothing is written, and no package or model is needed, if both prompt files of the configuration exist.
+    Nothing is written, and no package or model is needed, if the file `needed`, one of the two, exists.
     """
-    if all(Path(path).exists() for path in (config.regenerate.prompts, config.evaluate.prompts)):
+    if Path(needed).exists():
         return
     if config.data.prompt_source is PromptSource.chitchat:
         directory = Path(config.run.cache_dir) / "chitchat"

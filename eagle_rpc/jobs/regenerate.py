@@ -21,7 +21,7 @@ def run(config: Config) -> int:
     `Regeneration` do.
     """
     start_worker(config, "regenerate")
-    ensure_prompts(config)
+    ensure_prompts(config, config.regenerate.prompts)
     # The format of the answers is that of the target that gives them.
     config = replace(config, target=replace(config.target, dtype=config.regenerate.dtype))
     tokenizer = load_tokenizer(config.target, cache_dir=config.run.cache_dir)

@@ -12,7 +12,7 @@ from torch import Tensor
 from eagle_rpc.target.gated_kernel import TILE_ROWS, ExpertTiles
 
 # Choices that are placed at a time, how often in one program, and rows of counts that it reads at a time.
-_BLOCK, _REPEATS, _ROWS_OF_COUNTS = 256, 2, 64
+_BLOCK, _REPEATS, _ROWS_OF_COUNTS = 256, 1, 64
 # Columns of a row that one program moves.
 _COLUMNS = 1024
 

@@ -15,7 +15,7 @@ from eagle_rpc.answers.answerer import Answer
 from eagle_rpc.answers.self_prompts import SelfPrompts, open_log
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import DType, PromptSource
-from eagle_rpc.config.schema import DataConfig, EvaluateConfig, PromptsConfig, RegenerateConfig, RunConfig
+from eagle_rpc.config.schema import DataConfig, PromptsConfig, RunConfig
 from eagle_rpc.data import ChatTemplate
 from eagle_rpc.errors import ConfigError, DataError
 from eagle_rpc.jobs import prompts
@@ -145,61 +145,58 @@ def test_a_log_of_other_settings_or_of_another_job_is_refused(tmp_path: Path):
 
 
 def test_the_target_writes_prompts_apart_from_those_held_out(config: Config):
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     heldout, train = both(config)
     assert (len(heldout), len(train)) == (2, 4) and len({*heldout, *train}) == 6
 
 
 def test_prompts_depend_on_the_seed_and_not_on_the_batch(config: Config):
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     first = both(config)
     remove_prompts(config).unlink()
     config.regenerate.batch_size = 9
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     assert both(config) == first
     remove_prompts(config).unlink()
     config.run.seed = 1
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     assert both(config) != first
 
 
 def test_a_kill_at_any_byte_of_the_log_changes_nothing(config: Config):
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     first = both(config)
     log = remove_prompts(config)
     whole = log.read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 1):
         log.write_bytes(whole[:size])
-        prompts.ensure_prompts(config)
+        prompts.ensure_prompts(config, config.regenerate.prompts)
         assert both(config) == first and log.read_bytes() == whole
         remove_prompts(config)
 
 
 def test_only_absent_files_are_written_and_own_held_out_prompts_are_not_trained_on(config: Config):
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     _, train = both(config)
     own = json.dumps({"prompt": train[0]}) + "\n"
     Path(config.evaluate.prompts).write_text(own)
     Path(config.regenerate.prompts).unlink()
-    prompts.ensure_prompts(config)
+    prompts.ensure_prompts(config, config.regenerate.prompts)
     assert texts(config.regenerate.prompts) == train[1:]
     assert Path(config.evaluate.prompts).read_text() == own
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_the_embedded_prompts_are_written_only_where_files_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+def test_the_embedded_prompts_are_written_only_for_a_job_whose_file_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     written: list[Any] = []
     monkeypatch.setattr(prompts, "prepare_chitchat_prompts", lambda *args, **settings: written.append(args))
-    files = [tmp_path / "ask.jsonl", tmp_path / "heldout.jsonl"]
-    for file in files[: 2 if own else 1]:
-        file.write_text("")
+    own, absent = tmp_path / "own.jsonl", tmp_path / "absent.jsonl"
+    own.write_text("")
     config = Config(
-        run=RunConfig(cache_dir=str(tmp_path)),
-        data=DataConfig(prompt_source=PromptSource.chitchat),
-        regenerate=RegenerateConfig(prompts=str(files[0])),
-        evaluate=EvaluateConfig(prompts=str(files[1])),
+        run=RunConfig(cache_dir=str(tmp_path)), data=DataConfig(prompt_source=PromptSource.chitchat)
     )
-    prompts.ensure_prompts(config)
-    assert bool(written) is not own
+    prompts.ensure_prompts(config, str(own))
+    assert not written
+    prompts.ensure_prompts(config, str(absent))
+    assert written
