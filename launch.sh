@@ -10,6 +10,7 @@ usage() {
   cat <<'END'
 usage: launch.sh [OVERRIDE ...]            the whole path: regenerate, train over RPC, export, evaluate
        launch.sh job=NAME [OVERRIDE ...]   that job alone; job=train under torchrun with all its workers
+       launch.sh --multirun OVERRIDE ...   a run for each combination of values, as train.learning_rate=1e-3,3e-4
        launch.sh test [PYTEST_ARG ...]     lint, types and tests
        launch.sh setup                     the virtual environment only, which the others set up as well
 
@@ -45,9 +46,10 @@ run_tests() {
 }
 
 run_jobs() {
-  local override job='' own='' others=() plan workers jobs
+  local override job='' own='' sweep='' others=() plan workers jobs
   for override in "$@"; do
     case $override in
+      --multirun | -m) sweep=$override ;;
       job=*) job=${override#job=} ;;
       *) others+=("$override") ;;
     esac
@@ -63,6 +65,10 @@ run_jobs() {
     '' | regenerate | train | export | evaluate | plan)
       [[ $own ]] || others=(experiment=smollm2 "${others[@]}") ;;
   esac
+  if [[ $sweep ]]; then
+    # It starts the jobs of all its runs itself.
+    exec "$PYTHON" -m eagle_rpc --multirun ${job:+"job=$job"} "${others[@]}"
+  fi
   [[ $job ]] || others=(train.resume=auto "${others[@]}")
   plan=$("$PYTHON" -m eagle_rpc.config.launch ${job:+"job=$job"} "${others[@]}")
   read -r workers jobs <<<"$plan"
@@ -86,7 +92,7 @@ main() {
     setup) command=true && shift ;;
   esac
   for word in "$@"; do
-    if [[ $command != run_tests && $word != *=* && $word != '~'* ]]; then
+    if [[ $command != run_tests && $word != *=* && $word != '~'* && $word != --multirun && $word != -m ]]; then
       if [[ $word == -h || $word == --help ]]; then
         usage
         exit

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from itertools import pairwise
+from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
@@ -19,6 +20,7 @@ from eagle_rpc.config.choices import JobName
 from eagle_rpc.config.compose import conf_dir, refusal, register_schema, to_config
 from eagle_rpc.config.overrides import for_hydra
 from eagle_rpc.config.schema import Config
+from eagle_rpc.config.sweeps import is_sweep, read_sweep
 from eagle_rpc.config.usage import usage
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import die_with_parent, read_world
@@ -55,11 +57,24 @@ def _say_what_loads(config: Config) -> None:
         )
 
 
+def _run_sweep(words: list[str]) -> NoReturn:
+    """Ends the process with the code of the sweep."""
+    try:
+        sweep = read_sweep(words)
+        if read_world().launched:
+            die_with_parent()
+        sys.exit(importlib.import_module("eagle_rpc.jobs.sweep").run(sweep))
+    except Exception as error:  # noqa: BLE001 - every error ends in words
+        end_with(error)
+
+
 def main() -> None:
     """Entry of `python -m eagle_rpc` and of the console script `eagle-rpc`. Exits with the job's code."""
     if {"-h", "--help"} & set(sys.argv):
         sys.stdout.write(usage())
         return
+    if is_sweep(sys.argv[1:]):
+        _run_sweep(sys.argv[1:])
     register_schema()
     typed = list(sys.argv)
     sys.argv[1:] = map(for_hydra, typed[1:])

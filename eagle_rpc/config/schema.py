@@ -59,6 +59,8 @@ class JobConfig:
     """`job=status` prints one JSON object a look instead of tables."""
     serve_until_unused: bool = False
     """`job=serve` ends when its last session has gone; otherwise it serves until it is told to stop."""
+    sweep_timeout: Positive[float] = 604800.0
+    """Seconds for one job of one run of a sweep (`--multirun`), after which that run counts as failed."""
     plan_device_gib: Positive[float] | None = None
     """Memory of one GPU in GiB with which `job=plan` compares what each needs, 80 for an H100; null: none."""
 

@@ -20,6 +20,7 @@ from eagle_rpc.config.schema import TopologyConfig
 from eagle_rpc.config.texts import parse_pair
 from eagle_rpc.errors import TargetFailed, WaitTimeout
 from eagle_rpc.jobs.verify_worker import record_path, record_steps
+from eagle_rpc.process.children import job_command, last_lines
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.train import RunDirectory
@@ -56,25 +57,19 @@ def _run_side(config: Config, topology: str, side: VerifySide) -> None:
     directory.mkdir(parents=True)
     write_config(_side_config(config, side, directory, workers), directory / "side.yaml")
     count = workers.trainers + (workers.targets if side is VerifySide.remote else 0)
-    launcher = [
-        sys.executable,
-        "-m",
-        "eagle_rpc.process.launcher",
-        "--standalone",
-        f"--nproc-per-node={count}",
-    ]
-    job = ["-m", "eagle_rpc", "--config-path", str(directory.resolve()), "--config-name", "side"]
+    words = ["--config-path", str(directory.resolve()), "--config-name", "side"]
+    command = job_command(words, num_workers=count)
     log, seconds = directory / "workers.log", config.job.verify_timeout
     logger.info("%s, %s target: %d workers, log in %s", topology, side.name, count, log)
     with log.open("w") as output:
         try:
-            code = subprocess.run([*launcher, *job], stdout=output, stderr=output, timeout=seconds).returncode
+            code = subprocess.run(command, stdout=output, stderr=output, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
             raise WaitTimeout(
                 f"{topology} {side.name} did not end within {seconds:.0f} s, see {log}"
             ) from None
     if code:
-        raise TargetFailed(f"{topology} {side.name} ended with code {code}, see {log}:\n{_last_lines(log)}")
+        raise TargetFailed(f"{topology} {side.name} ended with code {code}, see {log}:\n{last_lines(log)}")
 
 
 def _topology_of(pair: str) -> TopologyConfig:
@@ -97,10 +92,6 @@ def _side_config(config: Config, side: VerifySide, directory: Path, topology: To
         topology=topology,
         train=replace(config.train, max_steps=steps, max_epochs=None, log_every=1, resume=Resume.never),
     )
-
-
-def _last_lines(log: Path, count: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
 
 
 def _compare(config: Config, topology: str) -> Iterator[Comparison]:

@@ -1,11 +1,16 @@
 """The only file that reads or writes the process environment."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from eagle_rpc.errors import ConfigError
+
+_OF_TORCHRUN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +68,11 @@ def error_file(environ: Mapping[str, str] = os.environ) -> Path | None:
     """The file in which torchrun expects the reason of this worker's failure; None without torchrun."""
     name = environ.get("TORCHELASTIC_ERROR_FILE")
     return Path(name) if name else None
+
+
+def outside_torchrun(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """`environ` without torchrun's variables, for a child that is no worker of the same torchrun."""
+    return {name: value for name, value in environ.items() if not _OF_TORCHRUN.fullmatch(name)}
 
 
 def speaks_for_host(environ: Mapping[str, str] = os.environ) -> bool:

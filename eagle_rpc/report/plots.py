@@ -1,4 +1,4 @@
-"""The two plots of a run. matplotlib is imported when one is drawn."""
+"""The two plots of a run, and that of a sweep. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_rpc.errors import DataError
 from eagle_rpc.report.metrics_log import read_metrics
+from eagle_rpc.report.sweep_table import SweptResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +56,34 @@ def plot_acceptance(acceptance_per_position: Sequence[float], accept_length: flo
     axes.set_ylabel("accepted (% of drafts)")
     axes.set_title(f"Accept length {accept_length:.2f} tokens a target call")
     axes.xaxis.grid(False)
+    _save(figure, output)
+
+
+def plot_sweep(results: Sequence[SweptResult], output: Path) -> None:
+    """Accept length of each run against supervised tokens and seconds of training: evaluations with their
+    intervals, and validations on the way as lines.
+    """
+    figure = _figure(10.0, 4.5)
+    by_tokens, by_seconds = figure.subplots(1, 2, sharey=True)
+    for number, one in enumerate(results):
+        color = f"C{number % 10}"
+        label = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in one.values.items())
+        if one.validations:
+            by_tokens.plot(*zip(*one.validations, strict=True), color=color, linewidth=1.0, alpha=0.5)
+        for axes, cost in ((by_tokens, one.supervised_tokens), (by_seconds, one.train_seconds)):
+            if cost is None or one.accept_length is None:
+                continue
+            low, high = one.interval or (one.accept_length, one.accept_length)
+            error = [[one.accept_length - low], [high - one.accept_length]]
+            axes.errorbar(cost, one.accept_length, error, fmt="o", color=color, capsize=3, label=label)
+    by_tokens.set_xlabel("supervised tokens trained")
+    by_tokens.set_ylabel("accept length (tokens a target call)")
+    by_seconds.set_xlabel("seconds of training")
+    if by_seconds.get_legend_handles_labels()[1]:
+        figure.legend(
+            *by_seconds.get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2
+        )
+    figure.suptitle("Evaluations with 95 % intervals; lines are validations")
     _save(figure, output)
 
 

@@ -13,6 +13,7 @@ from support.documents import ARCHITECTURE, PACKAGE, ROOT, path_table
 import eagle_rpc
 from eagle_rpc.config.compose import load
 from eagle_rpc.config.schema import Config
+from eagle_rpc.config.sweeps import is_sweep, read_sweep
 
 PAGES = [
     page for folder in ("", "docs", "benchmarks", "examples") for page in sorted((ROOT / folder).glob("*.md"))
@@ -121,7 +122,12 @@ def test_pages_have_no_private_words(page: Path):
     "command", [pytest.param(line, id=line.strip()) for page in GUIDES for line in commands(page)]
 )
 def test_commands_of_pages_compose(command: str):
-    load(*(word for word in shlex.split(command) if "=" in word and not word.startswith("--")))
+    words = shlex.split(command)
+    overrides = [word for word in words if "=" in word and not word.startswith("--")]
+    if is_sweep(words):
+        read_sweep(["--multirun", *overrides])
+    else:
+        load(*overrides)
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=relative)

@@ -1,18 +1,15 @@
 """`launch.sh` and the questions that it asks of the composed configuration."""
 
-import hashlib
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.checkout import make_checkout
 
 from eagle_rpc.config.choices import JobName
 from eagle_rpc.config.compose import load
 from eagle_rpc.config.launch import jobs, num_workers
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
@@ -41,18 +38,11 @@ def test_answers_are_asked_for_only_if_training_reads_them():
 def checkout(tmp_path: Path) -> Path:
     """A copy of `launch.sh` whose Python writes the jobs that it starts to `started` and runs none."""
     checkout = tmp_path / "checkout"
-    (checkout / ".venv" / "bin").mkdir(parents=True)
-    for name in ("launch.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(REPOSITORY / name, checkout)
-    versions = b"".join((checkout / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
-    (checkout / ".venv" / "installed").write_text(f"{hashlib.sha256(versions).hexdigest()}  -\n")
-    python = checkout / ".venv" / "bin" / "python"
-    python.write_text(
-        f'#!/bin/sh\n[ "$2" != eagle_rpc.config.launch ] || exec {sys.executable} "$@"\n'
-        f'echo "$PWD: $*" >> {checkout}/started\n'
+    return make_checkout(
+        checkout,
+        f'[ "$2" != eagle_rpc.config.launch ] || exec {sys.executable} "$@"\n'
+        f'echo "$PWD: $*" >> {checkout}/started',
     )
-    python.chmod(0o755)
-    return checkout
 
 
 def launch(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -104,6 +94,15 @@ def test_jobs_of_one_run_get_the_same_settings_one_by_one(checkout: Path):
     assert regenerate == "-m eagle_rpc job=regenerate experiment=smollm2 regenerate.num_prompts=8"
     assert train.endswith("-m eagle_rpc job=train experiment=smollm2 regenerate.num_prompts=8")
     assert started(checkout, "job=status")[-1] == "-m eagle_rpc job=status"
+
+
+def test_a_sweep_starts_its_jobs_itself_with_the_settings_of_a_run(checkout: Path):
+    assert started(checkout, "--multirun", "train.max_steps=1,2") == [
+        "-m eagle_rpc --multirun experiment=smollm2 train.max_steps=1,2"
+    ]
+    own = ["data=chats", "data.train_path=chats.jsonl", "job=train", "train.max_steps=1,2", "-m"]
+    expected = "-m eagle_rpc --multirun job=train data=chats data.train_path=chats.jsonl train.max_steps=1,2"
+    assert started(checkout, *own)[-1] == expected
 
 
 def test_help_and_unknown_words_print_the_usage_and_start_nothing(checkout: Path):
