@@ -17,6 +17,8 @@ def test_every_file_of_conf_composes(choice: str):
         "data=chats": ["data.train_path=chats.jsonl"],
         "job=compare": ["compare.drafts=[one, other]"],
     }
+    recipes = ("qwen3_8b", "llama31_8b", "gpt_oss_20b", "qwen3_30b_a3b", "llama31_70b", "large")
+    required |= {f"experiment={recipe}": ["target.model=somewhere"] for recipe in recipes}
     assert isinstance(load(choice, *required.get(choice, [])), Config)
 
 
