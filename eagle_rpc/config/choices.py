@@ -40,7 +40,7 @@ class MembershipKind(Enum):
 
 
 class Encoding(Enum):
-    """The form in which supervision travels; all three decode to the same batch."""
+    """The form in which supervision travels. The exact ones decode to the same batch."""
 
     probs = "probs"
     """fp32 probabilities over the draft vocabulary."""
@@ -48,6 +48,8 @@ class Encoding(Enum):
     """The target's logits of the draft vocabulary."""
     hidden = "hidden"
     """The target's last hidden state; the trainer applies the head's rows of the draft vocabulary."""
+    hidden_fp8 = "hidden_fp8"
+    """As `hidden`, but hidden states are rounded to float8, a scale a token and layer: half of the bytes, not exact."""
 
 
 class Rows(Enum):

@@ -49,8 +49,10 @@ class JobConfig:
         default_factory=lambda: ["1x1", "1x2", "2x2"]
     )
     """Topologies that `job=verify` runs, each with the same number of trainers on both sides."""
-    verify_encodings: list[Encoding] = field(default_factory=lambda: list(Encoding))
-    """Encodings that `job=verify` compares."""
+    verify_encodings: list[Encoding] = field(
+        default_factory=lambda: [Encoding.probs, Encoding.logits, Encoding.hidden]
+    )
+    """Encodings that `job=verify` compares; the default is all exact ones."""
     verify_timeout: Positive[float] = 600.0
     """Seconds for one side of one comparison."""
     status_watch: NotNegative[float] = 0.0

@@ -23,6 +23,7 @@ from eagle_rpc.jobs.verify_worker import record_path, record_steps
 from eagle_rpc.process.children import job_command, last_lines
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.process.startup import start_worker
+from eagle_rpc.supervision import ENCODINGS
 from eagle_rpc.train import RunDirectory
 from eagle_rpc.train.recording import QUANTITIES, Comparison, compare_records
 
@@ -106,7 +107,9 @@ def _compare(config: Config, topology: str) -> Iterator[Comparison]:
 
 def _table(comparisons: list[Comparison]) -> Iterator[str]:
     names = "".join(f"{name:<13}" for name in QUANTITIES)
-    yield f"{'topology':<10}{'encoding':<10}{'tensors':>8}{'rows':>8}  {names}"
+    yield f"{'topology':<10}{'encoding':<12}{'tensors':>8}{'rows':>8}  {names}"
     for line in comparisons:
         verdicts = "".join(f"{'bitwise' if line.equal[name] else 'DIFFERENT':<13}" for name in QUANTITIES)
-        yield f"{line.topology:<10}{line.encoding:<10}{line.tensors:>8}{line.rows:>8}  {verdicts}"
+        yield f"{line.topology:<10}{line.encoding:<12}{line.tensors:>8}{line.rows:>8}  {verdicts}"
+    if rounded := sorted({line.encoding for line in comparisons if not ENCODINGS[line.encoding].exact}):
+        yield f"not exact: {', '.join(rounded)} (both sides round the target's states alike)"

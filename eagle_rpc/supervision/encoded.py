@@ -1,7 +1,7 @@
 """Supervision on the wire: read from a target's output, encoded, and decoded at the trainer.
 
-Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, W width of all captured states,
-V target vocab, K draft vocab.
+Legend: B batch, T sequence, R real tokens, N supervised rows, H target hidden, C captured layers, W width of all
+captured states, V target vocab, K draft vocab.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
 from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead, DraftTargets
+from eagle_rpc.supervision.fp8_states import from_fp8, to_fp8
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
 from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.tensors import to_device
@@ -28,11 +29,13 @@ class EncodedSupervision:
     """One reply. It holds no padding and no row that the loss does not read."""
 
     encoding: str
-    aux: Tensor  # [R, W] target dtype, real tokens in order
+    aux: Tensor  # [R, W] target dtype or float8, real tokens in order
     supervised_rows: Tensor  # [N] int32, flat b * T + t, ascending
     values: Tensor  # [N, ...] in the form of the encoding
     log_normalizer: Tensor  # [N] fp32, logsumexp over V
     argmax: Tensor  # [N] int32, draft id or -1
+    aux_scales: Tensor | None = None  # [R, C] fp32, with float8 states
+    value_scales: Tensor | None = None  # [N, 1] fp32, with float8 states
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +48,8 @@ class EncodedSupervision:
         return EncodedSupervision(encoding=self.encoding, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "encoding"}
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,19 +68,29 @@ class ReadSupervision:
         """The reply with the rows that `rule` (of `ROW_RULES`) keeps. On a GPU it waits, as N is a shape."""
         keep = None if rule == "loss_mask" else (self.argmax >= 0).nonzero().squeeze(1)
         supervised_rows = _kept(self.rows.supervisable, keep)
+        aux, aux_scales = self._travelling(self.aux_hidden_states, self.rows.real)
         if self.last_hidden_state is not None:
-            values = self.last_hidden_state.flatten(0, 1).index_select(0, supervised_rows + 1)
+            values, value_scales = self._travelling(self.last_hidden_state, supervised_rows + 1)
         else:
             assert self.values is not None
-            values = _kept(self.values, keep)
+            values, value_scales = _kept(self.values, keep), None
         return EncodedSupervision(
             encoding=self.encoding.name,
-            aux=self.aux_hidden_states.flatten(0, 1).index_select(0, self.rows.real),
+            aux=aux,
             supervised_rows=supervised_rows.int(),
             values=values,
             log_normalizer=_kept(self.log_normalizer, keep),
             argmax=_kept(self.argmax, keep).int(),
+            aux_scales=aux_scales,
+            value_scales=value_scales,
         )
+
+    def _travelling(self, states: Tensor, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The states [B, T, ...] at flat places as the encoding sends them, and their scales."""
+        if self.encoding.fp8_states:
+            assert self.last_hidden_state is not None, "encodings of float8 states need the head"
+            return to_fp8(states.flatten(0, 1), places, self.last_hidden_state.shape[-1])
+        return states.flatten(0, 1).index_select(0, places), None
 
 
 def _kept(column: Tensor, keep: Tensor | None) -> Tensor:
@@ -165,14 +179,25 @@ def decode_supervision(
 
     `head`: the draft rows of the target's head, for encodings that need them.
     """
+    aux, values = (
+        _readable(states, scales, head)
+        for states, scales in ((encoded.aux, encoded.aux_scales), (encoded.values, encoded.value_scales))
+    )
     return Eagle3TargetBatch(
         tokens=tokens,
-        aux_hidden_states=_dense_aux(encoded.aux, tokens),
+        aux_hidden_states=_dense_aux(aux, tokens),
         supervised_rows=encoded.supervised_rows.long(),
-        targets=ENCODINGS[encoded.encoding](encoded.values, head),
+        targets=ENCODINGS[encoded.encoding](values, head),
         log_normalizer=encoded.log_normalizer,
         argmax=encoded.argmax.long(),
     )
+
+
+def _readable(states: Tensor, scales: Tensor | None, head: DraftHead | None) -> Tensor:
+    if scales is None:
+        return states
+    assert head is not None, "encodings of float8 states need the draft rows of the target's head"
+    return from_fp8(states, scales, head.weight.dtype)
 
 
 def _dense_aux(aux: Tensor, tokens: TokenBatch) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eagle_rpc.supervision.fp8_states import SCALE_BYTES
+
 # Row index, log-normaliser and argmax take four bytes each.
 _ROW_BYTES = 12
 
@@ -61,11 +63,18 @@ class DraftTargets(ABC):
     """Whether the values and the log-normaliser give probabilities over the full target vocabulary."""
     exact: ClassVar[bool] = True
     """Whether only rounding is lost. An encoding that is not exact is named so and never a default."""
+    fp8_states: ClassVar[bool] = False
+    """Whether hidden states travel in float8 (`fp8_states`). Trainers read them in the dtype of the head."""
 
     @staticmethod
     @abstractmethod
     def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
         """Bytes of one row's values; `dtype_bytes`: of one element in the target's dtype."""
+
+    @staticmethod
+    def state_bytes(hidden_size: int, dtype_bytes: int) -> int:
+        """Bytes of the captured states of one token and layer."""
+        return dtype_bytes * hidden_size
 
     @staticmethod
     def encode(logits_NK: Tensor) -> Tensor:
@@ -92,7 +101,7 @@ class DraftTargets(ABC):
     ) -> float:
         """Wire bytes of one real token whose row is supervised with probability `supervised_share`."""
         row_bytes = cls.value_bytes(hidden_size, draft_vocab_size, dtype_bytes) + _ROW_BYTES
-        return num_aux_layers * hidden_size * dtype_bytes + supervised_share * row_bytes
+        return num_aux_layers * cls.state_bytes(hidden_size, dtype_bytes) + supervised_share * row_bytes
 
 
 class StoredProbs(DraftTargets):
@@ -154,7 +163,24 @@ class ProjectedTargets(DraftTargets):
         return self.head.project(self.values[rows])
 
 
+class Fp8ProjectedTargets(ProjectedTargets):
+    """`ProjectedTargets` whose last hidden states, and the captured ones, travelled in float8: half the bytes."""
+
+    __slots__ = ()
+    name = "hidden_fp8"
+    exact = False
+    fp8_states = True
+
+    @staticmethod
+    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
+        return hidden_size + SCALE_BYTES
+
+    @staticmethod
+    def state_bytes(hidden_size: int, dtype_bytes: int) -> int:
+        return hidden_size + SCALE_BYTES
+
+
 ENCODINGS: dict[str, type[DraftTargets]] = {
-    encoding.name: encoding for encoding in (StoredProbs, StoredLogits, ProjectedTargets)
+    encoding.name: encoding for encoding in (StoredProbs, StoredLogits, ProjectedTargets, Fp8ProjectedTargets)
 }
 """By the name that the configuration and the wire hold."""

@@ -83,3 +83,22 @@ def test_verification_of_packed_training_finds_every_bit_equal(tmp_path: Path):
     rows = json.loads((tmp_path / "runs/verify/verify.json").read_text())
     assert [row["encoding"] for row in rows] == ["probs", "logits", "hidden"]
     assert all(row["rows"] > 0 and all(row["equal"].values()) for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_training_on_float8_states_gives_the_same_bits_on_both_paths_and_says_that_it_is_not_exact(
+    tmp_path: Path,
+):
+    overrides = ["job.verify_encodings=[hidden_fp8]", "job.verify_topologies=[1x1]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "eagle_rpc", "job=verify", "data.packing=true", *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not exact: hidden_fp8" in done.stdout
+    (row,) = json.loads((tmp_path / "runs/verify/verify.json").read_text())
+    assert row["encoding"] == "hidden_fp8" and row["rows"] > 0 and all(row["equal"].values())

@@ -65,7 +65,8 @@ def encoded_and_decoded(target, tokens, encoding, rows="position_mask", chunk_ro
     output = target.generate_batch(tokens.input_ids, tokens.attention_mask, tokens.loss_mask)
     vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cpu"))
     encoded = encode_supervision(output, tokens, vocab, encoding=encoding, rows=rows, chunk_rows=chunk_rows)
-    return encoded, decode_supervision(encoded, tokens, target.draft_head() if encoding == "hidden" else None)
+    head = target.draft_head() if ENCODINGS[encoding].needs_head else None
+    return encoded, decode_supervision(encoded, tokens, head)
 
 
 def expected_rows(target, tokens, rows):
@@ -216,7 +217,7 @@ def test_encodings_agree_to_rounding_and_travel_in_the_targets_dtype(dtype):
         )
 
 
-@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_batch_without_supervised_rows_is_valid(encoding):
     target, tokens = LinearTarget(3, 16), tokens_of()
     tokens.loss_mask = torch.zeros_like(tokens.loss_mask)
@@ -248,7 +249,7 @@ def test_chunking_never_holds_more_logits_than_asked_and_changes_no_row(chunk_ro
     assert torch.allclose(encoded.values, whole.values, atol=1e-6)
 
 
-@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_logits_of_one_chunk_are_gone_when_the_next_come(encoding):
     target, tokens = LinearTarget(3, 16), tokens_of()
     output, chunks = target.generate_batch(None, None, None), []
@@ -266,7 +267,7 @@ def test_logits_of_one_chunk_are_gone_when_the_next_come(encoding):
 
 
 @pytest.mark.parametrize("num_aux_layers", [1, 3, 5])
-@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_wire_bytes_are_what_bytes_per_token_claims(encoding, num_aux_layers):
     target, tokens = LinearTarget(3, 16, torch.bfloat16, num_aux_layers=num_aux_layers), tokens_of()
     encoded, batch = encoded_and_decoded(target, tokens, encoding)
@@ -282,11 +283,13 @@ def test_wire_bytes_are_what_bytes_per_token_claims(encoding, num_aux_layers):
     assert encoded.num_bytes == pytest.approx(claimed * real)
 
 
-@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_every_tensor_of_a_reply_is_alone_in_its_storage(encoding):
     target, tokens = LinearTarget(3, 16), tokens_of(lengths=(16, 16, 16))
     encoded, _ = encoded_and_decoded(target, tokens, encoding, rows="loss_mask", chunk_rows=1000)
-    sent = [encoded.aux, encoded.supervised_rows, encoded.values, encoded.log_normalizer, encoded.argmax]
+    sent = []
+    encoded.map_tensors(sent.append)
+    assert len(sent) == (7 if ENCODINGS[encoding].fp8_states else 5)
     for tensor in sent:
         assert tensor.is_contiguous()
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -6,6 +6,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, UnsupportedTarget
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
+    ENCODINGS,
     GenerateRequest,
     SessionSettings,
     SessionSpec,
@@ -59,7 +60,7 @@ def assert_bitwise(left, right):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, encoding, packed):
     any_model.to(dtype)
