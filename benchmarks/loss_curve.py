@@ -1,10 +1,11 @@
 """The fused step against the reference: the losses of the same 300 optimiser steps.
 
-    python benchmarks/loss_curve.py --out DIR
+    python benchmarks/loss_curve.py --out DIR [--precision fp8]
 
 Both start from one draft and see the same batches of a target whose next token depends on the last two.
-Losses of all steps and the largest distances to the reference in fp32, of the fused step and of the reference
-in bf16, go to DIR/loss_curve.json. Legend: B batch, T sequence, V target vocab, K draft vocab, H hidden.
+Losses of all steps, and the largest and the last distances to the reference in fp32, of the fused step and of
+the reference in bf16, go to DIR/loss_curve.json; with `--precision fp8` also those of the fused step in fp8.
+Legend: B batch, T sequence, V target vocab, K draft vocab, H hidden.
 """
 
 import copy
@@ -17,7 +18,7 @@ from shapes import architecture
 from torch import Tensor
 from transformers import AutoConfig
 
-from eagle_rpc.config.choices import DType
+from eagle_rpc.config.choices import DType, Precision
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.supervision import Eagle3TargetBatch, StoredLogits, TargetShape, TokenBatch, shifted_loss_mask
@@ -25,6 +26,8 @@ from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
 VOCAB, DRAFT_VOCAB, HIDDEN, BATCH, LENGTH, OPTIMISER_STEPS = 1024, 512, 512, 8, 512, 300
+
+_LAST = 30
 
 
 class BigramTarget:
@@ -58,9 +61,12 @@ class BigramTarget:
         return torch.randn(shape, device="cuda", generator=self._generator)
 
 
-def losses_of(draft: Eagle3Draft, *, fused: bool, autocast: DType | None) -> list[float]:
+def losses_of(
+    draft: Eagle3Draft, *, fused: bool, autocast: DType | None, precision: Precision = Precision.bf16
+) -> list[float]:
     """The objective at every optimiser step, of a copy of the draft."""
-    config = TrainConfig(learning_rate=2e-3, warmup_share=0.1, autocast=autocast, fused=fused)
+    form = {"autocast": autocast, "fused": fused, "precision": precision}
+    config = TrainConfig(learning_rate=2e-3, warmup_share=0.1, **form)
     learner = Learner(copy.deepcopy(draft), config, DraftConfig(), TrainerGroup(), OPTIMISER_STEPS)
     target, losses = BigramTarget(), []
     for _ in range(OPTIMISER_STEPS):
@@ -72,6 +78,7 @@ def losses_of(draft: Eagle3Draft, *, fused: bool, autocast: DType | None) -> lis
 def main() -> None:
     parser = arguments_of(__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--precision", choices=[choice.name for choice in Precision], default="bf16")
     options = parser.parse_args()
     shape = {"hidden": HIDDEN, "width": 2 * HIDDEN, "layers": 1, "heads": 8, "key_heads": 2, "vocab": VOCAB}
     target_config = AutoConfig.for_model(
@@ -86,14 +93,22 @@ def main() -> None:
         "reference_bf16": losses_of(draft, fused=False, autocast=DType.bfloat16),
         "reference_fp32": losses_of(draft, fused=False, autocast=None),
     }
+    if options.precision == "fp8":
+        form = {"autocast": DType.bfloat16, "precision": Precision.fp8}
+        curves["fused_fp8"] = losses_of(draft, fused=True, **form)
     exact = torch.tensor(curves["reference_fp32"])
-    distances = {
-        name: float(((torch.tensor(curves[name]) - exact) / exact).abs().max())
-        for name in ("fused", "reference_bf16")
+    relative = {
+        name: (torch.tensor(curve) - exact) / exact
+        for name, curve in curves.items()
+        if name != "reference_fp32"
     }
+    distances = {name: float(curve.abs().max()) for name, curve in relative.items()}
+    # The mean of the last steps: single ones differ by rounding alone.
+    last = {name: float(curve[-_LAST:].mean()) for name, curve in relative.items()}
     content = {
         **environment(torch.device("cuda")),
         "largest_relative_distance_to_reference_fp32": distances,
+        "mean_relative_distance_of_the_last_steps": last,
         "losses": curves,
     }
     (options.out / "loss_curve.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
@@ -102,6 +117,7 @@ def main() -> None:
             f"step {step + 1:3d} " + " ".join(f"{name} {curve[step]:.4f}" for name, curve in curves.items())
         )
     print("largest distance to fp32:", distances)
+    print(f"mean distance of the last {_LAST} steps:", last)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Speed and memory of the draft's training on one GPU: seven TTT steps on random supervision of real shapes.
 
     python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
-        [--supervised-share 0.9] [--answers 1]
+        [--supervised-share 0.9] [--answers 1] [--precision bf16]
 
 A row holds turns of equal length, and the last part of each is the answer, which is supervised: with
 `--supervised-share 0.5 --answers 1` the second half of the row. `--answers 0` supervises single tokens at random.
@@ -24,7 +24,7 @@ from shapes import SHAPES
 from transformers import AutoConfig
 
 from eagle_rpc import supervision
-from eagle_rpc.config.choices import Optimiser
+from eagle_rpc.config.choices import Optimiser, Precision
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig, Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
@@ -103,6 +103,7 @@ KINDS = (
     # Kind of kernel, and parts of its names; the first match counts.
     ("own slots", ("_own_slots",)),
     ("loss", ("_judge_kernel",)),
+    ("rounding to fp8", ("_largest_kernel", "_rounding_kernel")),
     ("row formulas", ("_rms_norm", "_swiglu", "_add_and_rotate", "_rotate_back", "_sum_shifted")),
     ("causal attention", ("flash", "cudnn", "fmha")),
     ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "splitK")),
@@ -120,13 +121,16 @@ def main() -> None:
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
     parser.add_argument("--supervised-share", type=float, default=0.9, help="of the tokens")
     parser.add_argument("--answers", type=int, default=1, help="supervised blocks of a row")
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=[one.name for one in Precision])
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     results = Results(options.out / "trainer.json", GPU)
     ceiling = matrix_ceiling(GPU)
     results.add(ceiling_teraflops=ceiling)
-    for shape, size, system in itertools.product(options.shapes, options.sizes, options.systems):
+    asked = (options.shapes, options.sizes, options.systems, options.precision)
+    for shape, size, system, precision in itertools.product(*asked):
         name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
+        name["precision"] = precision
         name |= {"supervised_share": options.supervised_share, "answers": options.answers}
         try:
             measure_system(name, options, results, ceiling)
@@ -146,7 +150,7 @@ def measure_system(
             parameter.grad = torch.zeros_like(parameter)
     loss_mask = make_loss_mask(rows, length, options.supervised_share, options.answers)
     batch = make_batch(draft, loss_mask, options.encoding)
-    run, micro_batches = make_run(draft, name["system"], batch)
+    run, micro_batches = make_run(draft, name["system"], batch, Precision[name["precision"]])
     started = time.monotonic()
     run()
     torch.cuda.synchronize()
@@ -161,12 +165,15 @@ def measure_system(
         print("\n".join(longest), flush=True)
 
 
-def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple[Callable[[], Any], int]:
-    """The function to time, and its number of micro-batches."""
+def make_run(
+    draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch, precision: Precision
+) -> tuple[Callable[[], Any], int]:
+    """The function to time, and its number of micro-batches. The reference has no other precision than bf16."""
     recompute = system.endswith("_recompute")
     if system.startswith("optimiser"):
         config = TrainConfig(
             recompute_mlp=recompute,
+            precision=precision,
             optimiser=Optimiser.muon if system == "optimiser_muon" else Optimiser.adamw,
             ema_decay=0.999 if system == "optimiser_average" else None,
         )
@@ -177,7 +184,8 @@ def make_run(draft: Eagle3Draft, system: str, batch: Eagle3TargetBatch) -> tuple
     if system == "reference":
         step: ReferenceStep | FusedStep = ReferenceStep(draft, objective, autocast=torch.bfloat16)
     else:
-        step = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute)
+        fp8 = precision is Precision.fp8
+        step = FusedStep(draft, objective, dtype=torch.bfloat16, recompute_mlp=recompute, fp8=fp8)
     denominators = count_rows(batch, STEPS)
     return lambda: step.add_gradients(batch, denominators), 1
 

@@ -29,6 +29,7 @@ from eagle_rpc.config.choices import (
     JobName,
     MembershipKind,
     Optimiser,
+    Precision,
     Quantization,
     Rows,
     Schedule,
@@ -79,7 +80,8 @@ __all__ = ["DraftTraining", "connect", "evaluate_draft", "load_draft", "load_tar
 __all__ += ["Evaluation", "ExportedDraft", "StepFigures", "TargetServer"]
 # Sections of the configuration, and choices of their settings.
 __all__ += ["DraftConfig", "EvaluateConfig", "RpcConfig", "RunConfig", "SupervisionConfig", "TargetConfig"]
-__all__ += ["DType", "DraftLoss", "Encoding", "Optimiser", "Quantization", "Rows", "Schedule", "TrainConfig"]
+__all__ += ["DType", "DraftLoss", "Encoding", "Optimiser", "Precision", "Quantization", "Rows", "Schedule"]
+__all__ += ["TrainConfig"]
 # The contract between target and trainer.
 __all__ += ["Eagle3TargetBackend", "Eagle3TargetBatch", "ModelInfo", "TokenBatch", "VocabMapping"]
 

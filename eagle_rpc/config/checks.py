@@ -11,6 +11,7 @@ from eagle_rpc.config.choices import (
     JobName,
     MembershipKind,
     Optimiser,
+    Precision,
     Quantization,
     Schedule,
     Sharding,
@@ -144,6 +145,8 @@ def _broken_in_data(config: Config) -> Iterator[str]:
 
 
 def _broken_in_training(train: TrainConfig) -> Iterator[str]:
+    if train.precision is Precision.fp8:
+        yield from _broken_in_fp8(train)
     if train.optimiser is Optimiser.muon and train.sharding is Sharding.state:
         yield "train.sharding must be none with train.optimiser=muon, which needs whole matrices, got state"
     for name in ("validate_every", "validation_batches"):
@@ -154,6 +157,17 @@ def _broken_in_training(train: TrainConfig) -> Iterator[str]:
             "train.decay_share must be at most 1 - train.warmup_share with train.schedule=wsd, "
             f"got {train.decay_share} with {train.warmup_share}"
         )
+
+
+def _broken_in_fp8(train: TrainConfig) -> Iterator[str]:
+    """What keeps a training from the fused step, which alone computes in fp8."""
+    if train.autocast is not DType.bfloat16:
+        found = "null" if train.autocast is None else train.autocast.name
+        yield f"train.autocast must be bfloat16 with train.precision=fp8, got {found}"
+    if not train.fused:
+        yield "train.fused must be true with train.precision=fp8, got false"
+    if train.device == "cpu":
+        yield "train.device must be a GPU with train.precision=fp8, got cpu"
 
 
 def _broken_over_devices(config: Config) -> Iterator[str]:

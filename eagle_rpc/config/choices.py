@@ -61,6 +61,16 @@ class Rows(Enum):
     """All supervised rows."""
 
 
+class Precision(Enum):
+    """The format of the large matrix products of the draft's training."""
+
+    bf16 = "bf16"
+    """That of `train.autocast`."""
+    fp8 = "fp8"
+    """float8 with one scale a tensor; weights, their gradients and all other work as before. Needs a GPU of compute
+    capability 8.9 or later."""
+
+
 class DraftRope(Enum):
     """The rotary embedding of the draft."""
 

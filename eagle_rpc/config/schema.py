@@ -24,6 +24,7 @@ from eagle_rpc.config.choices import (
     OnError,
     Optimiser,
     Overlong,
+    Precision,
     PromptSource,
     Quantization,
     Resume,
@@ -347,6 +348,8 @@ class TrainConfig:
     """Format of matrix products; weights stay fp32; null: fp32. float16 would need scaled gradients."""
     fused: bool = True
     """On a GPU with `autocast=bfloat16`: the fused TTT step instead of autograd over the reference."""
+    precision: Precision = Precision.bf16
+    """Format of the large matrix products of the fused step."""
     recompute_mlp: bool = False
     """The fused step computes the feed-forward block again in the backward: 2/3 memory, 1/10 more time."""
     offload_supervision: bool = False

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eagle_rpc.config.choices import Sharding
+from eagle_rpc.config.choices import Precision, Sharding
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Objective, ReferenceStep, count_rows
-from eagle_rpc.draft.fused import FusedStep
+from eagle_rpc.draft.fused import FusedStep, multiplies_fp8
 from eagle_rpc.errors import CheckpointError, ConfigError
 from eagle_rpc.supervision import Eagle3TargetBatch, tensors_digest
 from eagle_rpc.train.aux_noise import AuxNoise
@@ -224,8 +224,19 @@ def make_ttt_step(
         loss=objective.loss.value,
         kl_share=objective.kl_share,
     )
+    fp8 = config.precision is Precision.fp8
+    if fp8 and not multiplies_fp8(draft.fc.weight.device):
+        raise ConfigError(
+            "train.precision=fp8 must have a GPU of compute capability 8.9 or later, "
+            f"got {draft.fc.weight.device}"
+        )
     if config.fused and FusedStep.supports(draft, dtype):
-        return FusedStep(draft, rule, dtype=dtype, recompute_mlp=config.recompute_mlp, gradients=gradients)
+        recompute = config.recompute_mlp
+        return FusedStep(draft, rule, dtype=dtype, recompute_mlp=recompute, fp8=fp8, gradients=gradients)
+    if fp8:
+        raise ConfigError(
+            "train.precision=fp8 must have a draft that the fused step trains, got another form"
+        )
     if config.recompute_mlp:
         logger.warning(
             "train.recompute_mlp has no effect: only the fused step reads it, "

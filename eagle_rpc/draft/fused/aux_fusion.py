@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.draft.fused import formulas
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
+from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft, RMSNorm
 
 # Slots that are normed at a time. Normed states are not kept: the backward computes them again.
@@ -27,13 +27,13 @@ class AuxFusion:
         """Fused hidden states [N, H]; `aux_NW`, in the compute dtype, is kept and not changed."""
         self._aux_NW = aux_NW
         if not self._draft.aux_norms:
-            return aux_NW @ self._weights.fuse.t()
+            return self._weights.products.forward(aux_NW, self._weights.fuse)
         return torch.cat([self._fuse(aux_nW) for aux_nW in aux_NW.split(_SLOTS_OF_A_PIECE)])
 
     def _fuse(self, aux_nW: Tensor) -> Tensor:
         for norms in self._draft.aux_norms:
             aux_nW = self._normed(norms, aux_nW)
-        return aux_nW @ self._weights.fuse.t()
+        return self._weights.products.forward(aux_nW, self._weights.fuse)
 
     def _normed(self, norms: Sequence[RMSNorm], aux_nW: Tensor) -> Tensor:
         parts = zip(norms, aux_nW.chunk(len(norms), dim=-1), strict=True)
@@ -56,7 +56,7 @@ class AuxFusion:
         inputs = [aux_nW]
         for norms in earlier:
             inputs.append(self._normed(norms, inputs[-1]))
-        grads_nW = fused_grads_nH @ self._weights.fuse
+        grads_nW = self._weights.products.input_gradient(fused_grads_nH, self._weights.fuse)
         self._add_projection_gradient(fused_grads_nH, self._backward_norms(last, grads_nW, inputs.pop()))
         for norms in reversed(earlier):
             self._backward_norms(norms, grads_nW, inputs.pop())
@@ -75,4 +75,4 @@ class AuxFusion:
 
     def _add_projection_gradient(self, fused_grads_NH: Tensor, inputs_NW: Tensor) -> None:
         gradient = self._weights.gradient_of(self._draft.fc.weight)
-        add_weight_gradient(gradient, fused_grads_NH, inputs_NW)
+        self._weights.products.add_weight_gradients([(gradient, fused_grads_NH)], inputs_NW)

@@ -135,6 +135,24 @@ def sum_readers(steps_SNP: Tensor, readers_SE: Tensor) -> Tensor:
 
 
 @with_kernel
+def to_fp8(x_NW: Tensor, dtype: torch.dtype, turned: bool) -> tuple[Tensor, Tensor]:
+    """`x` rounded to the float8 `dtype` with one scale, and the scale: the largest value / that of the dtype.
+
+    [N, W]; `turned`: transposed, with zeros behind the N columns up to a multiple of 16. `x` may be a slice in
+    W. A value that is not finite makes all products of the result NaN.
+    """
+    wide_NW = widened(x_NW)
+    largest = wide_NW.abs().amax()
+    scale = torch.where(largest == 0, 1.0, largest / torch.finfo(dtype).max)
+    rounded_NW = (wide_NW / scale).float().to(dtype)
+    if not turned:
+        return rounded_NW, scale
+    turned_WN = rounded_NW.new_zeros(x_NW.shape[1], len(x_NW) + -len(x_NW) % 16)
+    turned_WN[:, : len(x_NW)] = rounded_NW.t()
+    return turned_WN, scale
+
+
+@with_kernel
 def judge_rows_(
     logits_nSK: Tensor,
     target_logits_nK: Tensor,

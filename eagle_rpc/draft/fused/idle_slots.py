@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eagle_rpc.draft.fused import formulas
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
+from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft
 
 
@@ -47,9 +47,9 @@ class IdleSlots:
             x_grads_IH = turned_IJ2 @ weight_JH
             norm = (norm_H, self._draft.config.rms_norm_eps)
             formulas.rms_norm_backward(x_grads_IH, x_IH, norm, gradient_of(layer.weight), None, x_grads_IH)
-            projections = zip((attention.k_proj, attention.v_proj), turned_IJ2.chunk(2, dim=-1), strict=True)
-            for projection, part_IJ in projections:
-                gradient = gradient_of(projection.weight)[:, columns : columns + x_IH.shape[-1]]
-                add_weight_gradient(gradient, part_IJ, x_IH)
-            columns += x_IH.shape[-1]
+            read = slice(columns, columns + x_IH.shape[-1])
+            gradients = (gradient_of(layer.weight)[:, read] for layer in (attention.k_proj, attention.v_proj))
+            parts = zip(gradients, turned_IJ2.chunk(2, dim=-1), strict=True)
+            self._weights.products.add_weight_gradients(parts, x_IH)
+            columns = read.stop
         return x_grads_IH

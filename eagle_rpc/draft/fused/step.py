@@ -16,7 +16,7 @@ from eagle_rpc.draft.fused import formulas
 from eagle_rpc.draft.fused.causal_attention import MAX_HEAD_DIM
 from eagle_rpc.draft.fused.slot_plan import SlotPlan
 from eagle_rpc.draft.fused.unroll import FusedUnroll
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
+from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.live_slots import index_among
 from eagle_rpc.draft.model import Eagle3Draft
 from eagle_rpc.draft.ttt import Objective, TTTResult, judged_slots, positions_of, result_of
@@ -32,10 +32,11 @@ _CHUNK_BYTES = 2**30
 class FusedStep:
     """`ReferenceStep` for a GPU: no autograd graph, no [T, T] matrix, no [B, T, K] tensor.
 
-    Matrix products run in `dtype` on copies of the weights; gradients are summed in the dtype of the
-    parameters. `recompute_mlp` needs a third less memory for a batch and a tenth more time. `gradients` are
-    the tensors, by parameter name, to which gradients are added; None: the parameters' own. If the draft's
-    parameters are DTensors, all trainers have to construct and refresh together.
+    Matrix products run in `dtype` on copies of the weights, with `fp8` the large ones as in `Fp8Products`;
+    gradients are summed in the dtype of the parameters. `recompute_mlp` needs a third less memory for a batch
+    and a tenth more time. `gradients` are the tensors, by parameter name, to which gradients are added; None:
+    the parameters' own. If the draft's parameters are DTensors, all trainers have to construct and refresh
+    together.
     """
 
     reads_draft = False
@@ -47,6 +48,7 @@ class FusedStep:
         *,
         dtype: torch.dtype,
         recompute_mlp: bool,
+        fp8: bool = False,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
         window = draft.config.sliding_window
@@ -56,7 +58,7 @@ class FusedStep:
                 f"draft.ttt_steps {objective.steps} tokens or none, got {draft.config.num_layers} and {window}"
             )
         self._draft, self._objective, self._recompute_mlp = draft, objective, recompute_mlp
-        self._weights = FusedWeights(draft, dtype, gradients)
+        self._weights = FusedWeights(draft, dtype, gradients, fp8=fp8)
 
     @staticmethod
     def supports(draft: Eagle3Draft, dtype: torch.dtype) -> bool:
@@ -130,7 +132,8 @@ class FusedStep:
             places_M = places_NS[chunk].flatten()
             judged_MH = hidden_MH[places_M]
             normed_MH = formulas.rms_norm(judged_MH, *norm)
-            logits_nSK = (normed_MH @ weights.head.t()).view(*places_NS[chunk].shape, -1)
+            logits_MK = weights.products.forward(normed_MH, weights.head)
+            logits_nSK = logits_MK.view(*places_NS[chunk].shape, -1)
             losses_NS[chunk], predicted_NS[chunk] = formulas.judge_rows_(
                 logits_nSK,
                 rows.targets.logits(chunk),
@@ -140,9 +143,9 @@ class FusedStep:
                 rows.kl_share,
             )
             if hidden_grads_SLH is not None:
-                logit_grads_MK = logits_nSK.flatten(0, 1)
-                add_weight_gradient(weights.gradient_of(draft.lm_head.weight), logit_grads_MK, normed_MH)
-                grads_MH = logit_grads_MK @ weights.head
+                head_grad = weights.gradient_of(draft.lm_head.weight)
+                weights.products.add_weight_gradients([(head_grad, logits_MK)], normed_MH)
+                grads_MH = weights.products.input_gradient(logits_MK, weights.head)
                 norm_grad = weights.gradient_of(draft.norm.weight)
                 formulas.rms_norm_backward(grads_MH, judged_MH, norm, norm_grad, None, grads_MH)
                 hidden_grads_SLH.flatten(0, 1).index_copy_(0, places_M, grads_MH)

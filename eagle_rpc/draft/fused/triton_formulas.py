@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eagle_rpc.draft.fused.triton_fp8 import to_fp8 as to_fp8
 from eagle_rpc.draft.fused.triton_losses import judge_rows_ as judge_rows_
 from eagle_rpc.draft.rope import RopeTables
 

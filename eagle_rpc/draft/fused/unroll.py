@@ -21,7 +21,7 @@ from eagle_rpc.draft.fused.aux_fusion import AuxFusion
 from eagle_rpc.draft.fused.idle_slots import IdleSlots
 from eagle_rpc.draft.fused.slot_plan import SlotPlan
 from eagle_rpc.draft.fused.step_attention import StepAttention
-from eagle_rpc.draft.fused.weights import FusedWeights, add_weight_gradient
+from eagle_rpc.draft.fused.weights import FusedWeights
 from eagle_rpc.draft.model import Eagle3Draft
 
 # Slots that keep a GPU busy in one product. If a step has fewer, the weight gradients of several steps are
@@ -42,7 +42,7 @@ class FusedUnroll:
     ) -> None:
         self._draft, self._weights = draft, weights
         self._layer, self._eps = draft.midlayer, draft.config.rms_norm_eps
-        self._gradient_of = weights.gradient_of
+        self._gradient_of, self._products = weights.gradient_of, weights.products
         self._plan, self._steps = plan, steps
         self._slots = len(plan.live)
         # Steps whose weight gradients are computed in one product.
@@ -74,7 +74,7 @@ class FusedUnroll:
         self._tables = [self._draft.rotary.tables(positions_L[None] + step) for step in range(self._steps)]
         self._ids_E = F.pad(ids_BT, (0, self._steps - 1)).flatten()[plan.embedded]
         embeds_EH = formulas.rms_norm(self._embeds(), weights.embeds_norm, self._eps)
-        embed_part_EP = embeds_EH @ weights.qkv_of_embeds.t()
+        embed_part_EP = self._products.forward(embeds_EH, weights.qkv_of_embeds)
         for step in range(self._steps):
             self._forward_step(step, embed_part_EP.index_select(0, plan.first_embedded + step))
 
@@ -82,17 +82,18 @@ class FusedUnroll:
         layer, weights = self._layer, self._weights
         hidden_LH, middle_LH = self._carried(step), self._middle[step]
         normed_LH = formulas.rms_norm(hidden_LH, weights.hidden_norm, self._eps)
-        hidden_part_LP = normed_LH @ weights.qkv_of_hidden.t()
+        hidden_part_LP = self._products.forward(normed_LH, weights.qkv_of_hidden)
         parts, qkv_1LP = (hidden_part_LP[None], embed_part_LP[None]), self._qkv[step, None]
         formulas.add_and_rotate(*parts, self._tables[step], self._key_width, qkv_1LP)
         queries_LQD = self._in_heads(self._qkv[step, :, : self._query_width])
         self._attention.forward(queries_LQD, self._in_heads(self._attended[step]))
         residual_LH = normed_LH if layer.norm_before_residual else hidden_LH
-        torch.addmm(residual_LH, self._attended[step], weights.output.t(), out=middle_LH)
+        self._products.forward(self._attended[step], weights.output, plus_NO=residual_LH, out_NO=middle_LH)
         normed_LH = formulas.rms_norm(middle_LH, weights.middle_norm, self._eps)
         gate_up_LI2 = self._gate_up[step % len(self._gate_up)]
-        torch.mm(normed_LH, weights.gate_up.t(), out=gate_up_LI2)
-        torch.addmm(middle_LH, formulas.swiglu(gate_up_LI2), weights.down.t(), out=self.hidden_SLH[step + 1])
+        self._products.forward(normed_LH, weights.gate_up, out_NO=gate_up_LI2)
+        gated_LI, out_LH = formulas.swiglu(gate_up_LI2), self.hidden_SLH[step + 1]
+        self._products.forward(gated_LI, weights.down, plus_NO=middle_LH, out_NO=out_LH)
 
     def _carried(self, step: int) -> Tensor:
         """The hidden states [L, H] that a step reads."""
@@ -125,11 +126,12 @@ class FusedUnroll:
         middle_LH, gate_up_LI2 = self._middle[step], self._gate_up[step % len(self._gate_up)]
         if self._recompute_mlp:
             normed_LH = formulas.rms_norm(middle_LH, weights.middle_norm, self._eps)
-            torch.mm(normed_LH, weights.gate_up.t(), out=gate_up_LI2)
+            self._products.forward(normed_LH, weights.gate_up, out_NO=gate_up_LI2)
         out_grads_LH = self._hidden_grads[step + 1]
-        formulas.swiglu_backward(out_grads_LH @ weights.down, gate_up_LI2, self._gated[step % self._together])
+        gated_grads_LI = self._products.input_gradient(out_grads_LH, weights.down)
+        formulas.swiglu_backward(gated_grads_LI, gate_up_LI2, self._gated[step % self._together])
         formulas.rms_norm_backward(
-            gate_up_LI2 @ weights.gate_up,
+            self._products.input_gradient(gate_up_LI2, weights.gate_up),
             middle_LH,
             (weights.middle_norm, self._eps),
             self._gradient_of(layer.post_attention_layernorm.weight),
@@ -140,7 +142,7 @@ class FusedUnroll:
     def _backward_attention(self, step: int) -> None:
         weights = self._weights
         middle_grads_LH = self._middle_grads[step % self._together]
-        attended_grads_LQD = self._in_heads(middle_grads_LH @ weights.output)
+        attended_grads_LQD = self._in_heads(self._products.input_gradient(middle_grads_LH, weights.output))
         key_value_grads = self._in_heads(self._key_value_grads)
         query_grads_LQD = self._attention.backward(attended_grads_LQD, key_value_grads)
         if step == 0:
@@ -148,7 +150,8 @@ class FusedUnroll:
             key_value_grads[0].copy_(live_grads)
         grads = (query_grads_LQD.reshape(1, self._slots, -1), self._key_value_grads[step, None])
         formulas.rotate_back(*grads, self._tables[step], self._qkv[step, None])
-        self._backward_input(step, self._qkv[step] @ weights.qkv_of_hidden, middle_grads_LH)
+        normed_grads_LH = self._products.input_gradient(self._qkv[step], weights.qkv_of_hidden)
+        self._backward_input(step, normed_grads_LH, middle_grads_LH)
 
     def _backward_input(self, step: int, normed_grads_LH: Tensor, residual_grads_LH: Tensor) -> None:
         """From the layer's norm of its input and its residual to the output of the step before."""
@@ -177,21 +180,24 @@ class FusedUnroll:
         attention, mlp = self._layer.self_attn, self._layer.mlp
         normed_LH = self.hidden_SLH[steps].flatten(0, 1)
         qkv_grads = self._split_qkv(self._qkv[steps].flatten(0, 1))
-        for layer, grads in zip(self._weights.projections, qkv_grads, strict=True):
-            gradient = self._gradient_of(layer.weight)[:, self._weights.hidden_size :]
-            add_weight_gradient(gradient, grads, normed_LH)
+        read = slice(self._weights.hidden_size, None)
+        gradients = (self._gradient_of(layer.weight)[:, read] for layer in self._weights.projections)
+        self._products.add_weight_gradients(zip(gradients, qkv_grads, strict=True), normed_LH)
         middle_grads_LH = self._middle_grads[waiting].flatten(0, 1)
         attended_LQ = self._attended[steps].flatten(0, 1)
-        add_weight_gradient(self._gradient_of(attention.o_proj.weight), middle_grads_LH, attended_LQ)
+        output_grad = self._gradient_of(attention.o_proj.weight)
+        self._products.add_weight_gradients([(output_grad, middle_grads_LH)], attended_LQ)
         normed_LH = self._middle[steps].flatten(0, 1)
         gate_up_LI2 = self._gate_up[waiting if self._recompute_mlp else steps].flatten(0, 1)
-        for layer, grads in zip((mlp.gate_proj, mlp.up_proj), gate_up_LI2.chunk(2, dim=-1), strict=True):
-            add_weight_gradient(self._gradient_of(layer.weight), grads, normed_LH)
+        gradients = (self._gradient_of(layer.weight) for layer in (mlp.gate_proj, mlp.up_proj))
+        parts = zip(gradients, gate_up_LI2.chunk(2, dim=-1), strict=True)
+        self._products.add_weight_gradients(parts, normed_LH)
         out_grads_LH, gated_LI = (
             self._hidden_grads[1:][steps].flatten(0, 1),
             self._gated[waiting].flatten(0, 1),
         )
-        add_weight_gradient(self._gradient_of(mlp.down_proj.weight), out_grads_LH, gated_LI)
+        down_grad = self._gradient_of(mlp.down_proj.weight)
+        self._products.add_weight_gradients([(down_grad, out_grads_LH)], gated_LI)
 
     def _backward_inputs(self) -> None:
         """The inputs that all steps share: the fused hidden states and the embeddings."""
@@ -202,13 +208,14 @@ class FusedUnroll:
             fused_grads_NH[plan.idle] = self._idle.backward(self._idle_grads.flatten(1))
         self._fusion.backward(fused_grads_NH)
         grads_EP = formulas.sum_readers(self._qkv, self._readers())
-        embeds_EH, embed_grads_EH = self._embeds(), grads_EP @ weights.qkv_of_embeds
+        embeds_EH = self._embeds()
+        embed_grads_EH = self._products.input_gradient(grads_EP, weights.qkv_of_embeds)
         norm = (weights.embeds_norm, self._eps)
         norm_grad = self._gradient_of(self._layer.input_layernorm.weight)
         formulas.rms_norm_backward(embed_grads_EH, embeds_EH, norm, norm_grad, None, embed_grads_EH)
-        for layer, grads in zip(weights.projections, self._split_qkv(grads_EP), strict=True):
-            gradient = self._gradient_of(layer.weight)[:, : weights.hidden_size]
-            add_weight_gradient(gradient, grads, embeds_EH)
+        read = slice(weights.hidden_size)
+        gradients = (self._gradient_of(layer.weight)[:, read] for layer in weights.projections)
+        self._products.add_weight_gradients(zip(gradients, self._split_qkv(grads_EP), strict=True), embeds_EH)
 
     def _readers(self) -> Tensor:
         """[S, E] int64: the live slot that reads a token at a step, or -1."""

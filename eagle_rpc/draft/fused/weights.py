@@ -1,7 +1,6 @@
-"""Copies of the draft's weights for the fused unroll, and the product that computes weight gradients.
+"""Copies of the draft's weights for the fused unroll, and their products.
 
-Legend: H hidden, Q width of all queries, J of all keys, P = Q + 2 J, I feed-forward width, K draft vocab, N
-slots, O and I also output and input width of one weight.
+Legend: H hidden, Q width of all queries, J of all keys, P = Q + 2 J, I feed-forward width, K draft vocab.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,17 +9,24 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from eagle_rpc.draft.fused.products import Fp8Products, Products
 from eagle_rpc.draft.model import Eagle3Draft, RMSNorm
 
 
 class FusedWeights:
     """Copies of a draft's matrices in the compute dtype, some joined for one product, and of its norms.
 
-    Call `refresh` when the draft has changed. `gradients` are those of `FusedStep`.
+    Call `refresh` when the draft has changed. `gradients` are those of `FusedStep`; `fp8`: whether the
+    products of all slots are computed in it.
     """
 
     def __init__(
-        self, draft: Eagle3Draft, dtype: torch.dtype, gradients: Mapping[str, Tensor] | None
+        self,
+        draft: Eagle3Draft,
+        dtype: torch.dtype,
+        gradients: Mapping[str, Tensor] | None,
+        *,
+        fp8: bool = False,
     ) -> None:
         self._draft = draft
         self._gradients: dict[Tensor, Tensor] = {}  # by parameter
@@ -44,6 +50,10 @@ class FusedWeights:
         self.gate_up = empty(2 * mlp.gate_proj.out_features, self.hidden_size)  # [2I, H]
         self.down = empty(*mlp.down_proj.weight.shape)  # [H, I]
         self.head = empty(*draft.lm_head.weight.shape)  # [K, H]
+        self.products = Products()
+        if fp8:
+            of_layer = (self.qkv_of_embeds, self.qkv_of_hidden, self.output, self.gate_up, self.down)
+            self.products = Fp8Products((self.fuse, *of_layer, self.head))
         layer = draft.midlayer
         self._norm_weights: dict[RMSNorm, Tensor] = {
             norm: torch.empty(norm.weight.shape, dtype=norm.weight.dtype, device=norm.weight.device)
@@ -74,6 +84,7 @@ class FusedWeights:
         _copy_whole(self.head, self._draft.lm_head.weight)
         for norm, copy in self._norm_weights.items():
             _copy_whole(copy, norm.weight)
+        self.products.refresh()
 
     def norm_of(self, norm: RMSNorm) -> tuple[Tensor, float]:
         """The copy of the weight of one of the draft's norms, and its eps."""
@@ -101,11 +112,3 @@ def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(weight, DTensor):
         return weight
     return weight.to(dtype).full_tensor()  # type: ignore[attr-defined]
-
-
-def add_weight_gradient(gradient_OI: Tensor, output_grads_NO: Tensor, inputs_NI: Tensor) -> None:
-    """`gradient += output_grads.T @ inputs`, added in the gradient's dtype without rounding in between."""
-    if gradient_OI.dtype == inputs_NI.dtype:
-        gradient_OI.addmm_(output_grads_NO.t(), inputs_NI)
-    else:
-        torch.addmm(gradient_OI, output_grads_NO.t(), inputs_NI, out_dtype=gradient_OI.dtype, out=gradient_OI)

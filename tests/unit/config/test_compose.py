@@ -60,6 +60,18 @@ def test_a_verification_uses_a_tiny_target_unless_told_otherwise():
         ("train.betas=[0.9]", r"train.betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("train.autocast=float16", "train.autocast must be bfloat16 or float32 or null, got float16"),
         (
+            "train={precision: fp8, autocast: null}",
+            "train.autocast must be bfloat16 with train.precision=fp8, got null",
+        ),
+        (
+            "train={precision: fp8, fused: false}",
+            "train.fused must be true with train.precision=fp8, got false",
+        ),
+        (
+            "train={precision: fp8, device: cpu}",
+            "train.device must be a GPU with train.precision=fp8, got cpu",
+        ),
+        (
             "target.attention=paged|sdpa",
             r"target.attention must be an implementation without pages, got paged\|sdpa",
         ),

@@ -4,8 +4,9 @@ import pytest
 import torch
 from training_cases import OBJECTIVE, RandomPlan, TableTarget, random_draft, train_config
 
-from eagle_rpc.config.choices import DraftLoss
+from eagle_rpc.config.choices import DraftLoss, Precision
 from eagle_rpc.config.schema import DraftConfig
+from eagle_rpc.errors import ConfigError
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.figures import in_one_line
 from eagle_rpc.train.learner import Learner
@@ -31,6 +32,11 @@ def test_recomputation_without_the_fused_step_is_warned_about(caplog):
     with caplog.at_level(logging.WARNING):
         learner_of(recompute_mlp=True)
     assert "train.recompute_mlp has no effect" in caplog.text
+
+
+def test_fp8_without_a_gpu_that_multiplies_it_is_refused():
+    with pytest.raises(ConfigError, match=r"train.precision=fp8 must have a GPU .*8.9 or later, got cpu"):
+        learner_of(precision=Precision.fp8)
 
 
 def test_a_judgement_changes_neither_weights_nor_gradients():
