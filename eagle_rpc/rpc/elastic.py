@@ -116,9 +116,7 @@ class ElasticMembership:
         """Whether supervision is to come from GPU to GPU, by what the registry knows of both GPUs now."""
         if not _on_gpus(self.me, target):
             return False
-        living = self._registry.living()
-        trainers = sum(one.role == "trainer" and one.run == self.me.run for one in living)
-        return carries(self.me.gpu, target.gpu, [[one.gpu] for one in living], num_trainers=trainers)
+        return carries(self.me.gpu, target.gpu, [[one.gpu] for one in self._registry.living()])
 
     def admit(self, worker_id: int) -> None:
         """Adds a peer that has introduced itself, so that RRefs can call it back. Closes files of dead ones.

@@ -66,7 +66,7 @@ def plan_devices(
     maps = {
         peer: {own[-1]: devices[peer][-1]}
         for peer in peers
-        if carries(own[-1], devices[peer][-1], devices.values(), num_trainers=len(cast.trainer_names))
+        if carries(own[-1], devices[peer][-1], devices.values())
     }
     return DevicePlan(own, maps)
 
@@ -92,17 +92,15 @@ def resolve_devices(
     return tuple(f"cuda:{first + number}" for number in range(devices_per_target))
 
 
-def carries(one: str, other: str, workers: Collection[Collection[str]], *, num_trainers: int) -> bool:
+def carries(one: str, other: str, workers: Collection[Collection[str]]) -> bool:
     """Whether RPC is to carry tensors from GPU `one` to GPU `other`, each of another worker.
 
-    `workers` are the devices of each worker. While a trainer waits for others in a collective, tensors arrive
-    late or wrong if a third worker computes on a GPU of the two (seen on two H200; pytorch/pytorch#100784).
+    `workers` are the devices of each worker. Each of the two GPUs must be that of one worker alone. Where others
+    compute on it too, tensors arrive late or wrong (seen on H100 and H200; pytorch/pytorch#100784).
     """
-    if not (one and other) or "cpu" in (one, other):
+    if not (one and other) or "cpu" in (one, other) or one == other:
         return False
-    users = [[gpu for gpu in devices if gpu in (one, other)] for devices in workers]
-    apart = sum(map(len, users)) == len({one, other})
-    return apart or (num_trainers == 1 and sum(map(bool, users)) <= 2)
+    return all(sum(gpu in devices for devices in workers) == 1 for gpu in (one, other))
 
 
 def resolve_device(

@@ -49,7 +49,7 @@ def lone_trainer(
 
 def test_a_trainer_in_an_nccl_group_of_one_trains_on_what_rpc_brings_to_its_gpu():
     _, trainer = run_workers(take_part, 2, service_config("auto", trainers=1), 200, lone_trainer, timeout=170)
-    assert trainer["between_gpus"] == [True]
+    assert trainer["between_gpus"] == [torch.cuda.device_count() > 1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -122,22 +122,18 @@ def test_trainers_map_their_gpu_to_each_targets_gpu():
     assert plan.device_maps == {"target0": {"cuda:2": "cuda:0"}, "target1": {"cuda:2": "cuda:1"}}
 
 
-def test_a_lone_trainer_may_share_the_gpu_of_its_target():
-    here = world(rank=1, size=2)
-    plan = plan_devices(assign_roles(TopologyConfig(), here), here, **AUTO, num_gpus=1)
-    assert plan.device_maps == {"target0": {"cuda:0": "cuda:0"}}
-
-
 @pytest.mark.parametrize(
     ("targets", "trainers", "num_gpus", "mapped"),
     [
         (1, 2, 3, {"target0"}),  # a GPU for each worker
         (1, 2, 2, set()),  # trainer1 computes on the target's GPU
         (2, 2, 3, {"target1"}),  # trainer1 computes on the GPU of target0
-        (2, 1, 2, {"target0"}),  # target0 computes on the GPU on which tensors of target1 would arrive
+        (2, 1, 2, set()),  # target0 computes on the trainer's GPU
+        (1, 1, 2, {"target0"}),
+        (1, 1, 1, set()),
     ],
 )
-def test_tensors_go_through_host_memory_where_a_third_process_computes_on_a_gpu(
+def test_tensors_go_through_host_memory_where_two_processes_compute_on_a_gpu(
     targets: int, trainers: int, num_gpus: int, mapped: set[str]
 ):
     size = targets + trainers
@@ -152,30 +148,26 @@ def test_tensors_go_through_host_memory_where_a_third_process_computes_on_a_gpu(
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "workers", "num_trainers", "carried"),
+    ("one", "other", "workers", "carried"),
     [
-        ("gpu1", "gpu0", [("gpu0", "gpu1"), ("gpu0",)], 1, True),  # a lone trainer on the target's first GPU
-        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu0",)], 2, True),  # the others are elsewhere
-        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu1",)], 2, False),
-        ("gpu0", "gpu0", [("gpu0",)], 1, True),  # one process
-        ("gpu0", "", [("gpu0",), ("",)], 1, False),
-        ("cpu", "cpu", [("cpu",), ("cpu",)], 1, False),
+        ("gpu1", "gpu0", [("gpu0", "gpu1"), ("gpu0",)], False),  # a trainer on the target's first GPU
+        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu0",)], True),  # the others are elsewhere
+        ("gpu1", "gpu2", [("gpu0", "gpu1"), ("gpu2",), ("gpu1",)], False),
+        ("gpu0", "gpu0", [("gpu0",)], False),  # one process
+        ("gpu0", "", [("gpu0",), ("",)], False),
+        ("cpu", "cpu", [("cpu",), ("cpu",)], False),
     ],
 )
-def test_a_pair_of_gpus_carries_tensors_unless_a_third_worker_computes_there(
-    one: str, other: str, workers: list[tuple[str, ...]], num_trainers: int, carried: bool
+def test_a_pair_of_gpus_carries_tensors_where_each_is_one_workers_alone(
+    one: str, other: str, workers: list[tuple[str, ...]], carried: bool
 ):
-    assert carries(one, other, workers, num_trainers=num_trainers) is carried
+    assert carries(one, other, workers) is carried
 
 
 @pytest.mark.parametrize(
     ("target", "trainer", "plans"),
     [
-        (
-            "cuda:0",
-            "cuda:0",
-            [("cuda:0", {"trainer0": {"cuda:0": "cuda:0"}}), ("cuda:0", {"target0": {"cuda:0": "cuda:0"}})],
-        ),
+        ("cuda:0", "cuda:0", [("cuda:0", {}), ("cuda:0", {})]),
         (
             "cuda:1",
             "cuda:0",
@@ -196,10 +188,10 @@ def test_both_ends_map_the_devices_that_the_configuration_names(
         assert (plan.device, plan.device_maps) == (device, maps)
 
 
-def test_one_process_maps_its_gpu_to_itself():
+def test_one_process_hands_itself_tensors_through_host_memory():
     here = read_world({})
     cast = assign_roles(TopologyConfig(single=True), here)
-    assert plan_devices(cast, here, **AUTO, num_gpus=1).device_maps == {"single0": {"cuda:0": "cuda:0"}}
+    assert plan_devices(cast, here, **AUTO, num_gpus=1).device_maps == {}
 
 
 def test_without_gpus_everything_is_on_the_cpu():
