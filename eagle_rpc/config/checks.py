@@ -17,7 +17,7 @@ from eagle_rpc.config.choices import (
     Sharding,
 )
 from eagle_rpc.config.rules import broken_rules
-from eagle_rpc.config.schema import Config, TrainConfig
+from eagle_rpc.config.schema import Config, EvaluateConfig, TrainConfig
 from eagle_rpc.errors import ConfigError
 
 
@@ -99,8 +99,24 @@ def _broken_in_answers(config: Config) -> Iterator[str]:
 def _broken_in_decoding(config: Config) -> Iterator[str]:
     if config.evaluate.guesses is Guesses.drawn and config.evaluate.temperature == 0:
         yield "evaluate.temperature must be positive with evaluate.guesses=drawn, got 0"
+    yield from _broken_in_trees(config.evaluate)
     if config.job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
         yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
+
+
+def _broken_in_trees(evaluate: EvaluateConfig) -> Iterator[str]:
+    nodes, depth, branching = evaluate.tree_nodes, evaluate.tree_depth, evaluate.tree_branching
+    most = branching + (depth - 1) * branching**2
+    if nodes is not None and not depth <= nodes <= most:
+        yield (
+            "evaluate.tree_nodes must lie between evaluate.tree_depth and the candidates of a tree, "
+            f"branching + (depth - 1) x branching^2, so in [{depth}, {most}], got {nodes}"
+        )
+    if nodes is not None and evaluate.guesses is Guesses.drawn:
+        yield (
+            "evaluate.tree_nodes must be null with evaluate.guesses=drawn, since a dynamic tree is of the "
+            f"likeliest guesses, got {nodes}"
+        )
 
 
 def _broken_in_draft(config: Config) -> Iterator[str]:

@@ -409,6 +409,13 @@ class EvaluateConfig:
     """Tokens of an answer."""
     num_draft_tokens: Positive[int] = 3
     """Guesses k of each round; the result has the accept length of shorter rounds as well."""
+    tree_nodes: Positive[int] | None = None
+    """Guesses of EAGLE-2's dynamic trees, which are counted beside chains of the same depth, such as 60; null: no
+    trees. SGLang's `speculative-num-draft-tokens` is one more, for the root."""
+    tree_depth: Positive[int] = 5
+    """Guesses of a tree's longest path; SGLang's `speculative-num-steps`."""
+    tree_branching: Positive[int] = 8
+    """Children of a node, and nodes of each depth that have children; SGLang's `speculative-eagle-topk`."""
     temperature: NotNegative[float] = 0.0
     """Temperature of the target's texts; 0: the most likely tokens. Texts that are drawn are not decoded for
     real, where other tokens would be drawn."""

@@ -6,6 +6,7 @@ from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.draft.counts import DecodingCounts
 from eagle_rpc.draft.losses import LOSSES
 from eagle_rpc.draft.model import Eagle3Draft
+from eagle_rpc.draft.trees import TextTrees, Trees, TreeShape, grow_trees, guess_trees
 from eagle_rpc.draft.ttt import (
     Objective,
     ReferenceStep,
@@ -28,9 +29,14 @@ __all__ = [
     "ReferenceStep",
     "TTTResult",
     "TargetText",
+    "TextTrees",
+    "TreeShape",
+    "Trees",
     "UnrollMemory",
     "count_rows",
+    "grow_trees",
     "guess_chains",
+    "guess_trees",
     "replay",
     "simulated_accept_length",
     "step_weights",

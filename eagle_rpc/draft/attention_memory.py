@@ -153,8 +153,14 @@ class _LayerCache(AttentionMemory):
 class ChainMemory(DraftMemory):
     """Decoding of many chains: a guess attends to the text up to its chain's slot, and to its chain."""
 
-    def __init__(self, layers: Sequence[AttentionMemory]) -> None:
+    def __init__(self, layers: "Sequence[_LayerChains]") -> None:
+        self._chains = layers
         self.layers = layers
+
+    def follow(self, chains_R: Tensor) -> None:
+        """Chain r goes on from what chain `chains_R[r]` is so far; several may go on from one, as in a tree."""
+        for layer in self._chains:
+            layer.follow(chains_R)
 
 
 class _LayerChains(AttentionMemory):
@@ -163,6 +169,10 @@ class _LayerChains(AttentionMemory):
         self._text_keys, self._text_values = keys, values
         self._slots_A, self._window = slots_A, window
         self._own: list[tuple[Tensor, Tensor]] = []
+
+    def follow(self, chains_R: Tensor) -> None:
+        self._slots_A = self._slots_A[chains_R]
+        self._own = [(keys[:, :, chains_R], values[:, :, chains_R]) for keys, values in self._own]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Each call adds one guess to every chain: keys and values [1, J, A, D]."""

@@ -70,21 +70,33 @@ def guess_chains(
     `drawn` null the draft guesses its most likely token.
     """
     ids_T = torch.tensor(text.ids, device=aux_TW.device)
-    # Slot t pairs the states of token t with the id of token t + 1, and guesses token t + 2.
-    first = len(text.prompt_ids) - 1
-    end = first + len(text.token_ids) - 1
-    if end == first:
+    starts_A, output_TH, cache = read_text(draft, text, ids_T, aux_TW)
+    if not len(starts_A):
         return Chains(num_right=[], margins_AS=aux_TW.new_empty(0, num_guesses, dtype=torch.float32))
-    slots_T, cache = torch.arange(end, device=ids_T.device), draft.new_cache()
-    fused_1TH = draft.fuse(aux_TW[None, :end])
-    output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
     judge = _Judge(mapping, ids_T, drawn)
     parts = [
         _guess(draft, ids_T, slots_A, output_TH[slots_A], cache, judge, num_guesses)
-        for slots_A in slots_T[first:].split(_CHAINS)
+        for slots_A in starts_A.split(_CHAINS)
     ]
     right_AS, margins_AS = (torch.cat(part) for part in zip(*parts, strict=True))
     return Chains(num_right=right_AS.cumprod(dim=1).sum(dim=1).tolist(), margins_AS=margins_AS)
+
+
+def read_text(
+    draft: Eagle3Draft, text: TargetText, ids_T: Tensor, aux_TW: Tensor
+) -> tuple[Tensor, Tensor, DraftCache]:
+    """The slots [A] from which decoding may draft, the draft's output at all slots up to them, its cache.
+
+    Slot t pairs the states of token t with the id of token t + 1, and guesses token t + 2.
+    """
+    first = len(text.prompt_ids) - 1
+    end = first + len(text.token_ids) - 1
+    slots_T, cache = torch.arange(end, device=ids_T.device), draft.new_cache()
+    if end == first:
+        return slots_T[first:], aux_TW.new_empty(0, draft.config.hidden_size), cache
+    fused_1TH = draft.fuse(aux_TW[None, :end])
+    output_TH = draft.advance(ids_T[None, 1 : end + 1], fused_1TH, slots_T[None], cache)[0]
+    return slots_T[first:], output_TH, cache
 
 
 def _guess(

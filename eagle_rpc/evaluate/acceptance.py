@@ -2,18 +2,20 @@
 
 import itertools
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import Chains, DecodingCounts, TargetText, replay
 from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.guesses import answered, chains_of, conditions, fitted_draft
+from eagle_rpc.evaluate.guesses import answered, conditions, fitted_draft, guesses_of
 from eagle_rpc.evaluate.intervals import bootstrap_interval
 from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.result import Evaluation, PromptResult
 from eagle_rpc.evaluate.slices import by_category, by_context, drafts_of
+from eagle_rpc.evaluate.tree_figures import decode_with_judge, tree_figures
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.target.stop_tokens import stop_token_ids
@@ -42,14 +44,21 @@ def evaluate_draft(
     target, draft = GreedyTarget(model, export.aux_layer_ids), fitted_draft(model, export)
     stop = stop_token_ids(model.config, model.generation_config, tokenizer) if stop_ids is None else stop_ids
     texts = answered(model, prompts, settings, stop)
-    chains = chains_of(model, draft, export, texts, settings)
-    judged = list(zip(texts, chains, strict=True))
+    guessed = guesses_of(model, draft, export, texts, settings)
+    judged = [(one.text, one.chains) for one in guessed]
     proposer = DraftProposer(draft, export.mapping, settings.num_draft_tokens)
-    decoded = list[DecodedPrompt]()
+    decoded, tree_decoding = list[DecodedPrompt](), None
     if settings.temperature == 0:
         decoded = _decode(target, proposer, judged[: settings.num_decoded], settings.max_new_tokens, stop)
+        if settings.tree_nodes is not None:
+            first = guessed[: settings.num_decoded]
+            tree_decoding = decode_with_judge(model, draft, export, first, settings, stop)
     names = categories or [""] * len(judged)
-    result = _evaluation(judged, names, decoded, tokenizer, settings)
+    result = replace(
+        _evaluation(judged, names, decoded, tokenizer, settings),
+        tree=tree_figures(guessed, names, settings),
+        tree_decoding=tree_decoding,
+    )
     result.settings.update(conditions(model, settings), aux_layer_ids=list(target.aux_layer_ids))
     return result
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import Eagle3Draft
-from eagle_rpc.evaluate.guesses import answered, chains_of, conditions, fitted_draft
+from eagle_rpc.evaluate.guesses import answered, conditions, fitted_draft, guesses_of
 from eagle_rpc.evaluate.intervals import Interval, bootstrap_gain
 from eagle_rpc.evaluate.result import with_interval
 from eagle_rpc.evaluate.slices import (
@@ -22,6 +22,7 @@ from eagle_rpc.evaluate.slices import (
     slice_of,
     tokens_and_calls,
 )
+from eagle_rpc.evaluate.tree_figures import TreeFigures, tree_figures
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.serving import ExportedDraft
 
@@ -39,6 +40,7 @@ class ComparedDraft:
     acceptance_per_position: list[float]
     by_category: dict[str, DraftSlice]
     by_context: dict[int, DraftSlice]
+    tree: TreeFigures | None = None  # with `evaluate.tree_nodes`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +77,18 @@ class Comparison:
             ("context up to", [one.by_context for one in self.drafts]),
         ):
             rows += _slice_rows(title, of_draft)
-        return rows
+        return rows + _tree_rows([one.tree for one in self.drafts if one.tree is not None])
+
+
+def _tree_rows(trees: Sequence[TreeFigures]) -> list[tuple[str, list[str]]]:
+    """Of all drafts, or of none."""
+    if not trees:
+        return []
+    depth, branching, nodes = trees[0].depth, trees[0].branching, max(one.nodes_per_call for one in trees)
+    lengths = [with_interval(one.accept_length, one.accept_length_interval) for one in trees]
+    gains = [with_interval(one.gain, one.gain_interval) for one in trees]
+    title = f"tree of {nodes} guesses, depth {depth}, branching {branching}"
+    return [(title, lengths), (f"tree over chains of {depth}", gains)]
 
 
 def _slice_rows(title: str, of_draft: Sequence[Mapping[Any, DraftSlice]]) -> list[tuple[str, list[str]]]:
@@ -115,10 +128,13 @@ def compare_drafts(
     texts, longest = answered(model, prompts, settings, stop_token_ids), settings.num_draft_tokens
     compared, first = list[ComparedDraft](), list[list[Draft]]()
     for name, draft in fitted.items():
-        pairs = list(zip(texts, chains_of(model, draft, drafts[name], texts, settings), strict=True))
-        by_length = {k: [drafts_of(*pair, k) for pair in pairs] for k in range(1, longest + 1)}
+        guessed = guesses_of(model, draft, drafts[name], texts, settings)
+        by_length = {
+            k: [drafts_of(one.text, one.chains, k) for one in guessed] for k in range(1, longest + 1)
+        }
         first = first or by_length[longest]
-        compared.append(_compared(name, draft, by_length, first, categories))
+        trees = tree_figures(guessed, categories, settings)
+        compared.append(replace(_compared(name, draft, by_length, first, categories), tree=trees))
     return Comparison(
         drafts=compared,
         num_prompts=len(texts),

@@ -74,13 +74,16 @@ class GreedyTarget:
         self._length = 0
         self._before: tuple[DynamicCache, int, list[int]] | None = None  # cache, its length, tokens since
 
-    def read(self, token_ids: Sequence[int], *, predictions: int) -> TargetStep:
-        """Appends N tokens to the sequence and predicts the next token after each of the last P."""
+    def read(self, token_ids: Sequence[int], *, predictions: int, **arguments: Tensor) -> TargetStep:
+        """Appends N tokens to the sequence and predicts the next token after each of the last P.
+
+        Further `arguments` are the model's own.
+        """
         if not self._crops and self._length and predictions > 1:
             self._before = copy.deepcopy(self._cache), self._length, list(token_ids)
         aux = AuxStates((1, len(token_ids)), len(self.aux_layer_ids))
         with captured_layers(self._layers, self.aux_layer_ids, aux.write):
-            logits_PV = self._append(token_ids, predictions)
+            logits_PV = self._append(token_ids, predictions, **arguments)
         return TargetStep(logits_PV, aux.states[0])
 
     def keep(self, length: int) -> None:
@@ -94,11 +97,13 @@ class GreedyTarget:
             self._cache, self._length, token_ids = self._before
             self._append(token_ids[: length - self._length], 1)
 
-    def _append(self, token_ids: Sequence[int], predictions: int) -> Tensor:
-        """Logits [P, V]."""
+    def _append(self, token_ids: Sequence[int], predictions: int, **arguments: Tensor) -> Tensor:
+        """Logits [P, V]; further `arguments` are the model's."""
         ids_1N = torch.tensor([token_ids], device=self._model.device)
         limit = {"logits_to_keep": predictions} if self._limits_logits else {}
-        output = self._model(input_ids=ids_1N, past_key_values=self._cache, use_cache=True, **limit)
+        output = self._model(
+            input_ids=ids_1N, past_key_values=self._cache, use_cache=True, **limit, **arguments
+        )
         self._length += len(token_ids)
         return output.logits[0, -predictions:]
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,16 @@ from transformers import PreTrainedModel
 
 from eagle_rpc.config.choices import Guesses
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import Chains, DrawnGuesses, Eagle3Draft, TargetText, guess_chains
+from eagle_rpc.draft import (
+    Chains,
+    DrawnGuesses,
+    Eagle3Draft,
+    TargetText,
+    TextTrees,
+    TreeShape,
+    guess_chains,
+    guess_trees,
+)
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 from eagle_rpc.evaluate.speculative import check_fits
@@ -18,6 +27,15 @@ from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.capture import aux_layers, find_decoder_layers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guessed:
+    """What a draft guesses over one text."""
+
+    text: TargetText
+    chains: Chains  # of `longest_round` guesses
+    trees: TextTrees | None  # with `evaluate.tree_nodes`
 
 
 def fitted_draft(model: PreTrainedModel, export: ExportedDraft) -> Eagle3Draft:
@@ -46,7 +64,7 @@ def answered(
         raise ConfigError("evaluate.prompts must hold at least one prompt, got none")
     context = TargetShape.of(model.config).context or sys.maxsize
     for prompt_ids in prompts:
-        check_fits(context, prompt_ids, settings.max_new_tokens + settings.num_draft_tokens)
+        check_fits(context, prompt_ids, settings.max_new_tokens + longest_round(settings))
     return own_texts(
         model,
         prompts,
@@ -54,29 +72,45 @@ def answered(
         max_new_tokens=settings.max_new_tokens,
         stop_token_ids=stop_token_ids,
         # The last draft begins before the last token of the text.
-        tokens_after_end=settings.num_draft_tokens - 1,
+        tokens_after_end=longest_round(settings) - 1,
         temperature=settings.temperature,
     )
 
 
-def chains_of(
+def guesses_of(
     model: PreTrainedModel,
     draft: Eagle3Draft,
     export: ExportedDraft,
     texts: Sequence[TargetText],
     settings: EvaluateConfig,
-) -> list[Chains]:
-    """The chains of guesses that `draft`, the fitted draft of `export`, makes over each text."""
+) -> list[Guessed]:
+    """The chains and trees that `draft`, the fitted draft of `export`, guesses over each text."""
     layers = aux_layers(len(find_decoder_layers(model)), export.aux_layer_ids)
-    chains, progress = dict[int, Chains](), Progress("prompt", len(texts), title="guessing")
+    shape, longest = tree_shape(settings), longest_round(settings)
+    guessed, progress = dict[int, Guessed](), Progress("prompt", len(texts), title="guessing")
     for index, aux_TW in captured_states(model, layers, texts):
-        drawn = _drawn(model, texts[index], settings, seed=index)
-        chains[index] = guess_chains(
-            draft, export.mapping, texts[index], aux_TW, settings.num_draft_tokens, drawn
+        text, drawn = texts[index], _drawn(model, texts[index], settings, seed=index)
+        guessed[index] = Guessed(
+            text=text,
+            chains=guess_chains(draft, export.mapping, text, aux_TW, longest, drawn),
+            trees=None if shape is None else guess_trees(draft, export.mapping, text, aux_TW, shape),
         )
         progress.advance()
     progress.close()
-    return [chains[index] for index in range(len(texts))]
+    return [guessed[index] for index in range(len(texts))]
+
+
+def tree_shape(settings: EvaluateConfig) -> TreeShape | None:
+    """The trees of these settings; null without `evaluate.tree_nodes`."""
+    if settings.tree_nodes is None:
+        return None
+    return TreeShape(depth=settings.tree_depth, branching=settings.tree_branching, nodes=settings.tree_nodes)
+
+
+def longest_round(settings: EvaluateConfig) -> int:
+    """The most guesses that a round may accept. Chains are as long as trees are deep, to be compared with them."""
+    shape = tree_shape(settings)
+    return max(settings.num_draft_tokens, 0 if shape is None else shape.depth)
 
 
 def _drawn(

@@ -1,15 +1,18 @@
 """Real decoding of a prompt, the judge of what the target's own text says about its drafts."""
 
+import itertools
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from eagle_rpc.draft import Chains, TargetText, replay
+from eagle_rpc.draft import Chains, TargetText, TextTrees, replay
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.speculative import Decoding, decode_greedily, decode_speculatively
+from eagle_rpc.evaluate.trees import TreeProposer, TreeTarget, decode_with_trees
 
 DECODED_TEXT, BATCHED_TEXT, GUESSES = "text with the draft", "text in batches", "guesses"
+TREE_TEXT = "text with trees"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,12 +84,65 @@ def _first_difference(ids: Sequence[int], other_ids: Sequence[int]) -> int | Non
 
 def _differing_guesses(decoding: Decoding, chains: Chains, num_draft_tokens: int) -> list[Difference]:
     """The first guess of equal texts that real decoding accepts and `chains` do not, or the reverse."""
+    found = _differing_draft(decoding, replay(chains.num_right, num_draft_tokens))
+    if found is None:
+        return []
+    draft, known, guess = found
+    margin = min(float(chains.margins_AS[known - 1, guess]), decoding.margins[draft][guess])
+    return [Difference(of=GUESSES, token=known + guess, margin=margin)]
+
+
+def _differing_draft(decoding: Decoding, replayed: Sequence[int]) -> tuple[int, int, int] | None:
+    """The first draft of equal texts that accepts another number of guesses than `replayed`.
+
+    Its index, the tokens known at its begin, and the first guess of which one way alone accepts.
+    """
     known = 1
-    replayed = replay(chains.num_right, num_draft_tokens)
     for draft, (real, expected) in enumerate(zip(decoding.accepted, replayed, strict=False)):
         if real != expected:
-            guess = min(real, expected)
-            margin = min(float(chains.margins_AS[known - 1, guess]), decoding.margins[draft][guess])
-            return [Difference(of=GUESSES, token=known + guess, margin=margin)]
+            return draft, known, min(real, expected)
         known += real + 1
-    return []
+    return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedTrees:
+    """One prompt, decoded with trees."""
+
+    tokens: int
+    num_drafts: int
+    accepted_per_depth: list[int]
+    differences: list[Difference]  # from the target's text in batches, and the guesses over it
+    seconds: float
+
+
+def decode_trees(
+    target: TreeTarget,
+    proposer: TreeProposer,
+    text: TargetText,
+    trees: TextTrees,
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Collection[int],
+) -> DecodedTrees:
+    """Decodes the prompt of `text` with trees, and compares."""
+    started = time.perf_counter()
+    decoding = decode_with_trees(
+        target, proposer, text.prompt_ids, max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids
+    )
+    seconds = time.perf_counter() - started
+    margins = [decoding.first_margin, *itertools.chain(*decoding.margins)]
+    differences, place = list[Difference](), _first_difference(decoding.token_ids, text.token_ids)
+    if place is not None:
+        differences.append(Difference(of=TREE_TEXT, token=place, margin=margins[place]))
+    elif found := _differing_draft(decoding, replay(trees.num_right, proposer.shape.depth)):
+        _, known, guess = found
+        margin = min(float(trees.margins_A[known - 1]), margins[known + guess])
+        differences.append(Difference(of=GUESSES, token=known + guess, margin=margin))
+    return DecodedTrees(
+        tokens=len(decoding.token_ids),
+        num_drafts=decoding.counts.num_drafts,
+        accepted_per_depth=decoding.counts.accepted_per_position,
+        differences=differences,
+        seconds=seconds,
+    )

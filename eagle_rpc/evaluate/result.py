@@ -9,6 +9,7 @@ from typing import Any
 from eagle_rpc.evaluate.intervals import Interval
 from eagle_rpc.evaluate.judge import DecodedPrompt
 from eagle_rpc.evaluate.slices import DraftSlice
+from eagle_rpc.evaluate.tree_figures import TreeDecoding, TreeFigures
 from eagle_rpc.process.files import replaced_file
 
 
@@ -62,6 +63,16 @@ class Evaluation:
     tokens_per_second_without_draft: float | None
     settings: dict[str, Any]
     prompts: list[PromptResult]
+    tree: TreeFigures | None = None  # with `evaluate.tree_nodes`
+    tree_decoding: TreeDecoding | None = None  # null also where the target does not take trees exactly
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether real decoding gave the same texts and counts, near-ties aside, or there was none."""
+        verdicts = [self.identical_texts, self.counts_agree]
+        if self.tree_decoding is not None:
+            verdicts += [self.tree_decoding.identical_texts, self.tree_decoding.counts_agree]
+        return False not in verdicts
 
     def write(self, path: Path) -> None:
         """Writes JSON, in one piece."""
@@ -81,7 +92,22 @@ class Evaluation:
             f"  by draft tokens    {by_length}\n"
             f"{_slices('by category', self.by_category)}{_slices('by context up to', self.by_context)}"
             f"accepted by position {shares}\n"
-            f"{self._real_decoding()}"
+            f"{self._real_decoding()}{self._of_trees()}"
+        )
+
+    def _of_trees(self) -> str:
+        tree = self.tree
+        if tree is None:
+            return ""
+        shares = "  ".join(f"{share:.3f}" for share in tree.acceptance_per_depth)
+        return (
+            f"tree                 {with_interval(tree.accept_length, tree.accept_length_interval)} tokens a target "
+            f"call of {tree.nodes_per_call} guesses ({tree.num_drafts} drafts)\n"
+            f"  over the chain     {with_interval(tree.gain, tree.gain_interval)} more than with chains of "
+            f"{tree.depth} ({tree.chain_accept_length:.3f})\n"
+            f"{_slices('by category', tree.by_category)}"
+            f"  accepted by depth  {shares}\n"
+            f"{_tree_decoding(self.tree_decoding)}"
         )
 
     def _real_decoding(self) -> str:
@@ -98,6 +124,22 @@ class Evaluation:
             f"tokens per second    {self.tokens_per_second:.1f} with the draft, "
             f"{self.tokens_per_second_without_draft:.1f} without\n"
         )
+
+
+def _tree_decoding(decoding: TreeDecoding | None) -> str:
+    if decoding is None:
+        return "  real decoding      none\n"
+    same, agree = "identical to the target's own", "agree"
+    if not decoding.identical_texts:
+        same = f"DIFFERENT in {decoding.differing_texts} texts"
+    if not decoding.counts_agree:
+        agree = f"DIFFER in {decoding.differing_counts} prompts"
+    num_decoded = len(decoding.prompts)
+    return (
+        f"  text               {same} ({num_decoded} prompts decoded, {decoding.near_ties} near-ties)\n"
+        f"  counts             {agree} with real decoding\n"
+        f"  tokens per second  {decoding.tokens_per_second:.1f} with trees\n"
+    )
 
 
 def _slices(title: str, slices: Mapping[Any, DraftSlice]) -> str:

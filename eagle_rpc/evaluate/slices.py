@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eagle_rpc.draft import Chains, TargetText, replay
+from eagle_rpc.draft import Chains, TargetText, TextTrees, replay
 from eagle_rpc.evaluate.intervals import Interval, bootstrap_interval
 
 # The first range of context lengths ends here; each further one is twice as long.
@@ -29,10 +29,10 @@ class DraftSlice:
     accept_length_interval: Interval
 
 
-def drafts_of(text: TargetText, chains: Chains, num_draft_tokens: int) -> list[Draft]:
-    """The drafts that decoding of a text makes."""
+def drafts_of(text: TargetText, guesses: Chains | TextTrees, longest: int) -> list[Draft]:
+    """The drafts that decoding of a text makes, each of at most `longest` accepted guesses."""
     drafts, known = list[Draft](), len(text.prompt_ids) + 1
-    for accepted in replay(chains.num_right, num_draft_tokens):
+    for accepted in replay(guesses.num_right, longest):
         drafts.append(Draft(known, accepted))
         known += accepted + 1
     return drafts

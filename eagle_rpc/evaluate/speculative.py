@@ -3,10 +3,11 @@
 Rounds and counts are those of vLLM (`DecodingCounts`).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from eagle_rpc.draft import DecodingCounts
 from eagle_rpc.errors import ConfigError
@@ -20,7 +21,8 @@ class Decoding:
 
     token_ids: list[int]  # of the text, its stop token included
     accepted: list[int]  # guesses of each draft
-    margins: list[list[float]]  # of the target's k + 1 choices after each draft
+    first_margin: float  # of the first token, which is the prompt's
+    margins: list[list[float]]  # of the target's choices after each draft, the first wrong one at least
     counts: DecodingCounts
 
 
@@ -44,7 +46,15 @@ def decode_greedily(
     return token_ids, margins
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The outcome of a round that accepted A guesses."""
+
+    choices: list[int]  # [A + 1], the accepted guesses and the target's own next token
+    margins: list[float]  # at least of these choices
+    aux_NW: Tensor  # [A + 1, W], of the tokens before the choices
+
+
 def decode_speculatively(
     target: GreedyTarget,
     proposer: DraftProposer,
@@ -53,32 +63,59 @@ def decode_speculatively(
     max_new_tokens: int,
     stop_token_ids: Collection[int],
 ) -> Decoding:
-    """The token ids of `decode_greedily`, several a target call.
+    """The token ids of `decode_greedily`, several a target call, with a chain of guesses for each.
 
     Raises `ConfigError` if prompt, text and the guesses beyond its end do not fit the target's context.
     """
-    check_fits(target.max_length, prompt_ids, max_new_tokens + proposer.num_draft_tokens)
-    target.start()
-    proposer.start()
-    accepted, margins = list[int](), list[list[float]]()
-    step = target.read(prompt_ids, predictions=1)
-    token_ids, aux_NW = step.choices, step.aux_NW
-    successors = [*prompt_ids[1:], *token_ids]
-    while (length := _text_length(token_ids, max_new_tokens, stop_token_ids)) is None:
-        guesses = proposer.propose(successors, aux_NW)
-        step = target.read([token_ids[-1], *guesses], predictions=len(guesses) + 1)
+
+    def verify(next_token_ids: Sequence[int], aux_NW: Tensor, length: int) -> Verified:
+        guesses = proposer.propose(next_token_ids, aux_NW)
+        step = target.read([next_token_ids[-1], *guesses], predictions=len(guesses) + 1)
         choices = step.choices
         num_accepted = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
-        accepted.append(num_accepted)
-        margins.append(step.margins)
-        target.keep(len(prompt_ids) + len(token_ids) + num_accepted)
-        successors, aux_NW = choices[: num_accepted + 1], step.aux_NW[: num_accepted + 1]
+        target.keep(length + 1 + num_accepted)
+        return Verified(choices[: num_accepted + 1], step.margins, step.aux_NW[: num_accepted + 1])
+
+    proposer.start()
+    limits = {"max_new_tokens": max_new_tokens, "longest": proposer.num_draft_tokens}
+    return decode_in_rounds(target, verify, prompt_ids, **limits, stop_token_ids=stop_token_ids)
+
+
+@torch.inference_mode()
+def decode_in_rounds(
+    target: GreedyTarget,
+    verify: Callable[[Sequence[int], Tensor, int], Verified],
+    prompt_ids: Sequence[int],
+    *,
+    longest: int,
+    max_new_tokens: int,
+    stop_token_ids: Collection[int],
+) -> Decoding:
+    """The token ids of `decode_greedily`, in rounds of at most `longest` accepted guesses.
+
+    `verify` gets the tokens that were added in the round before, each one place later (the target has not read the
+    last of them), the captured states before them, and the number of tokens that the target has read. It guesses
+    what follows, lets the target verify that in one call, and leaves the accepted guesses read. Raises as
+    `decode_speculatively`.
+    """
+    check_fits(target.max_length, prompt_ids, max_new_tokens + longest)
+    target.start()
+    accepted, margins = list[int](), list[list[float]]()
+    step = target.read(prompt_ids, predictions=1)
+    token_ids, aux_NW, first_margin = step.choices, step.aux_NW, step.margins[0]
+    successors = [*prompt_ids[1:], *token_ids]
+    while (length := _text_length(token_ids, max_new_tokens, stop_token_ids)) is None:
+        verified = verify(successors, aux_NW, len(prompt_ids) + len(token_ids) - 1)
+        accepted.append(len(verified.choices) - 1)
+        margins.append(verified.margins)
+        successors, aux_NW = verified.choices, verified.aux_NW
         token_ids += successors
     return Decoding(
         token_ids=token_ids[:length],
         accepted=accepted,
+        first_margin=first_margin,
         margins=margins,
-        counts=DecodingCounts.of_text(accepted, proposer.num_draft_tokens, length),
+        counts=DecodingCounts.of_text(accepted, longest, length),
     )
 
 

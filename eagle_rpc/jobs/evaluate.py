@@ -33,4 +33,4 @@ def run(config: Config) -> int:
         plot_loss(directory.metrics, directory.loss_plot)
         files.append(directory.loss_plot)
     sys.stdout.write(result.summary() + "".join(f"wrote {file}\n" for file in files))
-    return 1 if False in (result.identical_texts, result.counts_agree) else 0
+    return 0 if result.is_confirmed else 1

@@ -170,6 +170,25 @@ def test_settings_of_training_that_exclude_each_other_are_refused(overrides: lis
         load(*overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.tree_nodes=4"], r"evaluate\.tree_nodes must lie between .* in \[5, 264\], got 4"),
+        (
+            ["evaluate.tree_nodes=6", "evaluate.tree_branching=1"],
+            r"evaluate\.tree_nodes must lie between .* in \[5, 5\], got 6",
+        ),
+        (
+            ["evaluate.tree_nodes=60", "evaluate.temperature=1", "evaluate.guesses=drawn"],
+            r"evaluate\.tree_nodes must be null with evaluate\.guesses=drawn, .* got 60",
+        ),
+    ],
+)
+def test_trees_that_cannot_be_counted_are_refused(overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        load("job=evaluate", *overrides)
+
+
 def test_a_missing_value_is_named():
     with pytest.raises(ConfigError, match=r"target\.model"):
         load("target=hf")

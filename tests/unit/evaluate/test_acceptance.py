@@ -8,7 +8,7 @@ from evaluation_cases import AUX_LAYERS, PROMPTS, tiny_export, tiny_model
 
 from eagle_rpc.config.choices import Guesses
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import guess_chains
+from eagle_rpc.draft import guess_chains, guess_trees
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate import guesses, judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
@@ -160,3 +160,48 @@ def test_texts_that_are_drawn_are_not_decoded_for_real(model, export, guesses_ar
     assert result.settings["guesses"] == guesses_are.value and result.num_drafts > 0
     assert json.dumps(result.settings)
     assert result == evaluate(model, export, temperature=1.0, guesses=guesses_are)
+
+
+def test_trees_are_counted_and_decoded_beside_chains_of_their_depth(model, export):
+    tree = {"tree_nodes": 8, "tree_depth": 3, "tree_branching": 2}
+    result, alone = evaluate(model, export, **tree), evaluate(model, export, num_draft_tokens=3)
+    assert result.is_confirmed and result.tree.nodes_per_call == 8
+    assert result.tree.chain_accept_length == pytest.approx(alone.accept_length)
+    assert result.tree.gain == pytest.approx(result.tree.accept_length - alone.accept_length)
+    assert result.tree.accept_length == pytest.approx(
+        1 + sum(result.tree.accepted_per_depth) / result.tree.num_drafts
+    )
+    assert result.tree.by_category[""].num_drafts == result.tree.num_drafts
+    decoded = result.tree_decoding.prompts
+    assert sum(one.num_drafts for one in decoded) == result.tree.num_drafts
+    assert [one.tokens for one in decoded] == [10, 10, 10]
+    assert "tree  " in result.summary() and "over the chain" in result.summary()
+    # The chain's own figures stay what they are without trees.
+    plain = evaluate(model, export)
+    assert (plain.tree, plain.tree_decoding) == (None, None)
+    assert (result.accept_length, result.accepted_per_position) == (
+        plain.accept_length,
+        plain.accepted_per_position,
+    )
+
+
+@pytest.mark.parametrize(("near_tie", "found"), [(0.0, (0, 1, 0)), (math.inf, (0, 0, 1))])
+def test_other_counts_of_trees_than_those_of_real_decoding_are_told(
+    model, export, monkeypatch, near_tie, found
+):
+    def spoiled(draft, mapping, text, aux_TW, shape):
+        trees = guess_trees(draft, mapping, text, aux_TW, shape)
+        if text.prompt_ids == PROMPTS[2]:
+            trees.num_right[0] = 0 if trees.num_right[0] else 1
+        return trees
+
+    monkeypatch.setattr(guesses, "guess_trees", spoiled)
+    settings = {"tree_nodes": 8, "tree_depth": 3, "tree_branching": 2, "near_tie": near_tie}
+    result = evaluate(model, export, **settings)
+    assert differences(result.tree_decoding) == found and result.is_confirmed is (found[1] == 0)
+    assert ("DIFFER in 1 prompts" in result.summary()) is (found[1] == 1)
+
+
+def test_trees_over_drawn_texts_are_counted_and_not_decoded(model, export):
+    result = evaluate(model, export, temperature=1.0, tree_nodes=8, tree_depth=3, tree_branching=2)
+    assert result.tree.num_drafts > 0 and result.tree_decoding is None

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from evaluation_cases import PROMPTS, tiny_export, tiny_model
@@ -63,3 +64,15 @@ def test_the_table_and_the_file_have_a_column_for_each_draft(comparison, tmp_pat
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert [one["directory"] for one in written["drafts"]] == ["draft0", "draft1", "draft2"]
     assert written["num_prompts"] == 3 and written["num_tokens"] == 30
+
+
+def test_trees_are_compared_as_well(model, drafts):
+    settings = replace(SETTINGS, tree_nodes=8, tree_depth=3, tree_branching=2)
+    compared = compare_drafts(model, drafts, PROMPTS, settings, categories=CATEGORIES, stop_token_ids=())
+    for one in compared.drafts:
+        alone = evaluate_draft(
+            model, drafts[one.directory], PROMPTS, settings, categories=CATEGORIES, stop_ids=()
+        )
+        assert one.tree == alone.tree
+    titles = [title for title, _ in compared.rows()]
+    assert titles[-2:] == ["tree of 8 guesses, depth 3, branching 2", "tree over chains of 3"]
