@@ -35,6 +35,9 @@ DECAY = Rule("lie in (0, 1]", lambda value: 0 < value <= 1)
 SHARE_BELOW_1 = Rule("lie in [0, 1)", lambda value: 0 <= value < 1)
 TWO_SHARES = Rule("be two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v))
 ASCENDING = Rule("ascend", lambda value: value == sorted(set(value)))
+ASCENDING_SIZES = Rule(
+    "be positive and ascend", lambda value: value == sorted(set(value)) and all(size > 0 for size in value)
+)
 AUX_LAYERS = Rule(
     "be one to eight distinct layers in ascending order", lambda v: 1 <= len(v) <= 8 and v == sorted(set(v))
 )

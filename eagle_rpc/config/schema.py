@@ -416,6 +416,9 @@ class EvaluateConfig:
     """Guesses of a tree's longest path; SGLang's `speculative-num-steps`."""
     tree_branching: Positive[int] = 8
     """Children of a node, and nodes of each depth that have children; SGLang's `speculative-eagle-topk`."""
+    batch_sizes: Annotated[list[int], rules.ASCENDING_SIZES] = field(default_factory=list)
+    """Sequences of a batch for which the speed-up of every draft length is estimated from measured times of target
+    and draft, as [1, 8, 32]; empty: none."""
     temperature: NotNegative[float] = 0.0
     """Temperature of the target's texts; 0: the most likely tokens. Texts that are drawn are not decoded for
     real, where other tokens would be drawn."""

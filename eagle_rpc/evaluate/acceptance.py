@@ -1,13 +1,13 @@
 """What a draft gives in decoding, from passes over the target's own texts; real decoding is the judge."""
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import EvaluateConfig
-from eagle_rpc.draft import Chains, DecodingCounts, TargetText, replay
+from eagle_rpc.draft import Chains, DecodingCounts, Eagle3Draft, TargetText, replay
 from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.guesses import answered, conditions, fitted_draft, guesses_of
 from eagle_rpc.evaluate.intervals import bootstrap_interval
@@ -15,6 +15,8 @@ from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.result import Evaluation, PromptResult
 from eagle_rpc.evaluate.slices import by_category, by_context, drafts_of
+from eagle_rpc.evaluate.speed import BatchSpeed, estimate_speed
+from eagle_rpc.evaluate.timing import time_calls
 from eagle_rpc.evaluate.tree_figures import decode_with_judge, tree_figures
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
@@ -54,10 +56,12 @@ def evaluate_draft(
             first = guessed[: settings.num_decoded]
             tree_decoding = decode_with_judge(model, draft, export, first, settings, stop)
     names = categories or [""] * len(judged)
+    result = _evaluation(judged, names, decoded, tokenizer, settings)
     result = replace(
-        _evaluation(judged, names, decoded, tokenizer, settings),
+        result,
         tree=tree_figures(guessed, names, settings),
         tree_decoding=tree_decoding,
+        speed=_speed(model, draft, texts, result.accept_length_by_draft_tokens, settings),
     )
     result.settings.update(conditions(model, settings), aux_layer_ids=list(target.aux_layer_ids))
     return result
@@ -81,6 +85,25 @@ def _decode(
         progress.advance()
     progress.close()
     return decoded
+
+
+def _speed(
+    model: PreTrainedModel,
+    draft: Eagle3Draft,
+    texts: Sequence[TargetText],
+    accept_lengths: Mapping[int, float],
+    settings: EvaluateConfig,
+) -> list[BatchSpeed]:
+    """The speed at each of `evaluate.batch_sizes`, in the middle of an answer."""
+    context = sum(len(text.prompt_ids) + len(text.token_ids) // 2 for text in texts) // len(texts)
+    speeds, progress = list[BatchSpeed](), Progress("batch size", len(settings.batch_sizes), title="timing")
+    for batch_size in settings.batch_sizes:
+        k = settings.num_draft_tokens
+        times = time_calls(model, draft, batch_size=batch_size, context=context, num_draft_tokens=k)
+        speeds.append(estimate_speed(times, accept_lengths))
+        progress.advance()
+    progress.close()
+    return speeds
 
 
 def _evaluation(

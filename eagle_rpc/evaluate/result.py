@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eagle_rpc.evaluate.intervals import Interval
 from eagle_rpc.evaluate.judge import DecodedPrompt
 from eagle_rpc.evaluate.slices import DraftSlice
+from eagle_rpc.evaluate.speed import BatchSpeed
 from eagle_rpc.evaluate.tree_figures import TreeDecoding, TreeFigures
 from eagle_rpc.process.files import replaced_file
 
@@ -65,6 +66,7 @@ class Evaluation:
     prompts: list[PromptResult]
     tree: TreeFigures | None = None  # with `evaluate.tree_nodes`
     tree_decoding: TreeDecoding | None = None  # null also where the target does not take trees exactly
+    speed: list[BatchSpeed] = field(default_factory=list)  # at each of `evaluate.batch_sizes`
 
     @property
     def is_confirmed(self) -> bool:
@@ -93,6 +95,7 @@ class Evaluation:
             f"{_slices('by category', self.by_category)}{_slices('by context up to', self.by_context)}"
             f"accepted by position {shares}\n"
             f"{self._real_decoding()}{self._of_trees()}"
+            f"{''.join(map(_speed_line, self.speed))}"
         )
 
     def _of_trees(self) -> str:
@@ -124,6 +127,19 @@ class Evaluation:
             f"tokens per second    {self.tokens_per_second:.1f} with the draft, "
             f"{self.tokens_per_second_without_draft:.1f} without\n"
         )
+
+
+def _speed_line(speed: BatchSpeed) -> str:
+    by_length = "  ".join(f"{k}: {ratio:.2f}" for k, ratio in speed.speed_up.items())
+    best = speed.best_draft_tokens
+    without = f"{speed.tokens_per_second_without_draft:.1f} tokens a second without a draft"
+    advice = (
+        f"best {best}: {speed.tokens_per_second[best]:.1f}, {without}" if best else f"none helps: {without}"
+    )
+    return (
+        f"estimated speed-up   batch {speed.times.batch_size}, by draft tokens  {by_length}\n"
+        f"                     {advice}\n"
+    )
 
 
 def _tree_decoding(decoding: TreeDecoding | None) -> str:

@@ -13,6 +13,7 @@ from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate import guesses, judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
 from eagle_rpc.evaluate.own_text import own_texts
+from eagle_rpc.evaluate.speed import estimate_speed
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,13 @@ def test_other_counts_of_trees_than_those_of_real_decoding_are_told(
 def test_trees_over_drawn_texts_are_counted_and_not_decoded(model, export):
     result = evaluate(model, export, temperature=1.0, tree_nodes=8, tree_depth=3, tree_branching=2)
     assert result.tree.num_drafts > 0 and result.tree_decoding is None
+
+
+def test_the_speed_at_each_batch_size_follows_from_times_and_accept_lengths(model, export):
+    result = evaluate(model, export, batch_sizes=[1, 2])
+    assert [one.times.batch_size for one in result.speed] == [1, 2]
+    for one in result.speed:
+        assert one == estimate_speed(one.times, result.accept_length_by_draft_tokens)
+    # The prompts have 8 tokens together, the answers 10 each.
+    assert result.speed[0].times.context == (8 + 3 * 5) // 3
+    assert "batch 2, by draft tokens  1: " in result.summary()
