@@ -252,7 +252,7 @@ class DraftTraining:
 
     def _figures(self, outcome: StepOutcome) -> StepFigures:
         step, norm = self._learner.steps_done, float(outcome.grad_norm)
-        figures: dict[str, Any] = figures_of(outcome.sums.on_host(), self._config.draft.step_decay)
+        figures: dict[str, Any] = figures_of(outcome.sums.on_host(), self._learner.step_weights)
         if not (math.isfinite(figures["loss"]) and math.isfinite(norm)):
             found = f"{figures['loss']} and {norm}"
             raise TrainingDiverged(f"loss and gradient norm must be finite, got {found} at step {step}")

@@ -15,6 +15,7 @@ from eagle_rpc.config.choices import (
     Quantization,
     Schedule,
     Sharding,
+    StepWeighting,
 )
 from eagle_rpc.config.rules import broken_rules
 from eagle_rpc.config.schema import Config, EvaluateConfig, TrainConfig
@@ -135,6 +136,13 @@ def _broken_in_draft(config: Config) -> Iterator[str]:
             f"got {draft.kl_share} with {draft.loss.name}"
         )
     window, steps = draft.sliding_window, draft.ttt_steps
+    listed = draft.step_weighting is StepWeighting.listed
+    if len(draft.step_weights) != (steps if listed else 0):
+        number = f"a weight for each of draft.ttt_steps {steps}" if listed else "none"
+        yield (
+            f"draft.step_weights must have {number} with draft.step_weighting={draft.step_weighting.name}, "
+            f"got {draft.step_weights}"
+        )
     if window is not None and window < steps:
         yield f"draft.sliding_window must reach over draft.ttt_steps {steps}, got {window}"
 

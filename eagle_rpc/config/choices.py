@@ -92,6 +92,18 @@ class DraftLoss(Enum):
     jensen_shannon = "jensen_shannon"
 
 
+class StepWeighting(Enum):
+    """The weights of the steps of training-time test in the loss."""
+
+    decay = "decay"
+    """Powers of `draft.step_decay`."""
+    listed = "listed"
+    """`draft.step_weights`."""
+    learned = "learned"
+    """Step k as often as the draft's own steps before it are all right, a running mean that begins with powers of
+    `draft.step_decay`."""
+
+
 class InitVocab(Enum):
     """The draft vocabulary of a training that starts from `draft.init_from`."""
 

@@ -38,6 +38,10 @@ ASCENDING = Rule("ascend", lambda value: value == sorted(set(value)))
 ASCENDING_SIZES = Rule(
     "be positive and ascend", lambda value: value == sorted(set(value)) and all(size > 0 for size in value)
 )
+WEIGHTS = Rule(
+    "be empty, or not negative with a positive sum",
+    lambda value: not value or (min(value) >= 0 and sum(value) > 0),
+)
 AUX_LAYERS = Rule(
     "be one to eight distinct layers in ascending order", lambda v: 1 <= len(v) <= 8 and v == sorted(set(v))
 )

@@ -31,6 +31,7 @@ from eagle_rpc.config.choices import (
     Rows,
     Schedule,
     Sharding,
+    StepWeighting,
     VerifySide,
 )
 from eagle_rpc.config.rules import FilePath, NotNegative, Positive, Share
@@ -250,6 +251,10 @@ class DraftConfig:
     """Steps that the draft is unrolled in training."""
     step_decay: Annotated[float, rules.DECAY] = 0.8
     """Step k weighs `step_decay ** k`, normalised over the steps."""
+    step_weighting: StepWeighting = StepWeighting.decay
+    """Origin of the weights of the steps."""
+    step_weights: Annotated[list[float], rules.WEIGHTS] = field(default_factory=list)
+    """With `draft.step_weighting=listed`: the weight of each step, normalised over the steps."""
     loss: DraftLoss = DraftLoss.soft_cross_entropy
     """Loss of a row. `lk_alpha` and `lk_lambda` aim at acceptance and need another encoding than `probs`."""
     kl_share: Share[float] = 0.0

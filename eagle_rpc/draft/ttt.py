@@ -27,12 +27,15 @@ class Objective:
 
     steps: int  # S
     step_decay: float  # w_k is proportional to `step_decay ** k`; the weights sum to 1
+    weights: Tensor | None = None  # [S] fp32 instead of them, with sum 1; its values may change between steps
     loss: str = "soft_cross_entropy"  # one of `losses.LOSSES`
     kl_share: float = 0.0  # of a loss that mixes
 
     def rows_of(self, batch: Eagle3TargetBatch, valid_NS: Tensor, denominators_S: Tensor) -> JudgedRows:
         """The rows of `judged_slots`, with the factor of each row's loss at each step."""
-        weights_S = step_weights(self.steps, self.step_decay, denominators_S.device)
+        weights_S = self.weights
+        if weights_S is None:
+            weights_S = step_weights(self.steps, self.step_decay, denominators_S.device)
         return JudgedRows(
             targets=batch.targets,
             log_normalizer=batch.log_normalizer,

@@ -66,6 +66,7 @@ def write_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int) -> P
         "step": checkpoint.step,
         "sequences": checkpoint.sequences,
         "running_sums": checkpoint.running_sums,
+        "reached_steps": checkpoint.state.reached_steps,
         "validations": checkpoint.history.to_json(),
         **checkpoint.record.to_json(),
     }
@@ -163,6 +164,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 weights=_load_tensors(path / _WEIGHTS),
                 optimiser=_load_tensors(path / _OPTIMISER),
                 average=_load_tensors(path / _AVERAGE) if (path / _AVERAGE).exists() else {},
+                reached_steps=facts.get("reached_steps", []),  # earlier versions learned none
             ),
             running_sums=facts["running_sums"],
             history=_history_of(facts),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_rpc.draft import DecodingCounts, TTTResult, simulated_accept_length, step_weights
+from eagle_rpc.draft import DecodingCounts, TTTResult, simulated_accept_length
 from eagle_rpc.errors import CheckpointError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
@@ -59,6 +59,11 @@ class RunningSums:
             raise CheckpointError(f"running_sums must hold {self.flat.numel()} numbers, got {len(values)}")
         self.flat.copy_(torch.tensor(values, dtype=torch.float64))
 
+    @property
+    def accepted_and_drafts(self) -> tuple[Tensor, Tensor]:
+        """[S] each, as in `TTTResult`."""
+        return self._named["accepted"], self._named["drafts"]
+
     def is_finite(self) -> bool:
         return bool(self.flat.isfinite().all())
 
@@ -91,16 +96,15 @@ def require_finite(sums: RunningSums, what: str, step: int, record: RunRecord) -
     )
 
 
-def figures_of(sums: dict[str, Tensor], step_decay: float) -> dict[str, Figure]:
+def figures_of(sums: dict[str, Tensor], weights_S: Tensor) -> dict[str, Figure]:
     """The figures that training and validation share.
 
-    `loss` weights the steps as the objective does; `accuracy` and `simulated_acceptance_per_position` are
+    `loss` weights the steps by `weights_S`; `accuracy` and `simulated_acceptance_per_position` are
     lists [S]. Simulated: each slot counts as the start of a draft of S guesses.
     """
     rows_S, drafts_S = sums["rows"].clamp(min=1), sums["drafts"].clamp(min=1)
-    weights_S = step_weights(len(rows_S), step_decay).double()
     return {
-        "loss": float((weights_S * sums["loss_sums"] / rows_S).sum()),
+        "loss": float((weights_S.double().cpu() * sums["loss_sums"] / rows_S).sum()),
         "accuracy": (sums["correct"] / rows_S).tolist(),
         "simulated_acceptance_per_position": (sums["accepted"] / drafts_S).tolist(),
         "simulated_accept_length": float(simulated_accept_length(sums["accepted"], sums["drafts"])),

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from eagle_rpc.train.optimiser import DraftOptimiser, trainable_parameters
 from eagle_rpc.train.schedule import peak_rate, share_of_peak
 from eagle_rpc.train.sharded_weights import ShardedWeights
 from eagle_rpc.train.step_supervision import StepSupervision
+from eagle_rpc.train.step_weights import StepWeights
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class LearnerState:
     weights: dict[str, Tensor]  # without the frozen embedding
     optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
     average: dict[str, Tensor]  # of the weights; empty without `train.ema_decay`
+    reached_steps: list[float] = field(default_factory=list)  # `StepWeights.state`
 
 
 class Learner:
@@ -84,7 +86,10 @@ class Learner:
         if config.ema_decay is not None:
             self._average = AveragedWeights(self._masters.parameters, config.ema_decay)
         self._peak_rate = peak_rate(config, draft.config.hidden_size)
-        self._ttt = make_ttt_step(draft, config, objective, self._masters.gradients)
+        self._step_weights = StepWeights(objective, self.device)
+        self._ttt = make_ttt_step(
+            draft, config, objective, self._masters.gradients, self._step_weights.values
+        )
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -110,6 +115,7 @@ class Learner:
         if self._average is not None:
             self._average.update()
         self._ttt.refresh_weights()
+        self._step_weights.update(sums)
         self.steps_done += 1
         return StepOutcome(sums=sums, grad_norm=grad_norm, learning_rate=rate)
 
@@ -146,13 +152,25 @@ class Learner:
     def empty_sums(self) -> RunningSums:
         return RunningSums(self._objective.ttt_steps, self.device)
 
+    @property
+    def step_weights(self) -> Tensor:
+        """The weights [S] of the steps in the objective, with sum 1."""
+        return self._step_weights.values
+
+    @property
+    def step_weights_are_learned(self) -> bool:
+        return self._step_weights.are_learned
+
     def weights_are_finite(self) -> bool:
         return self._masters.are_finite()
 
     def digest(self) -> str:
-        """SHA-256 of weights, optimiser state, averages and step."""
-        steps_done = ("steps_done", torch.tensor([self.steps_done]))
-        state = (self.weights(), self.optimiser_state(), self.average(), [steps_done])
+        """SHA-256 of weights, optimiser state, averages, learned weights of steps and step."""
+        numbers = [("steps_done", torch.tensor([self.steps_done]))]
+        if self._step_weights.are_learned:
+            reached = torch.tensor(self._step_weights.state(), dtype=torch.float64)
+            numbers.append(("reached_steps", reached))
+        state = (self.weights(), self.optimiser_state(), self.average(), numbers)
         return tensors_digest(itertools.chain(*state))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -175,7 +193,10 @@ class Learner:
         """The state for a checkpoint, on the CPU; empty but on the primary trainer."""
         kept = self._group.is_primary
         parts = (self.weights(), self.optimiser_state(), self.average())
-        return LearnerState(*({name: tensor.cpu() for name, tensor in part if kept} for part in parts))
+        weights, optimiser, average = (
+            {name: tensor.cpu() for name, tensor in part if kept} for part in parts
+        )
+        return LearnerState(weights, optimiser, average, self._step_weights.state())
 
     @property
     def can_snapshot(self) -> bool:
@@ -201,6 +222,7 @@ class Learner:
                         f"{name} must have shape {list(tensor.shape)}, got {list(saved[name].shape)}"
                     )
                 tensor.copy_(self._masters.shard_of(saved[name], self.parameters[name]))
+        self._step_weights.load(state.reached_steps)
         self._optimiser.load(state.optimiser, self._masters.shard_of)
         self._ttt.refresh_weights()
         self.steps_done = steps_done
@@ -214,7 +236,11 @@ def hold_weights(draft: Eagle3Draft, config: TrainConfig, group: TrainerGroup) -
 
 
 def make_ttt_step(
-    draft: Eagle3Draft, config: TrainConfig, objective: DraftConfig, gradients: Mapping[str, Tensor]
+    draft: Eagle3Draft,
+    config: TrainConfig,
+    objective: DraftConfig,
+    gradients: Mapping[str, Tensor],
+    weights_S: Tensor,
 ) -> ReferenceStep | FusedStep:
     """The fused step if device and configuration allow it, else the reference. Both add to `gradients`."""
     dtype = torch.float32 if config.autocast is None else getattr(torch, config.autocast.name)
@@ -223,6 +249,7 @@ def make_ttt_step(
         step_decay=objective.step_decay,
         loss=objective.loss.value,
         kl_share=objective.kl_share,
+        weights=weights_S,
     )
     fp8 = config.precision is Precision.fp8
     if fp8 and not multiplies_fp8(draft.fc.weight.device):

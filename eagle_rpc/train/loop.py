@@ -196,11 +196,17 @@ class Trainer:
     def _training_figures(self) -> Figures:
         sums = self._sums.on_host()
         return {
-            **figures_of(sums, self._objective.step_decay),
+            **figures_of(sums, self.learner.step_weights),
+            **self._learned_figures(),
             "grad_norm": float(sums["grad_norms"] / sums["optimiser_steps"].clamp(min=1)),
             "learning_rate": self._learning_rate,
             **self._pace.figures(float(sums["tokens"])),
         }
+
+    def _learned_figures(self) -> Figures:
+        if not self.learner.step_weights_are_learned:
+            return {}
+        return {"step_weights": self.learner.step_weights.tolist()}
 
     def _validate(self) -> bool:
         """Writes the figures of a validation; whether it was the best one so far."""

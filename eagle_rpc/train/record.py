@@ -23,6 +23,8 @@ _FIXED_SETTINGS = (
     "train.ema_decay",
     "draft.ttt_steps",
     "draft.step_decay",
+    "draft.step_weighting",
+    "draft.step_weights",
     "data.validation_share",
     "data.max_length",
     "data.overlong",

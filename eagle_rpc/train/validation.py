@@ -73,7 +73,7 @@ class Validation:
         self._draft.train()
         self._group.sum_(sums.flat, "validation losses")
         require_finite(sums, "validation loss", self._learner.steps_done, self._record)
-        return figures_of(sums.on_host(), self._objective.step_decay) | decoding_figures(counts)
+        return figures_of(sums.on_host(), self._learner.step_weights) | decoding_figures(counts)
 
     def _decoding_counts(self, batches: Iterable[TokenBatch]) -> DecodingCounts:
         """What decoding of the answers of all trainers' batches would accept; this trainer has `batches`."""

@@ -160,6 +160,14 @@ def test_acceptance_losses_need_the_true_probabilities(loss: str):
             r"draft\.kl_share must be 0 but with draft\.loss=reverse_kl, .* got 0\.5 with kl",
         ),
         (
+            ["draft.step_weighting=listed", "draft.step_weights=[1,2]"],
+            r"draft\.step_weights must have a weight for each of draft\.ttt_steps 7 .* got \[1\.0, 2\.0\]",
+        ),
+        (
+            ["draft.step_weighting=learned", "draft.step_weights=[1,2]"],
+            r"draft\.step_weights must have none with draft\.step_weighting=learned, got \[1\.0, 2\.0\]",
+        ),
+        (
             ["train.patience=3", "train.validate_every=0"],
             r"train\.validate_every must be positive with train\.patience, got 0",
         ),

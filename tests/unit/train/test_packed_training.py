@@ -85,7 +85,7 @@ def test_validation_figures_do_not_depend_on_packing():
         for number in range(plan.batches_per_epoch):
             learner.judge(target.supervise(plan.batch(number)), sums)
         figures.append(
-            {**figures_of(sums.on_host(), OBJECTIVE.step_decay), "tokens": float(sums.on_host()["tokens"])}
+            {**figures_of(sums.on_host(), learner.step_weights), "tokens": float(sums.on_host()["tokens"])}
         )
     packed, padded = figures
     assert padded["tokens"] == sum(len(example.input_ids) for example in data)

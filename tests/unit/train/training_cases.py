@@ -186,6 +186,7 @@ def make_trainer(
     *,
     group: TrainerGroup | None = None,
     target: TableTarget | None = None,
+    objective: DraftConfig = OBJECTIVE,
     **changes,
 ) -> Trainer:
     group = group or TrainerGroup()
@@ -198,7 +199,7 @@ def make_trainer(
         "record": run_record(settings, group.size),
         "stop": threading.Event(),
     }
-    return Trainer(settings, OBJECTIVE, group=group, run=RunDirectory(path), **(parts | changes))
+    return Trainer(settings, objective, group=group, run=RunDirectory(path), **(parts | changes))
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
