@@ -56,6 +56,7 @@ from eagle_rpc.jobs.serve import elastic_target
 from eagle_rpc.process import stop_signals
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.serving import ExportedDraft, load_export
+from eagle_rpc.serving.export import EMBEDDING
 from eagle_rpc.supervision import (
     Eagle3TargetBackend,
     Eagle3TargetBatch,
@@ -263,7 +264,8 @@ class DraftTraining:
 
         Raises `ConfigError` if `directory` holds other files.
         """
-        weights, embedding_VH = self._learner.draft_weights(), self.draft.embed_tokens.weight
+        weights = self._learner.draft_weights()
+        embedding_VH = weights.get(EMBEDDING, self.draft.embed_tokens.weight)
         settings = ServingConfig(dir=str(directory), dtype=dtype)
         return export_run(weights, self._record, embedding_VH, settings)
 

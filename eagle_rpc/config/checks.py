@@ -47,6 +47,8 @@ def _broken_between(config: Config) -> Iterator[str]:
     yield from _broken_in_draft(config)
     yield from _broken_in_data(config)
     yield from _broken_in_training(config.train)
+    if config.draft.train_embeddings and config.train.sharding is Sharding.state:
+        yield "train.sharding must be none with draft.train_embeddings, whose rows each step looks up, got state"
 
 
 def _broken_in_service(config: Config) -> Iterator[str]:

@@ -242,6 +242,9 @@ class DraftConfig:
     """EAGLE-3.1: each further step reads the normed output of the step before, as the head does."""
     seed_head: bool = True
     """The head starts from the target's rows instead of from noise."""
+    train_embeddings: bool = False
+    """Also trains the draft's copy of the target's token embedding, in fp32: 16 bytes a value of the target's whole
+    vocabulary with AdamW. SGLang and TensorRT-LLM serve the target's embedding instead."""
     init_from: FilePath | None = None
     """Directory of a trained EAGLE-3 draft of this target to start from: an export, or a draft of SpecForge,
     NeMo AutoModel or speculators in safetensors; null: a new draft."""

@@ -118,7 +118,7 @@ class Eagle3Draft(nn.Module):
     """The draft as serving engines compute it. Call `initialise`, or load a state dict, before use.
 
     `input_embeddings` [V, H] is the target's token embedding, of which the draft keeps a frozen copy in the
-    same dtype. Raises `ConfigError` if its shape differs from the config's.
+    same dtype (`train_embeddings` makes it a trained one). Raises `ConfigError` if its shape differs from the config's.
     """
 
     def __init__(self, config: Eagle3DraftConfig, input_embeddings: Tensor) -> None:
@@ -160,6 +160,12 @@ class Eagle3Draft(nn.Module):
             else:
                 drawn = torch.empty(parameter.shape, dtype=torch.float32)
                 parameter.copy_(drawn.normal_(std=INITIAL_STD, generator=generator))
+
+    def train_embeddings(self) -> None:
+        """Makes the copy of the embedding a trained parameter, at least fp32; `initialise` comes before."""
+        weight_VH = self.embed_tokens.weight.detach()
+        wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        self.embed_tokens.weight = nn.Parameter(weight_VH.to(wide))
 
     @torch.no_grad()
     def seed_lm_head(self, weight_KH: Tensor) -> None:

@@ -215,6 +215,8 @@ def make_draft(
             raise UnsupportedTarget(
                 f"draft.seed_head must be false for a head that is not a plain matrix: {error}"
             ) from error
+    if config.draft.train_embeddings:
+        draft.train_embeddings()
     if stored is not None:
         assert mapping is not None
         stored.load_into(draft, mapping)

@@ -15,6 +15,7 @@ from eagle_rpc.config.schema import ServingConfig
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import ServedForm, check_form, export_draft, warn_of_engines
+from eagle_rpc.serving.export import EMBEDDING
 from eagle_rpc.train import (
     Checkpoint,
     RunDirectory,
@@ -37,7 +38,9 @@ def run(config: Config) -> int:
     start_worker(config, "export")
     directory, serving = RunDirectory.of(config), config.serving
     path, checkpoint = _chosen(directory.checkpoints, serving.checkpoint)
-    embedding = load_target_embedding(path.parent / directory.target_embedding.name)
+    embedding = checkpoint.draft_weights.get(EMBEDDING)
+    if embedding is None:
+        embedding = load_target_embedding(path.parent / directory.target_embedding.name)
     files = export_run(checkpoint.draft_weights, checkpoint.record, embedding, serving)
     history = checkpoint.history
     judged = f" with accept length {history.best_accept_length:.3f} in validation"
@@ -82,13 +85,14 @@ def _newest(checkpoints: Path) -> tuple[Path, Checkpoint]:
 def export_run(
     weights: Mapping[str, Tensor], record: RunRecord, embedding_VH: Tensor, settings: ServingConfig
 ) -> list[Path]:
-    """Exports the draft of a run; returns the files. Raises as `export_draft` and `check_form`."""
+    """Exports the draft of a run with this embedding; returns the files. Raises as `export_draft` and `check_form`."""
     target = record.target
     form = ServedForm(
         config=record.draft_config,
         aux_layer_ids=target.aux_layer_ids,
         num_target_layers=target.num_layers,
         target=target.architecture,
+        own_embedding=EMBEDDING in weights,
     )
     check_form(form, settings.engines)
     warn_of_engines(form, settings.engines)

@@ -121,6 +121,7 @@ def _check_draft(config: Config, shape: TargetShape) -> None:
         aux_layer_ids=aux_layers(shape.num_layers, config.target.aux_layer_ids),
         num_target_layers=shape.num_layers,
         target=shape.model_type,
+        own_embedding=config.draft.train_embeddings,
     )
     check_form(form, config.serving.engines)
     stored_draft(config, shape)

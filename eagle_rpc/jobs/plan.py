@@ -46,7 +46,7 @@ def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iter
     yield "target", f"{config.target.model}, {shape.model_type}, {sizes}"
     yield "captured layers", str(aux_layers(shape.num_layers, config.target.aux_layer_ids))
     vocabulary = f"vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
-    yield "draft", f"{_count(draft) / 1e6:.1f} M trained parameters, {vocabulary}"
+    yield "draft", f"{_count(config, draft) / 1e6:.1f} M trained parameters, {vocabulary}"
     heads = f"{draft.num_attention_heads} heads and {draft.num_key_value_heads} key heads of {draft.head_dim}"
     rope = (draft.rope_scaling or {"rope_type": "plain"})["rope_type"]
     yield "draft, shape", f"{heads}, feed-forward {draft.intermediate_size}, {rope} rotary embedding"
@@ -108,7 +108,9 @@ def _memory(
 ) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     yield from _target_memory(config, target, shape, draft)
-    state = _count(draft) * _TRAINED_BYTES + draft.vocab_size * draft.hidden_size * dtype_bytes
+    state = _count(config, draft) * _TRAINED_BYTES
+    if not config.draft.train_embeddings:
+        state += draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and optimiser", f"{state / _GIB:.2f} GiB"
     tokens, in_flight = _request(config), config.supervision.prefetch + config.train.accumulation
     reply = tokens * _bytes_per_token(config, draft, config.supervision.encoding.value)
@@ -198,6 +200,9 @@ def _request(config: Config) -> int:
     return config.train.batch_size * config.data.longest_row
 
 
-def _count(draft: Eagle3DraftConfig) -> int:
+def _count(config: Config, draft: Eagle3DraftConfig) -> int:
     """Number of trained parameters."""
-    return sum(math.prod(shape) for name, shape in weight_shapes(draft).items() if name != EMBEDDING)
+    shapes = weight_shapes(draft)
+    if not config.draft.train_embeddings:
+        del shapes[EMBEDDING]
+    return sum(math.prod(shape) for shape in shapes.values())

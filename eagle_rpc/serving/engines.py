@@ -36,6 +36,7 @@ class ServedForm:
     aux_layer_ids: Sequence[int]  # counted after the layer
     num_target_layers: int
     target: str  # model type or class of the target
+    own_embedding: bool = False  # whether it was trained
 
 
 def _has_other_layers(form: ServedForm) -> bool:
@@ -55,6 +56,7 @@ _ONE_CAPTURED, _NOT_THREE = (
     "one layer in target.aux_layer_ids",
     "other than three layers in target.aux_layer_ids",
 )
+_EMBEDDINGS, _OF_TARGET = "draft.train_embeddings", "it takes the target's embedding"
 _OTHER_LAYERS = "target.aux_layer_ids other than the default"
 _AMBIGUOUS = "target.aux_layer_ids of DeepSeek, Kimi or GLM-4 MoE lite that do not begin with 1"
 
@@ -68,6 +70,7 @@ FORMS: dict[str, Callable[[ServedForm], bool]] = {
     _SEVERAL_LAYERS: lambda form: form.config.num_layers > 1,
     _ONE_CAPTURED: lambda form: form.config.num_aux_layers == 1,
     _NOT_THREE: lambda form: form.config.num_aux_layers != 3,
+    _EMBEDDINGS: lambda form: form.own_embedding,
     _OTHER_LAYERS: _has_other_layers,
     _AMBIGUOUS: _has_ambiguous_layers,
 }
@@ -114,6 +117,7 @@ ENGINES = {
         "python/sglang/srt/models/llama_eagle3.py",
         (
             Rule(_RESIDUAL, Verdict.ignores, _RAW_RESIDUAL),
+            Rule(_EMBEDDINGS, Verdict.ignores, _OF_TARGET),
             Rule(_ONE_CAPTURED, Verdict.ignores, _UNPROJECTED),
             Rule(_AMBIGUOUS, Verdict.ignores, "it counts them before the layer"),
             Rule(_WINDOW, Verdict.asks, "--speculative-draft-window-size, less the query's own token"),
@@ -129,6 +133,7 @@ ENGINES = {
         "tensorrt_llm/_torch/models/modeling_speculative.py",
         (
             Rule(_RESIDUAL, Verdict.ignores, _RAW_RESIDUAL),
+            Rule(_EMBEDDINGS, Verdict.ignores, _OF_TARGET),
             Rule(_WINDOW, Verdict.ignores, _WHOLE_CONTEXT),
             Rule(_BOTH_NORMS, Verdict.ignores, "it applies the norms of draft.fc_norm alone"),
             Rule(_ONE_CAPTURED, Verdict.ignores, _UNPROJECTED),

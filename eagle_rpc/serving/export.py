@@ -58,7 +58,8 @@ def export_draft(
     """Writes the plain form to `output_dir`, replacing an earlier export, and returns the files.
 
     `weights` are the draft's parameters by name (`weight_shapes`), without embedding or with one that
-    `target_embedding` [V, H] replaces. `aux_layer_ids` are counted after the layer.
+    `target_embedding` [V, H] replaces: the target's, or the draft's own if it is trained. `aux_layer_ids` are
+    counted after the layer.
 
     Raises `CheckpointError` if a weight is missing, unknown, or has another shape than the config says;
     `ConfigError` if mapping and config disagree, layers do not ascend, or `output_dir` holds other files.

@@ -31,6 +31,8 @@ _D2T, _T2D = "d2t", "t2d"
 _AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # Values of `config.json` that change what the weights mean, and that no shape shows.
 _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# Relative distance of the same embedding in two formats.
+_ROUNDING = 0.01
 # Values that training can adapt to.
 _ADAPTABLE = ("rope_theta", "rms_norm_eps")
 
@@ -47,12 +49,14 @@ class StoredDraft:
     adaptable: dict[str, Any]
     _places: dict[str, tuple[Path, str]]  # file and stored name of each tensor
     _head_rows: Tensor  # [K] int64, the stored row of each draft id of `mapping`
+    _embedding: tuple[Path, str] | None  # the place of its embedding: the target's, or one that was trained
 
     @classmethod
     def open(cls, directory: Path) -> "StoredDraft":
         """Reads `config.json` and the headers of all `*.safetensors`. Raises `CheckpointError` naming file and rule."""
         raw, layer = _read_config(directory / "config.json")
         places = _places_of(directory)
+        embedding = places.pop(EMBEDDING, None)
         shapes = {name: _shape(place) for name, place in places.items()}
         if HEAD not in shapes:
             raise CheckpointError(f"{directory} must hold {HEAD}, which is missing")
@@ -86,6 +90,7 @@ class StoredDraft:
             adaptable={name: _value(layer, name) for name in _ADAPTABLE},
             _places={name: places[name] for name in places if name not in (_D2T, _T2D)},
             _head_rows=ids_K.argsort(),
+            _embedding=embedding,
         )
 
     def require_fit(self, config: Eagle3DraftConfig, aux_layer_ids: tuple[int, ...]) -> None:
@@ -132,6 +137,7 @@ class StoredDraft:
 
         Rows of the head whose tokens this draft lacks stay as they are.
         """
+        self._load_embedding(draft)
         parameters = dict(draft.named_parameters())
         for name in self.shapes:
             if name != HEAD:
@@ -146,6 +152,24 @@ class StoredDraft:
             int(known_K.sum()),
             len(mapping),
         )
+
+    def _load_embedding(self, draft: Eagle3Draft) -> None:
+        """A draft that trains its embedding begins with the stored one; another keeps the target's."""
+        if self._embedding is None:
+            return
+        stored_VH, mine_VH = _read(self._embedding).float(), draft.embed_tokens.weight
+        if stored_VH.shape != mine_VH.shape:
+            logger.warning(
+                "the embedding of draft.init_from=%s has another shape and is left", self.directory
+            )
+        elif mine_VH.requires_grad:
+            mine_VH.copy_(stored_VH)
+        elif (stored_VH - mine_VH.float()).norm() > _ROUNDING * mine_VH.float().norm():
+            logger.warning(
+                "draft.init_from=%s was trained with an embedding of its own, in whose place the target's comes; "
+                "draft.train_embeddings=true takes it over",
+                self.directory,
+            )
 
     @property
     def digest(self) -> str:
@@ -191,7 +215,7 @@ def _aux_layers(
 
 
 def _places_of(directory: Path) -> dict[str, tuple[Path, str]]:
-    """File and stored name of each tensor, by our name; without embedding and copies of the target's parts."""
+    """File and stored name of each tensor, by our name; without copies of the target's parts."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory} must hold safetensors files, got none")
@@ -201,7 +225,7 @@ def _places_of(directory: Path) -> dict[str, tuple[Path, str]]:
             name = stored.removeprefix("model.")
             if name.startswith("layers.0."):
                 name = f"midlayer.{name.removeprefix('layers.0.')}"
-            if name != EMBEDDING and not name.startswith("verifier_"):
+            if not name.startswith("verifier_"):
                 places[name] = (file, stored)
     return places
 

@@ -45,7 +45,7 @@ class StepOutcome:
 class LearnerState:
     """Whole tensors by name, as checkpoints hold them."""
 
-    weights: dict[str, Tensor]  # without the frozen embedding
+    weights: dict[str, Tensor]  # without a frozen embedding
     optimiser: dict[str, Tensor]  # in the form of `DraftOptimiser.tensors`
     average: dict[str, Tensor]  # of the weights; empty without `train.ema_decay`
     reached_steps: list[float] = field(default_factory=list)  # `StepWeights.state`

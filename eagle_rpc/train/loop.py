@@ -282,7 +282,8 @@ class Trainer:
             logger.info("resuming from %s", path)
         # Of a run that was copied without it, an export could not be made.
         absent = newest is None or not self._run.target_embedding.exists()
-        if absent and self._group.is_primary:
+        trained = self._draft.embed_tokens.weight.requires_grad  # then checkpoints have it
+        if absent and not trained and self._group.is_primary:
             save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)
         self._group.require_equal(
             {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}

@@ -13,19 +13,21 @@ from eagle_rpc.config.schema import TrainConfig
 logger = logging.getLogger(__name__)
 
 _FUSED_DEVICES = ("cpu", "cuda")
-_HEAD = "lm_head.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 def trainable_parameters(draft: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, in the model's order, without the frozen embedding."""
+    """By name, in the model's order, without a frozen embedding."""
     return {name: parameter for name, parameter in draft.named_parameters() if parameter.requires_grad}
 
 
 class DraftOptimiser:
-    """`config.optimiser` over the parameters of a draft. Matrices decay by `config.weight_decay`, norms do not.
+    """`config.optimiser` over the parameters of a draft. Matrices decay by `config.weight_decay`; norms do
+    not, nor does a trained embedding, most of whose rows have no gradient in a step.
 
     Muon (https://kellerjordan.github.io/posts/muon) orthogonalises the update of whole matrices between input
-    and output: those of the layer and `fc`. Norms and the head, whose rows are single tokens, stay with AdamW.
+    and output: those of the layer and `fc`. Norms, and head and embedding, whose rows are single tokens, stay with
+    AdamW.
     Muon's updates are scaled to the root mean square of AdamW's, so both take the same learning rate and
     decay ("Muon is Scalable for LLM Training", arXiv 2502.16982).
     """
@@ -35,7 +37,7 @@ class DraftOptimiser:
         orthogonalised = {
             name
             for name, parameter in parameters.items()
-            if config.optimiser is Optimiser.muon and parameter.dim() == 2 and name != _HEAD
+            if config.optimiser is Optimiser.muon and parameter.dim() == 2 and name not in (_HEAD, _EMBEDDING)
         }
         rate, decay = 0.0, config.weight_decay  # `step` sets the rate
         self._parts: list[torch.optim.Optimizer] = []
@@ -49,10 +51,11 @@ class DraftOptimiser:
             matrices = [parameters[name] for name in parameters if name in orthogonalised]
             muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
             self._parts.append(muon)
-        others = [parameter for name, parameter in parameters.items() if name not in orthogonalised]
+        others = {name: parameters[name] for name in parameters if name not in orthogonalised}
+        decays = {name for name, parameter in others.items() if parameter.dim() > 1 and name != _EMBEDDING}
         groups = [
-            {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": decay},
-            {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
+            {"params": [others[name] for name in others if name in decays], "weight_decay": decay},
+            {"params": [others[name] for name in others if name not in decays], "weight_decay": 0.0},
         ]
         first_beta, second_beta = config.betas
         fused = device in _FUSED_DEVICES

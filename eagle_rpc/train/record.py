@@ -23,6 +23,7 @@ _FIXED_SETTINGS = (
     "train.ema_decay",
     "draft.ttt_steps",
     "draft.step_decay",
+    "draft.train_embeddings",
     "draft.step_weighting",
     "draft.step_weights",
     "data.validation_share",

@@ -7,6 +7,7 @@ import torch
 from gpu_waits import waiting_forbidden
 from support.ttt_cases import Case, case_batch, case_draft, gradients, on_device
 
+from eagle_rpc.config.choices import StepWeighting
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.draft import Objective, ReferenceStep, count_rows
 from eagle_rpc.draft.fused import FusedStep
@@ -76,10 +77,21 @@ def distance(actual: torch.Tensor, exact: torch.Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[7]], ids=lambda case: str(case.seed))
+def test_a_trained_embedding_is_as_close_to_float64_as_in_the_reference(case):
+    assert_as_close(case, recompute_mlp=False, train_embeddings=True)
+
+
 @pytest.mark.parametrize("recompute_mlp", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.seed))
 def test_as_close_to_float64_as_the_reference_in_bf16(case, recompute_mlp):
+    assert_as_close(case, recompute_mlp=recompute_mlp)
+
+
+def assert_as_close(case, *, recompute_mlp, train_embeddings=False):
     draft, batch = case_draft(case).cuda(), on_device(case_batch(case), "cuda")
+    if train_embeddings:
+        draft.train_embeddings()
     objective, denominators = Objective(steps=STEPS, step_decay=0.8), count_rows(batch, STEPS)
     exact_draft = copy.deepcopy(draft).double()
     exact = ReferenceStep(exact_draft, objective, autocast=None).add_gradients(batch, denominators)
@@ -112,9 +124,10 @@ def test_no_rows_give_zero_gradients(blocks):
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_optimiser_step_never_waits_for_the_gpu(packed):
     case = Case(head_dim=64, hidden_size=256, blocks=2, packed=packed)
-    learner = Learner(
-        case_draft(case).cuda(), TrainConfig(), DraftConfig(ttt_steps=STEPS), TrainerGroup(), total_steps=10
-    )
+    draft = case_draft(case).cuda()
+    draft.train_embeddings()
+    objective = DraftConfig(ttt_steps=STEPS, step_weighting=StepWeighting.learned)
+    learner = Learner(draft, TrainConfig(), objective, TrainerGroup(), total_steps=10)
     batches = [on_device(case_batch(case), "cuda")] * 2
     learner.learn(batches)  # compiles kernels and allocates the optimiser's state
     with waiting_forbidden():

@@ -21,6 +21,7 @@ class IdleSlots:
     def forward(self, hidden_IH: Tensor, ids_I: Tensor, positions_I: Tensor) -> Tensor:
         """Keys and values [I, 2 J], side by side, from fused hidden states, which `backward` overwrites."""
         draft, weights = self._draft, self._weights
+        self._ids_I = ids_I
         embeds_IH = F.embedding(ids_I, draft.embed_tokens.weight).to(hidden_IH.dtype)
         self._inputs = (
             (embeds_IH, weights.key_value_of_embeds, weights.embeds_norm, draft.midlayer.input_layernorm),
@@ -42,7 +43,7 @@ class IdleSlots:
         turned_IJ2 = torch.empty_like(grads_IJ2)
         no_queries = grads_IJ2[None, :, :0]
         formulas.rotate_back(no_queries, grads_IJ2[None], self._tables, turned_IJ2[None])
-        columns = 0
+        columns, grads_of_inputs = 0, list[Tensor]()
         for x_IH, weight_JH, norm_H, layer in self._inputs:
             x_grads_IH = turned_IJ2 @ weight_JH
             norm = (norm_H, self._draft.config.rms_norm_eps)
@@ -52,4 +53,7 @@ class IdleSlots:
             parts = zip(gradients, turned_IJ2.chunk(2, dim=-1), strict=True)
             self._weights.products.add_weight_gradients(parts, x_IH)
             columns = read.stop
-        return x_grads_IH
+            grads_of_inputs.append(x_grads_IH)
+        embed_grads_IH, hidden_grads_IH = grads_of_inputs
+        self._weights.add_embedding_gradient(self._ids_I, embed_grads_IH)
+        return hidden_grads_IH

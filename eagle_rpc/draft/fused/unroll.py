@@ -213,6 +213,7 @@ class FusedUnroll:
         norm = (weights.embeds_norm, self._eps)
         norm_grad = self._gradient_of(self._layer.input_layernorm.weight)
         formulas.rms_norm_backward(embed_grads_EH, embeds_EH, norm, norm_grad, None, embed_grads_EH)
+        weights.add_embedding_gradient(self._ids_E, embed_grads_EH)
         read = slice(weights.hidden_size)
         gradients = (self._gradient_of(layer.weight)[:, read] for layer in weights.projections)
         self._products.add_weight_gradients(zip(gradients, self._split_qkv(grads_EP), strict=True), embeds_EH)

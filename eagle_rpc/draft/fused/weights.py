@@ -90,6 +90,13 @@ class FusedWeights:
         """The copy of the weight of one of the draft's norms, and its eps."""
         return self._norm_weights[norm], norm.eps
 
+    def add_embedding_gradient(self, ids_N: Tensor, grads_NH: Tensor) -> None:
+        """Of the embedded tokens, if the embedding is trained."""
+        weight_VH = self._draft.embed_tokens.weight
+        if weight_VH.requires_grad:
+            gradient_VH = self.gradient_of(weight_VH)
+            gradient_VH.index_add_(0, ids_N, grads_NH.to(gradient_VH.dtype))
+
     def _split(self, qkv_PH: Tensor) -> Sequence[Tensor]:
         """Views of the copy for queries, keys and values."""
         return qkv_PH.split([projection.out_features for projection in self.projections])

@@ -152,6 +152,10 @@ def test_acceptance_losses_need_the_true_probabilities(loss: str):
             r"train\.sharding must be none with train\.optimiser=muon, .* got state",
         ),
         (
+            ["draft.train_embeddings=true", "train.sharding=state"],
+            r"train\.sharding must be none with draft\.train_embeddings, .* got state",
+        ),
+        (
             ["train.schedule=wsd", "train.warmup_share=0.3", "train.decay_share=0.8"],
             r"train\.decay_share must be at most 1 - train\.warmup_share .* got 0\.8 with 0\.3",
         ),

@@ -36,10 +36,13 @@ def both(
     recompute_mlp: bool = False,
     loss: str = "soft_cross_entropy",
     kl_share: float = 0.0,
+    train_embeddings: bool = False,
 ):
     """Results and gradients of reference and fused step."""
     objective = Objective(steps=steps, step_decay=0.7, loss=loss, kl_share=kl_share)
     draft, batch = case_draft(case).double(), case_batch(case)
+    if train_embeddings:
+        draft.train_embeddings()
     fused = FusedStep(draft, objective, dtype=torch.float64, recompute_mlp=recompute_mlp)
     for step in (ReferenceStep(draft, objective, autocast=None), fused):
         yield step.add_gradients(batch, count_rows(batch, steps)), gradients(draft)
@@ -59,6 +62,13 @@ def assert_equal(results) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(case.seed))
 def test_loss_figures_and_gradients_equal_autograd(case):
     assert_equal(both(case))
+
+
+@pytest.mark.parametrize("number", [0, 3, 6, 8])
+def test_a_trained_embedding_gets_the_gradients_of_autograd(number):
+    results = list(both(CASES[number], train_embeddings=True))
+    assert all("embed_tokens.weight" in grads and grads["embed_tokens.weight"].any() for _, grads in results)
+    assert_equal(results)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

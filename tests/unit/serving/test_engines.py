@@ -29,6 +29,7 @@ EXAMPLES = [
     served(sliding_window=64, num_layers=2),
     served(fc_norm=True, norm_output=True, norm_before_fc=True),
     served((3,)),
+    replace(served(), own_embedding=True),
     served((0, 3, 8), target="DeepseekV3ForCausalLM"),
 ]
 

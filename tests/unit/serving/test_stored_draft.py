@@ -97,6 +97,29 @@ def test_every_form_gives_the_same_draft(tmp_path, form):
     assert torch.equal(state["embed_tokens.weight"], EMBEDDING)
 
 
+def with_own_embedding(directory):
+    own = {**WEIGHTS, "embed_tokens.weight": 2 * EMBEDDING, "d2t": MAPPING.d2t, "t2d": MAPPING.t2d}
+    return StoredDraft.open(write(directory, PLAIN, own))
+
+
+def test_a_draft_that_trains_its_embedding_begins_with_the_stored_one(tmp_path):
+    stored = with_own_embedding(tmp_path / "draft")
+    stored.require_fit(CONFIG, LAYERS)
+    draft = Eagle3Draft(CONFIG, EMBEDDING.bfloat16())
+    draft.train_embeddings()
+    stored.load_into(draft, stored.mapping)
+    assert draft.embed_tokens.weight.dtype == torch.float32
+    assert torch.equal(draft.embed_tokens.weight, 2 * EMBEDDING)
+
+
+def test_a_trained_embedding_that_is_left_out_is_told(tmp_path, caplog):
+    started_from(StoredDraft.open(of_ours(tmp_path / "plain")))
+    assert "an embedding of its own" not in caplog.text
+    state = started_from(with_own_embedding(tmp_path / "draft"))
+    assert torch.equal(state["embed_tokens.weight"], EMBEDDING)
+    assert "was trained with an embedding of its own" in caplog.text
+
+
 def test_the_same_weights_have_the_same_digest_wherever_they_lie(tmp_path):
     digests = {StoredDraft.open(of_specforge(tmp_path / name)).digest for name in ("here", "there")}
     assert len(digests) == 1

@@ -43,6 +43,20 @@ def test_muon_takes_the_matrices_between_captured_states_and_head():
     assert by_muon >= {"fc.weight", "midlayer.self_attn.q_proj.weight", "midlayer.mlp.down_proj.weight"}
 
 
+def test_a_trained_embedding_stays_with_adamw_and_does_not_decay():
+    draft = random_draft()
+    draft.train_embeddings()
+    for optimiser in Optimiser:
+        parts = optimiser_of(draft, weight_decay=0.1, optimiser=optimiser)._parts
+        owners = [
+            (type(part), group["weight_decay"])
+            for part in parts
+            for group in part.param_groups
+            if any(parameter is draft.embed_tokens.weight for parameter in group["params"])
+        ]
+        assert owners == [(torch.optim.AdamW, 0.0)]
+
+
 def test_an_update_of_muon_is_nearly_orthogonal_and_has_the_size_of_adamws():
     draft = random_draft()
     before = draft.fc.weight.detach().clone()

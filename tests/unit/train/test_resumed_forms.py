@@ -8,18 +8,26 @@ import torch
 from training_cases import (
     DRAFT_CONFIG,
     HIDDEN,
+    OBJECTIVE,
     VOCAB,
+    RepeatedPlan,
     TableTarget,
     assert_same_bits,
     final_state,
     make_trainer,
+    random_draft,
     run_record,
     train_config,
 )
 
+from eagle_rpc.config.choices import DType
+from eagle_rpc.config.schema import Config, RunConfig, ServingConfig
 from eagle_rpc.draft import Eagle3Draft
+from eagle_rpc.errors import CheckpointError
+from eagle_rpc.jobs.export import run as export_job
 from eagle_rpc.serving import export_draft, load_export
-from eagle_rpc.train.checkpoint import latest_checkpoint, read_checkpoint
+from eagle_rpc.train.checkpoint import best_checkpoint, latest_checkpoint, read_checkpoint
+from eagle_rpc.train.record import plain
 
 SETTINGS = train_config(max_steps=5, accumulation=2, checkpoint_every=2, validate_every=3)
 FORMS = {
@@ -72,3 +80,56 @@ def test_an_interrupted_run_ends_as_one_left_alone_and_exports_its_weights(tmp_p
     assert_same_bits(
         {name: draft.get_parameter(name) for name in checkpoint.draft_weights}, checkpoint.draft_weights
     )
+
+
+def embedding_trainer(path: Path, **parts):
+    settings = train_config(
+        max_steps=5, accumulation=2, checkpoint_every=2, validate_every=3, ema_decay=0.5, weight_decay=0.1
+    )
+    config = plain(Config(train=settings, draft=replace(OBJECTIVE, train_embeddings=True)))
+    draft = random_draft()
+    draft.train_embeddings()
+    return make_trainer(path, settings, draft=draft, record=run_record(settings, config=config), **parts)
+
+
+def test_a_trained_embedding_resumes_and_is_exported(tmp_path):
+    straight = embedding_trainer(tmp_path / "straight")
+    straight.train()
+    with pytest.raises(InterruptedError):
+        embedding_trainer(tmp_path / "resumed", target=InterruptedTarget()).train()
+    resumed = embedding_trainer(tmp_path / "resumed")
+    resumed.train()
+    assert_same_bits(final_state(resumed), final_state(straight))
+    before = random_draft().embed_tokens.weight
+    after = resumed.learner.parameters["embed_tokens.weight"]
+    changed = (after != before).any(dim=1)
+    assert changed.any()
+
+    checkpoints = tmp_path / "resumed" / "checkpoints"
+    assert not (checkpoints / "target_embedding.safetensors").exists()
+    run = RunConfig(dir=str(tmp_path / "resumed"))
+    serving = ServingConfig(dir=str(tmp_path / "resumed" / "export"), dtype=DType.float32)
+    assert export_job(Config(run=run, serving=serving)) == 0
+    checkpoint = read_checkpoint(best_checkpoint(checkpoints))
+    exported = load_export(tmp_path / "resumed" / "export").weights["embed_tokens.weight"]
+    assert torch.equal(exported, checkpoint.state.average["embed_tokens.weight"])
+
+
+def test_rows_of_tokens_that_never_came_keep_their_embedding(tmp_path):
+    learner_draft = random_draft()
+    learner_draft.train_embeddings()
+    trainer = make_trainer(
+        tmp_path, train_config(max_steps=2, weight_decay=0.5), draft=learner_draft, batches=RepeatedPlan()
+    )
+    trainer.train()
+    seen = torch.zeros(VOCAB, dtype=torch.bool)
+    seen[RepeatedPlan().batch(0).input_ids.unique()] = True
+    before = random_draft().embed_tokens.weight
+    assert torch.equal(learner_draft.embed_tokens.weight[~seen], before[~seen])
+    assert not torch.equal(learner_draft.embed_tokens.weight[seen], before[seen])
+
+
+def test_a_run_does_not_go_on_with_another_choice_of_trained_weights(tmp_path):
+    embedding_trainer(tmp_path).train()
+    with pytest.raises(CheckpointError, match=r"draft\.train_embeddings must be the checkpoint's"):
+        make_trainer(tmp_path, train_config(max_steps=9, accumulation=2, ema_decay=0.5)).train()
