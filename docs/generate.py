@@ -3,9 +3,9 @@
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -32,13 +32,25 @@ start of a path is the home directory. Commas and blanks around an element of a 
 
 def reference() -> str:
     """The page in Markdown: for each section a table of settings and one of the meanings of choices."""
-    return "\n".join([_HEAD, *(_section(section.name, section.type) for section in fields(Config))])
+    return "\n".join(
+        [_HEAD, *(text for section in fields(Config) for text in _sections(section.name, section.type))]
+    )
+
+
+def _sections(name: str, section: Any) -> Iterator[str]:
+    """A section, then the sections inside it."""
+    yield _section(name, section)
+    for field_name, hint in get_type_hints(section).items():
+        if is_dataclass(hint):
+            yield from _sections(f"{name}.{field_name}", hint)
 
 
 def _section(name: str, section: Any) -> str:
     hints, meanings = get_type_hints(section, include_extras=True), attribute_docs(section)
     rows, choices = [], []
     for field in fields(section):
+        if is_dataclass(hints[field.name]):
+            continue
         hint, rule = hints[field.name], rule_of(hints[field.name])
         default = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
         must = f"must {rule.text}" if rule else ""

@@ -80,6 +80,10 @@ class TargetFailed(EagleRpcError, RuntimeError):
     """The target raised something unforeseen while it ran a request."""
 
 
+class TargetLost(TargetFailed):
+    """The target cannot run another pass; its process has to be started again."""
+
+
 class ConnectionLost(EagleRpcError, ConnectionError):
     """The peer's process or the way to it is gone."""
 

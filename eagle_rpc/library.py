@@ -68,8 +68,8 @@ from eagle_rpc.supervision import (
     VocabMapping,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
+from eagle_rpc.target.engines import load_any_target
 from eagle_rpc.target.loading import load_model, load_target_shape
-from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Role, Worker, resolve_device, resolve_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.figures import figures_of
@@ -177,7 +177,7 @@ def load_target(
     """
     config = _config(target=target, supervision=supervision, run=run)
     devices, files = _devices(config.target.device, devices_per_target), config.run
-    model = HFEagle3TargetModel.load(config.target, *devices, cache_dir=files.cache_dir, seed=files.seed)
+    model = load_any_target(config.target, *devices, cache_dir=files.cache_dir, seed=files.seed)
     encoding, rows = config.supervision.encoding.value, config.supervision.rows.value
     return ColocatedEagle3TargetModel(model, config.target, SessionSettings(encoding=encoding, rows=rows))
 

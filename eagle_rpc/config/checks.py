@@ -16,6 +16,7 @@ from eagle_rpc.config.choices import (
     Schedule,
     Sharding,
     StepWeighting,
+    TargetEngine,
 )
 from eagle_rpc.config.rules import broken_rules
 from eagle_rpc.config.schema import Config, EvaluateConfig, TrainConfig
@@ -42,6 +43,7 @@ def as_message(mistakes: list[str], place: str = "in the configuration") -> str:
 
 def _broken_between(config: Config) -> Iterator[str]:
     yield from _broken_in_service(config)
+    yield from _broken_in_engine(config)
     yield from _broken_in_answers(config)
     yield from _broken_in_decoding(config)
     yield from _broken_in_draft(config)
@@ -81,6 +83,34 @@ def _broken_in_service(config: Config) -> Iterator[str]:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:
         yield f"target.dtype must be bfloat16 for target.quantization=fp8, got {target.dtype.name}"
+
+
+def _broken_in_engine(config: Config) -> Iterator[str]:
+    """Rules for targets that vLLM runs."""
+    target, vllm = config.target, config.target.vllm
+    if target.engine is not TargetEngine.vllm:
+        return
+    with_engine = "with target.engine=vllm"
+    num_gpus = vllm.tensor_parallel_size * vllm.pipeline_parallel_size
+    given = config.topology.devices_per_target
+    if config.job.name in (JobName.train, JobName.serve) and given != num_gpus:
+        yield (
+            "topology.devices_per_target must be target.vllm.tensor_parallel_size x "
+            f"target.vllm.pipeline_parallel_size = {num_gpus} {with_engine}, got {given}"
+        )
+    if config.job.name is JobName.verify:
+        yield "target.engine must be transformers with job=verify, whose bits vLLM does not promise, got vllm"
+    if config.topology.single:
+        yield f"topology.single must be false {with_engine}, which needs a process of its own, got true"
+    if target.random:
+        yield f"target.random must be empty {with_engine}, which loads stored models, got {target.random}"
+    if target.quantization is not None:
+        yield (
+            f"target.quantization must be null {with_engine}, whose own methods target.vllm.quantization names, "
+            f"got {target.quantization.name}"
+        )
+    if target.compile_shapes:
+        yield f"target.compile_shapes must be empty {with_engine}, got {target.compile_shapes}"
 
 
 def _broken_in_answers(config: Config) -> Iterator[str]:

@@ -122,6 +122,15 @@ class Engine(Enum):
     llama_cpp = "llama_cpp"
 
 
+class TargetEngine(Enum):
+    """What runs the forward passes of a target."""
+
+    transformers = "transformers"
+    """The model of transformers, in this process; its supervision has the same bits everywhere."""
+    vllm = "vllm"
+    """vLLM with its own kernels and parallelism (section `target.vllm`); equal to rounding."""
+
+
 class DType(Enum):
     """Floating-point formats by their torch names."""
 

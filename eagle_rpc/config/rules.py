@@ -29,6 +29,7 @@ FilePath = Annotated[str, PATH]
 """Names a file or directory, or something else that may be one; `~` at its start is the home directory."""
 Share = Annotated[T, Rule("lie in [0, 1]", lambda value: 0 <= value <= 1)]
 
+SHARE_ABOVE_0 = Rule("lie in (0, 1]", lambda value: 0 < value <= 1)
 AT_LEAST_2 = Rule("be at least 2", lambda value: value >= 2)
 AT_LEAST_3 = Rule("be at least 3", lambda value: value >= 3)
 DECAY = Rule("lie in (0, 1]", lambda value: 0 < value <= 1)

@@ -32,6 +32,7 @@ from eagle_rpc.config.choices import (
     Schedule,
     Sharding,
     StepWeighting,
+    TargetEngine,
     VerifySide,
 )
 from eagle_rpc.config.rules import FilePath, NotNegative, Positive, Share
@@ -146,6 +147,36 @@ class RpcConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VLLMConfig:
+    """vLLM as the engine of a target (`target.engine=vllm`)."""
+
+    tensor_parallel_size: Positive[int] = 1
+    """GPUs that share each layer; times `pipeline_parallel_size` it is `topology.devices_per_target`."""
+    pipeline_parallel_size: Positive[int] = 1
+    """Groups of GPUs that hold consecutive layers."""
+    expert_parallel: bool = False
+    """The GPUs of a layer hold whole experts instead of a share of each."""
+    gpu_memory_utilization: Annotated[float, rules.SHARE_ABOVE_0] = 0.85
+    """Share of each GPU's memory for weights, activations and keys; the rest is for the head and replies."""
+    kv_cache_gib: Positive[float] | None = None
+    """GiB for keys and values of the sequences under way; null: what `gpu_memory_utilization` leaves on a GPU,
+    1 on a CPU."""
+    max_batched_tokens: Positive[int] | None = None
+    """Tokens of one step of the engine; null: vLLM's choice. Longer chats take several steps."""
+    quantization: str | None = None
+    """Method of vLLM that quantises the weights during loading, as `fp8`; null: as they are stored."""
+    enforce_eager: bool = True
+    """Neither `torch.compile` nor CUDA graphs, which need minutes at start and serve short steps."""
+    check: bool = True
+    """Compares the engine with transformers at the first start, for which transformers loads the model before
+    it, and with the kept result at later ones; false: for checkpoints that transformers cannot run here."""
+    start_timeout: Positive[float] = 1800.0
+    """Seconds for the engine to load the model; then the process ends."""
+    pass_timeout: Positive[float] = 600.0
+    """Seconds for one forward pass; then the process ends, as nothing else stops an engine that hangs."""
+
+
+@dataclass(kw_only=True, slots=True)
 class TargetConfig:
     """The frozen language model and the service around it."""
 
@@ -153,6 +184,11 @@ class TargetConfig:
     """Directory or hub name of a causal language model, or `package/file.gguf` of an installed package."""
     random: dict[str, Any] = field(default_factory=dict)
     """Architecture (`model_type` and config fields) of a random model; empty: load `target.model`."""
+    engine: TargetEngine = TargetEngine.transformers
+    """What makes the supervision. Regeneration, evaluation and comparison in a process of their own load the
+    model by transformers."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """The engine vLLM."""
     dtype: DType = DType.bfloat16
     """Format of weights and activations."""
     device: Annotated[str, rules.DEVICE] = "auto"

@@ -14,6 +14,7 @@ from eagle_rpc.process import read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.target.engines import load_any_target
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Role, assign_elastic_roles, resolve_devices
 
@@ -74,9 +75,6 @@ def load_server(
     config: Config, devices: Sequence[torch.device | str], *, incarnation: str | None = None
 ) -> TargetModelServer:
     """The server of the target that the configuration names, over `devices`."""
-    target = HFEagle3TargetModel.load(
-        config.target, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed
-    )
-    return TargetModelServer(
-        target, config.target, incarnation=incarnation, answering=EngineAnswering(target.model)
-    )
+    target = load_any_target(config.target, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed)
+    answering = EngineAnswering(target.model) if isinstance(target, HFEagle3TargetModel) else None
+    return TargetModelServer(target, config.target, incarnation=incarnation, answering=answering)

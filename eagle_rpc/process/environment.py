@@ -100,6 +100,20 @@ def keep_compiled_code(directory: str | Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(directory).absolute()))
 
 
+def prepare_vllm(*, in_this_process: bool) -> None:
+    """Sets what vLLM reads from the environment alone; call it before vLLM is imported. Values of the user stay,
+    except of what decides where its engine runs.
+
+    In this process the engine hands tensors over without copies. Its processes start afresh, as a fork would
+    copy the locks of RPC's threads, and leave the choice of cores to the number of threads.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_this_process else "1"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
 def bind_to_interface(interface: str) -> None:
     """Makes TensorPipe, gloo and NCCL of this process listen on one interface; call it before they start."""
     os.environ["TP_SOCKET_IFNAME"] = interface

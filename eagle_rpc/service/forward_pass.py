@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.errors import EagleRpcError, TargetFailed, TargetOutOfMemory
+from eagle_rpc.errors import EagleRpcError, TargetFailed, TargetLost, TargetOutOfMemory
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import (
     BatchRows,
@@ -116,9 +116,12 @@ class StartedPass:
 
 
 def outcome_of(run: Callable[[], Any]) -> Any:
-    """The value of `run`, or the `EagleRpcError` for the exception that it raised."""
+    """The value of `run`, or the `EagleRpcError` for the exception that it raised. Raises `TargetLost`."""
     try:
         return run()
+    except TargetLost:
+        # It ends the forward thread, and with it the target.
+        raise
     except EagleRpcError as error:
         return error
     except Exception as error:

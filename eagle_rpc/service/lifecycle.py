@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import ConnectionLost, NameTaken
+from eagle_rpc.errors import ConnectionLost, NameTaken, TargetFailed
 from eagle_rpc.process.waiting import BoundedWait
 from eagle_rpc.rpc import host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
@@ -37,8 +37,9 @@ class TargetLifecycle:
     def run(self) -> None:
         """Serves until it is told to stop, the trainers are done, or no trainer is left; drains and closes.
 
-        Raises after draining `NameTaken` if the target is superseded; `ConnectionLost` if it is unreachable,
-        or if the trainers of a static job, which may run on another host, are silent and not done.
+        Raises after draining `NameTaken` if the target is superseded; `TargetFailed` if it can run no further
+        pass; `ConnectionLost` if it is unreachable, or if the trainers of a static job, which may run on another
+        host, are silent and not done.
         """
         with self.hosted():
             self.wait()
@@ -77,6 +78,8 @@ class TargetLifecycle:
             return "the trainers are done"
         if self.stop.is_set():
             return "told to stop"
+        if self.server.failure is not None:
+            raise TargetFailed(f"{self.server.failure}: start this target again")
         if not self.reachable():
             raise ConnectionLost(
                 "RPC no longer listens on this target's port: torch gives a port up when a peer connects and "

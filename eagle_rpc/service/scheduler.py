@@ -82,6 +82,7 @@ class ForwardScheduler:
         self._draining = False
         self._stopping = False
         self.num_passes = 0  # finished
+        self.failure: str | None = None  # why the thread ended by itself
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -207,6 +208,7 @@ class ForwardScheduler:
             # Trainers go elsewhere at once instead of waiting for a thread that has ended.
             logger.exception("the forward thread failed, and with it this target")
             failure = TargetFailed(f"the target's forward thread failed: {type(error).__name__}: {error}")
+            self.failure = str(failure)
             for running in self._running:
                 if not running.answer.done():
                     running.answer.set_exception(failure)

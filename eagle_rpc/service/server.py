@@ -294,6 +294,11 @@ class TargetModelServer:
 
     # --- for the process that serves
 
+    @property
+    def failure(self) -> str | None:
+        """Why this target can run no further pass; null while it can."""
+        return self._scheduler.failure
+
     def _expire_regularly(self) -> None:
         while not self._closed.wait(min(_LOOK_INTERVAL, self._config.session_lease / 4)):
             self.expire()

@@ -6,7 +6,7 @@ import pytest
 from server_calls import WAIT, error_of, open_session, send
 
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import ConnectionLost, NameTaken
+from eagle_rpc.errors import ConnectionLost, NameTaken, TargetFailed, TargetLost
 from eagle_rpc.service import lifecycle
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -75,6 +75,20 @@ def test_a_stopped_static_target_does_not_wait_for_silent_trainers(server, calls
     clock.now += 5.0
     life(server, stop=stop, trainers_done=lambda: False).run()
     assert calls[-1] == "close"
+
+
+def test_a_target_that_can_run_no_further_pass_ends_with_the_reason(serve, model, monkeypatch):
+    class Lost(HFEagle3TargetModel):
+        def generate_batch(self, *args, **settings):
+            raise TargetLost("the engine is dead")
+
+    monkeypatch.setattr(lifecycle, "host", lambda *_: None)
+    monkeypatch.setattr(lifecycle, "withdraw", lambda: None)
+    server = serve(Lost(model))
+    session = open_session(server)
+    assert error_of(send, server, session).code == "failed"
+    with pytest.raises(TargetFailed, match=r"the engine is dead: start this target again"):
+        life(server).run()
 
 
 def test_an_unused_target_ends_after_its_last_session(server, calls, clock):
