@@ -1,8 +1,9 @@
 """The only file that reads or writes the process environment."""
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def prepare_vllm(*, in_this_process: bool) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@contextlib.contextmanager
+def without_torchrun() -> Iterator[None]:
+    """Hides torchrun's variables from what the body starts: its process groups would look for torchrun's store."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _OF_TORCHRUN.fullmatch(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def bind_to_interface(interface: str) -> None:

@@ -101,11 +101,12 @@ def load_reference(
     imported, which changes classes of transformers. Raises the errors of `HFEagle3TargetModel.load`.
     """
     dtype = config.dtype.value
-    key = [fingerprint, dtype, list(aux_layer_ids), transformers.__version__, devices[0].type, _PROBE_TOKENS]
+    num_tokens = min(_PROBE_TOKENS, config.max_length or _PROBE_TOKENS)
+    key = [fingerprint, dtype, list(aux_layer_ids), transformers.__version__, devices[0].type, num_tokens]
     path = cache_dir / f"engine-check-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
         logger.info("transformers loads the model once, for the check of the engine (target.vllm.check)")
-        made = _make_reference(config, devices, aux_layer_ids, cache_dir)
+        made = _make_reference(config, devices, aux_layer_ids, cache_dir, num_tokens)
         gc.collect()
         if devices[0].type == "cuda":
             torch.cuda.empty_cache()
@@ -116,12 +117,16 @@ def load_reference(
 
 @torch.inference_mode()
 def _make_reference(
-    config: TargetConfig, devices: Sequence[torch.device], aux_layer_ids: Sequence[int], cache_dir: Path
+    config: TargetConfig,
+    devices: Sequence[torch.device],
+    aux_layer_ids: Sequence[int],
+    cache_dir: Path,
+    num_tokens: int,
 ) -> dict[str, Tensor]:
     quantised = is_quantised(config, load_target_config(config, cache_dir=cache_dir))
     target = HFEagle3TargetModel.load(config, *devices, cache_dir=cache_dir)
     vocab_size = target.model_info().vocab_size
-    ids_T = torch.linspace(0, vocab_size - 1, min(_PROBE_TOKENS, target.model_info().max_length)).long()
+    ids_T = torch.linspace(0, vocab_size - 1, min(num_tokens, target.model_info().max_length)).long()
     everything = torch.ones_like(ids_T)[None]
     output = target.generate_batch(ids_T[None], everything, everything)
     last_TH = output.last_hidden_state[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError, TargetLost
-from eagle_rpc.process.environment import prepare_vllm
+from eagle_rpc.process.environment import prepare_vllm, without_torchrun
 from eagle_rpc.process.watchdog import watchdog
 from eagle_rpc.target import vllm_plugin
 from eagle_rpc.target.stored import in_one_line
@@ -64,7 +64,8 @@ class HiddenStates:
 
         vllm_plugin.register()
         self.name = f"vLLM {vllm.__version__}"
-        with watchdog(config.vllm.start_timeout, "the start of vLLM (target.vllm.start_timeout)"):
+        bounded = watchdog(config.vllm.start_timeout, "the start of vLLM (target.vllm.start_timeout)")
+        with bounded, without_torchrun():
             try:
                 self._llm = vllm.LLM(**_arguments(config, model, devices))
             except (

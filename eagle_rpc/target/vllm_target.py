@@ -33,6 +33,9 @@ from eagle_rpc.target.lm_head import OwnHead, draft_head, probe_draft_head
 from eagle_rpc.target.loading import load_target_config, load_tokenizer, resolve_model_dir
 from eagle_rpc.target.vllm_engine import EngineModel, HiddenStates, require_vllm
 
+# Tokens of the pass that the head is probed with.
+_PROBE_TOKENS = 32
+
 
 class VLLMEagle3TargetModel(Eagle3Target):
     """An engine for the decoder; the head and the token embedding are this process's own.
@@ -138,7 +141,7 @@ class VLLMEagle3TargetModel(Eagle3Target):
     @cached_property
     def _probe_hidden(self) -> Tensor:
         """[N, H]: last hidden states of a few tokens."""
-        ids = torch.linspace(0, self._shape.vocab_size - 1, 32).long()
+        ids = torch.linspace(0, self._shape.vocab_size - 1, min(_PROBE_TOKENS, self._max_length)).long()
         (states,) = self._engine.of_prompts([ids.tolist()])
         return states[:, -self._shape.hidden_size :].to(self.devices[-1])
 
