@@ -183,6 +183,12 @@ def _require_devices(config: TargetConfig, devices: Sequence[torch.device]) -> N
             "topology.devices_per_target must be target.vllm.tensor_parallel_size x "
             f"target.vllm.pipeline_parallel_size = {needed}, got {len(devices)}"
         )
+    if devices[0].type == "cpu" and config.vllm.pipeline_parallel_size > 1:
+        # Its runner on a CPU never makes room for the states that a stage receives.
+        raise ConfigError(
+            "target.vllm.pipeline_parallel_size must be 1 on a CPU, where vLLM runs no pipeline, "
+            f"got {config.vllm.pipeline_parallel_size}"
+        )
 
 
 def _longest(config: TargetConfig, shape: TargetShape) -> int:

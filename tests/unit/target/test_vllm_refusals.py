@@ -1,5 +1,6 @@
 """The words of refusals about vLLM, with a stand-in for it: the engine itself is in tests/rpc/test_vllm_target.py."""
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from eagle_rpc.config.choices import TargetEngine
-from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.config.schema import TargetConfig, VLLMConfig
 from eagle_rpc.errors import ConfigError, TargetLost
 from eagle_rpc.target import vllm_engine
 from eagle_rpc.target.vllm_engine import EngineModel, HiddenStates
@@ -55,6 +56,13 @@ def test_another_number_of_devices_than_the_engine_uses_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ConfigError, match=r"pipeline_parallel_size = 1, got 2"):
         VLLMEagle3TargetModel(CONFIG, CPU, CPU, cache_dir="unused")
+
+
+def test_a_pipeline_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    config = dataclasses.replace(CONFIG, vllm=VLLMConfig(pipeline_parallel_size=2))
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size must be 1 on a CPU, where .*, got 2"):
+        VLLMEagle3TargetModel(config, CPU, CPU, cache_dir="unused")
 
 
 def test_what_vllm_says_against_a_model_is_passed_on(stand_in):
