@@ -22,7 +22,14 @@ from eagle_rpc.config.choices import DType, TargetEngine
 from eagle_rpc.config.schema import TargetConfig, TopologyConfig, VLLMConfig
 from eagle_rpc.errors import TargetLost, UnsupportedTarget
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import ENCODINGS, SessionSettings, SessionSpec, TokenBatch, VocabMapping
+from eagle_rpc.supervision import (
+    ENCODINGS,
+    GenerateRequest,
+    SessionSettings,
+    SessionSpec,
+    TokenBatch,
+    VocabMapping,
+)
 from eagle_rpc.target import vllm_target
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.engines import load_any_target
@@ -141,8 +148,16 @@ def test_the_forward_thread_of_a_server_asks_the_engine(both, monkeypatch):
     monkeypatch.setattr(HiddenStates, "of_prompts", noted)
     server = TargetModelServer(both.vllm, config_of(both.directory, TargetEngine.vllm))
     try:
-        server.open_session(SessionSpec(selected_token_ids=mapping().selected_token_ids)).result(60)
-        assert set(asked) <= {"forward"}
+        opened = server.open_session(SessionSpec(selected_token_ids=mapping().selected_token_ids)).result(60)
+        request = GenerateRequest(
+            session=opened.id,
+            incarnation=server.model_info().incarnation,
+            request_id="a",
+            tokens=tokens_of(0, packed=False),
+            seconds_left=60.0,
+        )
+        assert server.generate(request).result(60).supervised_rows.numel()
+        assert set(asked) == {"forward"}
     finally:
         assert server.close()
 
