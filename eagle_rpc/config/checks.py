@@ -77,6 +77,13 @@ def _broken_in_service(config: Config) -> Iterator[str]:
         )
     if topology.devices_per_target > 1:
         yield from _broken_over_devices(config)
+    if topology.stages_per_target > 1:
+        yield from _broken_over_stages(config)
+    if topology.first_stage >= topology.stages_per_target:
+        yield (
+            f"topology.first_stage must be below topology.stages_per_target {topology.stages_per_target}, "
+            f"got {topology.first_stage}"
+        )
     if job.name is JobName.serve and not elastic:
         yield "job=serve must go with rpc.membership=elastic (rpc=elastic), got static"
     if config.data.packing and target.compile_shapes and not target.compile_packed:
@@ -224,6 +231,24 @@ def _broken_in_fp8(train: TrainConfig) -> Iterator[str]:
         yield "train.fused must be true with train.precision=fp8, got false"
     if train.device == "cpu":
         yield "train.device must be a GPU with train.precision=fp8, got cpu"
+
+
+def _broken_over_stages(config: Config) -> Iterator[str]:
+    """Rules for targets of several processes."""
+    given, field = config.topology.stages_per_target, "topology.stages_per_target"
+    if config.target.engine is TargetEngine.vllm:
+        yield f"{field} must be 1 with target.engine=vllm, which starts its own processes, got {given}"
+    if config.topology.single:
+        yield f"topology.single must be false with {field}={given}, got true"
+    asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
+    if config.job.name in (JobName.evaluate, JobName.compare, JobName.verify) or asks_itself:
+        backend = " and regenerate.backend=engine" if asks_itself else ""
+        yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs in one process, got {given}"
+    if config.target.attention == "flex_attention":
+        yield (
+            f"target.attention must be another than flex_attention with {field}={given}, since later stages run "
+            "the model's code on stand-ins for its embedding, got flex_attention"
+        )
 
 
 def _broken_over_devices(config: Config) -> Iterator[str]:

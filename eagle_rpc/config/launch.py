@@ -18,7 +18,7 @@ def num_workers(config: Config) -> int:
     if topology.single:
         return 1
     elastic = config.rpc.membership is MembershipKind.elastic
-    return topology.trainers + (0 if elastic else topology.targets)
+    return topology.trainers + (0 if elastic else topology.targets * topology.stages_per_target)
 
 
 def jobs(config: Config, overrides: list[str]) -> list[JobName]:

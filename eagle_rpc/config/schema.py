@@ -97,8 +97,13 @@ class TopologyConfig:
     devices_per_target: Positive[int] = 1
     """GPUs of one host over which each target's decoder layers are spread, with as many passes under way. Target i
     takes GPUs i x N to i x N + N - 1, trainers the next ones; replies leave from the last GPU of a target."""
+    stages_per_target: Positive[int] = 1
+    """Processes, on one host or several, over which each target's decoder layers are spread, each with
+    `devices_per_target` devices. `target0` is the first stage and what trainers know, `target0.1`, ... follow."""
     first_target: NotNegative[int] = 0
     """Number of the first replica of a `job=serve`; jobs of one registry need different numbers."""
+    first_stage: NotNegative[int] = 0
+    """`job=serve` with `topology.stages_per_target`: stage of the first process; further ones follow in order."""
     single: bool = False
     """One process is target and trainer and calls itself over RPC."""
 

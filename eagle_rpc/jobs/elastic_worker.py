@@ -11,6 +11,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
 from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.jobs.permissions import permissions
+from eagle_rpc.jobs.stages import hand_over_bytes
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
 from eagle_rpc.rpc import ElasticMembership, join_elastic
@@ -36,7 +37,9 @@ def announced(
         run=config.run.name if role is Role.trainer else "",
         device=str(device),
         config=config.rpc,
-        permissions=permissions(config.rpc, role),
+        permissions=permissions(
+            config.rpc, role, hand_over_bytes=0 if role is Role.trainer else hand_over_bytes(config)
+        ),
         registry=RegistryClient(config.rpc.registry, load_registry_token(config.rpc, stop)),
         stop=stop,
         when_superseded=when_superseded,

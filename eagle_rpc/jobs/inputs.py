@@ -105,9 +105,10 @@ def load_inputs(config: Config, *, show_progress: bool = True) -> Inputs:
 
 
 def _check_placement(config: Config) -> None:
-    if (num_devices := config.topology.devices_per_target) > 1:
+    topology = config.topology
+    if topology.devices_per_target * topology.stages_per_target > 1:
         target = load_target_config(config.target, cache_dir=config.run.cache_dir)
-        plan_placement(config.target, target, num_devices)
+        plan_placement(config.target, target, topology.devices_per_target, topology.stages_per_target)
 
 
 def _check_draft(config: Config, shape: TargetShape) -> None:

@@ -5,7 +5,7 @@ from eagle_rpc.rpc import WORLD_FUNCTIONS, Permissions
 from eagle_rpc.rpc.elastic import introduce
 from eagle_rpc.rpc.envelope import Failure, Ok
 from eagle_rpc.rpc.link import call_hosted, hosted_rref
-from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
+from eagle_rpc.service.endpoint import CONTROL_METHODS, STAGE_METHODS, StageEndpoint, TargetEndpoint
 from eagle_rpc.supervision import (
     AnswerPrompt,
     AnswerRequest,
@@ -18,8 +18,13 @@ from eagle_rpc.supervision import (
     OpenedSession,
     PromptAnswer,
     SessionSpec,
+    StageBeat,
+    StageInfo,
+    StagePass,
+    StageShare,
     TargetExpectation,
     TokenBatch,
+    WeightSamples,
 )
 from eagle_rpc.topology import Role
 
@@ -35,17 +40,40 @@ _REPLIES = {
     OpenedSession,
     PromptAnswer,
 }
+# Between the stages of a target.
+_STAGE_REQUESTS = {StagePass, TokenBatch}
+_STAGE_REPLIES = {Ok, Failure, DraftHead, StageBeat, StageInfo, StageShare, WeightSamples}
 
 
-def permissions(config: RpcConfig, role: Role | None) -> Permissions:
-    """Of an elastic worker of this role; None: of a worker of a static job, which may have both roles."""
-    serves, asks = role is not Role.trainer, role is not Role.target
+def permissions(config: RpcConfig, role: Role | None, *, hand_over_bytes: int = 0) -> Permissions:
+    """Of an elastic worker of this role; None: of a worker of a static job, which may have every role.
+
+    `hand_over_bytes`: of the largest message between two stages of a target; 0: it has one stage.
+    """
+    serves, asks = role in (None, Role.target), role in (None, Role.trainer)
+    is_stage = role is Role.stage or (role is None and hand_over_bytes > 0)
+    asks_stages = is_stage or (role is Role.target and hand_over_bytes > 0)
     functions = [hosted_rref, call_hosted, *([introduce] if role else WORLD_FUNCTIONS)]
+    types: set[type] = set()
+    proxied: set[type] = set()
+    methods: dict[type, frozenset[str]] = {}
+    if serves:
+        types |= _REQUESTS
+        methods[TargetEndpoint] = CONTROL_METHODS
+    if asks:
+        types |= _REPLIES
+        proxied.add(TargetEndpoint)
+    if is_stage:
+        types |= _STAGE_REQUESTS
+        methods[StageEndpoint] = STAGE_METHODS
+    if asks_stages:
+        types |= _STAGE_REPLIES
+        proxied.add(StageEndpoint)
     return Permissions(
-        functions=frozenset(functions if serves else ()),
-        methods={TargetEndpoint: CONTROL_METHODS} if serves else {},
-        types=frozenset((_REQUESTS if serves else set()) | (_REPLIES if asks else set())),
-        proxied=frozenset([TargetEndpoint] if asks else []),
+        functions=frozenset(functions if methods else ()),
+        methods=methods,
+        types=frozenset(types),
+        proxied=frozenset(proxied),
         max_pickle_bytes=config.max_pickle_bytes,
-        max_request_bytes=config.max_request_bytes,
+        max_request_bytes=max(config.max_request_bytes, hand_over_bytes if is_stage else 0),
     )

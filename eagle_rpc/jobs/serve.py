@@ -10,13 +10,16 @@ from eagle_rpc.config import Config
 from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.registry import hosted_registry
+from eagle_rpc.jobs.stages import stage_server, staged_server
 from eagle_rpc.process import read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
+from eagle_rpc.rpc import ElasticMembership
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.service.stage_lifecycle import StageLifecycle
 from eagle_rpc.target.engines import load_any_target
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Role, assign_elastic_roles, resolve_devices
+from eagle_rpc.topology import Role, Worker, assign_elastic_roles, resolve_devices
 
 # Seconds that `job.serve_until_unused` leaves a trainer between two sessions.
 _UNUSED_SECONDS = 0.2
@@ -31,12 +34,13 @@ def run(config: Config) -> int:
         config.target.device, config.topology.devices_per_target, local_rank=world.local_rank
     )
     hosts_registry = config.rpc.host_registry and world.rank == 0
-    with (
-        stop_signals() as stop,
-        tolerate_stop(stop),
-        elastic_target(config, me.name, devices, stop, hosts_registry=hosts_registry) as life,
-    ):
-        life.run()
+    with stop_signals() as stop, tolerate_stop(stop):
+        if me.has(Role.target):
+            with elastic_target(config, me.name, devices, stop, hosts_registry=hosts_registry) as life:
+                life.run()
+        else:
+            with elastic_stage(config, me, devices, stop, hosts_registry=hosts_registry) as stage:
+                stage.run()
     return 0
 
 
@@ -58,8 +62,11 @@ def elastic_target(
     registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
     # Supervision leaves from the last device.
     device = torch.device(devices[-1])
-    with registry, announced(config, name, Role.target, device, stop, when_superseded=give_way) as membership:
-        server = load_server(config, devices, incarnation=membership.me.incarnation)
+    with (
+        registry,
+        announced(config, name, Role.target, device, stop, when_superseded=give_way) as membership,
+        _elastic_server(config, name, devices, membership, stop) as server,
+    ):
         yield TargetLifecycle(
             server=server,
             config=config.rpc,
@@ -68,6 +75,52 @@ def elastic_target(
             superseded=superseded.is_set,
             reachable=lambda: membership.reachable,
             unused_after=_UNUSED_SECONDS if config.job.serve_until_unused else None,
+        )
+
+
+@contextlib.contextmanager
+def _elastic_server(
+    config: Config,
+    name: str,
+    devices: Sequence[torch.device | str],
+    membership: ElasticMembership,
+    stop: threading.Event,
+) -> Iterator[TargetModelServer]:
+    incarnation = membership.me.incarnation
+    if config.topology.stages_per_target == 1:
+        yield load_server(config, devices, incarnation=incarnation)
+        return
+    # A stage that is lost may return: the server takes no requests meanwhile, and sessions live on.
+    with staged_server(config, name, devices, membership, stop, incarnation=incarnation) as (server, _):
+        yield server
+
+
+@contextlib.contextmanager
+def elastic_stage(
+    config: Config,
+    me: Worker,
+    devices: Sequence[torch.device | str],
+    stop: threading.Event,
+    *,
+    hosts_registry: bool,
+) -> Iterator[StageLifecycle]:
+    """A stage behind the first one of its target, as `elastic_target`."""
+    superseded = threading.Event()
+    give_way = superseded.set
+    registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
+    device = torch.device(devices[0])
+    with (
+        registry,
+        announced(config, me.name, Role.stage, device, stop, when_superseded=give_way) as membership,
+    ):
+        server = stage_server(config, me, devices, membership, incarnation=membership.me.incarnation)
+        yield StageLifecycle(
+            server=server,
+            config=config.rpc,
+            stop=stop,
+            when_serving=lambda: membership.report(server.status),
+            superseded=superseded.is_set,
+            reachable=lambda: membership.reachable,
         )
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,16 +14,20 @@ from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.inputs import Inputs, load_inputs_once
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import load_server
+from eagle_rpc.jobs.stages import hand_over_bytes, stage_server, staged_server
 from eagle_rpc.jobs.trainer import train_until_done
 from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
+from eagle_rpc.service.stage_lifecycle import StageLifecycle
 from eagle_rpc.topology import Cast, DevicePlan, Role, assign_trainers, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
 
 # Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
 READY, DONE = "ready", "done"
+# Mark of a target of several stages: its server is closed.
+ENDED = "ended"
 
 
 def run(config: Config) -> int:
@@ -44,7 +48,7 @@ def run(config: Config) -> int:
             write_config(config, directory.config)
         stack.enter_context(tolerate_stop(stop))
         static = config.rpc.membership is MembershipKind.static
-        if static and config.topology.devices_per_target > 1:
+        if static and config.topology.devices_per_target * config.topology.stages_per_target > 1:
             # Too few GPUs are told before any input is read.
             _devices(config, cast, world)
         store = attempt_store(world, timeout=config.rpc.start_timeout)
@@ -65,7 +69,8 @@ def _train_static(
 ) -> None:
     devices = _devices(config, cast, world)
     device = torch.device(devices.device)
-    with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
+    permitted = permissions(config.rpc, None, hand_over_bytes=hand_over_bytes(config))
+    with join_static(cast, world, config.rpc, devices, permitted) as membership:
         if inputs is None:
             serve_until_done(config, devices.devices, membership, stop)
             return
@@ -98,15 +103,51 @@ def serve_until_done(
     membership: StaticMembership,
     stop: threading.Event,
 ) -> None:
-    """The whole life of a target in a static job. Raises as `TargetLifecycle.run`."""
-    TargetLifecycle(
-        server=load_server(config, devices),
+    """The whole life of a target, or of a stage of one, in a static job.
+
+    Raises as `TargetLifecycle.run` or `StageLifecycle.run`.
+    """
+    cast, rpc = membership.cast, config.rpc
+    if cast.me.has(Role.stage):
+        _serve_stage(config, devices, membership, stop)
+        return
+    with contextlib.ExitStack() as stack:
+        incomplete: Callable[[], str] = str
+        if stages := cast.stages_of(cast.me.name):
+            stack.callback(membership.mark, ENDED)
+            membership.wait_for(stages, READY, timeout=rpc.model_timeout, stop=stop)
+            staged = staged_server(config, cast.me.name, devices, membership, stop)
+            server, chain = stack.enter_context(staged)
+            incomplete = lambda: chain.lost  # noqa: E731
+        else:
+            server = load_server(config, devices)
+        TargetLifecycle(
+            server=server,
+            config=rpc,
+            stop=stop,
+            when_serving=lambda: membership.mark(READY),
+            when_stopped=membership.announce_leaving,
+            trainers_done=lambda: membership.marked(cast.trainer_names, DONE),
+            incomplete=incomplete,
+            unused_after=config.target.session_lease,
+        ).run()
+
+
+def _serve_stage(
+    config: Config,
+    devices: Sequence[torch.device | str],
+    membership: StaticMembership,
+    stop: threading.Event,
+) -> None:
+    me = membership.cast.me
+    StageLifecycle(
+        server=stage_server(config, me, devices, membership, incarnation=me.name),
         config=config.rpc,
         stop=stop,
         when_serving=lambda: membership.mark(READY),
         when_stopped=membership.announce_leaving,
-        trainers_done=lambda: membership.marked(membership.cast.trainer_names, DONE),
-        unused_after=config.target.session_lease,
+        target_ended=lambda: membership.marked([f"target{me.index}"], ENDED),
+        unattended_after=config.rpc.model_timeout,
     ).run()
 
 

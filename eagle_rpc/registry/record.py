@@ -23,8 +23,8 @@ def _within(low: int, high: int) -> Callable[[Any], object]:
 
 
 _RULES: dict[str, tuple[Callable[[Any], object], str]] = {
-    "name": (_matching(r"[A-Za-z0-9_-]{1,64}"), "1 to 64 letters, digits, - or _"),
-    "role": (_matching("target|trainer"), "target or trainer"),
+    "name": (_matching(r"[A-Za-z0-9_.-]{1,64}"), "1 to 64 letters, digits, -, _ or ."),
+    "role": (_matching("target|stage|trainer"), "target, stage or trainer"),
     "run": (is_name, NAME_RULE),
     "id": (_within(1, LAST_WORKER_ID), f"a whole number in 1..{LAST_WORKER_ID}"),
     "incarnation": (_matching("[0-9a-f]{16,64}"), "16 to 64 hexadecimal digits"),
@@ -42,7 +42,7 @@ class Record:
     """A worker as it announces itself. Raises `InvalidRequest` with field, rule and value."""
 
     name: str  # "target0"
-    role: str  # "target" or "trainer"
+    role: str  # "target", "stage" (of a target, behind its first one) or "trainer"
     run: str  # run of a trainer; "" for a target
     id: int  # worker id, from the registry
     incarnation: str  # random id of the process, hexadecimal

@@ -23,7 +23,7 @@ from eagle_rpc.registry import LAST_WORKER_ID, Beat, Record, RegistryClient, tak
 from eagle_rpc.rpc.agent import listens, running_agent
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.fence import Permissions
-from eagle_rpc.rpc.internals import add_peer, bound_url, remove_peer
+from eagle_rpc.rpc.internals import add_peer, agent_name, bound_url, remove_peer
 from eagle_rpc.rpc.link import Link, close_broken
 from eagle_rpc.rpc.membership import TargetAddress
 from eagle_rpc.topology import carries
@@ -72,6 +72,15 @@ class ElasticMembership:
             if one.role == "target" and one.status.get("draining") is False
         ]
 
+    def stages(self, target: str) -> Sequence[TargetAddress]:
+        return [
+            TargetAddress(name=one.name, incarnation=one.incarnation, record=one)
+            for one in self._registry.living()
+            if one.role == "stage"
+            and one.name.startswith(f"{target}.")
+            and one.status.get("draining") is False
+        ]
+
     def connect(self, address: TargetAddress) -> Link:
         """A link with two connections, for tensors and for other calls; checks the incarnation first.
 
@@ -81,7 +90,7 @@ class ElasticMembership:
         """
         peer = address.record
         assert peer is not None, "targets of an elastic service have a record"
-        data, control = peer.name, f"{peer.name}-control"
+        data, control = agent_name(peer.name), f"{agent_name(peer.name)}-control"
         with self._lock:
             by_rref = peer.incarnation not in self._lost and self.reachable
             self._add(data, peer.id if by_rref else self._fresh_id(), peer.url)
@@ -160,7 +169,7 @@ class ElasticMembership:
 
 def _rpc_name(record: Record) -> str:
     """The RPC name of a worker's own agent: unique, since its id is."""
-    return f"{record.name}:{record.id}"
+    return f"{agent_name(record.name)}:{record.id}"
 
 
 def _on_gpus(one: Record, other: Record) -> bool:
@@ -209,7 +218,7 @@ def join_elastic(
     worker_id = take_id(registry, config.start_timeout, stop)
     targets = [f"target{index}" for index in range(_MAPPED_TARGETS)]
     device_maps = {target: {device: device} for target in targets} if device.startswith("cuda") else {}
-    rpc_name = f"{name}:{worker_id}"
+    rpc_name = f"{agent_name(name)}:{worker_id}"
     with running_agent(
         rpc_name,
         worker_id=worker_id,

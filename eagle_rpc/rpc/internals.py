@@ -86,6 +86,11 @@ def _agent() -> rpc.TensorPipeAgent:
     return cast(rpc.TensorPipeAgent, api._get_current_rpc_agent())
 
 
+def agent_name(worker: str) -> str:
+    """The name of a worker in RPC, where torch allows no dots."""
+    return worker.replace(".", "-")
+
+
 def agent_runs() -> bool:
     """Whether this process has an agent."""
     return api._is_current_rpc_agent_set()

@@ -27,6 +27,9 @@ class Membership(Protocol):
     def targets(self) -> Sequence[TargetAddress]:
         """The targets that serve now. Raises `ConnectionLost` or `WaitTimeout` without a registry."""
 
+    def stages(self, target: str) -> Sequence[TargetAddress]:
+        """The stages of a target behind the first one, as far as they serve now. Raises as `targets`."""
+
     def connect(self, address: TargetAddress) -> Link:
         """A link to this target. Raises as `Link.use_rref`, and `StaleIncarnation` if another process answers."""
 

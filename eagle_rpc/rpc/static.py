@@ -17,6 +17,7 @@ from eagle_rpc.process import World
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.rpc.agent import running_agent
 from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.rpc.internals import agent_name
 from eagle_rpc.rpc.link import Link
 from eagle_rpc.rpc.membership import TargetAddress
 from eagle_rpc.topology import Cast, DevicePlan
@@ -44,14 +45,18 @@ class StaticMembership:
         names = [name for name in self.cast.target_names if name not in self._lost]
         return [TargetAddress(name=name, incarnation=name) for name in names]
 
+    def stages(self, target: str) -> Sequence[TargetAddress]:
+        names = [name for name in self.cast.stages_of(target) if name not in self._lost]
+        return [TargetAddress(name=name, incarnation=name) for name in names]
+
     def connect(self, address: TargetAddress) -> Link:
         """A link with one connection for all calls: a static world offers no second one."""
         name = address.name
         link = Link(
             peer=name,
             incarnation=address.incarnation,
-            data_name=name,
-            control_name=name,
+            data_name=agent_name(name),
+            control_name=agent_name(name),
             between_gpus=name in self._devices.device_maps,
         )
         link.use_rref(self._config.start_timeout)
@@ -107,7 +112,7 @@ def join_static(
     store = attempt_store(world, timeout=config.start_timeout)
     membership = StaticMembership(cast, store, config, devices)
     with running_agent(
-        cast.me.name,
+        agent_name(cast.me.name),
         worker_id=cast.names.index(cast.me.name),
         world_size=len(cast.names),
         store=dist.PrefixStore("agents", store),

@@ -13,12 +13,13 @@ from torch.distributed.rpc.functions import async_execution
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.rpc.envelope import Ok, Reply, failure_of, reply_of
 from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.service.stage_server import StageServer
 
 
 def _offered(method: Callable[..., Any]) -> Callable[..., torch.futures.Future[Reply]]:
     """The endpoint's form of a method of the server, which returns its value or a future of it, or raises."""
 
-    def call(self: "TargetEndpoint", *arguments: Any) -> torch.futures.Future[Reply]:
+    def call(self: "TargetEndpoint | StageEndpoint", *arguments: Any) -> torch.futures.Future[Reply]:
         device = self.server.device
         # On a GPU the future must name it, since the reply may hold its tensors.
         reply = torch.futures.Future[Reply](devices=[device] if device.type == "cuda" else None)
@@ -56,8 +57,29 @@ class TargetEndpoint:
     status = _offered(TargetModelServer.status)
 
 
+class StageEndpoint:
+    """Calls a `StageServer` of a stage behind the first one, in the same way."""
+
+    def __init__(self, server: StageServer) -> None:
+        self.server = server
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty, as that of `TargetEndpoint`."""
+        return {}
+
+    beat = _offered(StageServer.beat)
+    begin = _offered(StageServer.begin)
+    draft_head = _offered(StageServer.draft_head)
+    join_chain = _offered(StageServer.join_chain)
+    probe_head = _offered(StageServer.probe_head)
+    stage_info = _offered(StageServer.stage_info)
+    take = _offered(StageServer.take)
+
+
 CONTROL_METHODS = frozenset(name for name in vars(TargetEndpoint) if not name.startswith("_"))
 """The methods that peers may call. A server is drained and closed only by the process that started it."""
+STAGE_METHODS = frozenset(name for name in vars(StageEndpoint) if not name.startswith("_"))
+"""The methods that the other stages of a target may call."""
 
 
 def _complete(reply: torch.futures.Future[Reply], done: Future[Any], device: torch.device) -> None:

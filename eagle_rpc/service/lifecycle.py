@@ -32,14 +32,17 @@ class TargetLifecycle:
     superseded: Callable[[], bool] = lambda: False  # whether another process serves under this name
     reachable: Callable[[], bool] = lambda: True  # whether trainers that come now can connect
     trainers_done: Callable[[], bool] | None = None  # all trainers of a static job; None: they come and go
+    incomplete: Callable[[], str] = lambda: (
+        ""
+    )  # why the target can never serve again: a lost stage; empty: it can
     unused_after: float | None = None  # seconds without a session, after the first, that end it; None: never
 
     def run(self) -> None:
         """Serves until it is told to stop, the trainers are done, or no trainer is left; drains and closes.
 
         Raises after draining `NameTaken` if the target is superseded; `TargetFailed` if it can run no further
-        pass; `ConnectionLost` if it is unreachable, or if the trainers of a static job, which may run on another
-        host, are silent and not done.
+        pass; `ConnectionLost` if it is unreachable, or incomplete, or if the trainers of a static job, which may
+        run on another host, are silent and not done.
         """
         with self.hosted():
             self.wait()
@@ -85,6 +88,8 @@ class TargetLifecycle:
                 "RPC no longer listens on this target's port: torch gives a port up when a peer connects and "
                 "says nothing, as a port scan does; start this target again"
             )
+        if lost := self.incomplete():
+            raise ConnectionLost(f"this target has lost one of its stages and ends: {lost}")
         if self.superseded():
             raise NameTaken("another process serves under this target's name now: this one drains and ends")
         if self.unused_after is None or self.server.sessions.seconds_unused < self.unused_after:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import (
@@ -22,7 +22,8 @@ from eagle_rpc.errors import (
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
-from eagle_rpc.service.forward_pass import ForwardPass, StartedPass, outcome_of
+from eagle_rpc.service.forward_pass import PassRequest, outcome_of
+from eagle_rpc.supervision import EncodedSupervision
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,28 @@ logger = logging.getLogger(__name__)
 _LOOK_INTERVAL = 0.001
 # Weight of the newest pass in the average of the seconds that a request takes.
 _NEWEST = 0.2
+
+
+class Started(Protocol):
+    """A pass that has begun."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `finish` would not wait."""
+
+    def finish(self) -> EncodedSupervision:
+        """The supervision. To be called once."""
+
+
+class Passes(Protocol):
+    """Runs the target on requests."""
+
+    @property
+    def most_before(self) -> int:
+        """Unfinished passes beside which one more may start."""
+
+    def start(self, request: PassRequest) -> Started:
+        """Begins a pass."""
 
 
 class _Urgent(NamedTuple):
@@ -42,7 +65,7 @@ class _Begun:
     """A request whose pass has started, or failed to."""
 
     work: Work
-    started: StartedPass | EagleRpcError
+    started: Started | EagleRpcError
     began: float
 
     @property
@@ -60,7 +83,7 @@ class ForwardScheduler:
 
     def __init__(
         self,
-        passes: ForwardPass,
+        passes: Passes,
         answers: AnswerDesk,
         config: TargetConfig,
         demand: Demand,
@@ -80,6 +103,7 @@ class ForwardScheduler:
         self._seconds_per_request = 0.0
         self._changed = threading.Condition()
         self._draining = False
+        self._paused = ""  # why nothing is accepted for now
         self._stopping = False
         self.num_passes = 0  # finished
         self.failure: str | None = None  # why the thread ended by itself
@@ -88,8 +112,13 @@ class ForwardScheduler:
 
     @property
     def draining(self) -> bool:
-        """True once `drain` or `stop` was called: nothing more is accepted."""
-        return self._draining
+        """True once `drain` or `stop` was called, and while it is paused: nothing more is accepted."""
+        return self._draining or bool(self._paused)
+
+    @property
+    def paused(self) -> str:
+        """Why nothing is accepted for now; empty while it is."""
+        return self._paused
 
     @property
     def num_queued(self) -> int:
@@ -145,6 +174,8 @@ class ForwardScheduler:
         with self._changed:
             if self._draining:
                 raise TargetDraining(f"the target is shutting down and takes no new {what}")
+            if self._paused:
+                raise TargetDraining(f"the target takes no {what} for now: {self._paused}")
             yield
             self._changed.notify_all()
 
@@ -172,6 +203,17 @@ class ForwardScheduler:
             work.finish(reason)
         return len(dropped) + self._answers.remove(unwanted, reason)
 
+    def pause(self, reason: str) -> None:
+        """Answers work that waits with `TargetDraining` and refuses new work, until `resume`. Begun passes go on."""
+        with self._changed:
+            self._paused = reason
+        self._hand_back(TargetDraining(f"the target takes no requests for now: {reason}"))
+
+    def resume(self) -> None:
+        """Ends `pause`."""
+        with self._changed:
+            self._paused = ""
+
     def drain(self, timeout: float) -> bool:
         """Refuses new work and unbegun prompts; whether all else is answered within `timeout` seconds."""
         with self._changed:
@@ -189,6 +231,11 @@ class ForwardScheduler:
     def _refuse_all(self, error: EagleRpcError) -> None:
         with self._changed:
             self._draining = self._stopping = True
+        self._hand_back(error)
+
+    def _hand_back(self, error: EagleRpcError) -> None:
+        """Answers all work that waits with `error`."""
+        with self._changed:
             openings, requests = list(self._urgent), self._queue.remove(lambda work: True)
             self._urgent.clear()
             self._changed.notify_all()

@@ -26,7 +26,7 @@ from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
 from eagle_rpc.service.reply_budget import ReplyBudget
-from eagle_rpc.service.scheduler import ForwardScheduler
+from eagle_rpc.service.scheduler import ForwardScheduler, Passes
 from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
 from eagle_rpc.supervision import (
@@ -73,9 +73,12 @@ class TargetModelServer:
         *,
         incarnation: str | None = None,
         answering: Answering | None = None,
+        passes: Passes | None = None,
         clock: Clock = time.monotonic,
     ):
         """`incarnation`: of this process, random by default; `answering` None: it answers no prompts.
+
+        `passes` None: the target runs in this process, as `ForwardPass`.
 
         Raises `ConfigError` if limits of `config` exceed the model's.
         """
@@ -97,7 +100,7 @@ class TargetModelServer:
         self.throughput = Throughput(clock)
         demand = Demand(clock)
         self._answers = AnswerDesk(answering, config, demand, clock)
-        passes = ForwardPass(self._target, config)
+        passes = passes or ForwardPass(self._target, config)
         self._scheduler = ForwardScheduler(passes, self._answers, config, demand, clock)
         self._budget = ReplyBudget(config, demand)
         self._heads = HeadRows(self._target, self._info, self._budget, clock)
@@ -279,7 +282,8 @@ class TargetModelServer:
     def status(self) -> dict[str, Any]:
         """Identity, load and memory of this replica, in types that JSON has.
 
-        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; the rest as in `ModelInfo`,
+        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; `paused`: why it
+        takes no requests for now, empty if it does; the rest as in `ModelInfo`,
         `Throughput` and `describe_load`.
         """
         identity = "architecture hidden_size vocab_size dtype weights_fingerprint incarnation".split()
@@ -287,6 +291,7 @@ class TargetModelServer:
             **{name: getattr(self._info, name) for name in identity},
             "uptime": self._clock() - self._started,
             "max_reply_bytes": self._config.max_reply_bytes,
+            "paused": self._scheduler.paused,
             **self.throughput.describe(),
             **describe_load(self.sessions, self._scheduler, self._answers, self._budget),
             **describe_memory(self._target.devices),
@@ -309,6 +314,14 @@ class TargetModelServer:
             self._scheduler.drop_session(session.id, "fell silent")
         self._scheduler.drop_expired()
         self._heads.drop_unused()
+
+    def pause(self, reason: str) -> None:
+        """Hands waiting requests back and refuses new ones, as a target that drains, until `resume`."""
+        self._scheduler.pause(reason)
+
+    def resume(self) -> None:
+        """Takes requests again. Sessions have lived on."""
+        self._scheduler.resume()
 
     def drain(self, timeout: float) -> bool:
         """Refuses new work and waits up to `timeout` seconds for the queue; whether all was answered."""

@@ -18,7 +18,14 @@ from eagle_rpc.supervision.encodings import (
     StoredLogits,
     StoredProbs,
 )
-from eagle_rpc.supervision.fingerprint import tensors_digest, tokenizer_fingerprint, weights_fingerprint
+from eagle_rpc.supervision.fingerprint import (
+    WeightSamples,
+    combined_fingerprint,
+    tensors_digest,
+    tokenizer_fingerprint,
+    weight_samples,
+    weights_fingerprint,
+)
 from eagle_rpc.supervision.output import TargetOutput
 from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import (
@@ -29,8 +36,18 @@ from eagle_rpc.supervision.session import (
     SessionSettings,
     SessionSpec,
     TargetExpectation,
+    form_of_pass,
 )
 from eagle_rpc.supervision.shape import TargetShape
+from eagle_rpc.supervision.stages import (
+    FirstStageTarget,
+    StageBeat,
+    StageInfo,
+    StageOutput,
+    StagePass,
+    StageShare,
+    StageTarget,
+)
 from eagle_rpc.supervision.target import (
     Eagle3Target,
     PlainTarget,
@@ -68,7 +85,24 @@ __all__ += [
 ]
 __all__ += ["check_encoding", "compute_supervision", "describe_target", "device_of", "encode_supervision"]
 __all__ += ["fused_rows_run", "read_rows", "read_rows_fused", "read_supervision", "run_target", "supervise"]
-__all__ += ["tensors_digest", "tokenizer_fingerprint", "weights_fingerprint"]
+__all__ += [
+    "WeightSamples",
+    "combined_fingerprint",
+    "form_of_pass",
+    "tensors_digest",
+    "tokenizer_fingerprint",
+]
+__all__ += ["weight_samples", "weights_fingerprint"]
+# Between the stages of a target.
+__all__ += [
+    "FirstStageTarget",
+    "StageBeat",
+    "StageInfo",
+    "StageOutput",
+    "StagePass",
+    "StageShare",
+    "StageTarget",
+]
 # Replies, and the trainer's side.
 __all__ += ["ENCODINGS", "EncodedSupervision", "decode_supervision"]
 __all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,24 +24,63 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of names, shapes, dtypes and evenly spread values of all parameters."""
-    stored = (pair for entry in sorted(model.state_dict().items()) for pair in _plain_tensors(*entry))
-    return _digest(stored, _SAMPLES)[:16]
+    return combined_fingerprint([weight_samples(model)])
+
+
+@dataclass(kw_only=True, slots=True)
+class WeightSamples:
+    """What `weights_fingerprint` reads of some of a model's parameters."""
+
+    names: str  # of entries of the state dict, in its order, each with the number of its bytes: a line each
+    content: Tensor  # uint8: of each entry what is hashed, one after the other
+
+
+def weight_samples(model: nn.Module, owns: Callable[[str], bool] = lambda name: True) -> WeightSamples:
+    """The samples of the parameters whose names `owns` accepts."""
+    lines, content = [], []
+    for name, tensor in model.state_dict().items():
+        if owns(name):
+            plain = _plain_tensors(name, tensor)
+            read = b"".join(bytes(one) for pair in plain for one in _read(*pair, _SAMPLES))
+            lines.append(f"{len(read)} {name}")
+            content.append(read)
+    # A buffer that torch may own; it refuses an empty one.
+    whole = bytearray(b"".join(content)) or bytearray(1)
+    return WeightSamples(names="\n".join(lines), content=torch.frombuffer(whole, dtype=torch.uint8))
+
+
+def combined_fingerprint(parts: Sequence[WeightSamples]) -> str:
+    """The `weights_fingerprint` of the model whose parameters are those of all `parts`."""
+    read: dict[str, bytes] = {}
+    for part in parts:
+        content, start = part.content.numpy().tobytes(), 0
+        for line in part.names.splitlines():
+            size, _, name = line.partition(" ")
+            read[name] = content[start : start + int(size)]
+            start += int(size)
+    return hashlib.sha256(b"".join(read[name] for name in sorted(read))).hexdigest()[:16]
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, shapes, dtypes and all bits."""
-    return _digest(tensors, None)
+    return _digest(tensors)
 
 
-def _digest(tensors: Iterable[tuple[str, Tensor]], samples: int | None) -> str:
-    """SHA-256 over names, shapes, dtypes and about `samples` values of each tensor; null: all values."""
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and all values."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        read = flat if samples is None else flat[:: max(1, flat.numel() // samples)]
-        digest.update(read.contiguous().cpu().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for read in _read(name, tensor, None):
+            digest.update(read)
     return digest.hexdigest()
+
+
+def _read(name: str, tensor: Tensor, samples: int | None) -> Iterator[Any]:
+    """In bytes: name, shape and dtype of a tensor; about `samples` of its values, or all if it is null."""
+    flat = tensor.detach().reshape(-1)
+    read = flat if samples is None else flat[:: max(1, flat.numel() // samples)]
+    yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+    yield read.contiguous().cpu().view(torch.uint8).numpy()
 
 
 def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

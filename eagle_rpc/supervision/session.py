@@ -29,6 +29,12 @@ class ModelInfo:
     form: str = ""  # decides the bits of a forward pass, beside weights and dtype; empty where unknown
 
 
+def form_of_pass(layers: str, *, fused_rows: bool, fused_mlps: int) -> str:
+    """`ModelInfo.form` of a target whose layers run in the form `layers`, with so many fused MLPs."""
+    form = [layers, "fused rows" if fused_rows else "", f"{fused_mlps} fused MLPs" if fused_mlps else ""]
+    return ", ".join(filter(None, form))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetExpectation:
     """What a draft requires of its target; None accepts anything."""

@@ -75,9 +75,18 @@ class CompiledForward:
     """The base model with a compiled `forward` in every decoder layer."""
 
     def __init__(
-        self, attention: ChatAttention, layers: nn.ModuleList, buckets: Buckets, *, packed: bool, mode: str
+        self,
+        attention: ChatAttention,
+        layers: Sequence[nn.Module],
+        buckets: Buckets,
+        *,
+        packed: bool,
+        mode: str,
     ) -> None:
-        """`attention` of the base model; `packed`: rows may hold several chats; `mode` of `torch.compile`."""
+        """`attention` of the base model; `layers` to compile; `packed`: rows may hold several chats.
+
+        `mode` of `torch.compile`.
+        """
         self._attention, self._layers, self._packed, self._mode = attention, layers, packed, mode
         self.buckets = buckets
         self._forwards = [

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import (
@@ -26,9 +27,10 @@ from eagle_rpc.process.files import is_lfs_pointer
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.gguf import convert_gguf, locate_gguf
 from eagle_rpc.target.longrope import settle_longrope
-from eagle_rpc.target.placement import Placement, WeightFormat
+from eagle_rpc.target.placement import Placement, StagePlacement, WeightFormat
 from eagle_rpc.target.quantization import is_quantised, layer_bits
 from eagle_rpc.target.spread import Spread, place_tensors
+from eagle_rpc.target.stage import Stage
 from eagle_rpc.target.stored import auto_class, continues_text, in_one_line, load_stored
 
 logger = logging.getLogger(__name__)
@@ -142,23 +144,39 @@ def load_tokenizer(config: TargetConfig, *, cache_dir: str | Path) -> PreTrained
         ) from error
 
 
+class LoadedModel(NamedTuple):
+    """A frozen model that is ready for forward passes."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    spread: Spread | None  # of a model over several devices
+    stage: Stage | None  # of a model of which other processes run a part
+
+
 def load_model(
     config: TargetConfig, device: torch.device | str, *, cache_dir: str | Path, seed: int = 0
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The frozen model on `device`, ready for forward passes, and its tokenizer. See `load_spread`."""
-    model, tokenizer, _ = load_spread(config, [torch.device(device)], cache_dir=cache_dir, seed=seed)
-    return model, tokenizer
+    loaded = load_spread(config, [torch.device(device)], cache_dir=cache_dir, seed=seed)
+    return loaded.model, loaded.tokenizer
 
 
 def load_spread(
-    config: TargetConfig, devices: Sequence[torch.device], *, cache_dir: str | Path, seed: int = 0
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, Spread | None]:
-    """The frozen model over `devices`, ready for forward passes, its tokenizer, and what makes it run over several.
+    config: TargetConfig,
+    devices: Sequence[torch.device],
+    *,
+    cache_dir: str | Path,
+    seed: int = 0,
+    stage: tuple[int, int] = (0, 1),
+) -> LoadedModel:
+    """The frozen model over `devices`; `stage`: the part with this number, of so many that have as many devices.
 
-    Stored weights go from their files to their GPUs; there is no copy of the whole on the host. A random target
-    has the same weights in every process and on every device for equal `seed` and `config.dtype`.
+    Stored weights go from their files to their GPUs; there is no copy of the whole on the host, and weights of
+    other stages are not read. A random target has the same weights in every process and on every device for
+    equal `seed` and `config.dtype`; a stage draws all of them and keeps its own.
     Raises `ConfigError` if the model cannot be found, is of an unknown kind or lacks weights in safetensors, or
-    if this machine cannot run its attention or quantisation; for several devices also as `Placement.of`.
+    if this machine cannot run its attention or quantisation; for several devices also as `Placement.of`; for
+    several stages as `Stage`.
     """
     started = time.monotonic()
     hf_config = load_target_config(config, cache_dir=cache_dir)
@@ -166,14 +184,14 @@ def load_spread(
     attention = exact_attention(hf_config, config.attention)
     _check_attention(hf_config, attention, dtype)
     quantised = is_quantised(config, hf_config)
-    placement = plan_placement(config, hf_config, len(devices)) if len(devices) > 1 else None
-    device_map = {"": devices[0]} if placement is None else placement.device_map(devices)
+    placed = _placed(config, hf_config, devices, stage)
     if config.random:
         model = _random_model(hf_config, attention, seed).to(dtype)
     else:
         directory = resolve_model_dir(config, cache_dir)
         # On a CPU alone weights are where transformers reads them.
-        needed = placement is not None or quantised or devices[0].type != "cpu"
+        needed = placed is not None or quantised or devices[0].type != "cpu"
+        device_map = {"": devices[0]} if placed is None else placed.while_loading(devices)
         model = load_stored(
             config,
             hf_config,
@@ -182,32 +200,53 @@ def load_spread(
             attention=attention,
             quantised=quantised,
         )
-    spread = None
-    if placement is not None:
-        place_tensors(model, placement, devices)
-        spread = Spread(model, placement, devices)
+    spread, own = None, None
+    if placed is not None:
+        place_tensors(model, placed.device_map(devices))
+        if placed.elsewhere:
+            own = Stage(model, placed.own, placed.elsewhere, number=stage[0], count=stage[1])
+        if len(devices) > 1:
+            spread = Spread(model, placed.own, devices)
     elif not quantised:
         model = model.to(devices[0])
     model = model.eval().requires_grad_(False)
     model.config.use_cache = False
     settle_longrope(model, config.max_length or TargetShape.of(hf_config).context or 0)
     logger.info(
-        "target %s: %s, %.1f M parameters, %s%s, %s attention, on %s, loaded in %.1f s",
+        "target %s: %s, %.1f M parameters, %s%s, %s attention, %s, loaded in %.1f s",
         "with random weights" if config.random else config.model,
         type(model).__name__,
         model.num_parameters() / 1e6,
         config.dtype.value,
         " with quantised weights" if quantised else "",
         attention,
-        devices[0] if placement is None else placement.describe(devices),
+        f"on {devices[0]}" if placed is None else placed.own.describe(devices),
         time.monotonic() - started,
     )
-    return model, load_tokenizer(config, cache_dir=cache_dir), spread
+    return LoadedModel(model, load_tokenizer(config, cache_dir=cache_dir), spread, own)
 
 
-def plan_placement(config: TargetConfig, hf_config: PretrainedConfig, num_devices: int) -> Placement:
-    """Which parts of the target are on which of its devices, from its configuration. Raises as `Placement.of`."""
-    return Placement.of(target_outline(config, hf_config), num_devices, weight_format(config, hf_config))
+def _placed(
+    config: TargetConfig, hf_config: PretrainedConfig, devices: Sequence[torch.device], stage: tuple[int, int]
+) -> StagePlacement | None:
+    """Null: the whole model is on one device."""
+    number, count = stage
+    if len(devices) * count == 1:
+        return None
+    whole = plan_placement(config, hf_config, len(devices), count)
+    return StagePlacement.of(whole, target_outline(config, hf_config), number, count)
+
+
+def plan_placement(
+    config: TargetConfig, hf_config: PretrainedConfig, num_devices: int, num_stages: int = 1
+) -> Placement:
+    """Which parts of the target are on which of the devices of all stages, from its configuration.
+
+    Raises as `Placement.of`.
+    """
+    outline, weights = target_outline(config, hf_config), weight_format(config, hf_config)
+    field = "topology.devices_per_target" + (" x topology.stages_per_target" if num_stages > 1 else "")
+    return Placement.of(outline, num_devices * num_stages, weights, field=field)
 
 
 def target_outline(config: TargetConfig, hf_config: PretrainedConfig) -> PreTrainedModel:

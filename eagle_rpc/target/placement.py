@@ -8,7 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ _OUTLINE_TOKENS = 8
 # other as fast as the slowest device.
 _BYTE_SLACK = 1.1
 # Values of the tuples that decoder layers of transformers return; 0: a tensor.
-_FORMS_OF_OUTPUTS = (0, 2, 3)
+FORMS_OF_OUTPUTS = (0, 2, 3)
 _FIELD = "topology.devices_per_target"
 
 
@@ -83,29 +83,33 @@ class Placement:
     num_layers: tuple[int, ...]  # decoder layers of each device, in order
     costs: tuple[Cost, ...]  # of each device
     device_of: dict[str, int]  # module or tensor name -> number of its device; together the whole model
+    first_layer: int = 0  # that these devices have
 
     @property
     def num_devices(self) -> int:
         return len(self.num_layers)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, num_devices: int, weights: WeightFormat) -> "Placement":
+    def of(
+        cls, model: PreTrainedModel, num_devices: int, weights: WeightFormat, *, field: str = _FIELD
+    ) -> "Placement":
         """The placement in which the largest share that any device has is smallest, as `balance` counts it.
 
-        `model` is on the meta device, without values. Raises `ConfigError` for fewer layers than devices,
-        `UnsupportedTarget` for a model whose parts do not run in a line: embedding, layers, head.
+        `model` is on the meta device, without values; `field` is the setting that errors name. Raises
+        `ConfigError` for fewer layers than devices, `UnsupportedTarget` for a model whose parts do not run in a
+        line: embedding, layers, head.
         """
         layers = find_decoder_layers(model)
         if num_devices > len(layers):
-            rule = f"{_FIELD} must be at most the {len(layers)} decoder layers of {type(model).__name__}"
+            rule = f"{field} must be at most the {len(layers)} decoder layers of {type(model).__name__}"
             raise ConfigError(f"{rule}, got {num_devices}")
         path, last = _path_to(model, layers), num_devices - 1
         beside = dict(_parts_beside(model, path))
         device_of = dict.fromkeys([*beside, *_own_tensors(model, path)], 0)
         run_behind = dict.fromkeys(beside, False)
         if last:
-            _require_own_weights(model, layers)
-            run_behind = _run_behind_layers(model, layers, beside)
+            _require_own_weights(model, layers, field)
+            run_behind = _run_behind_layers(model, layers, beside, field)
             device_of |= {name: last for name, behind in run_behind.items() if behind}
         counted: dict[int, set[int]] = {0: set(), last: set()}
         outside = {0: Cost(), last: Cost()}
@@ -126,8 +130,19 @@ class Placement:
 
     def layers_of(self, number: int) -> range:
         """The decoder layers of a device."""
-        first = sum(self.num_layers[:number])
+        first = self.first_layer + sum(self.num_layers[:number])
         return range(first, first + self.num_layers[number])
+
+    def of_stage(self, number: int, num_stages: int) -> "Placement":
+        """The parts of one stage alone, when equally many of the devices belong to each: the first to stage 0."""
+        size = self.num_devices // num_stages
+        own = range(number * size, (number + 1) * size)
+        return Placement(
+            num_layers=self.num_layers[own.start : own.stop],
+            costs=self.costs[own.start : own.stop],
+            device_of={name: device - own.start for name, device in self.device_of.items() if device in own},
+            first_layer=sum(self.num_layers[: own.start]),
+        )
 
     def device_map(self, devices: Sequence[torch.device]) -> dict[str, torch.device]:
         """The form in which transformers takes it."""
@@ -139,6 +154,41 @@ class Placement:
         return ", ".join(
             f"layers {own[0]} to {own[-1]} on {device}" for own, device in zip(layers, devices, strict=True)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlacement:
+    """The parts of one stage of a model, and those of the others."""
+
+    own: Placement
+    elsewhere: frozenset[str]  # names of the parts of other stages; empty: this stage is the whole model
+    _tied: frozenset[str]  # those of them that share weights with own parts
+
+    @classmethod
+    def of(cls, whole: Placement, outline: PreTrainedModel, number: int, num_stages: int) -> "StagePlacement":
+        """`outline`: the model without values. Parts without weights, as rotary tables, belong to every stage."""
+        own = whole.of_stage(number, num_stages)
+        weights = dict(outline.named_parameters(remove_duplicate=False))
+
+        def weights_of(part: str) -> set[int]:
+            return {id(one) for name, one in weights.items() if name == part or name.startswith(f"{part}.")}
+
+        elsewhere = {part: weights_of(part) for part in whole.device_of.keys() - own.device_of.keys()}
+        kept = {id for part in own.device_of for id in weights_of(part)}
+        tables = dict.fromkeys((part for part, needed in elsewhere.items() if not needed), 0)
+        return cls(
+            replace(own, device_of=own.device_of | tables),
+            frozenset(elsewhere.keys() - tables.keys()),
+            frozenset(part for part, needed in elsewhere.items() if needed & kept),
+        )
+
+    def device_map(self, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+        """Other stages' parts are on the meta device, without values."""
+        return self.own.device_map(devices) | dict.fromkeys(self.elsewhere, torch.device("meta"))
+
+    def while_loading(self, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+        """The same, but for a weight tied to one of another stage: transformers reads it once, for both."""
+        return self.device_map(devices) | dict.fromkeys(self._tied, devices[-1])
 
 
 def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: Cost) -> tuple[int, ...]:
@@ -200,23 +250,23 @@ def _own_tensors(model: nn.Module, path: str) -> Iterator[str]:
         yield from (f"{holder}.{name}" if holder else name for name, _ in own)
 
 
-def _require_own_weights(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+def _require_own_weights(model: PreTrainedModel, layers: nn.ModuleList, field: str) -> None:
     """Raises `UnsupportedTarget` for layers that share weights: these would be on several devices."""
     counts = Counter(id(weight) for layer in layers for weight in layer.parameters())
     if any(count > 1 for count in counts.values()):
-        raise UnsupportedTarget(f"{_FIELD} must be 1 for {type(model).__name__}, whose layers share weights")
+        raise UnsupportedTarget(f"{field} must be 1 for {type(model).__name__}, whose layers share weights")
 
 
 def _run_behind_layers(
-    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module]
+    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module], field: str
 ) -> dict[str, bool]:
     """Whether each part that runs does so behind the last layer, not before the first.
 
     Raises `UnsupportedTarget` for a part that runs between two layers, or before and behind.
     """
-    rule = f"{_FIELD} must be 1 for {type(model).__name__}, whose parts must run in a line"
+    rule = f"{field} must be 1 for {type(model).__name__}, whose parts must run in a line"
     calls: list[tuple[str, int]] = []
-    *first_forms, last_form = _FORMS_OF_OUTPUTS
+    *first_forms, last_form = FORMS_OF_OUTPUTS
     for num_values in first_forms:
         with suppress(*FAILURES):
             calls = _outline(model, layers, beside, num_values)

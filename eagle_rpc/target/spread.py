@@ -4,7 +4,7 @@ Passes overlap by the order of their launches alone: while the second device wor
 on the next. So copies wait for what they copy and for nothing else, and the host waits for none of them.
 """
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -147,16 +147,16 @@ class Spread:
         return value
 
 
-def place_tensors(model: nn.Module, placement: Placement, devices: Sequence[torch.device]) -> None:
+def place_tensors(model: nn.Module, device_map: Mapping[str, torch.device]) -> None:
     """Moves what is not on the device of its part yet. A weight tied over two devices gets a copy on the second."""
     parts = dict(model.named_modules())
-    for name, number in placement.device_of.items():
+    for name, device in device_map.items():
         if name in parts:
             for module in parts[name].modules():
-                _place_own(module, devices[number])
+                _place_own(module, device)
         else:
             owner, _, own = name.rpartition(".")
-            _place_own(parts[owner], devices[number], only=own)
+            _place_own(parts[owner], device, only=own)
 
 
 def _place_own(module: nn.Module, device: torch.device, *, only: str | None = None) -> None:

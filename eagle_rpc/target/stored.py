@@ -1,17 +1,21 @@
 """A model from the safetensors of a directory: whole, or refused by the names of what it lacks."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PretrainedConfig,
     PreTrainedModel,
+    core_model_loading,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -58,7 +62,8 @@ def load_stored(
     """
     dtype = getattr(torch, config.dtype.value)
     placed: dict[str, Any] = {"device_map": device_map} if device_map else {}
-    device = next(iter(device_map.values()), torch.device("cpu"))
+    real = (device for device in device_map.values() if device.type != "meta")
+    device = next(real, torch.device("cpu"))
     if quantised:
         placed |= loading_arguments(config, dtype, device)
     exact = {"dtype": dtype, "attn_implementation": attention}
@@ -67,7 +72,8 @@ def load_stored(
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     _require_whole_files(directory)
     try:
-        loaded = auto_class(hf_config).from_pretrained(directory, **exact, **safe, **placed, **told)
+        with _unread_on_meta():
+            loaded = auto_class(hf_config).from_pretrained(directory, **exact, **safe, **placed, **told)
     except (OSError, ValueError) as error:
         rule = "target.model must be a causal language model with safetensors weights"
         raise ConfigError(f"{rule}, got {directory}: {in_one_line(error)}") from error
@@ -82,6 +88,26 @@ def load_stored(
     remove_device_hooks(model)
     _require_all_tensors(model, loaded[1], directory)
     return model
+
+
+@contextmanager
+def _unread_on_meta() -> Iterator[None]:
+    """In the block transformers does not read tensors that it puts on the meta device, whose values nobody needs."""
+    read = getattr(core_model_loading, "_materialize_copy", None)
+    if read is None:
+        # Of another version: it reads them all.
+        yield
+        return
+
+    def materialize(tensor: Any, device: Any = None, dtype: Any = None) -> Tensor:
+        if device is None or torch.device(device).type != "meta" or dtype is None:
+            copy: Tensor = read(tensor, device, dtype)
+            return copy
+        shape = tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape()
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    with mock.patch.object(core_model_loading, "_materialize_copy", materialize):
+        yield
 
 
 def remove_device_hooks(model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from eagle_rpc.topology.roles import (
     assign_elastic_roles,
     assign_roles,
     assign_trainers,
+    stage_name,
     worker_name,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "plan_devices",
     "resolve_device",
     "resolve_devices",
+    "stage_name",
     "worker_name",
 ]

@@ -56,12 +56,17 @@ def plan_devices(
     if world.num_agents > 1:
         return DevicePlan(own, {})
     if devices_per_target > 1 and num_gpus and target == trainer == "auto":
-        needed = devices_per_target * len(cast.target_names) + len(cast.trainer_names)
+        stages = cast.stages_per_target
+        needed = devices_per_target * stages * len(cast.target_names) + len(cast.trainer_names)
         if needed > num_gpus:
             rule = f"topology.devices_per_target={devices_per_target} needs {needed} GPUs"
-            workers = f"{len(cast.target_names)} targets and {len(cast.trainer_names)} trainers"
+            of_stages = f" of {stages} stages" if stages > 1 else ""
+            workers = f"{len(cast.target_names)} targets{of_stages} and {len(cast.trainer_names)} trainers"
             raise ConfigError(f"{rule} for {workers} unless train.device names one, got {num_gpus}")
     peers = cast.target_names if cast.me.has(Role.trainer) else cast.trainer_names
+    if cast.me.has(Role.stage):
+        # Between stages tensors go through host memory.
+        peers = ()
     devices = {name: devices_of(name, index) for index, name in enumerate(cast.names)}
     maps = {
         peer: {own[-1]: devices[peer][-1]}

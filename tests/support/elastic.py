@@ -46,9 +46,9 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float = WAIT) -> Any:
         """The next thing that it sent; raises what it raised."""
-        assert self._link.poll(WAIT), "a worker said nothing in time"
+        assert self._link.poll(seconds), "a worker said nothing in time"
         kind, value = self._link.recv()
         assert kind != "raised", value
         return value

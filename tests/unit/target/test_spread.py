@@ -159,7 +159,7 @@ def test_transformers_own_hooks_between_devices_are_taken_off(stored, tmp_path):
     """They copy on the streams in use, so each card would wait for the other. Here the second card has no values."""
     devices = [torch.device("cpu"), torch.device("meta")]
     config = TargetConfig(model=str(stored), dtype=DType.float32)
-    model, _, spread = load_spread(config, devices, cache_dir=tmp_path)
+    model, _, spread, _ = load_spread(config, devices, cache_dir=tmp_path)
     assert spread is not None and {weight.device for weight in model.parameters()} == set(devices)
     assert model.lm_head.weight.is_meta and not model.get_input_embeddings().weight.is_meta
     assert not any(hasattr(module, "_hf_hook") or "forward" in vars(module) for module in model.modules())

@@ -1,0 +1,102 @@
+"""A target of several stages and its trainer in processes of one static job."""
+
+import contextlib
+import dataclasses
+import os
+import threading
+from typing import Any
+
+import torch
+from support.elastic import Link, Worker
+from support.processes import free_port, torchrun_environment
+from support.tiny_target import tensors_of, tiny_batch, tiny_mapping
+from support.workers import TEST_RPC
+
+from eagle_rpc.client import RemoteEagle3TargetModel
+from eagle_rpc.config import Config
+from eagle_rpc.config.schema import RunConfig, TargetConfig, TopologyConfig
+from eagle_rpc.jobs.assembly import client_settings
+from eagle_rpc.jobs.permissions import permissions
+from eagle_rpc.jobs.stages import hand_over_bytes
+from eagle_rpc.jobs.train import DONE, READY, serve_until_done
+from eagle_rpc.process import read_world
+from eagle_rpc.rpc import join_static
+from eagle_rpc.supervision import SessionSettings, TargetExpectation, TokenBatch
+from eagle_rpc.topology import Role, assign_roles, plan_devices
+
+_SECONDS = 120.0
+ENCODINGS = ("hidden", "logits", "probs")
+
+
+def staged_config(target: TargetConfig, num_stages: int) -> Config:
+    return Config(
+        run=RunConfig(name="test", dir="unused", cache_dir="unused"),
+        topology=TopologyConfig(targets=1, trainers=1, stages_per_target=num_stages),
+        rpc=TEST_RPC,
+        target=target,
+    )
+
+
+def batches() -> list[TokenBatch]:
+    """Plain ones and a packed one."""
+    plain = [tiny_batch(seed) for seed in range(3)]
+    segments = (torch.arange(plain[0].shape[1])[None] >= 3).long().expand(plain[0].shape[0], -1)
+    return [*plain, dataclasses.replace(plain[0], segment_ids=segments.contiguous())]
+
+
+def run_job(config: Config) -> Any:
+    """What the trainer of a job sends back; all its processes end with code 0."""
+    size = config.topology.targets * config.topology.stages_per_target + config.topology.trainers
+    port = free_port()
+    workers = [Worker(_work, rank, size, port, config) for rank in range(size)]
+    try:
+        answer = workers[-1].receive(_SECONDS)
+        for worker in workers:
+            worker.process.join(_SECONDS)
+        assert [worker.process.exitcode for worker in workers] == [0] * size
+        return answer
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _work(link: Link, rank: int, size: int, port: int, config: Config) -> None:
+    os.environ.update(torchrun_environment(rank, size, port))
+    answer = take_part(config)
+    if answer is not None:
+        link.send(answer)
+
+
+def take_part(config: Config) -> Any:
+    """One process: a stage, or the trainer, which returns every batch in every encoding and `ModelInfo`."""
+    world = read_world()
+    cast = assign_roles(config.topology, world)
+    devices = plan_devices(cast, world, target="cpu", trainer="cpu")
+    permitted = permissions(config.rpc, None, hand_over_bytes=hand_over_bytes(config))
+    with join_static(cast, world, config.rpc, devices, permitted) as membership:
+        if not cast.me.has(Role.trainer):
+            serve_until_done(config, devices.devices, membership, threading.Event())
+            return None
+        membership.wait_for(cast.target_names, READY, timeout=60)
+        try:
+            return [ask(config, membership, cast.me, encoding) for encoding in ENCODINGS]
+        finally:
+            membership.mark(DONE)
+
+
+def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[dict[str, torch.Tensor]], Any]:
+    settings = dataclasses.replace(
+        client_settings(config, me), session=SessionSettings(encoding=encoding, run="test", trainer=me.name)
+    )
+    backend = RemoteEagle3TargetModel(
+        membership,
+        settings=settings,
+        expected=TargetExpectation(),
+        device=torch.device("cpu"),
+        stop=threading.Event(),
+    )
+    with contextlib.closing(backend):
+        backend.open_session(tiny_mapping())
+        made = [tensors_of(batch) for batch in backend.stream(iter(batches()))]
+        info = dataclasses.replace(backend.model_info(), incarnation="")
+    return [{name: tensor.numpy() for name, tensor in one.items()} for one in made], info
