@@ -69,7 +69,8 @@ def _form_of(draft: Eagle3DraftConfig) -> str:
 
 def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
     """Name, roles and devices of each worker if all run on this host."""
-    size = 1 if config.topology.single else config.topology.targets + config.topology.trainers
+    topology = config.topology
+    size = 1 if topology.single else topology.targets * topology.stages_per_target + topology.trainers
     target, trainer = config.target.device, config.train.device
     for rank in range(size):
         world = replace(read_world({}), rank=rank, size=size, local_rank=rank, local_size=size)
@@ -122,11 +123,12 @@ def _target_memory(
 ) -> Iterator[tuple[str, str]]:
     """What each device of a target holds, and the fewest devices that are enough. By formula: nothing is run."""
     outline, weights = target_outline(config.target, target), weight_format(config.target, target)
-    load = _load(config, target, draft)
+    load, stages = _load(config, target, draft), config.topology.stages_per_target
 
     def on_devices(number: int) -> tuple[Placement, list[DeviceMemory]]:
-        placement = Placement.of(outline, number, weights)
-        return placement, memory_by_device(placement, shape, load)
+        """`number`: of each stage."""
+        placement = Placement.of(outline, number * stages, weights)
+        return placement, memory_by_device(placement, shape, load, stages)
 
     placement, devices = on_devices(config.topology.devices_per_target)
     num_bytes, parameters = sum(one.weights for one in devices), outline.num_parameters()
@@ -140,15 +142,23 @@ def _target_memory(
         total = f"{needed.total / _GIB:.2f} GiB"
         if room is not None:
             total += f", {'fits' if needed.total <= room * _GIB else 'does not fit'} {room:g} GiB"
-        yield f"target, device {number}", f"{total}: layers {own[0]} to {own[-1]}, {_parts(needed)}"
+        yield _place(config, number), f"{total}: layers {own[0]} to {own[-1]}, {_parts(needed)}"
     if room is not None:
-        yield "target, fewest devices", _fewest(on_devices, shape.num_layers, room)
+        yield "target, fewest devices", _fewest(on_devices, shape.num_layers // stages, room)
+
+
+def _place(config: Config, number: int) -> str:
+    """The device with this number among those of all stages."""
+    stage, device = divmod(number, config.topology.devices_per_target)
+    of_stage = f"stage {stage}, " if config.topology.stages_per_target > 1 else ""
+    return f"target, {of_stage}device {device}"
 
 
 def _pipeline(config: Config) -> str:
     """Whether trainers send enough requests for every device of a target to have one."""
     topology, prefetch = config.topology, config.supervision.prefetch
-    most, sent = topology.devices_per_target + 1, prefetch * topology.trainers // topology.targets
+    most = topology.stages_per_target * topology.devices_per_target + 1
+    sent = prefetch * topology.trainers // topology.targets
     told = f"{most} at most, trainers keep {sent} requests in flight at a target"
     return told if sent >= most else f"{told}: too few to keep all devices busy (supervision.prefetch)"
 

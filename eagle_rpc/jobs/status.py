@@ -40,12 +40,14 @@ def run(config: Config) -> int:
 
 
 def look_at(client: RegistryClient) -> dict[str, Any]:
-    """The service now as one JSON object: `time`, `registry`, `targets` and `trainers`.
+    """The service now as one JSON object: `time`, `registry`, `targets`, `stages` and `trainers`.
 
     A worker is its record with `seconds_silent` and `living`.
     """
     workers = [sighting_to_json(one) for one in client.records()]
-    roles = {f"{role}s": [one for one in workers if one["role"] == role] for role in ("target", "trainer")}
+    roles = {
+        f"{role}s": [one for one in workers if one["role"] == role] for role in ("target", "stage", "trainer")
+    }
     return {"time": time.time(), "registry": str(client), **roles}
 
 

@@ -19,7 +19,13 @@ Cell = Callable[[Row], str | Text]
 _ABSENT = "-"
 _LARGEST_NUMBER = 1e18  # JSON allows whole numbers of any size
 _LONGEST_WORD = 40
-_STYLES = {"serving": "green", "training": "green", "draining": "yellow", "starting": "yellow"}
+_STYLES = {
+    "serving": "green",
+    "training": "green",
+    "draining": "yellow",
+    "starting": "yellow",
+    "incomplete": "red",
+}
 
 
 def service_view(look: Row) -> RenderableType:
@@ -29,13 +35,15 @@ def service_view(look: Row) -> RenderableType:
     if "error" in look:
         return Group(title + Text("no answer"), Text(f"\n{_clean(look['error'])}", style="red"))
     # The registry has checked its own fields, so they count before those of the status.
-    targets, trainers = ([{**one["status"], **one} for one in look[role]] for role in ("targets", "trainers"))
+    roles = ("targets", "stages", "trainers")
+    targets, stages, trainers = ([{**one["status"], **one} for one in look.get(role, ())] for role in roles)
     sessions = [{**one, "target": row["name"]} for row in targets for one in _dicts(row, "sessions")]
     links = [{**one, "from": row["name"]} for row in trainers for one in _dicts(row, "targets")]
     num_targets, num_trainers = (sum(row["living"] for row in rows) for rows in (targets, trainers))
     title.append(f"{_counted(num_targets, 'target')}, {_counted(num_trainers, 'trainer')} living")
     tables = (
         ("Targets", _TARGETS, targets),
+        ("Further stages of targets", _STAGES, stages),
         ("Load", _LOAD, targets),
         ("Sessions", _SESSIONS, sessions),
         ("Trainers", _TRAINERS, trainers),
@@ -94,7 +102,8 @@ def _state(busy: str) -> Cell:
         if not row["living"]:
             return Text(f"silent {_format_seconds(row['seconds_silent'])}", style="red")
         draining = busy == "serving" and row.get("draining")
-        state = ("draining" if draining else busy) if row["status"] else "starting"
+        refusing = "incomplete" if row.get("paused") else "draining"
+        state = (refusing if draining else busy) if row["status"] else "starting"
         return Text(state, style=_STYLES[state])
 
     return of
@@ -185,6 +194,16 @@ _TARGETS: dict[str, Cell] = {
     "device": _text("device"),
     ">memory": _size("resident_bytes"),
     ">on GPU": _size("device_bytes"),
+    "host~": _text("host"),
+}
+_STAGES: dict[str, Cell] = {
+    "name": _text("name"),
+    "incarnation": _word("incarnation", 8),
+    "state": _state("serving"),
+    "chain": _word("chain", 8),
+    ">queued": _number("queued"),
+    ">passes": _count("passes"),
+    "device": _text("device"),
     "host~": _text("host"),
 }
 _LOAD: dict[str, Cell] = {

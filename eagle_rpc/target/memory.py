@@ -45,10 +45,13 @@ class DeviceMemory:
         return self.weights + self.activations + self.under_way + self.head + self.replies
 
 
-def memory_by_device(placement: Placement, shape: TargetShape, load: Load) -> list[DeviceMemory]:
+def memory_by_device(
+    placement: Placement, shape: TargetShape, load: Load, num_stages: int = 1
+) -> list[DeviceMemory]:
     """What each device of a target holds while requests wait: weights, and what passes and replies add.
 
-    A GPU works on one pass at a time, so activations count once. Of N devices N + 1 passes are under way.
+    A GPU works on one pass at a time, so activations count once. Of N devices N + 1 passes are under way. Of
+    several stages each keeps what it captured until it is sent; the last has the head, replies leave from the first.
     """
     last, passes = placement.num_devices - 1, placement.num_devices + 1
     hidden = load.tokens * shape.hidden_size * load.dtype_bytes
@@ -57,12 +60,18 @@ def memory_by_device(placement: Placement, shape: TargetShape, load: Load) -> li
         # Hidden states that come from the device before this one, and those that go to the next.
         between = ((number > 0) + (number < last)) * passes * hidden
         own = {"weights": cost.num_bytes, "activations": activation_bytes(shape, load)}
-        if number < last:
-            devices.append(DeviceMemory(**own, under_way=between))
-            continue
+        per_stage = placement.num_devices // num_stages
+        ends_stage, replies = (number + 1) % per_stage == 0, number == per_stage - 1
+        kept = (passes if replies else ends_stage) * (_CAPTURED_LAYERS + 1) * hidden
         head = load.chunk_rows * shape.vocab_size * (load.dtype_bytes + _FP32 * load.copies_logits)
-        kept = passes * (_CAPTURED_LAYERS + 1) * hidden
-        devices.append(DeviceMemory(**own, under_way=between + kept, head=head, replies=load.reply_bytes))
+        devices.append(
+            DeviceMemory(
+                **own,
+                under_way=between + kept,
+                head=head if number == last else 0.0,
+                replies=load.reply_bytes if replies else 0.0,
+            )
+        )
     return devices
 
 

@@ -63,7 +63,7 @@ def assign_roles(topology: TopologyConfig, world: World) -> Cast:
     if topology.single:
         if world.size != 1:
             raise ConfigError(f"topology.single needs exactly 1 worker, got {world.size}")
-        me = Worker(SINGLE_NAME, frozenset(Role), 0)
+        me = Worker(SINGLE_NAME, frozenset([Role.target, Role.trainer]), 0)
         return Cast(me, (SINGLE_NAME,), (SINGLE_NAME,))
     stages = topology.stages_per_target
     expected = topology.targets * stages + topology.trainers

@@ -4,6 +4,7 @@ Training must end with the same bits as without faults, and go on soon. From the
 
     python -m tests.faults list                                           the kinds of faults, a line each
     python -m tests.faults run --minutes 30 --faults 500 --seed 1         training under a schedule of faults
+    python -m tests.faults run --stages 2 --minutes 0 --faults 20 --faults-per-run 20    kills of stages of a target
     python -m tests.faults stalls                                         the trainer's wait after a kill of a target
     python -m tests.faults cycles --count 300                             starts and stops in every mode
 

@@ -174,7 +174,7 @@ def finish_undisturbed(service: Service) -> None:
 def take_down(service: Service) -> list[str]:
     """Ends targets and registry by SIGTERM; the broken promises."""
     wrong = []
-    for worker in [*service.targets, service.workers["registry"]]:
+    for worker in [*service.targets, *service.stages, service.workers["registry"]]:
         code = service.end(worker, 15, _END_TIMEOUT)
         if code != 0:
             wrong.append(

@@ -45,4 +45,10 @@ KINDS = (
     Kind("SIGKILL of registry and target", _ENDED, 10, inject.kill_with_registry, "both are started anew"),
     Kind("SIGKILL of trainer and target", _ENDED, 10, inject.kill_with_trainer, "both are started anew"),
 )
+
+# With targets of several stages, in place of the others.
+STAGE_KINDS = (
+    Kind("SIGKILL of a stage", ("target0.1",), 17, inject.kill, "its target hands requests back until it returns"),
+    Kind("SIGKILL of a first stage", _ENDED, 3, inject.kill, "the next one takes over the stages that are still there"),
+)
 # fmt: on

@@ -14,7 +14,7 @@ from faults.checks import Check, Surroundings, same_training
 from faults.connections import can_cut
 from faults.injections import GARBAGE, Context
 from faults.isolation import Isolation
-from faults.kinds import KINDS, Kind
+from faults.kinds import KINDS, STAGE_KINDS, Kind
 from faults.report import Report, mebibytes, spread
 from faults.schedule import make_schedule
 from faults.service import Service
@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faults", type=int, default=500, help="at least, in all runs together")
     parser.add_argument("--faults-per-run", type=int, default=100)
     parser.add_argument(
+        "--stages", type=int, default=1, help="of each target; with several, faults are kills of stages"
+    )
+    parser.add_argument(
         "--steps-per-fault", type=int, default=30, help="mean number of optimiser steps between faults"
     )
 
@@ -50,13 +53,21 @@ def permitted_kinds(isolation: Isolation, report: Report) -> list[Kind]:
 def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, isolation: Isolation) -> Report:
     """Every training run has its own trainer and schedule; targets and registry live from the first run to the last."""
     report = Report("Training under faults")
-    kinds = permitted_kinds(isolation, report)
+    kinds = permitted_kinds(isolation, report) if arguments.stages == 1 else list(STAGE_KINDS)
     steps = arguments.faults_per_run * arguments.steps_per_fault
     training = workspace.training_settings(steps=steps, seed=arguments.seed)
     surroundings = Surroundings.now(workspace, isolation, [zygote.pid])
     ports = free_ports(2)
     undisturbed = Service(zygote, workspace, ports[0], _UNDISTURBED, num_targets=1)
-    service = Service(zygote, workspace, ports[1], "service", num_targets=2, niceness=_NICENESS)
+    service = Service(
+        zygote,
+        workspace,
+        ports[1],
+        "service",
+        num_targets=2,
+        num_stages=arguments.stages,
+        niceness=_NICENESS,
+    )
     campaign = Campaign(Context(service))
     hangs, runs, broken = [], [], []
     with ended_at_last(lambda: undisturbed.processes + service.processes):

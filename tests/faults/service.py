@@ -2,6 +2,7 @@
 would do.
 """
 
+import itertools
 import time
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from support.processes import Process
 
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.registry import Record, RegistryClient, load_token
+from eagle_rpc.topology import stage_name
 from faults.progress import Progress
 from faults.workspace import Workspace
 from faults.zygote import Zygote
@@ -28,7 +30,7 @@ class Worker:
 
     @property
     def role(self) -> str:
-        return self.name.rstrip("0123456789")
+        return "stage" if "." in self.name else self.name.rstrip("0123456789")
 
     @property
     def running(self) -> Process:
@@ -54,6 +56,7 @@ class Service:
     port: int
     name: str  # the beginning of its logs' names
     num_targets: int
+    num_stages: int = 1  # of each target, each a worker
     niceness: int = 0
     workers: dict[str, Worker] = field(default_factory=dict)
     restarts: list[Restart] = field(default_factory=list)
@@ -67,10 +70,10 @@ class Service:
     def __post_init__(self) -> None:
         common = self.workspace.service_settings(self.port)
         self._add(REGISTRY, ["job=registry", *common, "run.name=service"])
-        for index in range(self.num_targets):
-            self._add(
-                f"target{index}", ["job=serve", *common, "run.name=service", f"topology.first_target={index}"]
-            )
+        for index, stage in itertools.product(range(self.num_targets), range(self.num_stages)):
+            place = [f"topology.first_target={index}", f"topology.first_stage={stage}"]
+            place.append(f"topology.stages_per_target={self.num_stages}")
+            self._add(stage_name(f"target{index}", stage), ["job=serve", *common, "run.name=service", *place])
 
     def _add(self, name: str, arguments: list[str]) -> None:
         self.workers[name] = Worker(name, arguments)
@@ -82,6 +85,11 @@ class Service:
     @property
     def targets(self) -> list[Worker]:
         return [worker for worker in self.workers.values() if worker.role == "target"]
+
+    @property
+    def stages(self) -> list[Worker]:
+        """Those of targets behind their first ones."""
+        return [worker for worker in self.workers.values() if worker.role == "stage"]
 
     # --- starting
 

@@ -40,6 +40,12 @@ def test_training_under_every_kind_of_fault_ends_with_the_bits_of_an_undisturbed
     assert len(report["checks"]) >= 8
 
 
+def test_training_under_kills_of_stages_of_a_target_ends_with_the_bits_of_one_process(tmp_path: Path):
+    few = ["--faults", "2", "--faults-per-run", "2", "--steps-per-fault", "40"]
+    report = report_of(tmp_path, "run", "--stages", "2", "--minutes", "0", *few)
+    assert {hit["victim"] for hit in report["hits"]} == {"target0", "target0.1"}
+
+
 def test_every_mode_ends_after_its_signal_and_leaves_nothing_behind(tmp_path: Path):
     report = report_of(tmp_path, "cycles", "--count", "8", "--seed", "3")
     assert len({cycle["mode"] for cycle in report["cycles"]}) == 6

@@ -1,13 +1,18 @@
 """A target of two and three stages in processes of their own over real RPC: the bits of one process."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rpc.test_elastic import check_batches, stream_on_demand
+from support.elastic import Registry, Worker
 from support.families import tiny_config
-from support.staged_service import ENCODINGS, batches, run_job, staged_config
+from support.staged_service import ENCODINGS, batches, elastic_config, run_job, serve_stage, staged_config
 from support.tiny_target import tensors_of, tiny_mapping
+from support.waiting import until
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
@@ -19,6 +24,7 @@ pytestmark = [pytest.mark.rpc, pytest.mark.slow]
 
 # Not in the order of the layers.
 AUX = [4, 0, 2]
+SECONDS = 120.0
 
 
 def target_config(family: str) -> TargetConfig:
@@ -44,3 +50,93 @@ def test_stages_in_processes_of_their_own_give_the_bits_of_one_process(family: s
             expected = tensors_of(alone.generate_batch(tokens.input_ids, *masks))
             for name, tensor in expected.items():
                 assert np.array_equal(found[name], tensor.numpy()), (encoding, name)
+
+
+class StagedService:
+    """Targets of two stages of one registry, each stage a process."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.config = elastic_config(2, registry.address, str(registry.token_file))
+        self.workers: dict[str, Worker] = {}
+
+    def start(self, target: int, stage: int) -> Worker:
+        name = f"target{target}.{stage}"
+        self.workers[name] = Worker(serve_stage, target, stage, self.config)
+        return self.workers[name]
+
+    def start_targets(self, count: int) -> None:
+        firsts = [self.start(number, 0) for number in range(count)]
+        for number in range(count):
+            self.start(number, 1)
+        for first in firsts:
+            first.receive(SECONDS)
+
+    def status_of(self, name: str) -> dict[str, Any]:
+        return next(
+            (one.record.status for one in self.registry.client.records() if one.record.name == name), {}
+        )
+
+    def until(self, name: str, draining: bool) -> dict[str, Any]:
+        def there() -> bool:
+            return self.status_of(name).get("draining") is draining
+
+        until(
+            there, f"{name} has draining {draining}", seconds=SECONDS, seen=lambda: str(self.status_of(name))
+        )
+        return self.status_of(name)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[StagedService]:
+    registry = Registry(tmp_path)
+    made = StagedService(registry)
+    yield made
+    for worker in made.workers.values():
+        worker.end()
+    registry.end()
+
+
+def start_trainer(service: StagedService) -> Worker:
+    registry = service.registry
+    service.workers["trainer0"] = Worker(stream_on_demand, "trainer0", registry.address, registry.token)
+    return service.workers["trainer0"]
+
+
+def test_a_stage_that_is_killed_takes_its_target_out_and_no_batch_is_lost(service: StagedService):
+    """Its registry entry says why, and once the stage is back the target serves on, with the sessions that it had."""
+    service.start_targets(2)
+    trainer = start_trainer(service)
+    check_batches(trainer, range(3))
+    seed = 3
+    for _ in range(2):
+        service.workers["target0.1"].end()
+        status = check_batches(trainer, range(seed, seed + 4))
+        assert "target0.1" in service.until("target0", draining=True)["paused"]
+        service.start(0, 1)
+        service.until("target0", draining=False)
+        seed += 4
+        before = {one["name"]: one["incarnation"] for one in status["targets"]}
+        status = check_batches(trainer, range(seed, seed + 3))
+        seed += 3
+        assert before.items() <= {one["name"]: one["incarnation"] for one in status["targets"]}.items()
+
+
+def test_the_first_stage_that_is_killed_returns_to_the_stages_that_are_still_there(service: StagedService):
+    service.start_targets(1)
+    trainer = start_trainer(service)
+    first = check_batches(trainer, range(2))["targets"][0]["incarnation"]
+    service.workers["target0.0"].end()
+    service.start(0, 0).receive(SECONDS)
+    assert check_batches(trainer, range(2, 6))["targets"][0]["incarnation"] != first
+
+
+def test_a_stage_that_is_told_to_end_is_announced_before(service: StagedService):
+    service.start_targets(2)
+    trainer = start_trainer(service)
+    check_batches(trainer, range(2))
+    service.workers["target0.1"].send("end")
+    assert "target0.1 is shutting down" in service.until("target0", draining=True)["paused"]
+    check_batches(trainer, range(2, 8))
+    service.workers["target0.1"].process.join(SECONDS)
+    assert service.workers["target0.1"].process.exitcode == 0

@@ -70,6 +70,10 @@ class Link:
     def send(self, value: Any) -> None:
         self._connection.send(("value", value))
 
+    def receive_forever(self) -> Any:
+        """For a thread that waits beside the worker's own."""
+        return self._connection.recv()
+
     def receive(self) -> Any:
         assert self._connection.poll(WAIT), "the test said nothing in time"
         return self._connection.recv()

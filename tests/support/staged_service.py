@@ -7,22 +7,24 @@ import threading
 from typing import Any
 
 import torch
-from support.elastic import Link, Worker
+from support.elastic import HEARTBEATS, Link, Worker
 from support.processes import free_port, torchrun_environment
-from support.tiny_target import tensors_of, tiny_batch, tiny_mapping
+from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC
 
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.config.schema import RunConfig, TargetConfig, TopologyConfig
+from eagle_rpc.config.choices import MembershipKind
+from eagle_rpc.config.schema import RpcConfig, RunConfig, TargetConfig, TopologyConfig
 from eagle_rpc.jobs.assembly import client_settings
 from eagle_rpc.jobs.permissions import permissions
+from eagle_rpc.jobs.serve import elastic_stage, elastic_target
 from eagle_rpc.jobs.stages import hand_over_bytes
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import SessionSettings, TargetExpectation, TokenBatch
-from eagle_rpc.topology import Role, assign_roles, plan_devices
+from eagle_rpc.topology import Role, assign_elastic_roles, assign_roles, plan_devices
 
 _SECONDS = 120.0
 ENCODINGS = ("hidden", "logits", "probs")
@@ -100,3 +102,40 @@ def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[d
         made = [tensors_of(batch) for batch in backend.stream(iter(batches()))]
         info = dataclasses.replace(backend.model_info(), incarnation="")
     return [{name: tensor.numpy() for name, tensor in one.items()} for one in made], info
+
+
+# --- an elastic service
+
+
+def elastic_config(num_stages: int, address: str, token_file: str) -> Config:
+    return Config(
+        run=RunConfig(name="test", dir="unused", cache_dir="unused"),
+        topology=TopologyConfig(stages_per_target=num_stages),
+        rpc=RpcConfig(
+            membership=MembershipKind.elastic,
+            registry=address,
+            token_file=token_file,
+            start_timeout=_SECONDS,
+            model_timeout=_SECONDS,
+            request_timeout=20.0,
+            shutdown_timeout=20.0,
+            **HEARTBEATS,
+        ),
+        target=tiny_target_config(),
+    )
+
+
+def serve_stage(link: Link, target: int, stage: int, config: Config) -> None:
+    """One stage of one target, until it is killed or told to end; says when it serves."""
+    stop = threading.Event()
+    topology = dataclasses.replace(config.topology, first_target=target, first_stage=stage)
+    config = dataclasses.replace(config, topology=topology)
+    me = assign_elastic_roles(Role.target, topology, read_world({})).me
+    threading.Thread(target=lambda: (link.receive_forever(), stop.set()), daemon=True).start()
+    if me.has(Role.target):
+        with elastic_target(config, me.name, ["cpu"], stop, hosts_registry=False) as life, life.hosted():
+            link.send(life.server.model_info())
+            life.wait()
+        return
+    with elastic_stage(config, me, ["cpu"], stop, hosts_registry=False) as stage_life:
+        stage_life.run()

@@ -45,6 +45,18 @@ def test_the_plan_names_the_layers_and_bytes_of_each_device(capsys):
     assert lines["target, passes under way"] == "4 at most, trainers keep 4 requests in flight at a target"
 
 
+def test_the_plan_names_the_layers_and_bytes_of_each_stage(capsys):
+    lines = planned(capsys, "topology.stages_per_target=2", "topology.devices_per_target=2")
+    assert lines["target0"] == "target on cpu, cpu" and lines["target0.1"] == "stage on cpu, cpu"
+    places = [(stage, device) for stage in range(2) for device in range(2)]
+    devices = [lines[f"target, stage {stage}, device {device}"] for stage, device in places]
+    assert "layers 0 to " in devices[0] and "to 7, weights" in devices[3]
+    # Replies leave from the first stage, the head is in the last one.
+    assert ["replies" in device for device in devices] == [False, True, False, False]
+    assert ["logits" in device for device in devices] == [False, False, False, True]
+    assert lines["target, passes under way"].startswith("5 at most")
+
+
 def test_the_plan_tells_when_trainers_send_too_few_requests(capsys):
     lines = planned(capsys, "topology.devices_per_target=4", "topology.targets=2", "topology.trainers=2")
     assert lines["target, passes under way"] == (
