@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
+from eagle_rpc.service.stage_chain import StageChain
 from eagle_rpc.service.stage_lifecycle import StageLifecycle
 from eagle_rpc.topology import Cast, DevicePlan, Role, assign_trainers, plan_devices, resolve_device
 from eagle_rpc.train import RunDirectory
@@ -112,13 +113,12 @@ def serve_until_done(
         _serve_stage(config, devices, membership, stop)
         return
     with contextlib.ExitStack() as stack:
-        incomplete: Callable[[], str] = str
+        chain: StageChain | None = None
         if stages := cast.stages_of(cast.me.name):
             stack.callback(membership.mark, ENDED)
             membership.wait_for(stages, READY, timeout=rpc.model_timeout, stop=stop)
             staged = staged_server(config, cast.me.name, devices, membership, stop)
             server, chain = stack.enter_context(staged)
-            incomplete = lambda: chain.lost  # noqa: E731
         else:
             server = load_server(config, devices)
         TargetLifecycle(
@@ -128,7 +128,7 @@ def serve_until_done(
             when_serving=lambda: membership.mark(READY),
             when_stopped=membership.announce_leaving,
             trainers_done=lambda: membership.marked(cast.trainer_names, DONE),
-            incomplete=incomplete,
+            incomplete=lambda: "" if chain is None else chain.lost,
             unused_after=config.target.session_lease,
         ).run()
 

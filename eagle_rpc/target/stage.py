@@ -97,12 +97,12 @@ class Stage:
     # --- what is elsewhere
 
     def _empty(self, part: nn.Module, layers: nn.ModuleList) -> None:
+        stand_in: Callable[..., Any] = _first_tensor
         if any(part is layer for layer in layers):
-            part.forward = self._pass  # type: ignore[method-assign]
+            stand_in = self._pass
         elif isinstance(part, nn.Embedding):
-            part.forward = self._embed_nothing(part)
-        else:
-            part.forward = _first_tensor
+            stand_in = self._embed_nothing(part)
+        part.forward = stand_in
 
     def _pass(self, hidden: Any = None, *unused: Any, hidden_states: Any = None, **also_unused: Any) -> Any:
         """A layer of another stage."""

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from rpc.test_elastic import check_batches, stream_on_demand
-from support.elastic import Registry, Worker
+from support.elastic import HEARTBEATS, Registry, Worker
 from support.families import tiny_config
-from support.staged_service import ENCODINGS, batches, elastic_config, run_job, serve_stage, staged_config
+from support.staged_service import (
+    ENCODINGS,
+    batches,
+    elastic_config,
+    lose_a_stage,
+    run_job,
+    serve_stage,
+    staged_config,
+)
 from support.tiny_target import tensors_of, tiny_mapping
 from support.waiting import until
 
@@ -50,6 +58,19 @@ def test_stages_in_processes_of_their_own_give_the_bits_of_one_process(family: s
             expected = tensors_of(alone.generate_batch(tokens.input_ids, *masks))
             for name, tensor in expected.items():
                 assert np.array_equal(found[name], tensor.numpy()), (encoding, name)
+
+
+def test_a_static_job_ends_with_the_stage_that_was_lost():
+    config = staged_config(target_config("llama"), 2)
+    trainers, targets = lose_a_stage(
+        dataclasses.replace(config, rpc=dataclasses.replace(config.rpc, **HEARTBEATS))
+    )
+    assert trainers.startswith("TargetUnavailable: no target could be reached")
+    assert "a static job gets no other" in trainers and "target0.1" in trainers
+    assert (
+        "ConnectionLost: this target has lost one of its stages and ends" in targets
+        and "target0.1" in targets
+    )
 
 
 class StagedService:

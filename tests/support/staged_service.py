@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.schema import RpcConfig, RunConfig, TargetConfig, TopologyConfig
+from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.jobs.assembly import client_settings
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import elastic_stage, elastic_target
@@ -62,15 +64,17 @@ def run_job(config: Config) -> Any:
             worker.end()
 
 
-def _work(link: Link, rank: int, size: int, port: int, config: Config) -> None:
+def _work(
+    link: Link, rank: int, size: int, port: int, config: Config, train: Callable[..., Any] | None = None
+) -> None:
     os.environ.update(torchrun_environment(rank, size, port))
-    answer = take_part(config)
+    answer = take_part(config, link, train or _ask_all)
     if answer is not None:
         link.send(answer)
 
 
-def take_part(config: Config) -> Any:
-    """One process: a stage, or the trainer, which returns every batch in every encoding and `ModelInfo`."""
+def take_part(config: Config, link: Link, train: Callable[..., Any]) -> Any:
+    """One process: a stage, or the trainer, which returns what `train` does."""
     world = read_world()
     cast = assign_roles(config.topology, world)
     devices = plan_devices(cast, world, target="cpu", trainer="cpu")
@@ -79,14 +83,49 @@ def take_part(config: Config) -> Any:
         if not cast.me.has(Role.trainer):
             serve_until_done(config, devices.devices, membership, threading.Event())
             return None
-        membership.wait_for(cast.target_names, READY, timeout=60)
+        membership.wait_for(cast.target_names, READY, timeout=_SECONDS)
         try:
-            return [ask(config, membership, cast.me, encoding) for encoding in ENCODINGS]
+            return train(config, membership, cast.me, link)
         finally:
             membership.mark(DONE)
 
 
-def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[dict[str, torch.Tensor]], Any]:
+def lose_a_stage(config: Config) -> tuple[str, str]:
+    """Kills the last stage while the trainer streams; the errors that trainer and target end with."""
+    size, port = config.topology.stages_per_target + 1, free_port()
+    workers = [Worker(_work, rank, size, port, config, _stream_until_lost) for rank in range(size)]
+    try:
+        assert workers[-1].receive(_SECONDS) == "streaming"
+        workers[-2].end()
+        error = workers[-1].receive(_SECONDS)
+        try:
+            workers[0].receive(_SECONDS)
+        except AssertionError as raised:
+            return error, str(raised)
+        raise AssertionError("the target goes on without its stage")
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _stream_until_lost(config: Config, membership: Any, me: Any, link: Link) -> str:
+    with connected(config, membership, me, "hidden") as backend:
+        backend.open_session(tiny_mapping())
+        try:
+            for number, _ in enumerate(backend.stream(map(tiny_batch, range(10**6)))):
+                if number == 3:
+                    link.send("streaming")
+        except EagleRpcError as error:
+            return f"{type(error).__name__}: {error}"
+    raise AssertionError("the trainer goes on without its target")
+
+
+def _ask_all(config: Config, membership: Any, me: Any, link: Link) -> Any:
+    return [ask(config, membership, me, encoding) for encoding in ENCODINGS]
+
+
+@contextlib.contextmanager
+def connected(config: Config, membership: Any, me: Any, encoding: str) -> Iterator[RemoteEagle3TargetModel]:
     settings = dataclasses.replace(
         client_settings(config, me), session=SessionSettings(encoding=encoding, run="test", trainer=me.name)
     )
@@ -98,6 +137,11 @@ def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[d
         stop=threading.Event(),
     )
     with contextlib.closing(backend):
+        yield backend
+
+
+def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[dict[str, Any]], Any]:
+    with connected(config, membership, me, encoding) as backend:
         backend.open_session(tiny_mapping())
         made = [tensors_of(batch) for batch in backend.stream(iter(batches()))]
         info = dataclasses.replace(backend.model_info(), incarnation="")
