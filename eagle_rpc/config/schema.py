@@ -141,7 +141,8 @@ class RpcConfig:
     max_pickle_bytes: Positive[int] = 8 * 2**20
     """Largest message, tensors not counted, that a worker unpickles."""
     max_request_bytes: Positive[int] = 64 * 2**20
-    """Largest sum of tensors of one message that a target accepts."""
+    """Largest sum of tensors of one message that a target accepts; further stages of a target also accept the hidden
+    states of its largest request."""
     worker_threads: Annotated[int, rules.AT_LEAST_2] = 4
     """Threads of each worker that handle RPC; a handler may wait for another one."""
     transports: Annotated[list[str], rules.UV_LAST] = field(default_factory=lambda: ["uv"])

@@ -77,6 +77,8 @@ class TargetLifecycle:
 
     def _reason_to_end(self) -> str:
         """Empty while there is none."""
+        if lost := self.incomplete():
+            raise ConnectionLost(f"this target has lost one of its stages and ends: {lost}")
         if self.trainers_done is not None and self.trainers_done():
             return "the trainers are done"
         if self.stop.is_set():
@@ -88,8 +90,6 @@ class TargetLifecycle:
                 "RPC no longer listens on this target's port: torch gives a port up when a peer connects and "
                 "says nothing, as a port scan does; start this target again"
             )
-        if lost := self.incomplete():
-            raise ConnectionLost(f"this target has lost one of its stages and ends: {lost}")
         if self.superseded():
             raise NameTaken("another process serves under this target's name now: this one drains and ends")
         if self.unused_after is None or self.server.sessions.seconds_unused < self.unused_after:

@@ -16,6 +16,10 @@ A family that does not run is refused before training, or before the job that it
 Models with code of their own are refused, since no code that a model ships is run. Left out are families
 that need images, packages, or sizes that cannot be made small one by one.
 
+`topology.devices_per_target` and `topology.stages_per_target` need parts that run in a line: embedding, layers,
+head. Several stages also need layers that hand each other hidden states and nothing else; families whose
+layers share keys or other states (Gemma 4) are refused by name.
+
 ## Families that run
 
 {whole} of {total} families supervise, train, export, evaluate and regenerate.

@@ -16,7 +16,7 @@ from support.workers import TEST_RPC
 from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import MembershipKind
-from eagle_rpc.config.schema import RpcConfig, RunConfig, TargetConfig, TopologyConfig
+from eagle_rpc.config.schema import RpcConfig, RunConfig, TargetConfig, TopologyConfig, TrainConfig
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.jobs.assembly import client_settings
 from eagle_rpc.jobs.permissions import permissions
@@ -38,6 +38,7 @@ def staged_config(target: TargetConfig, num_stages: int) -> Config:
         topology=TopologyConfig(targets=1, trainers=1, stages_per_target=num_stages),
         rpc=TEST_RPC,
         target=target,
+        train=TrainConfig(device="cpu"),
     )
 
 
@@ -77,17 +78,16 @@ def take_part(config: Config, link: Link, train: Callable[..., Any]) -> Any:
     """One process: a stage, or the trainer, which returns what `train` does."""
     world = read_world()
     cast = assign_roles(config.topology, world)
-    devices = plan_devices(cast, world, target="cpu", trainer="cpu")
+    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
     permitted = permissions(config.rpc, None, hand_over_bytes=hand_over_bytes(config))
     with join_static(cast, world, config.rpc, devices, permitted) as membership:
         if not cast.me.has(Role.trainer):
             serve_until_done(config, devices.devices, membership, threading.Event())
             return None
         membership.wait_for(cast.target_names, READY, timeout=_SECONDS)
-        try:
-            return train(config, membership, cast.me, link)
-        finally:
-            membership.mark(DONE)
+        answer = train(config, membership, cast.me, link)
+        membership.mark(DONE)
+        return answer
 
 
 def lose_a_stage(config: Config) -> tuple[str, str]:
@@ -108,7 +108,7 @@ def lose_a_stage(config: Config) -> tuple[str, str]:
             worker.end()
 
 
-def _stream_until_lost(config: Config, membership: Any, me: Any, link: Link) -> str:
+def _stream_until_lost(config: Config, membership: Any, me: Any, link: Link) -> None:
     with connected(config, membership, me, "hidden") as backend:
         backend.open_session(tiny_mapping())
         try:
@@ -116,7 +116,8 @@ def _stream_until_lost(config: Config, membership: Any, me: Any, link: Link) -> 
                 if number == 3:
                     link.send("streaming")
         except EagleRpcError as error:
-            return f"{type(error).__name__}: {error}"
+            link.send(f"{type(error).__name__}: {error}")
+            raise
     raise AssertionError("the trainer goes on without its target")
 
 
@@ -145,7 +146,12 @@ def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[d
         backend.open_session(tiny_mapping())
         made = [tensors_of(batch) for batch in backend.stream(iter(batches()))]
         info = dataclasses.replace(backend.model_info(), incarnation="")
-    return [{name: tensor.numpy() for name, tensor in one.items()} for one in made], info
+    return [{name: as_numpy(tensor) for name, tensor in one.items()} for one in made], info
+
+
+def as_numpy(tensor: torch.Tensor) -> Any:
+    """NumPy has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
 # --- an elastic service
