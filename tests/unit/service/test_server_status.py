@@ -15,6 +15,7 @@ KEYS = {
         "incarnation",
         "uptime",
         "draining",
+        "paused",
     ),
     *("queued", "running", "passes", "sessions", "requests", "tokens", "tokens_per_second", "reply_bytes"),
     *("reply_bytes_per_second", "reply_bytes_held", "max_reply_bytes", "resident_bytes", "device_bytes"),
