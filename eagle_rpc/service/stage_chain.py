@@ -183,9 +183,7 @@ class StageChain:
         for name in names:
             link = self._membership.connect(addresses[name])
             try:
-                info = link.call(
-                    "stage_info", what="stage_info", timeout=self._config.request_timeout
-                ).result()
+                info = link.call("stage_info", what="stage_info", timeout=self._config.start_timeout).result()
             except EagleRpcError as error:
                 self._membership.leave(link, lost=isinstance(error, (ConnectionLost, WaitTimeout)))
                 raise

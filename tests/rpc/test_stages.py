@@ -1,6 +1,8 @@
 """A target of two and three stages in processes of their own over real RPC: the bits of one process."""
 
 import dataclasses
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,18 @@ def test_the_first_stage_that_is_killed_returns_to_the_stages_that_are_still_the
     service.workers["target0.0"].end()
     service.start(0, 0).receive(SECONDS)
     assert check_batches(trainer, range(2, 6))["targets"][0]["incarnation"] != first
+
+
+def test_a_stage_that_is_stopped_takes_its_target_out_until_it_goes_on(service: StagedService):
+    service.start_targets(2)
+    trainer = start_trainer(service)
+    check_batches(trainer, range(2))
+    os.kill(service.workers["target0.1"].process.pid, signal.SIGSTOP)
+    service.until("target0", draining=True)
+    check_batches(trainer, range(2, 8))
+    os.kill(service.workers["target0.1"].process.pid, signal.SIGCONT)
+    service.until("target0", draining=False)
+    check_batches(trainer, range(8, 12))
 
 
 def test_a_stage_that_is_told_to_end_is_announced_before(service: StagedService):
