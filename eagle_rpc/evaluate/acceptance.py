@@ -12,6 +12,7 @@ from eagle_rpc.evaluate.greedy import GreedyTarget
 from eagle_rpc.evaluate.guesses import answered, conditions, fitted_draft, guesses_of
 from eagle_rpc.evaluate.intervals import bootstrap_interval
 from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
+from eagle_rpc.evaluate.pieces import pieces_of
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.result import Evaluation, PromptResult
 from eagle_rpc.evaluate.slices import by_category, by_context, drafts_of
@@ -56,7 +57,7 @@ def evaluate_draft(
             first = guessed[: settings.num_decoded]
             tree_decoding = decode_with_judge(model, draft, export, first, settings, stop)
     names = categories or [""] * len(judged)
-    result = _evaluation(judged, names, decoded, tokenizer, settings)
+    result = _evaluation(judged, names, decoded, tokenizer, settings, coverage=_coverage(export, texts))
     result = replace(
         result,
         tree=tree_figures(guessed, names, settings),
@@ -112,6 +113,8 @@ def _evaluation(
     decoded: Sequence[DecodedPrompt],
     tokenizer: PreTrainedTokenizerBase | None,
     settings: EvaluateConfig,
+    *,
+    coverage: float,
 ) -> Evaluation:
     longest = settings.num_draft_tokens
     by_length = {k: _counts(judged, k) for k in range(1, longest + 1)}
@@ -135,12 +138,17 @@ def _evaluation(
         by_category=by_category(drafts_by_prompt, categories),
         by_context=by_context(drafts_by_prompt),
         acceptance_per_position=counts.acceptance_per_position,
+        acceptance_per_position_intervals=[
+            bootstrap_interval([one.accepted_per_position[position] for one in by_prompt], drafts)
+            for position in range(longest)
+        ],
         conditional_acceptance_per_position=counts.conditional_acceptance_per_position,
         num_drafts=counts.num_drafts,
         num_drafted=counts.num_drafted,
         accepted_per_position=counts.accepted_per_position,
         num_prompts=counts.num_texts,
         num_tokens=counts.num_tokens,
+        coverage=coverage,
         num_decoded=len(decoded),
         counts_agree=not differing_counts if decoded else None,
         identical_texts=not differing_texts if decoded else None,
@@ -151,12 +159,18 @@ def _evaluation(
         tokens_per_second_without_draft=_rate((one.own_tokens, one.seconds_without_draft) for one in decoded),
         settings={},
         prompts=[
-            _prompt_result(text, category, of_prompt, real, tokenizer)
-            for (text, _), category, of_prompt, real in itertools.zip_longest(
+            _prompt_result(text, chains, category, of_prompt, real, tokenizer, longest)
+            for (text, chains), category, of_prompt, real in itertools.zip_longest(
                 judged, categories, by_prompt, decoded
             )
         ],
     )
+
+
+def _coverage(export: ExportedDraft, texts: Sequence[TargetText]) -> float:
+    known = set(export.mapping.selected_token_ids.tolist())
+    said = [token_id for text in texts for token_id in text.token_ids]
+    return sum(token_id in known for token_id in said) / max(1, len(said))
 
 
 def _rate(measured: Iterable[tuple[int, float]]) -> float | None:
@@ -175,10 +189,12 @@ def _counts(judged: Sequence[tuple[TargetText, Chains]], num_draft_tokens: int) 
 
 def _prompt_result(
     text: TargetText,
+    chains: Chains,
     category: str,
     counts: DecodingCounts,
     decoded: DecodedPrompt | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    num_draft_tokens: int,
 ) -> PromptResult:
     return PromptResult(
         category=category,
@@ -189,5 +205,6 @@ def _prompt_result(
         num_drafts=counts.num_drafts,
         accepted_per_position=counts.accepted_per_position,
         accept_length=counts.accept_length,
+        pieces=[] if tokenizer is None else pieces_of(text, chains, tokenizer, num_draft_tokens),
         decoded=decoded,
     )

@@ -26,6 +26,7 @@ class PromptResult:
     num_drafts: int
     accepted_per_position: list[int]
     accept_length: float
+    pieces: list[tuple[str, int]]  # the text token by token; 0: the target's own, n: accepted as guess n
     decoded: DecodedPrompt | None  # of the first `evaluate.num_decoded` prompts
 
 
@@ -46,12 +47,14 @@ class Evaluation:
         int, DraftSlice
     ]  # by the most tokens known when a draft begins, each twice the one before
     acceptance_per_position: list[float]
+    acceptance_per_position_intervals: list[Interval]
     conditional_acceptance_per_position: list[float]  # among drafts whose earlier guesses were all accepted
     num_drafts: int
     num_drafted: int
     accepted_per_position: list[int]
     num_prompts: int
     num_tokens: int
+    coverage: float  # share of the tokens of the texts that the draft vocabulary has
     num_decoded: (
         int  # prompts that were also decoded for real, one by one; without any, the next two are null
     )
