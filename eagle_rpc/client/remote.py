@@ -1,5 +1,6 @@
 """The target in other processes, as a trainer uses it."""
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from torch import Tensor
 from eagle_rpc.client.dispatcher import Dispatcher, PendingRequest
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.settings import ClientSettings
+from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import (
     ENCODINGS,
@@ -70,6 +72,14 @@ class RemoteTargets:
             for replica in self._fleet.replicas()
         ]
         return {"failovers": self._dispatcher.num_failovers, "targets": targets}
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """What each target that answers now says about itself, by its name."""
+        found = dict[str, dict[str, Any]]()
+        for replica in self._fleet.replicas():
+            with contextlib.suppress(EagleRpcError):
+                found[replica.name] = replica.status()
+        return found
 
     def close(self) -> None:
         """Ends the sessions at all targets. Raises nothing, so that an earlier error is not hidden."""

@@ -118,6 +118,11 @@ class Replica:
         self.heartbeat = SessionCall(call, self.session.id)
         return self.heartbeat
 
+    def status(self) -> dict[str, Any]:
+        """The target's report about itself, as `TargetModelServer.status` gives it."""
+        report: dict[str, Any] = self._control("status")
+        return report
+
     def input_embeddings(self) -> Tensor:
         """The token embedding [V, H]."""
         return self._fetch("input_embeddings")

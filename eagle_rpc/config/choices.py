@@ -18,6 +18,8 @@ class JobName(Enum):
     """Counts what decoding of held-out prompts with an exported draft accepts; decodes some for real."""
     compare = "compare"
     """Counts what decoding of the same prompts accepts with each of several drafts."""
+    report = "report"
+    """Makes `report.html` anew from the files of a run directory."""
     verify = "verify"
     """Runs the same steps co-located and remote and compares every bit."""
     plan = "plan"
@@ -189,6 +191,19 @@ class AnswerBackend(Enum):
     """OpenAI-compatible servers (`regenerate.endpoints`)."""
     service = "service"
     """The targets of a running service, all replicas."""
+
+
+class TrackerName(Enum):
+    """Trackers that the figures of a training go to, beside `metrics.jsonl`."""
+
+    tensorboard = "tensorboard"
+    """Files in `run.dir/tensorboard`."""
+    wandb = "wandb"
+    """Weights & Biases; `WANDB_MODE=offline` sends nothing."""
+    mlflow = "mlflow"
+    """MLflow, at `MLFLOW_TRACKING_URI`."""
+    trackio = "trackio"
+    """Trackio, in a local database unless its variables name a Space."""
 
 
 class VerifySide(Enum):

@@ -33,6 +33,7 @@ from eagle_rpc.config.choices import (
     Sharding,
     StepWeighting,
     TargetEngine,
+    TrackerName,
     VerifySide,
 )
 from eagle_rpc.config.rules import FilePath, NotNegative, Positive, Share
@@ -566,6 +567,17 @@ class InspectConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ReportConfig:
+    """What people see of a run beside the terminal."""
+
+    output: FilePath = "${run.dir}/report.html"
+    """HTML page that train, evaluate, compare and report write; it holds whatever the run directory has."""
+    trackers: list[TrackerName] = field(default_factory=lambda: [TrackerName.tensorboard])
+    """Trackers that the figures of training go to; all but tensorboard need their extra, as
+    `pip install 'eagle-rpc[wandb]'`."""
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     """All settings of a job."""
 
@@ -584,3 +596,4 @@ class Config:
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)

@@ -8,7 +8,7 @@ from eagle_rpc.data.samples import Sample
 from eagle_rpc.data.sources import read_records, training_sources
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.data.token_cache import datasets_of, load_data
-from eagle_rpc.data.vocab import build_vocab_mapping, coverage
+from eagle_rpc.data.vocab import build_vocab_mapping, coverage, coverage_by_size
 
 __all__ = [
     "BatchPlan",
@@ -23,6 +23,7 @@ __all__ = [
     "build_vocab_mapping",
     "content_hash",
     "coverage",
+    "coverage_by_size",
     "datasets_of",
     "iter_chats",
     "load_data",

@@ -11,12 +11,13 @@ from eagle_rpc.data.dataset import ChatDataset, Example
 from eagle_rpc.data.template import ChatTemplate
 from eagle_rpc.data.token_cache import TokenisedData
 from eagle_rpc.data.tokenising import Counts
+from eagle_rpc.data.vocab import coverage_by_size
+from eagle_rpc.report.advice import on_vocabulary
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0)
 _BINS = 12
-_SMALLEST_VOCABULARY = 1024
 # Shares above which there is advice.
-_MANY_CUT, _MANY_UNCOVERED, _MANY_DUPLICATES = 0.02, 0.05, 0.02
+_MANY_CUT, _MANY_DUPLICATES = 0.02, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def inspect_data(
     lengths = training.lengths
     shown = np.unique(np.linspace(0, len(training) - 1, num_samples).astype(int))
     counts, edges = np.histogram(lengths, bins=min(_BINS, max(1, int(np.ptp(lengths)))))
-    coverage = _coverage(training, target_vocab_size, draft_vocab_size)
+    coverage = coverage_by_size(training, target_vocab_size, draft_vocab_size)
     sources = [(source.path, source.counts) for source in data.sources]
     chats = sum(source.counts.chats for source in data.sources)
     duplicates = chats - len(np.unique(np.concatenate([source.store.chats_C for source in data.sources])))
@@ -73,23 +74,11 @@ def inspect_data(
         draft_vocab_size=draft_vocab_size,
         advice=[
             *_advice_on_lengths([counts for _, counts in sources], config),
-            *_advice_on_vocabulary(coverage, draft_vocab_size),
+            *on_vocabulary(coverage, draft_vocab_size),
             *_advice_on_duplicates(duplicates, chats),
         ],
         samples=[_stretches(training[int(index)], template) for index in shown],
     )
-
-
-def _coverage(training: ChatDataset, vocab_size: int, draft_vocab_size: int) -> list[tuple[int, float]]:
-    """Shares of the predicted tokens that the most frequent ones are, for vocabularies of several sizes."""
-    _, guessed_V = training.token_counts(vocab_size)
-    covered = np.cumsum(np.sort(guessed_V)[::-1]) / max(1, guessed_V.sum())
-    sizes = {draft_vocab_size, vocab_size}
-    size = _SMALLEST_VOCABULARY
-    while size < vocab_size:
-        sizes.add(size)
-        size *= 2
-    return [(size, float(covered[size - 1])) for size in sorted(sizes)]
 
 
 def _advice_on_lengths(sources: Sequence[Counts], config: DataConfig) -> list[str]:
@@ -106,18 +95,6 @@ def _advice_on_lengths(sources: Sequence[Counts], config: DataConfig) -> list[st
             "nothing to learn from or data.overlong=drop"
         )
     return advice
-
-
-def _advice_on_vocabulary(coverage: Sequence[tuple[int, float]], draft_vocab_size: int) -> list[str]:
-    uncovered = 1 - dict(coverage)[draft_vocab_size]
-    larger = [(size, 1 - share) for size, share in coverage if size > draft_vocab_size]
-    if uncovered <= _MANY_UNCOVERED or not larger:
-        return []
-    size, rest = larger[0]
-    return [
-        f"{100 * uncovered:.0f} % of the predicted tokens are outside the draft vocabulary: "
-        f"draft.vocab_size={size} would leave {100 * rest:.0f} %"
-    ]
 
 
 def _advice_on_duplicates(duplicates: int, chats: int) -> list[str]:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ from eagle_rpc.supervision.fingerprint import tokenizer_fingerprint
 from eagle_rpc.supervision.vocab import VocabMapping
 
 logger = logging.getLogger(__name__)
+
+_SMALLEST_VOCABULARY = 1024  # of a coverage
 
 
 def build_vocab_mapping(
@@ -83,6 +86,21 @@ def _build(
 def coverage(dataset: ChatDataset, mapping: VocabMapping) -> float:
     """Share of the predicted tokens of `dataset` that the draft vocabulary has."""
     return _share(torch.from_numpy(dataset.token_counts(mapping.target_vocab_size)[1]), mapping)
+
+
+def coverage_by_size(
+    dataset: ChatDataset, target_vocab_size: int, draft_vocab_size: int
+) -> list[tuple[int, float]]:
+    """Sizes of a draft vocabulary, ascending, and the share of the predicted tokens of `dataset` that the most
+    frequent ones are: powers of two, `draft_vocab_size` and the whole."""
+    _, guessed_V = dataset.token_counts(target_vocab_size)
+    covered = np.cumsum(np.sort(guessed_V)[::-1]) / max(1, guessed_V.sum())
+    sizes = {draft_vocab_size, target_vocab_size}
+    size = _SMALLEST_VOCABULARY
+    while size < target_vocab_size:
+        sizes.add(size)
+        size *= 2
+    return [(size, float(covered[size - 1])) for size in sorted(sizes)]
 
 
 def _share(counts_V: Tensor, mapping: VocabMapping) -> float:

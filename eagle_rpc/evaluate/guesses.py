@@ -24,6 +24,7 @@ from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 from eagle_rpc.evaluate.speculative import check_fits
 from eagle_rpc.report.progress import Progress
+from eagle_rpc.report.versions import versions
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.capture import aux_layers, find_decoder_layers
@@ -133,4 +134,5 @@ def conditions(model: PreTrainedModel, settings: EvaluateConfig) -> dict[str, An
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "threads": torch.get_num_threads(),
+        "versions": versions(),
     }

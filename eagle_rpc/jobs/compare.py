@@ -9,6 +9,7 @@ from rich.table import Table
 from eagle_rpc.config import Config
 from eagle_rpc.evaluate import Comparison, compare_drafts
 from eagle_rpc.jobs.decoding import load_decoding
+from eagle_rpc.jobs.report import make_report
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import load_export
 from eagle_rpc.target.stop_tokens import stop_token_ids
@@ -29,7 +30,7 @@ def run(config: Config) -> int:
     )
     comparison.write(Path(config.compare.output))
     print_comparison(comparison, Console(file=sys.stdout, highlight=False))
-    sys.stdout.write(f"wrote {config.compare.output}\n")
+    sys.stdout.write(f"wrote {config.compare.output}\n" + make_report(config))
     return 0
 
 

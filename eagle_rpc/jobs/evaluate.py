@@ -6,6 +6,7 @@ from pathlib import Path
 from eagle_rpc.config import Config
 from eagle_rpc.evaluate import evaluate_draft
 from eagle_rpc.jobs.decoding import load_decoding
+from eagle_rpc.jobs.report import make_report
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
@@ -32,5 +33,5 @@ def run(config: Config) -> int:
     if directory.metrics.exists():
         plot_loss(directory.metrics, directory.loss_plot)
         files.append(directory.loss_plot)
-    sys.stdout.write(result.summary() + "".join(f"wrote {file}\n" for file in files))
+    sys.stdout.write(result.summary() + "".join(f"wrote {file}\n" for file in files) + make_report(config))
     return 0 if result.is_confirmed else 1

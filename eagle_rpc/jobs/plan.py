@@ -46,7 +46,7 @@ def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iter
     yield "target", f"{config.target.model}, {shape.model_type}, {sizes}"
     yield "captured layers", str(aux_layers(shape.num_layers, config.target.aux_layer_ids))
     vocabulary = f"vocabulary {draft.draft_vocab_size} of {draft.vocab_size}"
-    yield "draft", f"{_count(config, draft) / 1e6:.1f} M trained parameters, {vocabulary}"
+    yield "draft", f"{num_trained(config, draft) / 1e6:.1f} M trained parameters, {vocabulary}"
     heads = f"{draft.num_attention_heads} heads and {draft.num_key_value_heads} key heads of {draft.head_dim}"
     rope = (draft.rope_scaling or {"rope_type": "plain"})["rope_type"]
     yield "draft, shape", f"{heads}, feed-forward {draft.intermediate_size}, {rope} rotary embedding"
@@ -90,12 +90,13 @@ def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
     for encoding in ENCODINGS:
-        size = _bytes_per_token(config, draft, encoding)
+        size = bytes_per_token(config, draft, encoding)
         rate = f"{size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
         yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {rate}"
 
 
-def _bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) -> float:
+def bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) -> float:
+    """Bytes of a supervised token on the wire."""
     return ENCODINGS[encoding].bytes_per_token(
         hidden_size=draft.hidden_size,
         draft_vocab_size=draft.draft_vocab_size,
@@ -109,12 +110,12 @@ def _memory(
 ) -> Iterator[tuple[str, str]]:
     dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
     yield from _target_memory(config, target, shape, draft)
-    state = _count(config, draft) * _TRAINED_BYTES
+    state = num_trained(config, draft) * _TRAINED_BYTES
     if not config.draft.train_embeddings:
         state += draft.vocab_size * draft.hidden_size * dtype_bytes
     yield "trainer, weights and optimiser", f"{state / _GIB:.2f} GiB"
     tokens, in_flight = _request(config), config.supervision.prefetch + config.train.accumulation
-    reply = tokens * _bytes_per_token(config, draft, config.supervision.encoding.value)
+    reply = tokens * bytes_per_token(config, draft, config.supervision.encoding.value)
     yield "trainer, replies", f"{in_flight * reply / _GIB:.2f} GiB at most: {in_flight} of {tokens} tokens"
 
 
@@ -191,7 +192,7 @@ def _parts(needed: DeviceMemory) -> str:
 
 def _load(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Load:
     """Each trainer's requests in flight wait as replies at one target, up to its own bound."""
-    reply = _request(config) * _bytes_per_token(config, draft, config.supervision.encoding.value)
+    reply = _request(config) * bytes_per_token(config, draft, config.supervision.encoding.value)
     replies = config.topology.trainers * config.supervision.prefetch * reply
     return Load(
         batch=config.train.batch_size,
@@ -210,7 +211,7 @@ def _request(config: Config) -> int:
     return config.train.batch_size * config.data.longest_row
 
 
-def _count(config: Config, draft: Eagle3DraftConfig) -> int:
+def num_trained(config: Config, draft: Eagle3DraftConfig) -> int:
     """Number of trained parameters."""
     shapes = weight_shapes(draft)
     if not config.draft.train_embeddings:

@@ -18,6 +18,7 @@ from eagle_rpc.jobs.stages import hand_over_bytes, stage_server, staged_server
 from eagle_rpc.jobs.trainer import train_until_done
 from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
+from eagle_rpc.report.trackers import require_installed
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.stage_chain import StageChain
@@ -40,6 +41,8 @@ def run(config: Config) -> int:
     world = read_world()
     cast = assign_trainers(config, world)
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
+    if cast.me.name in cast.trainer_names:
+        require_installed(config.report.trackers)
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())

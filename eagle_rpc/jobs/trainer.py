@@ -1,7 +1,9 @@
 """A worker that trains the draft, from the data to the last step."""
 
 import contextlib
+import logging
 import threading
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,9 +21,14 @@ from eagle_rpc.jobs.assembly import (
     vocabulary,
 )
 from eagle_rpc.jobs.inputs import Inputs
+from eagle_rpc.jobs.report import make_report
+from eagle_rpc.jobs.training_report import setup_lines, training_summary, write_summary
+from eagle_rpc.report.trackers import TrackedRun, Tracker, open_trackers
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import RunDirectory, Trainer
+from eagle_rpc.train import RunDirectory, Trainer, plain
+
+logger = logging.getLogger(__name__)
 
 
 def train_until_done(
@@ -68,7 +75,27 @@ def train_until_done(
                     init_digest=None if stored is None else stored.digest,
                 ),
                 stop=stop,
+                trackers=lambda last_step: _trackers(config, last_step),
             )
+            setup = list(setup_lines(config, cast, trainer.record, training, trainer, str(device)))
+            if group.is_primary:
+                for line in setup:
+                    logger.info("%s", line)
             if isinstance(membership, ElasticMembership):
                 membership.report(lambda: {**trainer.status(), **backend.status()})
             trainer.train()
+            summary = None
+            if group.is_primary and trainer.has_trained:
+                summary = training_summary(cast, trainer, backend, training, mapping, setup)
+    if summary is not None:
+        directory = RunDirectory.of(config)
+        write_summary(summary, directory.training)
+        for line in make_report(config).splitlines():
+            logger.info("%s", line)
+
+
+def _trackers(config: Config, last_step: int) -> list[Tracker]:
+    run = TrackedRun(
+        name=config.run.name, directory=Path(config.run.dir), settings=plain(config), last_step=last_step
+    )
+    return open_trackers(config.report.trackers, run)

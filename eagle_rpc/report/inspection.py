@@ -7,35 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eagle_rpc.process.files import replaced_file
+from eagle_rpc.report import page
 
 _BAR_WIDTH = 40
 _PAGE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Training data of {{ name }}</title>
-<style>
-:root { color-scheme: light dark; --said: #c9f0d0; --line: #8884; --bar: #4a8; }
-@media (prefers-color-scheme: dark) { :root { --said: #1d4a2b; } }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 1.5rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; }
-td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
-td, th { text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.path { overflow-wrap: anywhere; min-width: 8rem; }
-.bar { background: var(--bar); height: .8rem; min-width: 1px; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .7rem; }
-pre { border-radius: 6px; }
-mark { background: var(--said); color: inherit; border-radius: 3px; }
-.chosen td { font-weight: 700; }
-</style></head><body>
-<h1>Training data of {{ name }}</h1>
 <p>{{ "{:,}".format(seen.num_samples) }} samples, {{ "{:,}".format(seen.num_tokens) }} tokens,
 {{ "%.1f" | format(100 * seen.supervised_share) }} % of the tokens supervised,
 chats equal to another one: {{ seen.duplicates }}.</p>
@@ -57,17 +36,14 @@ style="width: {{ (100 * count / most) | round(1) }}%"></div></td></tr>{% endfor 
 <h2>Samples</h2><p>Marked text is supervised: the draft learns to guess it.</p>
 {% for sample in seen.samples %}<pre>{% for text, said in sample %}{% if said %}<mark>{{ text }}</mark>\
 {% else %}{{ text }}{% endif %}{% endfor %}</pre>
-{% endfor %}</body></html>
+{% endfor %}
 """
 
 
 def write_page(inspection: Any, sources: list[tuple[str, str]], name: str, path: Path) -> None:
     """Writes the page; `sources`: each path with its figures in words."""
     most = max(count for _, _, count in inspection.histogram)
-    page = Environment(autoescape=True).from_string(_PAGE)
-    text = page.render(seen=inspection, sources=sources, name=name, most=most)
-    with replaced_file(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+    page.write_page(path, f"Training data of {name}", _PAGE, seen=inspection, sources=sources, most=most)
 
 
 def print_inspection(inspection: Any, sources: list[tuple[str, str]], console: Console) -> None:

@@ -1,4 +1,4 @@
-"""The metrics of a run on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard."""
+"""The metrics of a run: `metrics.jsonl`, one JSON object a line, and trackers."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,40 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from eagle_rpc.process.files import replaced_file
+from eagle_rpc.report.trackers import Tracker
 
 Figure = float | int | Sequence[float]
 Figures = Mapping[str, Figure]
 
 
 class MetricsLog:
-    """Appends figures to both; first drops the lines of an earlier run after `last_step`.
+    """Appends figures to the file, and hands them to trackers; first drops the lines after `last_step`.
 
     The operating system has a line when `write` returns, so a kill of the process loses none.
     """
 
-    def __init__(self, metrics_path: Path, tensorboard_dir: Path, *, last_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # half a second that only a trainer should pay
-
+    def __init__(self, metrics_path: Path, trackers: Sequence[Tracker] = (), *, last_step: int = 0) -> None:
         truncate_after(metrics_path, last_step)
         metrics_path.parent.mkdir(parents=True, exist_ok=True)
         self._file = metrics_path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=last_step + 1)
+        self._trackers = trackers
 
     def write(self, step: int, figures: Figures) -> None:
-        """One line `{"step": step, ...}`. A list becomes one TensorBoard curve per element."""
+        """One line `{"step": step, ...}`. Trackers get one curve per element of a list."""
         self._file.write(json.dumps({"step": step, **figures}) + "\n")
         self._file.flush()
+        curves = dict[str, float]()
         for name, value in figures.items():
             if isinstance(value, Sequence):
-                for position, element in enumerate(value):
-                    self._tensorboard.add_scalar(f"{name}/{position}", element, step)
+                curves |= {f"{name}/{position}": element for position, element in enumerate(value)}
             else:
-                self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+                curves[name] = value
+        for tracker in self._trackers:
+            tracker.write(step, curves)
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(metrics_path: Path) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Progress of one piece of work: a bar on a terminal, elsewhere a log line every ten seconds."""
+"""Progress of one piece of work: a bar on a terminal, elsewhere a log line every ten seconds.
+
+Both tell the time to go, at the mean pace so far.
+"""
 
 import logging
 import sys
@@ -17,7 +20,7 @@ _LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Shows "title: unit 40/100: text". The caller reports units of work that are done, and closes it.
+    """Shows "title: unit 40/100, 2 min to go: text". The caller reports units of work that are done, and closes it.
 
     Args:
         unit: name of one unit of work in the singular.
@@ -42,7 +45,8 @@ class Progress:
         stream = sys.stderr if stream is None else stream
         self._unit, self._total, self._done = unit, total, done
         self._title, self._shown, self._clock = title, shown, clock
-        self._last_shown = clock()
+        self._last_shown = self._started = clock()
+        self._done_before = done
         self._bar: tqdm[Any] | None = None
         if shown and stream.isatty():
             title_or_none = title or None
@@ -71,9 +75,22 @@ class Progress:
             self._bar.update(count)
         elif text is not None:
             of_total = "" if self._total is None else f"/{self._total}"
-            parts = (self._title, f"{self._unit} {self._done}{of_total}", text)
+            parts = (self._title, f"{self._unit} {self._done}{of_total}{self._to_go(now)}", text)
             logger.info("%s", ": ".join(filter(None, parts)))
+
+    def _to_go(self, now: float) -> str:
+        if self._total is None or self._done >= self._total or self._done == self._done_before:
+            return ""
+        pace = (now - self._started) / (self._done - self._done_before)
+        return f", {in_words(pace * (self._total - self._done))} to go"
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -107,6 +107,7 @@ class ForwardScheduler:
         self._stopping = False
         self.num_passes = 0  # finished
         self.failure: str | None = None  # why the thread ended by itself
+        self.busy_seconds = 0.0  # with a pass under way
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -350,4 +351,5 @@ class ForwardScheduler:
         # A pass that started while another ran had the device to itself only when that one was finished.
         seconds, self._last_finish = now - max(began, self._last_finish), now
         self.num_passes += 1
+        self.busy_seconds += seconds
         self._seconds_per_request += _NEWEST * (seconds - self._seconds_per_request)

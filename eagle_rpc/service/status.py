@@ -82,8 +82,9 @@ def describe_load(
 ) -> dict[str, Any]:
     """A target's work under way.
 
-    `passes`: forward passes so far; `prompts_*`: of answers; `lease_left`: seconds; `requests`, `tokens`: of
-    a session, answered; `reply_bytes_held`: promised, or made and not yet sent.
+    `passes`: forward passes so far; `busy_seconds`: with a pass under way; `prompts_*`: of answers;
+    `lease_left`: seconds; `requests`, `tokens`: of a session, answered; `reply_bytes_held`: promised, or made
+    and not yet sent.
     """
     # First: it forgets the bytes that were sent.
     held = budget.held
@@ -92,6 +93,7 @@ def describe_load(
         "queued": scheduler.num_queued,
         "running": scheduler.num_running,
         "passes": scheduler.num_passes,
+        "busy_seconds": scheduler.busy_seconds,
         "prompts_waiting": answers.num_waiting,
         "prompts_running": answers.num_running,
         "reply_bytes_held": held,

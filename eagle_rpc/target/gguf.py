@@ -4,17 +4,21 @@ transformers dequantises a GGUF file at every load, in about ten seconds. The di
 in a fraction of a second, with the right special tokens in every version.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.files import replaced_directory
 from eagle_rpc.process.waiting import wait_until
+from eagle_rpc.report.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +81,26 @@ def _content_hash(source: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def _own_progress() -> Iterator[None]:
+    """transformers would draw a bar of tensors also where there is no terminal, whatever its settings."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    def shown(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        progress = Progress("tensor", len(tensors), title="converting")
+        with contextlib.closing(progress):
+            for tensor in tensors:
+                yield tensor
+                progress.advance()
+
+    theirs = getattr(reader, "tqdm", None)
+    vars(reader)["tqdm"] = shown
+    try:
+        yield
+    finally:
+        vars(reader)["tqdm"] = theirs
+
+
 def _convert(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -85,9 +109,10 @@ def _convert(source: Path, target: Path) -> None:
     folder, file = source.parent, source.name
     # Without dequantize the model counts as quantised and refuses to be saved.
     plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32, quantization_config=plain
-    )
+    with _own_progress():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, quantization_config=plain
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     for name in ("bos", "eos", "pad", "unk"):
         # transformers 5.17 reads wrong special tokens into the tokenizer; the config has the right ones.

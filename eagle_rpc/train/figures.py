@@ -17,6 +17,9 @@ from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 from eagle_rpc.train.record import RunRecord
 
+TIMES = ("waiting", "judging", "training")
+"""What a trainer's time goes to: waiting for supervision, validations and checkpoints, all else."""
+
 
 class RunningSums:
     """Sums over batches, trainers and optimiser steps, from which figures follow.
@@ -126,7 +129,9 @@ class Pace:
 
     def __init__(self, backend: Eagle3TargetBackend) -> None:
         self._backend = backend
+        self._paused = self._waited_paused = 0.0
         self.restart()
+        self._first, self._waited_first = self._started, self._waited_before
 
     def restart(self) -> None:
         self._started = time.monotonic()
@@ -137,14 +142,22 @@ class Pace:
         """Leaves the time of the body out."""
         started, waited_before = time.monotonic(), self._backend.seconds_waited
         yield
-        self._started += time.monotonic() - started
-        self._waited_before += self._backend.seconds_waited - waited_before
+        seconds, waited = time.monotonic() - started, self._backend.seconds_waited - waited_before
+        self._started += seconds
+        self._waited_before += waited
+        self._paused += seconds
+        self._waited_paused += waited
 
     def figures(self, tokens: float) -> dict[str, Figure]:
         """`tokens` (of all trainers, without padding) per second, and this trainer's share of waiting."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         waited = self._backend.seconds_waited - self._waited_before
         return {"tokens_per_second": tokens / seconds, "wait_share": min(1.0, waited / seconds)}
+
+    def totals(self) -> list[float]:
+        """Seconds since the start of this object: by `TIMES`; pauses are for judging."""
+        waited = self._backend.seconds_waited - self._waited_first - self._waited_paused
+        return [waited, self._paused, time.monotonic() - self._first - self._paused - waited]
 
 
 def in_one_line(figures: Mapping[str, Any]) -> str:

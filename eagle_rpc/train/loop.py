@@ -7,9 +7,11 @@ have trained on.
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
+
+import torch
 
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.config.schema import DraftConfig, TrainConfig
@@ -18,6 +20,7 @@ from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import ConfigError, EagleRpcError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figures, MetricsLog
 from eagle_rpc.report.progress import Progress
+from eagle_rpc.report.trackers import Tracker
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
 from eagle_rpc.train.checkpoint import (
     Checkpoint,
@@ -28,7 +31,7 @@ from eagle_rpc.train.checkpoint import (
     write_checkpoint,
 )
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.figures import Pace, figures_of, in_one_line, require_finite
+from eagle_rpc.train.figures import TIMES, Pace, figures_of, in_one_line, require_finite
 from eagle_rpc.train.history import ValidationHistory
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import RunRecord, require_same_run
@@ -54,6 +57,7 @@ class Trainer:
         run: the run directory; the caller has claimed it.
         record: the identity of the run, for checkpoints.
         stop: when set, training ends after the current step, with a checkpoint.
+        trackers: what the first trainer's figures also go to, by the step that the run goes on from.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Trainer:
         run: RunDirectory,
         record: RunRecord,
         stop: threading.Event,
+        trackers: Callable[[int], Sequence[Tracker]] = lambda last_step: (),
     ) -> None:
         self._config = config
         self._objective = objective
@@ -78,8 +83,9 @@ class Trainer:
         self._batches = batches
         self._group = group
         self._run = run
-        self._record = record
+        self.record = record
         self._stop = stop
+        self._trackers = trackers
         self.total_steps = planned_steps(config, batches)
         seed = record.config["run"]["seed"]
         self.learner = Learner(draft, config, objective, group, self.total_steps, seed=seed)
@@ -106,6 +112,10 @@ class Trainer:
         self._last_saved = 0  # optimiser steps
         self._metrics: MetricsLog | None = None  # of the primary trainer
         self._pace = Pace(backend)
+        self.has_trained = False
+        """Whether `train` has made a step."""
+        self.times = list[list[float]]()
+        """Seconds of each trainer by `TIMES`, once training has ended."""
         self._latest_pace: Figures = {}
 
     def train(self) -> None:
@@ -122,7 +132,7 @@ class Trainer:
             logger.info("nothing left to train: the run has done %d of %d steps", done, total)
         with contextlib.ExitStack() as stack:
             if self._group.is_primary:
-                metrics = MetricsLog(self._run.metrics, self._run.tensorboard, last_step=done)
+                metrics = MetricsLog(self._run.metrics, self._trackers(done), last_step=done)
                 self._metrics = stack.enter_context(contextlib.closing(metrics))
             progress = Progress("step", total, done=done, shown=self._group.is_primary)
             stack.enter_context(contextlib.closing(progress))
@@ -140,6 +150,9 @@ class Trainer:
             except EagleRpcError as error:
                 self._save_unless_saved(f"interrupted by {type(error).__name__}")
                 raise
+        times = torch.zeros(self._group.size, len(TIMES), dtype=torch.float64)
+        times[self._group.rank] = torch.tensor(self._pace.totals())
+        self.times = self._group.sum_(times, "the times of trainers").tolist()
         self._group.barrier("the other trainers to finish")
 
     def status(self) -> dict[str, Any]:
@@ -166,13 +179,14 @@ class Trainer:
             logger.info("%s: the run goes on from step %d with train.resume=auto", why, self._last_saved)
 
     def _train_step(self, stream: Iterator[Eagle3TargetBatch], progress: Progress) -> None:
+        self.has_trained = True
         outcome = self.learner.learn(islice(stream, self._config.accumulation))
         self._position += self._config.accumulation * self._batches.sequences_per_batch
         self._sums.add_step(outcome.sums, outcome.grad_norm)
         self._learning_rate = outcome.learning_rate
         progress.advance(lambda: in_one_line(self._training_figures()))
         if self._due(self._config.log_every):
-            require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self._record)
+            require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self.record)
             figures = self._training_figures()
             self._write_metrics(figures)
             self._latest_pace = {name: figures[name] for name in ("tokens_per_second", "wait_share")}
@@ -242,7 +256,7 @@ class Trainer:
         return reason is not None or self.learner.steps_done >= self.total_steps
 
     def _save(self) -> None:
-        require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self._record)
+        require_finite(self._sums, "loss or gradient norm", self.learner.steps_done, self.record)
         if not self.learner.weights_are_finite():
             raise TrainingDiverged(
                 f"the draft's weights must be finite, they are not after step {self.learner.steps_done}"
@@ -254,7 +268,7 @@ class Trainer:
         checkpoint = Checkpoint(
             step=self.learner.steps_done,
             sequences=self._position,
-            record=self._record,
+            record=self.record,
             state=state,
             running_sums=self._sums.flat.tolist(),
             history=self._history,
@@ -269,7 +283,7 @@ class Trainer:
         newest = latest_whole_checkpoint(self._run.checkpoints) if resumes else None
         if newest is not None:
             path, checkpoint = newest
-            require_same_run(checkpoint.record, self._record)
+            require_same_run(checkpoint.record, self.record)
             self.learner.load(checkpoint.state, checkpoint.step)
             self._sums.load(checkpoint.running_sums)
             self._position = checkpoint.sequences
@@ -286,5 +300,5 @@ class Trainer:
         if absent and not trained and self._group.is_primary:
             save_target_embedding(self._run.target_embedding, self._draft.embed_tokens.weight)
         self._group.require_equal(
-            {"the configuration": self._record.digest, "the draft at the start": self.learner.digest()}
+            {"the configuration": self.record.digest, "the draft at the start": self.learner.digest()}
         )

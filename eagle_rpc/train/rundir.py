@@ -36,10 +36,6 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -63,6 +59,11 @@ class RunDirectory:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def training(self) -> Path:
+        """The summary of a training, for the report."""
+        return self.path / "training.json"
 
     @property
     def verification(self) -> Path:

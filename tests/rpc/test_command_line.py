@@ -108,7 +108,18 @@ def test_the_whole_path_from_answers_to_accept_length(workplace: tuple[Path, lis
         "evaluation.json",
         "plots/loss.png",
         "plots/acceptance.png",
+        "training.json",
+        "report.html",
     } <= found
+    assert any(name.startswith("tensorboard/") for name in found)
+    training = json.loads((run_dir / "training.json").read_text())
+    assert [one["name"] for one in training["trainers"]] == ["trainer0"]
+    assert [(one["name"], one["passes"] >= 4) for one in training["targets"]] == [("target0", True)]
+    page = (run_dir / "report.html").read_text()
+    assert "Where the time went" in page and "By position of the guess" in page and 'class="p' in page
+    (run_dir / "report.html").unlink()
+    assert run(PYTHON, directory, "job=report", *named).returncode == 0
+    assert (run_dir / "report.html").read_text() == page
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     assert evaluation["identical_texts"] is True
     assert evaluation["accept_length"] >= 1 and len(evaluation["acceptance_per_position"]) == 3

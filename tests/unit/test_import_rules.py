@@ -18,7 +18,7 @@ ALLOWED = {
     "registry": {"config", "process"},
     "rpc": {"config", "process", "topology", "registry"},
     "supervision": set(),
-    "target": {"config", "process", "supervision"},
+    "target": {"config", "process", "report", "supervision"},
     "service": {"config", "process", "rpc", "supervision"},
     "client": {"process", "rpc", "supervision"},
     "data": {"config", "process", "report", "supervision"},

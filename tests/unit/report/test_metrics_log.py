@@ -2,18 +2,25 @@ import json
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eagle_rpc.config.choices import TrackerName
 from eagle_rpc.report.metrics_log import MetricsLog, read_metrics, truncate_after
+from eagle_rpc.report.trackers import TrackedRun, open_trackers
+
+
+def trackers(path, last_step):
+    run = TrackedRun(name="run", directory=path, settings={}, last_step=last_step)
+    return open_trackers([TrackerName.tensorboard], run)
 
 
 def write_steps(path, steps, *, last_step=0, loss=lambda step: step / 2):
-    log = MetricsLog(path / "metrics.jsonl", path / "tensorboard", last_step=last_step)
+    log = MetricsLog(path / "metrics.jsonl", trackers(path, last_step), last_step=last_step)
     for step in steps:
         log.write(step, {"loss": loss(step), "accuracy": [0.25, 0.125]})
     log.close()
 
 
 def test_a_line_is_readable_while_the_log_is_open(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl", tmp_path / "tensorboard")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write(3, {"loss": 1.5, "accuracy": [0.5]})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 1.5, "accuracy": [0.5]}
     log.close()

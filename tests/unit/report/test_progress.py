@@ -1,7 +1,7 @@
 import io
 import logging
 
-from eagle_rpc.report.progress import Progress
+from eagle_rpc.report.progress import Progress, in_words
 
 TEXT = "loss 2.346"
 
@@ -28,7 +28,7 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds_and_at_the_end(caplog
         progress.advance(lambda: asked.append(clock.seconds) or TEXT)
     progress.close()
     assert asked == [12.0, 20.0]
-    assert caplog.messages == [f"step 7/9: {TEXT}", f"step 9/9: {TEXT}"]
+    assert caplog.messages == [f"step 7/9, 8 s to go: {TEXT}", f"step 9/9: {TEXT}"]
 
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes():
@@ -71,3 +71,14 @@ def test_work_of_unknown_size_is_named_and_counted(caplog):
     clock.seconds += 10.0
     progress.advance(count=300)
     assert caplog.messages == ["reading chats.jsonl: chat 300"]
+
+
+def test_durations_are_in_words():
+    assert [in_words(seconds) for seconds in (0.4, 89, 90, 5399, 5400, 90000)] == [
+        "0 s",
+        "89 s",
+        "2 min",
+        "90 min",
+        "1.5 h",
+        "25.0 h",
+    ]

@@ -40,7 +40,7 @@ def test_a_command_that_failed_before_it_trained_may_be_repeated(tmp_path: Path)
         file.write_text("" if file == run.metrics else "left behind\n")
     run.checkpoints.mkdir()
     run.target_embedding.write_bytes(b"")
-    (run.tensorboard).mkdir()
+    (run.path / "tensorboard").mkdir()
     with run.claimed(Resume.never):
         pass
 

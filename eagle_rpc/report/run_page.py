@@ -1,0 +1,297 @@
+"""`report.html`: one page about a run, or about several drafts, that needs no network."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from eagle_rpc.report import charts, page
+from eagle_rpc.report.advice import advice_of, mean_wait
+from eagle_rpc.report.charts import Chart
+from eagle_rpc.report.sources import Sources
+
+Tiles = Iterator[tuple[str, str, str]]
+
+# Texts that are shown with their accepted tokens, and tokens of each.
+_TEXTS, _TOKENS = 12, 400
+# Positions with a shade of their own.
+_SHADES = 6
+
+_STYLE = """
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
+.tile { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; min-width: 0; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1.2rem; }
+figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-bottom: .2rem; }
+li { margin: .3rem 0; overflow-wrap: anywhere; }
+details { margin: .6rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
+pre.text { line-height: 1.7; } span.key { border-radius: 3px; padding: 0 .4rem; white-space: nowrap; }
+""" + "".join(
+    f".p{shade} {{ background: color-mix(in srgb, var(--accept) {12 + 11 * shade}%, transparent); }}\n"
+    for shade in range(1, _SHADES + 1)
+)
+_TEMPLATE = """\
+{% macro grid(section) %}
+<div class="charts">{% for title, name in section %}
+<figure><figcaption>{{ title }}</figcaption><div id="{{ name }}"></div></figure>
+{% endfor %}</div>
+{% endmacro %}
+<div class="tiles">{% for label, value, more in tiles %}
+<div class="tile"><span class="dim">{{ label }}</span><b>{{ value }}</b><span class="dim">{{ more }}</span></div>
+{% endfor %}</div>
+<h2>What to do next</h2>
+{% if advice %}<ul>{% for line in advice %}<li>{{ line }}</li>{% endfor %}</ul>
+{% else %}<p>Nothing stands out in the figures of this page.</p>{% endif %}
+{% for title, text, names in sections %}
+<h2>{{ title }}</h2>
+<p class="dim">{{ text }}</p>
+{{ grid(names) }}
+{% endfor %}
+{% if workers %}<h2>Workers</h2><table><tr><th>worker</th><th>figures</th></tr>
+{% for name, line in workers %}<tr><td>{{ name }}</td><td>{{ line }}</td></tr>{% endfor %}</table>{% endif %}
+{% if rows %}<h2>Drafts in figures</h2><table><tr><th></th>
+{% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
+{% for row in rows[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% if texts %}<h2>Texts</h2>
+<p>Without colour: the target's own tokens. Coloured: guesses that it accepted, by position:
+{% for shade in range(1, shades + 1) %}<span class="key p{{ shade }}">{{ shade }}{{ "+" if shade == most }}</span>
+{% endfor %}</p>
+{% for one in texts %}<details{% if loop.index <= 3 %} open{% endif %}>
+<summary>{{ one.title }}</summary>
+<pre class="text"><span class="dim">{{ one.prompt }}</span>{% for words, shade in one.pieces %}\
+{% if shade %}<span class="p{{ shade }}">{{ words }}</span>{% else %}{{ words }}{% endif %}{% endfor %}</pre>
+</details>{% endfor %}{% endif %}
+<h2>Conditions</h2>
+<table>{% for name, value in conditions %}<tr><td>{{ name }}</td><td class="path">{{ value }}</td></tr>
+{% endfor %}</table>
+{% if config %}<details><summary>Configuration</summary><pre>{{ config }}</pre></details>{% endif %}
+<script>{{ library }}</script>
+<script>
+const charts = {{ charts | tojson }};
+function themed(layout) {
+  const css = getComputedStyle(document.documentElement), ink = css.getPropertyValue("--ink").trim();
+  const line = css.getPropertyValue("--line").trim(), paper = css.getPropertyValue("--paper").trim();
+  const axis = (one) => ({...one, gridcolor: line, linecolor: line, tickcolor: line, fixedrange: true});
+  return {...layout, font: {color: ink, family: "system-ui, sans-serif", size: 12},
+    xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
+    hoverlabel: {bgcolor: paper, bordercolor: line, font: {color: ink}}};
+}
+function draw() {
+  const color = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
+  for (const [name, chart] of Object.entries(charts))
+    Plotly.react(name, chart.data.map((one) => one.error_y ? {...one, error_y: {...one.error_y, color}} : one),
+      themed(chart.layout), {responsive: true, displayModeBar: false});
+}
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+</script>
+"""
+
+
+def write_report(sources: Sources, output: Path) -> list[str]:
+    """Writes the page; returns its advice, for the terminal."""
+    from plotly.offline import get_plotlyjs  # half a second that only the end of a job should pay
+
+    advice = advice_of(sources.metrics, sources.training, sources.evaluation)
+    drawn = dict[str, Chart]()
+    sections = []
+    for title, text, found in _sections(sources):
+        names = [(caption, f"chart{len(drawn) + number}") for number, caption in enumerate(found)]
+        drawn |= {name: found[caption] for caption, name in names}
+        sections.append((title, text, names))
+    texts = list(_texts(sources.evaluation)) if sources.evaluation else []
+    most = max((shade for one in texts for _, shade in one["pieces"]), default=0)
+    page.write_page(
+        output,
+        f"Run {sources.name}",
+        _TEMPLATE,
+        style=_STYLE,
+        tiles=list(_tiles(sources)),
+        advice=advice,
+        sections=sections,
+        workers=list(_workers(sources.training or {})),
+        rows=_rows(sources.comparison) if sources.comparison else [],
+        texts=texts,
+        shades=most,
+        most=_SHADES,
+        conditions=list(_conditions(sources)),
+        config=sources.config,
+        charts=drawn,
+        library=Markup(get_plotlyjs()),
+    )
+    return advice
+
+
+def _tiles(sources: Sources) -> Tiles:
+    """Label, figure and what it is of."""
+    if one := sources.evaluation:
+        interval = _between(one["accept_length_interval"])
+        yield "accept length", f"{one['accept_length']:.2f}", f"{interval}{one['num_prompts']} prompts"
+        if one["identical_texts"] is not None:
+            same = "identical" if one["identical_texts"] else "different"
+            yield "text with the draft", same, f"{one['num_decoded']} prompts decoded"
+        if one["tokens_per_second"] and one["tokens_per_second_without_draft"]:
+            gain = one["tokens_per_second"] / one["tokens_per_second_without_draft"]
+            yield "decoding here", f"{gain:.2f} times", "against the target alone"
+    trained = [line for line in sources.metrics if "loss" in line]
+    if trained:
+        last = trained[-1]
+        yield "trained", f"{last['step']:,} steps", f"loss {last['loss']:.2f}"
+        pace = [line["tokens_per_second"] for line in trained[len(trained) // 2 :]]
+        yield "pace", f"{sum(pace) / len(pace):,.0f} tokens/s", "of training, second half"
+    if (wait := mean_wait(sources.metrics)) is not None:
+        yield "waiting", f"{100 * wait:.1f} %", "of the time, for the target"
+    if one := sources.training:
+        yield "draft vocabulary", f"{one['draft_vocab_size']:,}", f"{100 * one['covered']:.1f} % covered"
+    if (compared := sources.comparison) and not sources.metrics:
+        yield "drafts", str(len(compared["drafts"])), f"{compared['num_prompts']} prompts"
+
+
+def _sections(sources: Sources) -> Iterator[tuple[str, str, dict[str, Chart]]]:
+    """Title, explanation and charts by caption."""
+    if sources.comparison:
+        yield (
+            "Drafts beside each other",
+            "Tokens a target call over the same texts of the target, with 95 % intervals over prompts.",
+            _comparison_charts(sources.comparison, sources.compared),
+        )
+    if one := sources.evaluation:
+        runs = {sources.name: one, **sources.earlier}
+        earlier = " Beside it other runs with the same prompts." if sources.earlier else ""
+        yield (
+            "Acceptance",
+            f"What decoding of held-out prompts accepts, with 95 % intervals over prompts.{earlier}",
+            _acceptance_charts(runs),
+        )
+    if any("loss" in line for line in sources.metrics):
+        yield (
+            "Training",
+            "Accept length of decoding is measured on validation chats; the simulated one counts every token "
+            "as the start of a draft of all training steps.",
+            _training_charts(sources.metrics),
+        )
+    found = dict(_time_and_vocabulary(sources.training or {}, sources.metrics))
+    if found:
+        yield "Time and vocabulary", "Waiting for the target counts replies that were late.", found
+
+
+def _acceptance_charts(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Chart]:
+    found = {"By position of the guess": charts.positions(runs)}
+    lengths = {
+        run: [(str(k), value, None) for k, value in one["accept_length_by_draft_tokens"].items()]
+        for run, one in runs.items()
+    }
+    found["By guesses a draft"] = charts.bars(lengths, x="guesses a draft", y="accept length")
+    for caption, key, axis in (
+        ("By category of the prompt", "by_category", "category"),
+        ("By length of the context", "by_context", "tokens of context, at most"),
+    ):
+        groups = {run: one[key] for run, one in runs.items() if one.get(key)}
+        if any(len(one) > 1 for one in groups.values()):
+            found[caption] = charts.slices(groups, axis)
+    return found
+
+
+def _comparison_charts(
+    comparison: Mapping[str, Any], metrics: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Chart]:
+    drafts = {one["directory"]: one for one in comparison["drafts"]}
+    overall = {name: {"all prompts": one["overall"]} for name, one in drafts.items()}
+    found = {"Accept length": charts.slices(overall, "")} | _acceptance_charts(drafts)
+    for caption, key in (
+        ("Accept length of validations", "validation/accept_length"),
+        ("Validation loss", "validation/loss"),
+    ):
+        runs = {name: lines for name, lines in metrics.items() if any(key in line for line in lines)}
+        if runs:
+            found[caption] = charts.runs_over_steps(runs, key, caption.lower())
+    return found
+
+
+def _training_charts(metrics: list[dict[str, Any]]) -> dict[str, Chart]:
+    return {
+        "Loss": charts.over_steps(
+            metrics, {"training": "loss", "validation": "validation/loss"}, "nats a token"
+        ),
+        "Accept length": charts.over_steps(
+            metrics,
+            {
+                "training, simulated": "simulated_accept_length",
+                "validation, simulated": "validation/simulated_accept_length",
+                "validation, decoding": "validation/accept_length",
+            },
+            "tokens a target call",
+        ),
+    }
+
+
+def _time_and_vocabulary(
+    training: Mapping[str, Any], metrics: list[dict[str, Any]]
+) -> Iterator[tuple[str, Chart]]:
+    workers = {
+        one["name"]: one["seconds"] for key in ("targets", "trainers") for one in training.get(key, ())
+    }
+    if workers:
+        yield "Where the time went", charts.shares_of_time(workers)
+    if any("tokens_per_second" in line for line in metrics):
+        yield "Pace", charts.over_steps(metrics, {"training": "tokens_per_second"}, "tokens/s")
+    if any("wait_share" in line for line in metrics):
+        waiting = [{**line, "percent": 100 * line["wait_share"]} for line in metrics if "wait_share" in line]
+        yield "Waiting for the target", charts.over_steps(waiting, {"waiting": "percent"}, "% of the time")
+    if "coverage" in training:
+        chart = charts.coverage(training["coverage"], training["draft_vocab_size"], training["covered"])
+        yield "Coverage of draft vocabularies", chart
+
+
+def _workers(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for one in training.get("targets", ()):
+        yield (
+            one["name"],
+            f"{one['passes']:,} passes, {one['tokens']:,} tokens, {one['reply_bytes'] / 1e6:,.0f} MB of replies",
+        )
+    for one in training.get("trainers", ()):
+        yield one["name"], ", ".join(f"{kind} {value:,.0f} s" for kind, value in one["seconds"].items())
+
+
+def _rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """A head, then a row for each draft."""
+    rows = [["draft", "parameters", "accept length", "gain over the first"]]
+    for number, one in enumerate(comparison["drafts"]):
+        gain = "" if number == 0 else f"{one['gain']:+.3f} {_between(one['gain_interval'])}"
+        whole = one["overall"]
+        length = f"{whole['accept_length']:.3f} {_between(whole['accept_length_interval'])}"
+        rows.append([one["directory"], f"{one['parameters'] / 1e6:.1f} M", length, gain])
+    return [rows[0][1:], *rows[1:]]
+
+
+def _texts(evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    shown = [one for one in evaluation["prompts"] if one.get("pieces")][:_TEXTS]
+    for one in shown:
+        cut = "" if len(one["pieces"]) <= _TOKENS else f", the first {_TOKENS} of {len(one['pieces'])} tokens"
+        category = f"{one['category']}: " if one["category"] else ""
+        yield {
+            "title": f"{category}accept length {one['accept_length']:.2f} in {one['num_drafts']} drafts{cut}",
+            "prompt": one["prompt"],
+            "pieces": [(words, min(position, _SHADES)) for words, position in one["pieces"][:_TOKENS]],
+        }
+
+
+def _conditions(sources: Sources) -> Iterator[tuple[str, str]]:
+    for line in (sources.training or {}).get("setup", ()):
+        yield "training", line
+    for kind, content in (("evaluation", sources.evaluation), ("comparison", sources.comparison)):
+        for name, value in (content or {}).get("settings", {}).items():
+            if name != "versions":
+                yield f"{kind}, {name}", str(value)
+    for kind, content in (
+        ("training", sources.training),
+        ("evaluation", (sources.evaluation or {}).get("settings")),
+        ("comparison", (sources.comparison or {}).get("settings")),
+    ):
+        if found := (content or {}).get("versions"):
+            yield f"{kind}, versions", ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def _between(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}] "
