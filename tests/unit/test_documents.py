@@ -22,7 +22,7 @@ GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 # Words of which each has a plain one: finish, handle, member, can recover.
 PRIVATE_WORDS = re.compile(r"\b(settles?d?|bears?|aboard|hopeful|nobody's end)\b", re.IGNORECASE)
 # A name with one of these is a file, such as `target.py`, and no setting.
-SUFFIXES = {"py", "md", "json", "yaml", "sh"}
+SUFFIXES = {"py", "md", "html", "json", "yaml", "sh"}
 FILE_NAME = re.compile(r"`((?:eagle_rpc|tests|benchmarks|examples|docs|conf)/[\w./-]+|[a-z_]+/[\w/]+\.py)`")
 
 

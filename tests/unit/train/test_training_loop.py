@@ -50,6 +50,15 @@ def test_figures_come_at_their_steps_and_at_the_end(tmp_path):
     assert line["tokens_per_second"] > 0 and line["grad_norm"] > 0 and 0 <= line["wait_share"] <= 1
 
 
+def test_each_trainer_tells_where_its_time_went(tmp_path):
+    trainer = make_trainer(tmp_path, train_config(max_steps=4))
+    assert not trainer.has_trained
+    trainer.train()
+    (seconds,) = trainer.times
+    waiting, judging, training = seconds
+    assert trainer.has_trained and waiting >= 0 and judging > 0 and training > 0
+
+
 def test_token_counts_are_those_of_the_batches(tmp_path):
     make_trainer(tmp_path, train_config(max_steps=2, log_every=2, validation_batches=0)).train()
     (line,) = lines_of(tmp_path)
