@@ -135,7 +135,7 @@ def on_interval(accept_length: float, interval: Interval, num_prompts: int) -> I
     """The interval is 95 %; null for a single prompt."""
     half = math.inf if interval is None else (interval[1] - interval[0]) / 2
     if half / accept_length - WIDE_INTERVAL > 1e-6:
-        width = "has no interval" if interval is None else f"is known to {half:.2f}"
+        width = "has no interval" if interval is None else f"is known within {half:.2f}"
         # Intervals shrink with the root of the number of prompts; a power of two is named.
         times = 16.0 if interval is None else (half / accept_length / WIDE_INTERVAL) ** 2
         rounded = 2 ** math.ceil(math.log2(num_prompts * times) - 0.01)
