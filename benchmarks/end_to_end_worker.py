@@ -69,11 +69,11 @@ def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) ->
         for question in questions():
             # After warm-up as many requests are under way as during training.
             steps(question["warmups"])
-            started, waited = time.monotonic(), backend.seconds_waited
+            started, waited = time.monotonic(), backend.totals.seconds_waited
             steps(question["steps"])
             ended = time.monotonic()
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            say(started=started, ended=ended, waited=backend.seconds_waited - waited, peak_bytes=peak)
+            say(started=started, ended=ended, waited=backend.totals.seconds_waited - waited, peak_bytes=peak)
 
 
 def train_colocated(config: Config) -> None:

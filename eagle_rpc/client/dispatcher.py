@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from eagle_rpc import errors
 from eagle_rpc.client.fleet import Fleet
@@ -36,6 +37,14 @@ _LOOK_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 
 
+class Trip(NamedTuple):
+    """The way of a request to the target that answered it, and back; times by time.monotonic."""
+
+    target: str
+    sent: float
+    received: float
+
+
 class PendingRequest:
     """One request until it is answered, by any target. Only the dispatcher's thread changes it.
 
@@ -47,7 +56,9 @@ class PendingRequest:
         self.number = number
         self.id = request_id
         self.content = content
-        self.deadline = time.monotonic() + seconds
+        self.submitted = time.monotonic()
+        self.deadline = self.submitted + seconds
+        self.trip: Trip | None = None  # once it is answered
         self.attempts: dict[Replica, SessionCall] = {}
         self.num_failures = 0
         self.failed_at: set[Replica] = set()  # asked again only if there is no other
@@ -57,9 +68,10 @@ class PendingRequest:
     def done(self) -> bool:
         return self.answer.done()
 
-    def complete(self, reply: Answer) -> None:
+    def complete(self, reply: Answer, trip: Trip) -> None:
         """The first outcome counts, here and in `fail`."""
         if not self.done:
+            self.trip = trip
             self.answer.set_result(reply)
 
     def fail(self, error: EagleRpcError) -> None:
@@ -205,7 +217,7 @@ class Dispatcher:
             self._handle_failure(request, replica, attempt.session, error)
         else:
             replica.finish(request.id, answered=True)
-            request.complete(reply)
+            request.complete(reply, Trip(replica.name, attempt.sent, time.monotonic()))
             self._cancel_attempts(request)
         if request.done and not request.attempts:
             self._under_way.discard(request)

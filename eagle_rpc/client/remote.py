@@ -4,7 +4,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from eagle_rpc.client.dispatcher import Dispatcher, PendingRequest
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.settings import ClientSettings
-from eagle_rpc.errors import EagleRpcError
+from eagle_rpc.errors import EagleRpcError, PayloadRefused
 from eagle_rpc.rpc import Membership
 from eagle_rpc.supervision import (
     ENCODINGS,
@@ -21,13 +22,29 @@ from eagle_rpc.supervision import (
     Eagle3TargetBatch,
     EncodedSupervision,
     ModelInfo,
+    RequestTimes,
+    RequestTotals,
+    ServiceTimes,
     SessionSpec,
     TargetExpectation,
     TokenBatch,
     VocabMapping,
     decode_supervision,
+    times_of,
     to_device,
+    waits_of,
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedRequest:
+    """A request whose batch the trainer has."""
+
+    id: str
+    target: str  # that answered it
+    submitted: float  # by time.monotonic
+    times: RequestTimes
+    num_bytes: int  # of the reply
 
 
 class RemoteTargets:
@@ -102,7 +119,9 @@ class RemoteEagle3TargetModel(RemoteTargets):
         """As `RemoteTargets`. `device`: of decoded batches."""
         self._device = device
         self._head: DraftHead | None = None
-        self._seconds_waited = 0.0
+        self._totals = RequestTotals()
+        self.when_decoded: Callable[[DecodedRequest], None] | None = None
+        """Gets each request of supervision after its batch was decoded, on the caller's thread."""
         super().__init__(membership, settings=settings, expected=expected, stop=stop)
 
     def input_embeddings(self) -> Tensor:
@@ -150,12 +169,41 @@ class RemoteEagle3TargetModel(RemoteTargets):
     def _receive(self, request: PendingRequest) -> Eagle3TargetBatch:
         started = time.monotonic()
         encoded = self._dispatcher.wait(request)
-        self._seconds_waited += time.monotonic() - started
+        waited = time.monotonic() - started
         assert isinstance(request.content, TokenBatch) and isinstance(encoded, EncodedSupervision)
-        encoded = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
-        return decode_supervision(encoded, request.content, self._head)
+        if not isinstance(encoded.times, ServiceTimes):
+            raise PayloadRefused(f"the reply to request {request.id} must have its times, got none")
+        encoded.times.check()
+        decoding = time.monotonic()
+        on_device = encoded.map_tensors(lambda tensor: to_device(tensor, self._device))
+        batch = decode_supervision(on_device, request.content, self._head)
+        self._note(request, encoded, waited=waited, decode=time.monotonic() - decoding)
+        return batch
+
+    def _note(
+        self, request: PendingRequest, encoded: EncodedSupervision, *, waited: float, decode: float
+    ) -> None:
+        trip = request.trip
+        assert trip is not None and encoded.times is not None, "the request is answered"
+        times = times_of(
+            encoded.times,
+            client=trip.sent - request.submitted,
+            round_trip=trip.received - trip.sent,
+            decode=decode,
+        )
+        self._totals = self._totals.plus(RequestTotals(1, times, waits_of(waited, times)))
+        if self.when_decoded is not None:
+            self.when_decoded(
+                DecodedRequest(
+                    id=request.id,
+                    target=trip.target,
+                    submitted=request.submitted,
+                    times=times,
+                    num_bytes=encoded.num_bytes,
+                )
+            )
 
     @property
-    def seconds_waited(self) -> float:
-        """Seconds that the caller has waited for supervision since the start."""
-        return self._seconds_waited
+    def totals(self) -> RequestTotals:
+        """Where the time of all requests went since the start, and what the caller waited for."""
+        return self._totals

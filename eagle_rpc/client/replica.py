@@ -38,6 +38,7 @@ class SessionCall(NamedTuple):
 
     call: ServiceCall
     session: str
+    sent: float  # by time.monotonic
 
 
 class Replica:
@@ -115,7 +116,7 @@ class Replica:
         """Starts a heartbeat, which renews the session's lease."""
         assert self.session is not None
         call = self.link.control("heartbeat", self.session.id, timeout=self._silence)
-        self.heartbeat = SessionCall(call, self.session.id)
+        self.heartbeat = SessionCall(call, self.session.id, time.monotonic())
         return self.heartbeat
 
     def status(self) -> dict[str, Any]:
@@ -149,10 +150,10 @@ class Replica:
             method, request = "generate", GenerateRequest(tokens=content, **fields)
         else:
             method, request = "answer", AnswerRequest(prompt=content, **fields)
-        self._under_way[request_id] = time.monotonic()
+        sent = self._under_way[request_id] = time.monotonic()
         what, timeout = f"request {request_id}", self._request_timeout
         call = self.link.call(method, request, what=what, timeout=timeout)
-        return SessionCall(call, self.session.id)
+        return SessionCall(call, self.session.id, sent)
 
     def finish(self, request_id: str, *, answered: bool) -> None:
         """Forgets a request that has ended; an answer updates the pace."""

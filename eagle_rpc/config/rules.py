@@ -54,6 +54,7 @@ URLS = Rule(
     lambda value: all(url.startswith(("http://", "https://")) for url in value),
 )
 DEVICE = Rule("be auto, cpu, cuda or cuda:N", lambda value: _DEVICE.fullmatch(value) is not None)
+PORT = Rule("lie in [1024, 65000]", lambda value: 1024 <= value <= 65000)
 ADDRESS = Rule(f"be {ADDRESS_RULE}", is_address)
 TOPOLOGIES = Rule(
     "name at least one topology, targets x trainers as in 1x2", lambda v: len(v) > 0 and all(map(is_pair, v))

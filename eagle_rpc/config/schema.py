@@ -575,6 +575,14 @@ class ReportConfig:
     trackers: list[TrackerName] = field(default_factory=lambda: [TrackerName.tensorboard])
     """Trackers that the figures of training go to; all but tensorboard need their extra, as
     `pip install 'eagle-rpc[wandb]'`."""
+    prometheus_port: Annotated[int, rules.PORT] | None = None
+    """Port of the first worker's Prometheus metrics, on 127.0.0.1 only; the next workers of the job, targets,
+    then trainers, have the next ports. A second job on the host needs a port of its own. With
+    `topology.single` only the trainer's figures are there. Needs `pip install 'eagle-rpc[prometheus]'`; null:
+    none."""
+    spans: bool = False
+    """Whether trainers write OpenTelemetry spans of each request, from the wait for a target to the decoding,
+    to `run.dir/spans-TRAINER.jsonl`. Needs `pip install 'eagle-rpc[opentelemetry]'`."""
 
 
 @dataclass(kw_only=True, slots=True)

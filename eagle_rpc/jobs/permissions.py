@@ -17,6 +17,7 @@ from eagle_rpc.supervision import (
     ModelInfo,
     OpenedSession,
     PromptAnswer,
+    ServiceTimes,
     SessionSpec,
     StageBeat,
     StageInfo,
@@ -39,6 +40,7 @@ _REPLIES = {
     ModelInfo,
     OpenedSession,
     PromptAnswer,
+    ServiceTimes,
 }
 # Between the stages of a target.
 _STAGE_REQUESTS = {StagePass, TokenBatch}

@@ -11,6 +11,7 @@ from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.registry import hosted_registry
 from eagle_rpc.jobs.stages import stage_server, staged_server
+from eagle_rpc.jobs.watching import require_watching, target_watched
 from eagle_rpc.process import read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import ElasticMembership
@@ -28,15 +29,20 @@ _UNUSED_SECONDS = 0.2
 def run(config: Config) -> int:
     """Returns 0 when it was told to stop and has drained. Raises as `TargetLifecycle.run`."""
     world = read_world()
-    me = assign_elastic_roles(Role.target, config.topology, world).me
+    cast = assign_elastic_roles(Role.target, config.topology, world)
+    me = cast.me
     start_worker(config, me.name, workers_on_host=world.local_size)
+    require_watching(config)
     devices = resolve_devices(
         config.target.device, config.topology.devices_per_target, local_rank=world.local_rank
     )
     hosts_registry = config.rpc.host_registry and world.rank == 0
     with stop_signals() as stop, tolerate_stop(stop):
         if me.has(Role.target):
-            with elastic_target(config, me.name, devices, stop, hosts_registry=hosts_registry) as life:
+            with (
+                elastic_target(config, me.name, devices, stop, hosts_registry=hosts_registry) as life,
+                target_watched(config, cast, life.server),
+            ):
                 life.run()
         else:
             with elastic_stage(config, me, devices, stop, hosts_registry=hosts_registry) as stage:

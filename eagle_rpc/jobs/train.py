@@ -16,6 +16,7 @@ from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import load_server
 from eagle_rpc.jobs.stages import hand_over_bytes, stage_server, staged_server
 from eagle_rpc.jobs.trainer import train_until_done
+from eagle_rpc.jobs.watching import require_watching, target_watched
 from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.trackers import require_installed
@@ -43,6 +44,7 @@ def run(config: Config) -> int:
     start_worker(config, cast.me.name, workers_on_host=world.local_size)
     if cast.me.name in cast.trainer_names:
         require_installed(config.report.trackers)
+    require_watching(config)
     superseded = threading.Event()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
@@ -124,6 +126,7 @@ def serve_until_done(
             server, chain = stack.enter_context(staged)
         else:
             server = load_server(config, devices)
+        stack.enter_context(target_watched(config, cast, server))
         TargetLifecycle(
             server=server,
             config=rpc,

@@ -23,6 +23,7 @@ from eagle_rpc.jobs.assembly import (
 from eagle_rpc.jobs.inputs import Inputs
 from eagle_rpc.jobs.report import make_report
 from eagle_rpc.jobs.training_report import setup_lines, training_summary, write_summary
+from eagle_rpc.jobs.watching import trainer_watched
 from eagle_rpc.report.trackers import TrackedRun, Tracker, open_trackers
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.topology import Cast
@@ -83,7 +84,8 @@ def train_until_done(
                     logger.info("%s", line)
             if isinstance(membership, ElasticMembership):
                 membership.report(lambda: {**trainer.status(), **backend.status()})
-            trainer.train()
+            with trainer_watched(config, cast, backend, lambda: {**trainer.status(), **backend.status()}):
+                trainer.train()
             summary = None
             if group.is_primary and trainer.has_trained:
                 summary = training_summary(cast, trainer, backend, training, mapping, setup)

@@ -75,11 +75,12 @@ def training_summary(
 
 
 def _of_target(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
-    busy, uptime = report["busy_seconds"], report["uptime"]
+    # Before the first request it waits for trainers to start.
+    busy, asked = report["busy_seconds"], report["asked_seconds"]
     return {
         "name": name,
-        "seconds": {"computing": busy, "idle": max(0.0, uptime - busy)},
-        "busy_share": min(1.0, busy / uptime) if uptime else None,
+        "seconds": {"computing": busy, "idle": max(0.0, asked - busy)},
+        "busy_share": min(1.0, busy / asked) if asked else None,
         **{key: report[key] for key in ("passes", "tokens", "reply_bytes")},
     }
 

@@ -24,6 +24,9 @@ WEAK_CATEGORY = 0.95  # accept length over the whole's, with intervals that do n
 STILL_ACCEPTED = 0.6  # of the last guesses, those before them accepted
 SLOWER = 1.0  # tokens a second with the draft over those without
 
+# What trainers wait for, in words.
+_KINDS = {"queue": "for its turn", "compute": "for its computing", "transfer": "for its transfer"}
+
 
 def advice_of(metrics: Lines, training: Figures | None, evaluation: Figures | None) -> list[str]:
     """The advice of all rules for whose figures there is a file."""
@@ -37,7 +40,10 @@ def _advice(metrics: Lines, training: Figures, evaluation: Figures) -> Iterator[
         if "validation/accept_length" in line
     ]
     losses = [(line["step"], line["validation/loss"]) for line in metrics if "validation/loss" in line]
-    yield from on_waiting(mean_wait(metrics), training.get("targets", ()), len(training.get("trainers", ())))
+    waits = {kind: mean_wait(metrics, f"wait_share_{kind}") or 0.0 for kind in _KINDS}
+    yield from on_waiting(
+        mean_wait(metrics), training.get("targets", ()), len(training.get("trainers", ())), waits
+    )
     yield from on_validations(validations)
     yield from on_overfitting(losses)
     if "coverage" in training:
@@ -54,20 +60,33 @@ def _advice(metrics: Lines, training: Figures, evaluation: Figures) -> Iterator[
         yield from on_speed(evaluation["tokens_per_second"], evaluation["tokens_per_second_without_draft"])
 
 
-def mean_wait(metrics: Lines) -> float | None:
-    """Share of waiting over the second half of the lines, since the first ones wait for a target to warm up."""
-    shares = [line["wait_share"] for line in metrics if "wait_share" in line]
+def mean_wait(metrics: Lines, name: str = "wait_share") -> float | None:
+    """Share of waiting, or of the kind of it that `name` has, over the second half of the lines.
+
+    The first ones wait for a target to warm up.
+    """
+    shares = [line[name] for line in metrics if name in line]
     late = shares[len(shares) // 2 :]
     return sum(late) / len(late) if late else None
 
 
-def on_waiting(wait: float | None, targets: Sequence[Figures], num_trainers: int) -> Iterator[str]:
-    """A target more where trainers wait, a trainer more where they do not and targets are idle."""
+def on_waiting(
+    wait: float | None, targets: Sequence[Figures], num_trainers: int, waits: Mapping[str, float]
+) -> Iterator[str]:
+    """A target or a faster way where trainers wait, a trainer more where they do not and targets are idle.
+
+    `waits`: `wait` by what was waited for, empty where that is unknown.
+    """
     if wait is None:
         return
     if wait >= LONG_WAIT:
+        split = ", ".join(f"{share:.0%} {_KINDS[kind]}" for kind, share in waits.items() if share >= 0.005)
+        text = f"trainers waited {wait:.0%} of the time for supervision{f' ({split})' if split else ''}"
         number = f" (topology.targets={len(targets) + 1})" if targets else ""
-        yield f"trainers waited {wait:.0%} of the time for supervision: add a target{number}"
+        if 2 * waits.get("transfer", 0.0) > wait:
+            yield f"{text}: a smaller encoding (supervision.encoding) or a faster network helps, a target more does not"
+        else:
+            yield f"{text}: add a target{number}"
     busy = [one["busy_share"] for one in targets if one.get("busy_share") is not None]
     if wait <= SHORT_WAIT and busy and max(busy) < IDLE_TARGET:
         number = f" (topology.trainers={num_trainers + 1})" if num_trainers else ""

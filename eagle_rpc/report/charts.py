@@ -9,7 +9,7 @@ Lines = Sequence[Mapping[str, Any]]
 Slice = Mapping[str, Any]
 
 # Told apart on white and on black, also by people who see few colours.
-_COLOURS = ("#4c8bd0", "#e07b39", "#3fa66b", "#b46bd1", "#c9a227", "#7f8fa3")
+_COLOURS = ("#4c8bd0", "#e07b39", "#3fa66b", "#b46bd1", "#c9a227", "#7f8fa3", "#d1556f")
 
 
 def over_steps(lines: Lines, curves: Mapping[str, str], unit: str) -> Chart:

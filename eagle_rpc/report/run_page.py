@@ -173,7 +173,11 @@ def _sections(sources: Sources) -> Iterator[tuple[str, str, dict[str, Chart]]]:
         )
     found = dict(_time_and_vocabulary(sources.training or {}, sources.metrics))
     if found:
-        yield "Time and vocabulary", "Waiting for the target counts replies that were late.", found
+        yield (
+            "Time and vocabulary",
+            "Waiting for the target counts replies that were late, by what their requests did meanwhile.",
+            found,
+        )
 
 
 def _acceptance_charts(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Chart]:
@@ -237,8 +241,13 @@ def _time_and_vocabulary(
     if any("tokens_per_second" in line for line in metrics):
         yield "Pace", charts.over_steps(metrics, {"training": "tokens_per_second"}, "tokens/s")
     if any("wait_share" in line for line in metrics):
-        waiting = [{**line, "percent": 100 * line["wait_share"]} for line in metrics if "wait_share" in line]
-        yield "Waiting for the target", charts.over_steps(waiting, {"waiting": "percent"}, "% of the time")
+        waits = {"in all": "wait_share"}
+        waits |= {f"for {kind}": f"wait_share_{kind}" for kind in ("queue", "compute", "transfer")}
+        waiting = [
+            {"step": line["step"], **{key: 100 * line[key] for key in waits.values() if key in line}}
+            for line in metrics
+        ]
+        yield "Waiting for the target", charts.over_steps(waiting, waits, "% of the time")
     if "coverage" in training:
         chart = charts.coverage(training["coverage"], training["draft_vocab_size"], training["covered"])
         yield "Coverage of draft vocabularies", chart

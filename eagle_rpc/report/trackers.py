@@ -47,10 +47,17 @@ def open_trackers(names: Sequence[TrackerName], run: TrackedRun) -> list[Tracker
 def require_installed(names: Sequence[TrackerName]) -> None:
     """Raises `ConfigError` for the first tracker whose library is not there; loads none."""
     for name in names:
-        if importlib.util.find_spec(name.value) is None:
-            raise ConfigError(
-                f"report.trackers={name.value} needs its library: pip install 'eagle-rpc[{name.value}]'"
-            )
+        require_library(f"report.trackers={name.value}", name.value, extra=name.value)
+
+
+def require_library(setting: str, library: str, *, extra: str) -> None:
+    """Raises `ConfigError` if the library that a setting needs, of this extra, is not there; loads none."""
+    try:
+        found = importlib.util.find_spec(library)
+    except ModuleNotFoundError:  # of the package around it
+        found = None
+    if found is None:
+        raise ConfigError(f"{setting} needs its library: pip install 'eagle-rpc[{extra}]'")
 
 
 class _TensorBoard:

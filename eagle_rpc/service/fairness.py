@@ -10,6 +10,7 @@ from typing import Any
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy
 from eagle_rpc.process.waiting import Clock
+from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
 
 # Seconds after which a refused sender may ask again.
 SHORTEST_RETRY, LONGEST_RETRY = 0.01, 1.0
@@ -28,9 +29,13 @@ class Work:
     deadline: float  # on the scheduler's clock
     record: Callable[[Any], None]  # gets the outcome, a value or an `EagleRpcError`, just before the receiver
     answer: Future[Any] = field(default_factory=Future)
+    arrived: float = 0.0  # on the scheduler's clock
+    times: ServiceTimes | None = None  # once a pass for it has ended
 
     def finish(self, outcome: Any) -> None:
-        """Records the outcome and hands it to the receiver."""
+        """Records the outcome, an answer with the times of its pass, and hands it to the receiver."""
+        if isinstance(outcome, EncodedSupervision):
+            outcome.times = self.times
         self.record(outcome)
         set_outcome(self.answer, outcome)
 

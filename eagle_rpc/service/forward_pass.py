@@ -93,6 +93,11 @@ class StartedPass:
         """Whether `finish` would not wait for the GPU. Raises the error of a GPU that has failed."""
         return self._done is None or self._done.query()
 
+    def wait(self) -> None:
+        """Waits for the GPU. Raises its error if the pass failed there."""
+        if self._done is not None:
+            self._done.synchronize()
+
     @torch.no_grad()
     def finish(self) -> EncodedSupervision:
         """The supervision, on the target's device, or on the CPU where RPC cannot take it from there.
@@ -102,9 +107,7 @@ class StartedPass:
         """
         read, self._read = self._read, None
         assert read is not None, "a pass is finished once"
-        if self._done is not None:
-            # So a pass that failed on a GPU fails here.
-            self._done.synchronize()
+        self.wait()
         encoded = read.encode(self._session.spec.rows)
         # TensorPipe aborts the process on a CUDA tensor without elements.
         through_host = self._session.spec.through_host or encoded.supervised_rows.numel() == 0

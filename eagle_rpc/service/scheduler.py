@@ -23,7 +23,7 @@ from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
 from eagle_rpc.service.forward_pass import PassRequest, outcome_of
-from eagle_rpc.supervision import EncodedSupervision
+from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ class Started(Protocol):
     @property
     def is_done(self) -> bool:
         """Whether `finish` would not wait."""
+
+    def wait(self) -> None:
+        """Waits until all is computed. Raises the error of a pass that failed."""
 
     def finish(self) -> EncodedSupervision:
         """The supervision. To be called once."""
@@ -99,7 +102,7 @@ class ForwardScheduler:
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
         self._begun: deque[_Begun] = deque()  # in the order in which they are answered
-        self._last_finish = clock()
+        self._last_computed = self._last_finish = clock()
         self._seconds_per_request = 0.0
         self._changed = threading.Condition()
         self._draining = False
@@ -339,12 +342,25 @@ class ForwardScheduler:
         """
         outcome: Any = begun.started
         if not isinstance(begun.started, EagleRpcError):
-            outcome = outcome_of(begun.started.finish)
+            started = begun.started
+            outcome = outcome_of(lambda: self._finished(begun, started))
             self._note_pass(begun.began)
         if isinstance(outcome, TargetOutOfMemory) and not alone:
             return False
         begun.work.finish(outcome)
         return True
+
+    def _finished(self, begun: _Begun, started: Started) -> EncodedSupervision:
+        """The supervision of a pass, whose times its work gets."""
+        # A device works on one pass after the other.
+        free = max(begun.began, self._last_computed)
+        started.wait()
+        computed = self._last_computed = self._clock()
+        encoded = started.finish()
+        begun.work.times = ServiceTimes(
+            queue=free - begun.work.arrived, forward=computed - free, encode=self._clock() - computed
+        )
+        return encoded
 
     def _note_pass(self, began: float) -> None:
         now = self._clock()

@@ -86,6 +86,7 @@ class TargetModelServer:
         self._config = config
         self._clock = clock
         self._started = clock()
+        self._first_request: float | None = None  # when it came
         self._info = describe_target(
             self._target,
             max_length=config.max_length,
@@ -198,6 +199,8 @@ class TargetModelServer:
                 self._budget.fulfil(promised, outcome)
                 self.sessions.count(session, num_tokens)
                 self.throughput.count("ok", tokens=num_tokens, reply_bytes=outcome.num_bytes)
+                if outcome.times is not None:
+                    self.throughput.add_times(outcome.times)
 
         try:
             # A sender may ship views of larger storages, which no bound counts.
@@ -253,13 +256,16 @@ class TargetModelServer:
         content: PassRequest | AnswerPrompt,
         record: Callable[[Any], None],
     ) -> Work:
+        now = self._clock()
+        self._first_request = now if self._first_request is None else self._first_request
         return Work(
             content,
             run=session.spec.run,
             session=session.id,
             request_id=request.request_id,
-            deadline=self._clock() + request.seconds_left,
+            deadline=now + request.seconds_left,
             record=record,
+            arrived=now,
         )
 
     def cancel(self, session: str, request_ids: list[str]) -> int:
@@ -282,14 +288,16 @@ class TargetModelServer:
     def status(self) -> dict[str, Any]:
         """Identity, load and memory of this replica, in types that JSON has.
 
-        `uptime`: seconds; `max_reply_bytes`: the bound of `reply_bytes_held`; `paused`: why it
-        takes no requests for now, empty if it does; the rest as in `ModelInfo`,
-        `Throughput` and `describe_load`.
+        `uptime`, `asked_seconds`: seconds since the start and since the first request; `max_reply_bytes`: the
+        bound of `reply_bytes_held`; `paused`: why it takes no requests for now, empty if it does; the rest as
+        in `ModelInfo`, `Throughput` and `describe_load`.
         """
+        now = self._clock()
         identity = "architecture hidden_size vocab_size dtype weights_fingerprint incarnation".split()
         return {
             **{name: getattr(self._info, name) for name in identity},
-            "uptime": self._clock() - self._started,
+            "uptime": now - self._started,
+            "asked_seconds": 0.0 if self._first_request is None else now - self._first_request,
             "max_reply_bytes": self._config.max_reply_bytes,
             "paused": self._scheduler.paused,
             **self.throughput.describe(),

@@ -157,17 +157,20 @@ class StartedStages:
     ) -> None:
         self._passes, self._session, self._own = passes, session, own
         self._sent, self._calls = sent, calls
+        self._shares: list[StageShare] | None = None  # of all stages, once they are there
 
     @property
     def is_done(self) -> bool:
         """Whether `finish` would not wait."""
         return all(call.done for call in (self._sent, *self._calls))
 
-    def finish(self) -> EncodedSupervision:
-        """The supervision; waits for the other stages.
+    def wait(self) -> None:
+        """Waits for the other stages.
 
         Raises the error of the first stage that failed, and `TargetDraining` if one is lost.
         """
+        if self._shares is not None:
+            return
         chain = self._passes.chain
         chain.result_of(self._sent)
         shares = [self._own]
@@ -175,4 +178,11 @@ class StartedStages:
             share = chain.result_of(call)
             assert isinstance(share, StageShare)
             shares.append(share)
+        self._shares = shares
+
+    def finish(self) -> EncodedSupervision:
+        """The supervision, as `wait`. To be called once: what the stages sent is dropped."""
+        self.wait()
+        shares, self._shares = self._shares, None
+        assert shares is not None, "the stages were waited for"
         return self._passes.assemble(self._session, shares)

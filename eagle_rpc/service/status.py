@@ -1,5 +1,6 @@
 """A target's report about itself: answers and rates since its start, its load and its memory."""
 
+import dataclasses
 import os
 import threading
 from collections import Counter
@@ -14,6 +15,7 @@ from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import SessionTable
+from eagle_rpc.supervision import ServiceTimes
 
 # Seconds that rates look back.
 _WINDOW = 10.0
@@ -53,6 +55,7 @@ class Throughput:
     def __init__(self, clock: Clock) -> None:
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
+        self._seconds = {field.name: 0.0 for field in dataclasses.fields(ServiceTimes)}
         self._rates = {name: RecentRate(clock) for name in ("tokens", "reply_bytes", "answer_tokens")}
 
     @property
@@ -68,10 +71,17 @@ class Throughput:
             for name, amount in amounts.items():
                 self._rates[name].add(amount)
 
+    def add_times(self, times: ServiceTimes) -> None:
+        """Adds the times of an answered request."""
+        with self._lock:
+            for name in self._seconds:
+                self._seconds[name] += getattr(times, name)
+
     def describe(self) -> dict[str, Any]:
-        """The figures by their names in the target's status."""
+        """The figures by their names in the target's status; `request_seconds` are sums, as `ServiceTimes`."""
         figures: dict[str, Any] = {"requests": self.requests}
         with self._lock:
+            figures["request_seconds"] = dict(self._seconds)
             for name, rate in self._rates.items():
                 figures |= {name: rate.total, f"{name}_per_second": rate.per_second}
         return figures

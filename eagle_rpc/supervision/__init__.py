@@ -27,6 +27,14 @@ from eagle_rpc.supervision.fingerprint import (
     weights_fingerprint,
 )
 from eagle_rpc.supervision.output import TargetOutput
+from eagle_rpc.supervision.request_times import (
+    RequestTimes,
+    RequestTotals,
+    ServiceTimes,
+    Waits,
+    times_of,
+    waits_of,
+)
 from eagle_rpc.supervision.rows import fused_rows_run, read_rows, read_rows_fused
 from eagle_rpc.supervision.session import (
     GenerateRequest,
@@ -105,6 +113,7 @@ __all__ += [
 ]
 # Replies, and the trainer's side.
 __all__ += ["ENCODINGS", "EncodedSupervision", "decode_supervision"]
+__all__ += ["RequestTimes", "RequestTotals", "ServiceTimes", "Waits", "times_of", "waits_of"]
 __all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]
 __all__ += ["ProjectedTargets", "StoredLogits", "StoredProbs"]
 # Tensors.

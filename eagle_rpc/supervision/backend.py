@@ -7,6 +7,7 @@ from torch import Tensor
 
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
 from eagle_rpc.supervision.encodings import DraftHead
+from eagle_rpc.supervision.request_times import RequestTotals
 from eagle_rpc.supervision.session import ModelInfo
 from eagle_rpc.supervision.tokens import TokenBatch
 from eagle_rpc.supervision.vocab import VocabMapping
@@ -36,8 +37,8 @@ class Eagle3TargetBackend(Protocol):
         """Supervision of every batch, in order; later batches are under way while the caller works."""
 
     @property
-    def seconds_waited(self) -> float:
-        """Seconds that the caller has waited for supervision since the start."""
+    def totals(self) -> RequestTotals:
+        """Where the time of all requests went since the start, and what the caller waited for."""
 
     def close(self) -> None:
         """Ends the session; the target goes on."""

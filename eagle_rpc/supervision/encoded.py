@@ -15,6 +15,7 @@ from eagle_rpc.supervision.batch import Eagle3TargetBatch
 from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead, DraftTargets
 from eagle_rpc.supervision.fp8_states import from_fp8, to_fp8
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
+from eagle_rpc.supervision.request_times import ServiceTimes
 from eagle_rpc.supervision.rows import RowsRead, read_rows
 from eagle_rpc.supervision.tensors import to_device
 from eagle_rpc.supervision.tokens import BatchRows, TokenBatch, true_places
@@ -36,6 +37,7 @@ class EncodedSupervision:
     argmax: Tensor  # [N] int32, draft id or -1
     aux_scales: Tensor | None = None  # [R, C] fp32, with float8 states
     value_scales: Tensor | None = None  # [N, 1] fp32, with float8 states
+    times: ServiceTimes | None = None  # of its request, once a server has answered it
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +47,7 @@ class EncodedSupervision:
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "EncodedSupervision":
         """The same reply with `function` applied to each tensor."""
         tensors = {name: function(tensor) for name, tensor in self._tensors().items()}
-        return EncodedSupervision(encoding=self.encoding, **tensors)
+        return EncodedSupervision(encoding=self.encoding, times=self.times, **tensors)
 
     def _tensors(self) -> dict[str, Tensor]:
         named = ((field.name, getattr(self, field.name)) for field in fields(self))

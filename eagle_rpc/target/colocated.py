@@ -17,9 +17,12 @@ from eagle_rpc.supervision import (
     Eagle3TargetBatch,
     ModelInfo,
     PlainTarget,
+    RequestTimes,
+    RequestTotals,
     SessionSettings,
     TokenBatch,
     VocabMapping,
+    Waits,
     as_target,
     check_encoding,
     decode_supervision,
@@ -51,7 +54,7 @@ class ColocatedEagle3TargetModel:
         )
         self._vocab: DraftVocabOnDevice | None = None
         self._head: DraftHead | None = None
-        self._seconds_waited = 0.0
+        self._totals = RequestTotals()
 
     def model_info(self) -> ModelInfo:
         """The target's identity and limits."""
@@ -100,8 +103,11 @@ class ColocatedEagle3TargetModel:
         tokens.check(vocab_size=info.vocab_size, max_length=info.max_length, max_tokens=info.max_batch_tokens)
         form = {"encoding": self._settings.encoding, "rows": self._settings.rows}
         encoded = supervise(self._target, tokens, vocab, **form, chunk_rows=self._chunk_rows)
+        computed = time.monotonic()
         batch = decode_supervision(encoded, tokens, self._head)
-        self._seconds_waited += time.monotonic() - started
+        ended = time.monotonic()
+        times = RequestTimes(forward=computed - started, decode=ended - computed)
+        self._totals = self._totals.plus(RequestTotals(1, times, Waits(compute=ended - started)))
         return batch
 
     def _vocab_for(self, call: str) -> DraftVocabOnDevice:
@@ -110,9 +116,9 @@ class ColocatedEagle3TargetModel:
         return self._vocab
 
     @property
-    def seconds_waited(self) -> float:
-        """Seconds spent in the target since the start."""
-        return self._seconds_waited
+    def totals(self) -> RequestTotals:
+        """Seconds spent in the target since the start; all of them are waits for it."""
+        return self._totals
 
     def close(self) -> None:
         """Drops the draft vocabulary."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from eagle_rpc.draft import DecodingCounts, TTTResult, simulated_accept_length
 from eagle_rpc.errors import CheckpointError, TrainingDiverged
 from eagle_rpc.report.metrics_log import Figure
-from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch
+from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, RequestTotals, Waits
 from eagle_rpc.train.record import RunRecord
 
-TIMES = ("waiting", "judging", "training")
-"""What a trainer's time goes to: waiting for supervision, validations and checkpoints, all else."""
+TIMES = (*(f"waiting, {what}" for what in Waits._fields), "judging", "training")
+"""What a trainer's time goes to: waits for supervision by kind, validations and checkpoints, all else."""
 
 
 class RunningSums:
@@ -129,35 +129,48 @@ class Pace:
 
     def __init__(self, backend: Eagle3TargetBackend) -> None:
         self._backend = backend
-        self._paused = self._waited_paused = 0.0
+        self._paused, self._totals_paused = 0.0, RequestTotals()
         self.restart()
-        self._first, self._waited_first = self._started, self._waited_before
+        self._first, self._totals_first = self._started, self._totals_before
 
     def restart(self) -> None:
         self._started = time.monotonic()
-        self._waited_before = self._backend.seconds_waited
+        self._totals_before = self._backend.totals
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the time of the body out."""
-        started, waited_before = time.monotonic(), self._backend.seconds_waited
+        started, totals_before = time.monotonic(), self._backend.totals
         yield
-        seconds, waited = time.monotonic() - started, self._backend.seconds_waited - waited_before
+        seconds, totals = time.monotonic() - started, self._backend.totals.minus(totals_before)
         self._started += seconds
-        self._waited_before += waited
+        self._totals_before = self._totals_before.plus(totals)
         self._paused += seconds
-        self._waited_paused += waited
+        self._totals_paused = self._totals_paused.plus(totals)
 
     def figures(self, tokens: float) -> dict[str, Figure]:
-        """`tokens` (of all trainers, without padding) per second, and this trainer's share of waiting."""
+        """`tokens` (of all trainers, without padding) per second, and what this trainer waited for.
+
+        `wait_share`, of its time; `wait_share_*` by kind; `request_seconds_*`: of a mean request.
+        """
         seconds = max(time.monotonic() - self._started, 1e-9)
-        waited = self._backend.seconds_waited - self._waited_before
-        return {"tokens_per_second": tokens / seconds, "wait_share": min(1.0, waited / seconds)}
+        totals = self._backend.totals.minus(self._totals_before)
+        waits = {
+            f"wait_share_{kind}": min(1.0, waited / seconds)
+            for kind, waited in totals.waits._asdict().items()
+        }
+        times = {
+            f"request_seconds_{part}": spent / max(totals.requests, 1)
+            for part, spent in totals.times._asdict().items()
+        }
+        share = min(1.0, totals.seconds_waited / seconds)
+        return {"tokens_per_second": tokens / seconds, "wait_share": share, **waits, **times}
 
     def totals(self) -> list[float]:
         """Seconds since the start of this object: by `TIMES`; pauses are for judging."""
-        waited = self._backend.seconds_waited - self._waited_first - self._waited_paused
-        return [waited, self._paused, time.monotonic() - self._first - self._paused - waited]
+        totals = self._backend.totals.minus(self._totals_first).minus(self._totals_paused)
+        training = time.monotonic() - self._first - self._paused - totals.seconds_waited
+        return [*totals.waits, self._paused, training]
 
 
 def in_one_line(figures: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ from fake_membership import FakeMembership, FakeTarget
 from support.tiny_target import tensors_of, tiny_batch
 from support.waiting import until
 
-from eagle_rpc.errors import InvalidRequest, RequestExpired, TargetUnavailable
+from eagle_rpc.errors import InvalidRequest, PayloadRefused, RequestExpired, TargetUnavailable
 from eagle_rpc.rpc.envelope import Failure
 from eagle_rpc.service.server import TargetModelServer
+from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
 
 
 def generate(backend: Any, seed: int) -> Any:
@@ -122,4 +123,37 @@ def test_a_trainer_that_is_told_to_stop_does_not_go_on_waiting_for_a_target(
     target.die()
     stop.set()
     with pytest.raises(TargetUnavailable, match="told to stop"):
+        generate(backend, 0)
+
+
+def test_every_request_tells_where_its_time_went(opened: Any, server: TargetModelServer):
+    backend, told = opened(FakeMembership(FakeTarget("target0", server))), list[Any]()
+    before = server.status()["request_seconds"]
+    backend.when_decoded = told.append
+    assert len(list(backend.stream(tiny_batch(seed) for seed in range(4)))) == 4
+    totals = backend.totals
+    assert totals.requests == 4 and [one.target for one in told] == ["target0"] * 4
+    assert len({one.id for one in told}) == 4 and all(one.num_bytes > 0 for one in told)
+    for name, spent in totals.times._asdict().items():
+        assert spent == pytest.approx(sum(getattr(one.times, name) for one in told))
+    assert totals.times.forward > 0 and totals.times.decode > 0
+    assert totals.seconds_waited == pytest.approx(sum(totals.waits))
+    for name, seconds in server.status()["request_seconds"].items():
+        assert seconds - before[name] == pytest.approx(getattr(totals.times, name))
+
+
+@pytest.mark.parametrize("times", [None, "0.1", ServiceTimes(queue=0.0, forward=-1.0, encode=0.0)])
+def test_a_reply_without_true_times_is_refused(opened: Any, server: TargetModelServer, times: Any):
+    class Untrue(FakeTarget):
+        def _answer(self, future: Any, reply: Any) -> None:
+            def change(done: Any) -> None:
+                value = done.wait().value
+                if isinstance(value, EncodedSupervision):
+                    value.times = times
+                future.set_result(done.wait())
+
+            reply.add_done_callback(change)
+
+    backend = opened(FakeMembership(Untrue("target0", server)))
+    with pytest.raises(PayloadRefused, match="times"):
         generate(backend, 0)

@@ -8,6 +8,15 @@ from eagle_rpc.report.sources import Sources, read_sources
 FILES = ("config.yaml", "metrics.jsonl", "training.json", "evaluation.json", "comparison.json")
 
 
+SECONDS = {
+    "waiting, queue": 0.5,
+    "waiting, compute": 2.0,
+    "waiting, transfer": 0.5,
+    "judging": 1.0,
+    "training": 6.0,
+}
+
+
 def one_slice(length, prompts=4):
     return {
         "num_prompts": prompts,
@@ -55,6 +64,9 @@ def metrics():
             "simulated_accept_length": 1 + step / 100,
             "tokens_per_second": 100.0,
             "wait_share": 0.31,
+            "wait_share_queue": 0.05,
+            "wait_share_compute": 0.2,
+            "wait_share_transfer": 0.06,
         }
         for step in range(10, 110, 10)
     ]
@@ -68,7 +80,7 @@ def metrics():
 
 def training():
     return {
-        "trainers": [{"name": "trainer0", "seconds": {"waiting": 3.0, "judging": 1.0, "training": 6.0}}],
+        "trainers": [{"name": "trainer0", "seconds": SECONDS}],
         "targets": [
             {
                 "name": "target0",

@@ -10,19 +10,27 @@ IDLE = [{"name": "target0", "busy_share": 0.2}]
 
 
 def test_waiting_trainers_ask_for_a_target():
-    assert list(advice.on_waiting(0.31, TARGETS, 1)) == [
+    assert list(advice.on_waiting(0.31, TARGETS, 1, {})) == [
         "trainers waited 31% of the time for supervision: add a target (topology.targets=2)"
     ]
-    assert list(advice.on_waiting(advice.LONG_WAIT, [], 0))
-    assert not list(advice.on_waiting(advice.LONG_WAIT - 0.001, TARGETS, 1))
-    assert not list(advice.on_waiting(None, TARGETS, 1))
+    assert list(advice.on_waiting(advice.LONG_WAIT, [], 0, {}))
+    assert not list(advice.on_waiting(advice.LONG_WAIT - 0.001, TARGETS, 1, {}))
+    assert not list(advice.on_waiting(None, TARGETS, 1, {}))
+
+
+def test_trainers_that_wait_for_transfer_do_not_ask_for_a_target():
+    waits = {"queue": 0.0, "compute": 0.15, "transfer": 0.16}
+    (said,) = advice.on_waiting(0.31, TARGETS, 1, waits)
+    assert "(15% for its computing, 16% for its transfer)" in said and "supervision.encoding" in said
+    (said,) = advice.on_waiting(0.31, TARGETS, 1, {"compute": 0.155, "transfer": 0.155})
+    assert "add a target" in said
 
 
 def test_idle_targets_ask_for_a_trainer_only_if_trainers_do_not_wait():
-    assert "topology.trainers=3" in next(advice.on_waiting(0.0, IDLE, 2))
-    assert not list(advice.on_waiting(advice.SHORT_WAIT + 0.001, IDLE, 2))
-    assert not list(advice.on_waiting(0.0, TARGETS, 2))
-    assert not list(advice.on_waiting(0.0, [{"busy_share": advice.IDLE_TARGET}], 2))
+    assert "topology.trainers=3" in next(advice.on_waiting(0.0, IDLE, 2, {}))
+    assert not list(advice.on_waiting(advice.SHORT_WAIT + 0.001, IDLE, 2, {}))
+    assert not list(advice.on_waiting(0.0, TARGETS, 2, {}))
+    assert not list(advice.on_waiting(0.0, [{"busy_share": advice.IDLE_TARGET}], 2, {}))
 
 
 def test_the_first_half_of_the_lines_does_not_count_as_waiting():

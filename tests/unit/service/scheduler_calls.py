@@ -19,6 +19,9 @@ class Done:
     def __init__(self, value):
         self._value = value
 
+    def wait(self):
+        pass
+
     def finish(self):
         return self._value
 

@@ -37,8 +37,10 @@ class UnderWay:
             raise self._request.fault_when_asked
         return self._request.done.is_set()
 
-    def finish(self):
+    def wait(self):
         assert self._request.done.wait(WAIT)
+
+    def finish(self):
         results, self._results = self._results, None
         assert results is not None, "finished twice"
         self._gpu.log.append(f"finish {self._request.name}")

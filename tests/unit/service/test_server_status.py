@@ -14,6 +14,9 @@ KEYS = {
         "weights_fingerprint",
         "incarnation",
         "uptime",
+        "asked_seconds",
+        "busy_seconds",
+        "request_seconds",
         "draining",
         "paused",
     ),
@@ -43,6 +46,10 @@ def test_status_says_what_the_target_is_and_what_it_did_and_json_has_its_types(s
     assert (told["reply_bytes"], told["reply_bytes_per_second"]) == (num_bytes, pytest.approx(num_bytes / 6))
     assert (told["uptime"], told["draining"], told["queued"], told["running"]) == (6.0, True, 0, 0)
     assert told["passes"] == 3
+    # The clock stood still while they ran.
+    assert told["asked_seconds"] == 6.0 and told["request_seconds"] == dict.fromkeys(
+        ("queue", "forward", "encode"), 0.0
+    )
     assert (told["reply_bytes_held"], told["max_reply_bytes"], told["device_bytes"]) == (0, 10**6, 0)
     assert 10**7 < told["resident_bytes"] < 10**11
     assert told["sessions"] == [

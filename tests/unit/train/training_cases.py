@@ -14,6 +14,7 @@ from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.supervision import (
     Eagle3TargetBatch,
     ModelInfo,
+    RequestTotals,
     StoredLogits,
     TokenBatch,
     VocabMapping,
@@ -130,7 +131,7 @@ class TableTarget:
         generator = torch.Generator().manual_seed(5)
         self._aux = torch.randn(VOCAB, 3 * HIDDEN, generator=generator)
         self._logits = 4 * torch.randn(VOCAB, VOCAB, generator=generator)
-        self.seconds_waited = 0.0
+        self.totals = RequestTotals()
         self.batches_delivered = 0
         self.open_streams = 0
 
