@@ -1,10 +1,11 @@
 """Speed and memory of the draft's training on one GPU: seven TTT steps on random supervision of real shapes.
 
     python benchmarks/trainer.py --out DIR [--shapes llama qwen3] [--sizes 4x2048 ...] [--systems fused reference ...]
-        [--supervised-share 0.9] [--answers 1] [--precision bf16]
+        [--supervised-share 0.9] [--answers 1] [--mix questions documents tools all] [--precision bf16]
 
 A row holds turns of equal length, and the last part of each is the answer, which is supervised: with
 `--supervised-share 0.5 --answers 1` the second half of the row. `--answers 0` supervises single tokens at random.
+`--mix` supervises answers as chats have them instead (`mixes.py`), each named mix in turn.
 For every shape, size and system: tokens/s, TFLOP/s and their share of a measured matrix product's, peak
 memory above the resident bytes; with --profile the GPU's time by kind of kernel. Medians after warm-up; the
 figures go to the screen and to DIR/trainer.json. Legend: B batch, T sequence, H hidden.
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from measuring import Results, arguments_of, kernel_times, matrix_ceiling, measure, size_of
+from mixes import MIXES, mask_of_mix
 from shapes import SHAPES
 from transformers import AutoConfig
 
@@ -57,8 +59,10 @@ def make_draft(shape: str) -> Eagle3Draft:
     return draft
 
 
-def make_loss_mask(batch: int, length: int, share: float, answers: int) -> torch.Tensor:
-    """[B, T] bool, about `share` of it true; see the top of this file."""
+def make_loss_mask(batch: int, length: int, share: float, answers: int, mix: str | None) -> torch.Tensor:
+    """[B, T] bool, of a mix or with about `share` of it true; see the top of this file."""
+    if mix is not None:
+        return mask_of_mix(mix, batch, length)
     if answers == 0:
         return torch.rand(batch, length, generator=torch.Generator().manual_seed(1)) < share
     turn = length / answers
@@ -121,17 +125,23 @@ def main() -> None:
     parser.add_argument("--encoding", default="hidden", choices=["hidden", "logits"])
     parser.add_argument("--supervised-share", type=float, default=0.9, help="of the tokens")
     parser.add_argument("--answers", type=int, default=1, help="supervised blocks of a row")
+    parser.add_argument(
+        "--mix", nargs="+", default=[None], choices=MIXES, help="instead of share and answers"
+    )
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=[one.name for one in Precision])
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     results = Results(options.out / "trainer.json", GPU)
     ceiling = matrix_ceiling(GPU)
     results.add(ceiling_teraflops=ceiling)
-    asked = (options.shapes, options.sizes, options.systems, options.precision)
-    for shape, size, system, precision in itertools.product(*asked):
+    asked = (options.shapes, options.sizes, options.systems, options.precision, options.mix)
+    for shape, size, system, precision, mix in itertools.product(*asked):
         name = {"shape": shape, "size": size, "system": system, "encoding": options.encoding}
         name["precision"] = precision
-        name |= {"supervised_share": options.supervised_share, "answers": options.answers}
+        if mix is None:
+            name |= {"supervised_share": options.supervised_share, "answers": options.answers}
+        else:
+            name |= {"mix": mix}
         try:
             measure_system(name, options, results, ceiling)
         except torch.cuda.OutOfMemoryError:
@@ -148,7 +158,7 @@ def measure_system(
     for parameter in draft.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    loss_mask = make_loss_mask(rows, length, options.supervised_share, options.answers)
+    loss_mask = make_loss_mask(rows, length, options.supervised_share, options.answers, name.get("mix"))
     batch = make_batch(draft, loss_mask, options.encoding)
     run, micro_batches = make_run(draft, name["system"], batch, Precision[name["precision"]])
     started = time.monotonic()
@@ -158,7 +168,8 @@ def measure_system(
     tokens = rows * length * micro_batches
     slow = tokens > 10000 or name["system"] == "reference"
     figures = measure(run, tokens, flops_per_token(draft.config, length), ceiling, slow=slow, device=GPU)
-    results.add(**name, first_run_seconds=first_seconds, **figures)
+    supervised = float(loss_mask.float().mean())
+    results.add(**name, supervised=supervised, first_run_seconds=first_seconds, **figures)
     if options.profile:
         times, longest = kernel_times(run, KINDS)
         results.add(**name, kernel_milliseconds=times)

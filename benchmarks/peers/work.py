@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lines import questions, say
+from mixes import mask_of_mix
 from safetensors.torch import load_file, save_file
 from shapes import architecture
 from torch import Tensor
@@ -33,6 +34,7 @@ class Work:
     num_batches: int = 8
     real_share: float = 0.9  # of the B x T tokens; the rest is padding
     answer_share: float = 0.75  # of the real tokens, in the loss mask
+    mix: str = ""  # a name of `MIXES`, in place of `answer_share`
     dtype: str = "float32"
     prefetch: int = 4  # requests under way
     seed: int = 0
@@ -85,18 +87,20 @@ class Work:
 
 
 def random_batches(work: Work) -> list[dict[str, Tensor]]:
-    """Chats of two turns, right-padded: lengths vary around `real_share`, the end of each turn is the answer."""
+    """Right-padded rows, whose lengths vary around `real_share`: chats of a mix, or two turns that end in answers."""
     generator = torch.Generator().manual_seed(work.seed)
     shape = (work.batch_size, work.length)
     position = torch.arange(work.length).expand(shape)
     batches = []
-    for _ in range(work.num_batches):
+    for number in range(work.num_batches):
         spread = min(1 - work.real_share, work.real_share) * (
             2 * torch.rand(work.batch_size, 1, generator=generator) - 1
         )
         real_length = ((work.real_share + spread) * work.length).round().long()
         turn_length = real_length.div(2, rounding_mode="floor").clamp_min(1)
         answer = position % turn_length >= ((1 - work.answer_share) * turn_length).long()
+        if work.mix:
+            answer = mask_of_mix(work.mix, *shape, seed=work.seed + number)
         real = position < real_length
         batches.append(
             {
