@@ -7,10 +7,10 @@ from eagle_rpc.config import Config
 from eagle_rpc.evaluate import evaluate_draft
 from eagle_rpc.jobs.decoding import load_decoding
 from eagle_rpc.jobs.report import make_report
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
-from eagle_rpc.train import RunDirectory
 
 
 def run(config: Config) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import ServingConfig
 from eagle_rpc.errors import CheckpointError
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import ServedForm, check_form, export_draft, warn_of_engines
 from eagle_rpc.serving.export import EMBEDDING
 from eagle_rpc.train import (
     Checkpoint,
-    RunDirectory,
     RunRecord,
     best_checkpoint,
     checkpoint_of,

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from eagle_rpc.config import Config
 from eagle_rpc.errors import DataError
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.run_page import write_report
 from eagle_rpc.report.sources import read_sources
-from eagle_rpc.train.rundir import RunDirectory
 
 
 def run(config: Config) -> int:

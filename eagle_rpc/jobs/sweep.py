@@ -28,10 +28,11 @@ from eagle_rpc.process import World, read_world, stop_signals
 from eagle_rpc.process.children import job_command, last_lines, run_child
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.process.logs import setup_logging
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.report.plots import plot_sweep
 from eagle_rpc.report.sweep_table import SweptResult, print_table, write_csv, write_markdown
-from eagle_rpc.train import RunDirectory, plain
+from eagle_rpc.train import plain
 
 logger = logging.getLogger(__name__)
 

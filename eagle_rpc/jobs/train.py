@@ -18,6 +18,7 @@ from eagle_rpc.jobs.stages import hand_over_bytes, stage_server, staged_server
 from eagle_rpc.jobs.trainer import train_until_done
 from eagle_rpc.jobs.watching import require_watching, target_watched
 from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.trackers import require_installed
 from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
@@ -25,7 +26,6 @@ from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.stage_chain import StageChain
 from eagle_rpc.service.stage_lifecycle import StageLifecycle
 from eagle_rpc.topology import Cast, DevicePlan, Role, assign_trainers, plan_devices, resolve_device
-from eagle_rpc.train import RunDirectory
 
 # Marks of the workers of a static job: the target is loaded; this trainer needs no target any more.
 READY, DONE = "ready", "done"

@@ -24,10 +24,11 @@ from eagle_rpc.jobs.inputs import Inputs
 from eagle_rpc.jobs.report import make_report
 from eagle_rpc.jobs.training_report import setup_lines, training_summary, write_summary
 from eagle_rpc.jobs.watching import trainer_watched
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.trackers import TrackedRun, Tracker, open_trackers
 from eagle_rpc.rpc import ElasticMembership, Membership
 from eagle_rpc.topology import Cast
-from eagle_rpc.train import RunDirectory, Trainer, plain
+from eagle_rpc.train import Trainer, plain
 
 logger = logging.getLogger(__name__)
 

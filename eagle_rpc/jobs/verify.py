@@ -22,9 +22,9 @@ from eagle_rpc.errors import TargetFailed, WaitTimeout
 from eagle_rpc.jobs.verify_worker import record_path, record_steps
 from eagle_rpc.process.children import job_command, last_lines
 from eagle_rpc.process.files import replaced_file
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.supervision import ENCODINGS
-from eagle_rpc.train import RunDirectory
 from eagle_rpc.train.recording import QUANTITIES, Comparison, compare_records
 
 logger = logging.getLogger(__name__)

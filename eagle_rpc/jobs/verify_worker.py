@@ -22,6 +22,7 @@ from eagle_rpc.jobs.assembly import (
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.rpc import attempt_store, join_static
@@ -30,7 +31,7 @@ from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Cast, Role, Worker, assign_roles, plan_devices, resolve_device
-from eagle_rpc.train import RunDirectory, Trainer, TrainerGroup
+from eagle_rpc.train import Trainer, TrainerGroup
 from eagle_rpc.train.recording import RecordingBackend
 
 _SHORTEST = 8  # tokens of a synthetic chat

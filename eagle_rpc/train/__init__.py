@@ -12,11 +12,9 @@ from eagle_rpc.train.checkpoint import (
 from eagle_rpc.train.distributed import TrainerGroup, join_trainers
 from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.record import RunRecord, plain
-from eagle_rpc.train.rundir import RunDirectory
 
 __all__ = [
     "Checkpoint",
-    "RunDirectory",
     "RunRecord",
     "Trainer",
     "TrainerGroup",

@@ -18,6 +18,7 @@ from eagle_rpc.config.schema import DraftConfig, TrainConfig
 from eagle_rpc.data import BatchPlan
 from eagle_rpc.draft import Eagle3Draft
 from eagle_rpc.errors import ConfigError, EagleRpcError, TrainingDiverged
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.metrics_log import Figures, MetricsLog
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.report.trackers import Tracker
@@ -35,7 +36,6 @@ from eagle_rpc.train.figures import TIMES, Pace, figures_of, in_one_line, requir
 from eagle_rpc.train.history import ValidationHistory
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import RunRecord, require_same_run
-from eagle_rpc.train.rundir import RunDirectory
 from eagle_rpc.train.schedule import planned_steps
 from eagle_rpc.train.step_supervision import supervised
 from eagle_rpc.train.validation import Validation

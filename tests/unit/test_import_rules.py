@@ -89,7 +89,7 @@ def loaded_by(imports: str, *modules: str) -> list[str]:
 
 
 def test_the_entry_point_imports_nothing_heavy():
-    modules = "config.compose process topology registry errors jobs.registry".split()
+    modules = "config.compose process topology registry errors jobs.registry jobs.report jobs.status".split()
     imports = "import " + ", ".join(f"eagle_rpc.{module}" for module in modules)
     assert loaded_by(imports, "torch", "transformers") == []
 

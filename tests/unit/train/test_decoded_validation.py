@@ -15,6 +15,7 @@ from eagle_rpc.evaluate.acceptance import evaluate_draft
 from eagle_rpc.evaluate.own_text import own_texts
 from eagle_rpc.jobs.assembly import make_draft, make_record
 from eagle_rpc.jobs.export import export_run
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.serving import load_export
 from eagle_rpc.supervision import TokenBatch, VocabMapping
@@ -22,7 +23,6 @@ from eagle_rpc.target.loading import load_model, load_target_shape
 from eagle_rpc.train.decoding import answers_of
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.loop import Trainer
-from eagle_rpc.train.rundir import RunDirectory
 
 NEW_TOKENS, GUESSES = 16, 4
 TARGET = tiny_target_config()

@@ -6,7 +6,7 @@ import pytest
 
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.train.rundir import RunDirectory
+from eagle_rpc.process.rundir import RunDirectory
 
 
 def test_a_fresh_directory_is_made_and_may_hold_logs(tmp_path):
@@ -57,7 +57,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from eagle_rpc.config.choices import Resume
-from eagle_rpc.train.rundir import RunDirectory
+from eagle_rpc.process.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])).claimed(Resume.never):
     print("claimed", flush=True)
     sys.stdin.read()

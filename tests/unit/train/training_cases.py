@@ -11,6 +11,7 @@ import torch
 from eagle_rpc.config.choices import Resume
 from eagle_rpc.config.schema import Config, DraftConfig, TrainConfig
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.supervision import (
     Eagle3TargetBatch,
     ModelInfo,
@@ -23,7 +24,6 @@ from eagle_rpc.supervision import (
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.loop import Trainer
 from eagle_rpc.train.record import RunRecord, plain
-from eagle_rpc.train.rundir import RunDirectory
 
 torch.set_num_threads(1)  # bits depend on the number of threads, and so few numbers are quicker with one
 
