@@ -8,7 +8,8 @@ PYTHON=$VENV/bin/python
 
 usage() {
   cat <<'END'
-usage: launch.sh [OVERRIDE ...]            the whole path: regenerate, train over RPC, export, evaluate
+usage: launch.sh experiment=tour           the whole path with tiny data, in about two minutes
+       launch.sh [OVERRIDE ...]            the whole path: regenerate, train over RPC, export, evaluate
        launch.sh job=NAME [OVERRIDE ...]   that job alone; job=train under torchrun with all its workers
        launch.sh --multirun OVERRIDE ...   a run for each combination of values, as train.learning_rate=1e-3,3e-4
        launch.sh test [PYTEST_ARG ...]     lint, types and tests

@@ -15,9 +15,8 @@ from eagle_rpc.config.compose import load
 from eagle_rpc.config.schema import Config
 from eagle_rpc.config.sweeps import is_sweep, read_sweep
 
-PAGES = [
-    page for folder in ("", "docs", "benchmarks", "examples") for page in sorted((ROOT / folder).glob("*.md"))
-]
+PAGES = [page for folder in ("", "benchmarks", "examples") for page in sorted((ROOT / folder).glob("*.md"))]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 # Words of which each has a plain one: finish, handle, member, can recover.
 PRIVATE_WORDS = re.compile(r"\b(settles?d?|bears?|aboard|hopeful|nobody's end)\b", re.IGNORECASE)
@@ -61,7 +60,7 @@ def commands(page: Path) -> list[str]:
     return [
         line.partition("#")[0]
         for line in lines
-        if re.match(r"\./launch|eagle-rpc|torchrun|python -m eagle", line)
+        if re.match(r"(srun [^&]*?)?(\./launch|eagle-rpc|torchrun|python -m eagle)", line)
     ]
 
 
@@ -122,7 +121,7 @@ def test_pages_have_no_private_words(page: Path):
     "command", [pytest.param(line, id=line.strip()) for page in GUIDES for line in commands(page)]
 )
 def test_commands_of_pages_compose(command: str):
-    words = shlex.split(command.replace(" -m eagle_rpc ", " "))
+    words = shlex.split(command.rstrip("& ").replace(" -m eagle_rpc ", " "))
     overrides = [word for word in words if "=" in word and not word.startswith("--")]
     if is_sweep(words):
         read_sweep(["--multirun", *overrides])

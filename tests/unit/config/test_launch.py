@@ -71,6 +71,13 @@ def test_the_whole_path_of_the_embedded_model(checkout: Path):
     assert [export, evaluate] == [f"-m eagle_rpc job={job} {settings}" for job in ("export", "evaluate")]
 
 
+def test_the_tour_takes_every_stage_by_its_own_limits(checkout: Path):
+    regenerate, train, *further = started(checkout, "experiment=tour")
+    assert regenerate == "-m eagle_rpc job=regenerate train.resume=auto experiment=tour"
+    assert "--nproc-per-node=2" in train and "experiment=smollm2" not in train
+    assert [command.split()[2] for command in further] == ["job=export", "job=evaluate"]
+
+
 @pytest.mark.parametrize(
     "own",
     [
