@@ -158,16 +158,20 @@ class Dispatcher:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                handle = None
                 with contextlib.suppress(queue.Empty):
-                    handle = self._events.get(timeout=_TICK)
-                if handle is not None:
-                    handle()
+                    self._handle(self._events.get(timeout=_TICK))
+                    # One look for all events that have come.
+                    for _ in range(self._events.qsize()):
+                        self._handle(self._events.get_nowait())
                 self._look_for_work(time.monotonic())
         except Exception as error:
             logger.exception("the dispatch thread failed")
             self._fail_all(TargetFailed(f"the dispatch thread failed: {type(error).__name__}: {error}"))
             raise
+
+    def _handle(self, event: Callable[[], None] | None) -> None:
+        if event is not None:
+            event()
 
     def _look_for_work(self, now: float) -> None:
         self._heartbeats.tick(now)

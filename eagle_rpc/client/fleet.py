@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from eagle_rpc import errors
+from eagle_rpc.client.nearest import nearest
 from eagle_rpc.client.replica import Replica
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetMismatch, TargetUnavailable
@@ -23,6 +24,8 @@ Answer = TypeVar("Answer")
 _SHORT_PAUSE = 0.2
 # Seconds until a target that failed is tried again: at first, and at most; each failure doubles them.
 _FIRST_RETRY, _LONGEST_RETRY = 0.1, 2.0
+# Seconds after which no request can still be on its way to a replica that was retired.
+_RETIRED_SECONDS = 0.5
 # No other target would answer these differently, now or later.
 _FINAL = (errors.InvalidRequest, errors.PayloadRefused, TargetMismatch, errors.UnsupportedTarget)
 _BROKEN = (errors.ConnectionLost, StaleIncarnation)
@@ -41,7 +44,7 @@ class _Target:
 
 
 class Fleet:
-    """Connects to every target that serves, and opens this trainer's session there.
+    """Connects to every target that serves, or to `most_targets` of them, and opens this trainer's session there.
 
     One thread, `fleet`, looks up which targets serve and drops those that were replaced. For each target that
     is not connected or has no session it starts a short thread, which may wait for that target and delays no
@@ -156,13 +159,7 @@ class Fleet:
         self._wake.set()
         self._thread.join()
         for replica in self.replicas():
-            try:
-                # At a silent target the lease ends the session.
-                if not replica.silent:
-                    replica.disconnect()
-            except EagleRpcError as error:
-                logger.warning("the session at %s was not ended: %s", replica.name, error)
-            self._membership.leave(replica.link, lost=False)
+            self._leave(replica)
 
     def _wait_for(self, what: str, counts: Callable[[Replica], bool]) -> None:
         """Waits until `counts` holds for one replica; with static membership, for all targets."""
@@ -187,7 +184,9 @@ class Fleet:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._attach_targets(self._look_up())
+            serving = self._look_up()
+            self._attach_targets(serving)
+            self._retire_others(serving)
             in_use = any(replica.usable for replica in self.replicas())
             self._wake.wait(self._settings.heartbeat_interval if in_use else _SHORT_PAUSE)
             self._wake.clear()
@@ -220,10 +219,17 @@ class Fleet:
         """Starts a thread for each target that has to be connected or needs a session."""
         now = time.monotonic()
         with self._changed:
-            self._addresses = addresses
-            for address in addresses:
+            usable = [
+                one for one in addresses if self._targets.get(one.incarnation, _Target()).refused is None
+            ]
+            near = nearest(usable, self._settings) if self.elastic else addresses
+            # Who refuses is remembered, since a wait for targets ends when all of them do.
+            self._addresses = near or addresses
+            for address in near:
                 target = self._targets.setdefault(address.incarnation, _Target())
                 replica = target.replica
+                if replica is not None:
+                    replica.retired = None
                 complete = replica is not None and (replica.session is not None or self._spec is None)
                 if not (complete or target.attaching or target.refused or now < target.not_before):
                     target.attaching = True
@@ -231,6 +237,38 @@ class Fleet:
                     thread = threading.Thread(target=self._attach, args=(address, target), name=name)
                     thread.daemon = True
                     thread.start()
+
+    def _retire_others(self, serving: Sequence[TargetAddress]) -> None:
+        """Leaves targets that serve and are not among the nearest any more, once all of those are usable."""
+        now = time.monotonic()
+        with self._changed:
+            near = {address.incarnation for address in self._addresses}
+            known = {incarnation: target.replica for incarnation, target in self._targets.items()}
+        replicas = [known.get(incarnation) for incarnation in near]
+        complete = all(replica is not None and replica.usable for replica in replicas)
+        others = {address.incarnation for address in serving} - near
+        for incarnation in others & known.keys():
+            replica = known[incarnation]
+            if replica is None:
+                continue
+            if replica.retired is None:
+                replica.retired = now if complete else None
+            elif replica.num_outstanding == 0 and now - replica.retired >= _RETIRED_SECONDS:
+                with self._changed:
+                    del self._targets[incarnation]
+                logger.info("%s is left to other trainers (rpc.targets_per_trainer)", replica.name)
+                name = f"leave {replica.name}"
+                threading.Thread(target=self._leave, args=(replica,), name=name, daemon=True).start()
+
+    def _leave(self, replica: Replica) -> None:
+        """Ends the session and the connection. Raises nothing."""
+        try:
+            # At a silent target the lease ends the session.
+            if not replica.silent:
+                replica.disconnect()
+        except EagleRpcError as error:
+            logger.warning("the session at %s was not ended: %s", replica.name, error)
+        self._membership.leave(replica.link, lost=False)
 
     # --- the thread of one target
 

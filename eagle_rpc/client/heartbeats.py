@@ -23,7 +23,7 @@ class Heartbeats:
         wake: Callable[[], None],
         when_lost: Callable[[Replica, EagleRpcError], None],
     ) -> None:
-        """`wake` is called from any thread when an answer has come, `when_lost` from `tick`."""
+        """`wake` is called from any thread when a silent replica has answered, `when_lost` from `tick`."""
         self._fleet = fleet
         self._settings = settings
         self._wake = wake
@@ -41,7 +41,10 @@ class Heartbeats:
             elif replica.session is not None and (
                 silence >= self._settings.heartbeat_interval or replica.silent
             ):
-                replica.send_heartbeat().call.when_done(self._wake)
+                heartbeat = replica.send_heartbeat()
+                # Other answers wait for the next tick: at many targets each of them would cost a look at all.
+                if replica.silent:
+                    heartbeat.call.when_done(self._wake)
 
     def _handle(self, replica: Replica, heartbeat: SessionCall, now: float) -> None:
         replica.heartbeat = None

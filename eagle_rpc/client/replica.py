@@ -51,6 +51,7 @@ class Replica:
         self.session: OpenedSession | None = None
         self.draining = False
         self.silent = False
+        self.retired: float | None = None  # time.monotonic since which others are used instead
         self.not_before = 0.0  # time.monotonic until which it wants no request
         self.seconds_per_request: float | None = None  # at the target, without waiting for earlier requests
         self.last_sign = self.last_answer = time.monotonic()  # of a heartbeat, of a request
@@ -64,15 +65,17 @@ class Replica:
     @property
     def usable(self) -> bool:
         """Whether it takes new requests."""
-        return self.session is not None and not self.draining and not self.silent
+        return not (self.session is None or self.draining or self.silent or self.retired is not None)
 
     @property
     def state(self) -> str:
-        """`silent`, `draining`, `connecting` or `serving`."""
+        """`silent`, `draining`, `retired`, `connecting` or `serving`."""
         if self.silent:
             return "silent"
         if self.draining:
             return "draining"
+        if self.retired is not None:
+            return "retired"
         return "connecting" if self.session is None else "serving"
 
     @property

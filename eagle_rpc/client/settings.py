@@ -16,6 +16,7 @@ class ClientSettings:
     reconnect_deadline: float  # without any target
     heartbeat_interval: float
     heartbeat_misses: int
+    most_targets: int | None = None  # connected to at a time, of an elastic service; None: all
 
     @property
     def silence(self) -> float:

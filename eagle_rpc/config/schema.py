@@ -129,6 +129,9 @@ class RpcConfig:
     """Seconds between two heartbeats: of a trainer at each target, of an elastic worker at the registry."""
     heartbeat_misses: Positive[int] = 3
     """Heartbeats in a row without an answer after which a peer counts as silent."""
+    targets_per_trainer: Positive[int] = 16
+    """Targets of an elastic service to which a trainer connects at a time; more of them cost heartbeats and
+    sessions. Each trainer takes others, so that all targets are used."""
     drain_timeout: Positive[float] = 30.0
     """Seconds that a target gives its queued requests after it is told to stop."""
     shutdown_timeout: Positive[float] = 60.0

@@ -64,7 +64,10 @@ def service_answerer(
     asked, me = config.regenerate, Worker("regenerate", frozenset([Role.trainer]), 0)
     shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
     settings = replace(
-        client_settings(config, me), prefetch=asked.concurrency, request_timeout=asked.answer_timeout
+        client_settings(config, me),
+        prefetch=asked.concurrency,
+        request_timeout=asked.answer_timeout,
+        most_targets=None,
     )
     # Any layers may be captured: answers do not depend on them.
     expected = replace(expectation(config, shape, tokenizer), aux_layer_ids=None)

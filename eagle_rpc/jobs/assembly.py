@@ -64,6 +64,7 @@ def client_settings(config: Config, me: Worker) -> ClientSettings:
         reconnect_deadline=config.rpc.reconnect_deadline,
         heartbeat_interval=config.rpc.heartbeat_interval,
         heartbeat_misses=config.rpc.heartbeat_misses,
+        most_targets=config.rpc.targets_per_trainer,
     )
 
 

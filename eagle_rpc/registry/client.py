@@ -43,6 +43,7 @@ class RegistryClient:
         self._host, self._port = parse_address(address)
         self._token = token
         self.timeout = timeout
+        self._living: tuple[str, list[Record]] = "", []  # the last answer, and its digest
 
     def __str__(self) -> str:
         return f"the registry at {self._host}:{self._port}"
@@ -65,7 +66,12 @@ class RegistryClient:
 
     def living(self) -> list[Record]:
         """The living workers, for their peers: of a status it has only `draining`."""
-        return [record_from_json(one) for one in self._ask("living")]
+        digest, known = self._living
+        match self._ask("living", known=digest):
+            case {"digest": str(digest), "records": list(records)}:
+                known = [record_from_json(one) for one in records]
+                self._living = digest, known
+        return known
 
     def _ask(self, operation: str, **arguments: Any) -> Any:
         request = to_json({"operation": operation, **arguments})

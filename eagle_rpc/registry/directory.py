@@ -1,5 +1,6 @@
 """The rules of the registry, without sockets: who is let in, who lives, who is forgotten."""
 
+import hashlib
 import logging
 import threading
 import time
@@ -68,6 +69,8 @@ class Directory:
         self._ttl = ttl
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str, str], _Entry] = {}
+        # The answer of `living`, encoded once for all that ask until it changes.
+        self._listing, self._digest, self._listed_until = b"", "", 0.0
         self._last_id_before = ids.last()
         # Without an id no worker can be there yet.
         self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
@@ -85,6 +88,8 @@ class Directory:
                 raise InvalidRequest(f"{rule}, {record.name} makes it {total}")
             if held is None or held.record.incarnation != record.incarnation:
                 self._check_admission(record, held, now)
+            if held is None or held.outline != outline or not self._lives(held, now):
+                self._listed_until = 0.0
             self._entries[record.place] = _Entry(record, size, outline, now)
 
     def withdraw(self, incarnation: str) -> None:
@@ -93,6 +98,7 @@ class Directory:
             for place, entry in list(self._entries.items()):
                 if entry.record.incarnation == incarnation:
                     del self._entries[place]
+                    self._listed_until = 0.0
                     logger.info("%s has left", entry.record)
 
     def sightings(self) -> list[Sighting]:
@@ -105,11 +111,21 @@ class Directory:
                 for one in self._sorted()
             ]
 
-    def living(self) -> bytes:
-        """The outlines of the living workers as a JSON list, in the order of `sightings`."""
+    def living(self, known: str = "") -> bytes:
+        """JSON of the living workers: `digest`, and `records`, their outlines in the order of `sightings`.
+
+        `records` is null if `known` is the digest: who asks every second mostly knows the answer.
+        """
         with self._lock:
             now = self.clock()
-            return b"[%b]" % b",".join(one.outline for one in self._sorted() if self._lives(one, now))
+            if now >= self._listed_until:
+                living = [one for one in self._sorted() if self._lives(one, now)]
+                self._listing = b"[%b]" % b",".join(one.outline for one in living)
+                self._digest = hashlib.sha256(self._listing).hexdigest()
+                # Until then nobody can die.
+                self._listed_until = min((one.last_beat for one in living), default=now) + self._ttl
+            records = b"null" if known == self._digest else self._listing
+            return b'{"digest":"%b","records":%b}' % (self._digest.encode(), records)
 
     def _sorted(self) -> list[_Entry]:
         return sorted(self._entries.values(), key=lambda one: one.record.place)

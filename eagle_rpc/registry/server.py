@@ -139,8 +139,8 @@ class RegistryServer(socketserver.ThreadingTCPServer):
                 return b"null"
             case {"operation": "records"}:
                 return to_json([sighting_to_json(one) for one in self._directory.sightings()])
-            case {"operation": "living"}:
-                return self._directory.living()
+            case {"operation": "living", "known": str(known)}:
+                return self._directory.living(known)
         operations = "new_id, announce, withdraw, records or living"
         raise InvalidRequest(f"a request must be {operations} with its argument, got {request!r:.80}")
 

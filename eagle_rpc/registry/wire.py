@@ -24,7 +24,7 @@ from eagle_rpc.registry.record import MAX_RECORD_BYTES
 MAX_REQUEST_BYTES = MAX_RECORD_BYTES + 2**10
 MAX_REPLY_BYTES = 32 * 2**20
 
-_GREETING = b"eagle_rpc registry 2\n"
+_GREETING = b"eagle_rpc registry 3\n"
 _NONCE_BYTES = 32
 _HEADER = struct.Struct(">I32s")
 _CHUNK_BYTES = 64 * 2**10

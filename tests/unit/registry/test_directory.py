@@ -50,7 +50,7 @@ def test_peers_get_the_living_targets_first(directory, clock):
     for record in reversed(living):
         directory.announce(record)
     clock.now += TTL / 2
-    assert [record_from_json(one) for one in from_json(directory.living())] == sorted(
+    assert [record_from_json(one) for one in from_json(directory.living())["records"]] == sorted(
         living, key=lambda record: record.place
     )
 
@@ -76,7 +76,7 @@ def test_a_silent_holder_is_shown_as_silent_then_superseded_and_ends_itself(dire
     clock.now += TTL
     (silent,) = directory.sightings()
     assert (silent.living, silent.seconds_silent) == (False, TTL)
-    assert from_json(directory.living()) == []
+    assert from_json(directory.living())["records"] == []
     directory.announce(target(incarnation="b", id=2))
     assert names(directory) == [("target0", "b")]
     with pytest.raises(NameTaken, match="incarnation b"):
@@ -168,3 +168,20 @@ def test_all_records_together_are_bounded(directory):
 def test_one_record_is_bounded(directory):
     with pytest.raises(InvalidRequest, match="at most 262144 bytes"):
         directory.announce(target(status={"text": "x" * 300_000}))
+
+
+def test_who_knows_the_living_workers_is_told_only_that_nothing_changed(directory, clock):
+    directory.announce(target(1))
+    first = from_json(directory.living())
+    directory.announce(target(1, status={"step": 2}))  # peers do not see it
+    assert from_json(directory.living(first["digest"])) == {"digest": first["digest"], "records": None}
+    for change in (
+        lambda: directory.announce(target(2)),
+        lambda: directory.announce(target(2, status={"draining": True})),
+        lambda: directory.withdraw(target(2).incarnation),
+        lambda: setattr(clock, "now", clock.now + TTL),
+        lambda: directory.announce(target(1)),
+    ):
+        known = from_json(directory.living())["digest"]
+        change()
+        assert from_json(directory.living(known))["records"] is not None
