@@ -17,6 +17,7 @@ from eagle_rpc.process import stop_signals
 from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.registry import RegistryClient, load_token
 from eagle_rpc.registry.record import sighting_to_json
+from eagle_rpc.report.advice import on_service
 from eagle_rpc.report.service_view import service_view
 
 # A pipe has no width of its own; nothing is cut off at this one.
@@ -40,7 +41,7 @@ def run(config: Config) -> int:
 
 
 def look_at(client: RegistryClient) -> dict[str, Any]:
-    """The service now as one JSON object: `time`, `registry`, `targets`, `stages` and `trainers`.
+    """The service now as one JSON object: `time`, `registry`, `targets`, `stages`, `trainers` and `advice`.
 
     A worker is its record with `seconds_silent` and `living`.
     """
@@ -48,7 +49,11 @@ def look_at(client: RegistryClient) -> dict[str, Any]:
     roles = {
         f"{role}s": [one for one in workers if one["role"] == role] for role in ("target", "stage", "trainer")
     }
-    return {"time": time.time(), "registry": str(client), **roles}
+    targets, trainers = (
+        [one["status"] for one in roles[role] if one["living"]] for role in ("targets", "trainers")
+    )
+    advice = list(on_service(targets, trainers))
+    return {"time": time.time(), "registry": str(client), **roles, "advice": advice}
 
 
 def _looks(client: RegistryClient, interval: float, stop: threading.Event) -> Iterator[dict[str, Any]]:

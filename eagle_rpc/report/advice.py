@@ -15,6 +15,7 @@ Interval = tuple[float, float] | None
 # Thresholds above or below which there is advice.
 LONG_WAIT = 0.15  # share of the training time
 SHORT_WAIT, IDLE_TARGET = 0.02, 0.5  # of the training time, of the target's time that it computes
+BUSY_TARGET = 0.8  # of the target's time that it computes
 RISING = 0.01  # tokens a target call over the last third of the validations
 NO_BETTER = 3  # validations after the best one
 OVERFITTED = 1.02  # last validation loss over the smallest one
@@ -94,6 +95,40 @@ def on_waiting(
             f"targets computed {max(busy):.0%} of the time and trainers did not wait: "
             f"one more trainer fits{number}"
         )
+
+
+def on_service(targets: Sequence[Figures], trainers: Sequence[Figures]) -> Iterator[str]:
+    """What to add to a running service or to remove from it.
+
+    Figures are the status of those that live: `busy_share` of targets over the last ten seconds, `wait_share` of
+    trainers over their last steps. In a rate that targets bound, n targets give 1 - wait of what trainers could use.
+    """
+    waits, busy = _shares(trainers, "wait_share"), _shares(targets, "busy_share")
+    if not waits or not busy:
+        return
+    wait, work, number = sum(waits) / len(waits), sum(busy) / len(busy), len(busy)
+    found = f"trainers wait {wait:.0%} of the time and targets compute {work:.0%} of it"
+    if wait >= LONG_WAIT and work >= BUSY_TARGET:
+        more = max(1, math.ceil(number * wait / max(1 - wait, 0.1)))
+        yield f"{found}: {number + more} targets instead of {number} would end the waiting (job=serve)"
+    elif wait >= LONG_WAIT:
+        yield (
+            f"{found}: more targets would not help; raise supervision.prefetch, or make replies smaller "
+            "(supervision.encoding) or the network faster"
+        )
+    elif wait <= SHORT_WAIT and work < IDLE_TARGET:
+        enough = max(1, math.ceil(number * work / BUSY_TARGET))
+        fit = math.floor(len(waits) * BUSY_TARGET / max(work, 0.01))
+        fewer = f"{enough} of {number} targets are enough, or " if enough < number else ""
+        yield f"{found}: {fewer}about {fit} trainers fit instead of {len(waits)}"
+
+
+def _shares(workers: Sequence[Figures], name: str) -> list[float]:
+    """The figures of those workers that have announced one: workers of other versions may announce anything."""
+    found = [one.get(name) for one in workers]
+    return [
+        one for one in found if isinstance(one, int | float) and not isinstance(one, bool) and 0 <= one <= 1
+    ]
 
 
 def on_validations(validations: Sequence[tuple[int, float]]) -> Iterator[str]:

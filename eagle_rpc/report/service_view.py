@@ -54,6 +54,8 @@ def service_view(look: Row) -> RenderableType:
         if rows:
             table = Padding(_table(columns, rows), (0, 0, 0, 2), expand=False)
             shown += [Text(f"\n{name}", style="bold"), table]
+    if look.get("advice"):
+        shown += [Text("\nAdvice", style="bold"), *(Text(f"  {_clean(line)}") for line in look["advice"])]
     return Group(*shown)
 
 

@@ -23,6 +23,7 @@ from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
 from eagle_rpc.service.forward_pass import PassRequest, outcome_of
+from eagle_rpc.service.rates import RecentRate
 from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
 
 logger = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ class ForwardScheduler:
         self._stopping = False
         self.num_passes = 0  # finished
         self.failure: str | None = None  # why the thread ended by itself
-        self.busy_seconds = 0.0  # with a pass under way
+        self._busy = RecentRate(clock)  # seconds with a pass under way
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -123,6 +124,17 @@ class ForwardScheduler:
     def paused(self) -> str:
         """Why nothing is accepted for now; empty while it is."""
         return self._paused
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds with a pass under way."""
+        return self._busy.total
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the last ten seconds with a pass under way; a pass counts when it ends."""
+        with self._changed:
+            return min(1.0, self._busy.per_second)
 
     @property
     def num_queued(self) -> int:
@@ -367,5 +379,6 @@ class ForwardScheduler:
         # A pass that started while another ran had the device to itself only when that one was finished.
         seconds, self._last_finish = now - max(began, self._last_finish), now
         self.num_passes += 1
-        self.busy_seconds += seconds
+        with self._changed:
+            self._busy.add(seconds)
         self._seconds_per_request += _NEWEST * (seconds - self._seconds_per_request)

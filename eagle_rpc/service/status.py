@@ -12,41 +12,13 @@ import torch
 
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
+from eagle_rpc.service.rates import RecentRate
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import SessionTable
 from eagle_rpc.supervision import ServiceTimes
 
-# Seconds that rates look back.
-_WINDOW = 10.0
 _STATM = Path("/proc/self/statm")
-
-
-class RecentRate:
-    """A growing sum, and its growth a second over the last ten seconds. Not safe for threads."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._started = clock()
-        self._recent: dict[int, int] = {}  # amount by second
-        self.total = 0
-
-    def add(self, amount: int) -> None:
-        self.total += amount
-        self._forget_old()
-        second = int(self._clock())
-        self._recent[second] = self._recent.get(second, 0) + amount
-
-    @property
-    def per_second(self) -> float:
-        """Mean over the last ten seconds, or since the start where that is less."""
-        self._forget_old()
-        age = min(self._clock() - self._started, _WINDOW)
-        return sum(self._recent.values()) / max(age, 1.0)
-
-    def _forget_old(self) -> None:
-        oldest = self._clock() - _WINDOW
-        self._recent = {second: amount for second, amount in self._recent.items() if second > oldest}
 
 
 class Throughput:
@@ -92,9 +64,9 @@ def describe_load(
 ) -> dict[str, Any]:
     """A target's work under way.
 
-    `passes`: forward passes so far; `busy_seconds`: with a pass under way; `prompts_*`: of answers;
-    `lease_left`: seconds; `requests`, `tokens`: of a session, answered; `reply_bytes_held`: promised, or made
-    and not yet sent.
+    `passes`: forward passes so far; `busy_seconds`: with a pass under way; `busy_share`: of the last
+    ten seconds; `prompts_*`: of answers; `lease_left`: seconds; `requests`, `tokens`: of a session, answered;
+    `reply_bytes_held`: promised, or made and not yet sent.
     """
     # First: it forgets the bytes that were sent.
     held = budget.held
@@ -104,6 +76,7 @@ def describe_load(
         "running": scheduler.num_running,
         "passes": scheduler.num_passes,
         "busy_seconds": scheduler.busy_seconds,
+        "busy_share": scheduler.busy_share,
         "prompts_waiting": answers.num_waiting,
         "prompts_running": answers.num_running,
         "reply_bytes_held": held,

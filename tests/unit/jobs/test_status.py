@@ -108,6 +108,17 @@ def stripped(rows: list[list[str]]) -> list[list[str]]:
     return [[cell.strip() for cell in row] for row in rows]
 
 
+def test_advice_follows_the_tables():
+    look = {
+        "time": 0.0,
+        "registry": "the registry",
+        "targets": [],
+        "trainers": [],
+        "advice": ["add a target"],
+    }
+    assert text_of(service_view(look))[-2:] == ["Advice", "  add a target"]
+
+
 def test_a_target_is_shown_with_what_it_is_and_does():
     identity, load, session = stripped(words(drawn([worker("target0", TARGET_STATUS)], []), "target0"))
     assert identity == [

@@ -33,6 +33,27 @@ def test_idle_targets_ask_for_a_trainer_only_if_trainers_do_not_wait():
     assert not list(advice.on_waiting(0.0, [{"busy_share": advice.IDLE_TARGET}], 2, {}))
 
 
+def test_a_service_is_told_how_many_targets_would_end_the_waiting():
+    busy, waiting = [{"busy_share": 0.98}] * 4, [{"wait_share": 0.5}] * 8
+    (line,) = advice.on_service(busy, waiting)
+    assert "trainers wait 50%" in line and "targets compute 98%" in line and "8 targets instead of 4" in line
+    assert not list(advice.on_service(busy, [{"wait_share": advice.LONG_WAIT - 0.001}]))
+    assert not list(advice.on_service(busy, [{}])) and not list(
+        advice.on_service([{"busy_share": "x"}], waiting)
+    )
+
+
+def test_a_service_whose_idle_targets_are_waited_for_needs_no_more_of_them():
+    (line,) = advice.on_service([{"busy_share": 0.3}] * 4, [{"wait_share": 0.4}])
+    assert "more targets would not help; raise supervision.prefetch" in line
+
+
+def test_a_service_is_told_how_many_targets_are_enough_and_how_many_trainers_fit():
+    (line,) = advice.on_service([{"busy_share": 0.2}] * 4, [{"wait_share": 0.0}] * 2)
+    assert "1 of 4 targets are enough, or about 8 trainers fit instead of 2" in line
+    assert not list(advice.on_service([{"busy_share": advice.IDLE_TARGET}], [{"wait_share": 0.0}]))
+
+
 def test_the_first_half_of_the_lines_does_not_count_as_waiting():
     lines = [{"step": 1, "wait_share": 0.9}, {"step": 2, "wait_share": 0.9}]
     late = [

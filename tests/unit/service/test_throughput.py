@@ -1,7 +1,8 @@
 from server_calls import Clock
 
 from eagle_rpc.service.fairness import Demand
-from eagle_rpc.service.status import RecentRate, Throughput
+from eagle_rpc.service.rates import RecentRate
+from eagle_rpc.service.status import Throughput
 
 
 def test_a_rate_looks_back_ten_seconds_and_the_total_for_ever():
