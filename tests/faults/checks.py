@@ -37,14 +37,16 @@ class Check:
         return cls(name, not findings, shown or "none", is_figure)
 
 
-def same_training(workspace: Workspace, run: str, reference: str, steps: int) -> list[Check]:
+def same_training(
+    workspace: Workspace, run: str, reference: str, steps: int, *, trainers: int = 1
+) -> list[Check]:
     """Compares a run's end and all its steps with those of an undisturbed run."""
     ours, theirs = (workspace.run_dir(name) for name in (run, reference))
     lines, expected = (read_lines(directory / "metrics.jsonl") for directory in (ours, theirs))
     return [
         Check.none_of(
             "final weights, optimiser and data position bitwise equal to the undisturbed run",
-            differences(ours, theirs, steps),
+            differences(ours, theirs, steps, steps * trainers * SEQUENCES_PER_STEP),
         ),
         Check.none_of("each step once, in order", disorder(lines, steps)),
         Check.none_of(
@@ -53,7 +55,7 @@ def same_training(workspace: Workspace, run: str, reference: str, steps: int) ->
     ]
 
 
-def differences(ours: Path, theirs: Path, steps: int) -> list[str]:
+def differences(ours: Path, theirs: Path, steps: int, sequences: int) -> list[str]:
     """Differences between the last checkpoints of two run directories."""
     ends = [directory / "checkpoints" / f"step_{steps}" for directory in (ours, theirs)]
     missing = [f"{end} is missing" for end in ends if not end.is_dir()]
@@ -62,8 +64,8 @@ def differences(ours: Path, theirs: Path, steps: int) -> list[str]:
     found = [name for name in _STATE if (ends[0] / name).read_bytes() != (ends[1] / name).read_bytes()]
     facts = [json.loads((end / "checkpoint.json").read_text()) for end in ends]
     found += [name for name in _POSITION if facts[0][name] != facts[1][name]]
-    if facts[0]["sequences"] != steps * SEQUENCES_PER_STEP:
-        found.append(f"{facts[0]['sequences']} sequences consumed in {steps} steps of {SEQUENCES_PER_STEP}")
+    if facts[0]["sequences"] != sequences:
+        found.append(f"{facts[0]['sequences']} sequences consumed in {steps} steps instead of {sequences}")
     return found
 
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
-from support.processes import Process
+from support.processes import Process, free_port
 
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.registry import Record, RegistryClient, load_token
@@ -57,6 +57,7 @@ class Service:
     name: str  # the beginning of its logs' names
     num_targets: int
     num_stages: int = 1  # of each target, each a worker
+    num_trainers: int = 1  # of a run; several are the workers of one launcher
     niceness: int = 0
     workers: dict[str, Worker] = field(default_factory=dict)
     restarts: list[Restart] = field(default_factory=list)
@@ -113,7 +114,13 @@ class Service:
         # The records of a moment ago are out of date.
         self._last_records = 0.0
         log = self.workspace.logs / f"{self.name}.{worker.name}.log"
-        worker.process = self.zygote.command_line(worker.arguments, log=log, niceness=self.niceness)
+        if worker.name == TRAINER and self.num_trainers > 1:
+            arguments = [str(self.num_trainers), str(free_port()), *worker.arguments]
+            worker.process = self.zygote.fork(
+                "faults.launcher:main", arguments, log=log, niceness=self.niceness
+            )
+        else:
+            worker.process = self.zygote.command_line(worker.arguments, log=log, niceness=self.niceness)
         worker.may_end = ""
 
     def revive(self) -> None:

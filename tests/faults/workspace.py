@@ -18,7 +18,7 @@ _WORDS = (
 HEARTBEAT, MISSES, LEASE = 0.5, 3, 4.0
 REQUEST_TIMEOUT, RECONNECT_DEADLINE, DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT = 20.0, 60.0, 10.0, 20.0
 MAX_REQUEST_BYTES, MAX_PICKLE_BYTES = 2**20, 2**19
-BATCH_SIZE, ACCUMULATION = 2, 4
+BATCH_SIZE, ACCUMULATION, VALIDATION_BATCHES = 2, 4, 2
 SEQUENCES_PER_STEP = BATCH_SIZE * ACCUMULATION
 
 _TARGET = (
@@ -33,7 +33,8 @@ _RPC = (
 _TRAINING = (
     "data=chats data.max_length=128 draft.vocab_size=64 draft.ttt_steps=3 "
     f"train.device=cpu train.autocast=null train.batch_size={BATCH_SIZE} train.accumulation={ACCUMULATION} "
-    "train.log_every=1 train.checkpoint_every=25 train.validate_every=100 train.validation_batches=2"
+    "train.log_every=1 train.checkpoint_every=25 train.validate_every=100 "
+    f"train.validation_batches={VALIDATION_BATCHES}"
 ).split()
 
 

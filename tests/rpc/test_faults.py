@@ -46,6 +46,14 @@ def test_training_under_kills_of_stages_of_a_target_ends_with_the_bits_of_one_pr
     assert {hit["victim"] for hit in report["hits"]} == {"target0", "target0.1"}
 
 
+def test_a_rolling_restart_of_all_targets_loses_no_batch_and_changes_no_bit(tmp_path: Path):
+    few = ["--targets", "2", "--trainers", "4", "--steps-per-restart", "4"]
+    report = report_of(tmp_path, "rolling", *few)
+    assert {"every target restarted once", "each step once, in order"} <= {
+        check["name"] for check in report["checks"]
+    }
+
+
 def test_every_mode_ends_after_its_signal_and_leaves_nothing_behind(tmp_path: Path):
     report = report_of(tmp_path, "cycles", "--count", "8", "--seed", "3")
     assert len({cycle["mode"] for cycle in report["cycles"]}) == 6
