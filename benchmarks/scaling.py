@@ -10,6 +10,7 @@ clock is printed beside it. The model predicts both from costs of single parts, 
 """
 
 import argparse
+import logging
 import tempfile
 from dataclasses import asdict, fields, replace
 
@@ -97,6 +98,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    # Each kill is a line of each trainer.
+    logging.getLogger("eagle_rpc").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     scenario = Scenario(**{one.name: getattr(arguments, one.name) for one in fields(Scenario)})
     with tempfile.TemporaryDirectory(prefix="scaling-") as directory:

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 CONTROL_TIMEOUT = 10.0
 # Weight of the newest request in the average of a replica's pace.
 _NEWEST = 0.3
+# Expected waits that differ by less count as equal: paces of equal replicas differ by chance.
+_EQUAL_WAITS = 1.2
 
 
 class SessionCall(NamedTuple):
@@ -223,7 +225,8 @@ class Router:
         self._turn += 1
         paces = [one.seconds_per_request for one in willing if one.seconds_per_request is not None]
         usual = min(paces, default=0.0)
-        return min(
-            willing[start:] + willing[:start],
-            key=lambda one: (one.expected_wait(now, usual_pace=usual), one.num_outstanding),
-        )
+        waits = [
+            (one.expected_wait(now, usual_pace=usual), one) for one in willing[start:] + willing[:start]
+        ]
+        longest = _EQUAL_WAITS * min(wait for wait, _ in waits)
+        return min((one for wait, one in waits if wait <= longest), key=lambda one: one.num_outstanding)

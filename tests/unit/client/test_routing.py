@@ -44,6 +44,11 @@ def test_the_least_loaded_of_equally_fast_replicas_is_preferred():
     assert chosen(Router(offset=0), three) == ["target2"]
 
 
+def test_paces_that_differ_by_chance_do_not_decide():
+    two = [replica("target0", pace=1.0), replica("target1", pace=1.1)]
+    assert chosen(Router(offset=0), two, 4) == ["target0", "target1", "target0", "target1"]
+
+
 def test_a_slow_replica_keeps_a_share_in_proportion_to_its_pace():
     fast, slow = replica("fast", pace=1.0), replica("slow", pace=4.0)
     router, given = Router(offset=0), []
