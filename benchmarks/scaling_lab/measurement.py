@@ -33,7 +33,7 @@ class Figures:
     efficiency: (
         float  # of targets: share of the time with a request to work on, less their own cost a request
     )
-    rate: float  # batches by the clock over those of an ideal service: less on a busy machine
+    by_clock: float  # batches by the clock over those of an ideal service: less on a busy machine
     batches: int
     lost: int  # batches of a trainer that did not come, in all of the run
     kills: int
@@ -206,7 +206,7 @@ def _figures(
     fed = 1 - (end.starved - start.starved) / (seconds * scenario.targets)
     return Figures(
         efficiency=fed * scenario.forward / (scenario.forward + server / 1e3),
-        rate=batches / ideal,
+        by_clock=batches / ideal,
         batches=batches,
         lost=lost,
         kills=kills,

@@ -13,7 +13,6 @@ from faults.injections import Context
 from faults.isolation import Isolation
 from faults.kinds import Kind
 from faults.report import Report
-from faults.run import merged
 from faults.schedule import Fault
 from faults.service import Service
 from faults.workspace import ACCUMULATION, HEARTBEAT, RECONNECT_DEADLINE, VALIDATION_BATCHES, Workspace
@@ -70,7 +69,7 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, iso
             report.notes += [f"{worker.name}'s log ends: {worker.running.end_of_log()}" for worker in started]
     restarted = [one.worker for one in service.restarts]
     report.checks = [
-        *merged(report.checks),
+        *report.checks,
         Check(
             "every target restarted once",
             sorted(restarted) == sorted(one.name for one in service.targets),
