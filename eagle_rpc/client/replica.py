@@ -225,8 +225,6 @@ class Router:
         self._turn += 1
         paces = [one.seconds_per_request for one in willing if one.seconds_per_request is not None]
         usual = min(paces, default=0.0)
-        waits = [
-            (one.expected_wait(now, usual_pace=usual), one) for one in willing[start:] + willing[:start]
-        ]
+        waits = [(one.expected_wait(now, usual_pace=usual), one) for one in willing[start:] + willing[:start]]
         longest = _EQUAL_WAITS * min(wait for wait, _ in waits)
         return min((one for wait, one in waits if wait <= longest), key=lambda one: one.num_outstanding)
