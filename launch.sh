@@ -63,7 +63,7 @@ run_jobs() {
   done
   # The jobs of one run get the same settings whether they are started together or one by one.
   case $job in
-    '' | regenerate | train | export | evaluate | plan)
+    '' | regenerate | train | export | evaluate | serve_check | plan)
       [[ $own ]] || others=(experiment=smollm2 "${others[@]}") ;;
   esac
   if [[ $sweep ]]; then

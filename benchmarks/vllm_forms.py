@@ -1,10 +1,9 @@
-"""Agreement with vLLM over the forms of a draft: `vllm_agreement` with random drafts of a tiny random target.
+"""Agreement with vLLM over the forms of a draft, with random drafts of a tiny random target.
 
-Texts of random models are as good as any: what is compared are the numbers of drafts and of accepted guesses at
-each position, which differ as soon as the two sides compute another draft. The draft's few tokens are the
-target's most frequent ones, so that chance alone makes some guesses right.
+Texts of random models are as good as any: what is compared are the numbers of drafts and of accepted guesses of
+each prompt, which differ as soon as the two sides compute another draft.
 
-    python benchmarks/vllm_forms.py --python VLLM_ENV/bin/python [FORM ...]
+    python benchmarks/vllm_forms.py --python VLLM_ENV/bin/python [--speculators] [FORM ...]
 
 Exit code 0: all counts agree.
 """
@@ -12,112 +11,53 @@ Exit code 0: all counts agree.
 import argparse
 import sys
 import tempfile
-from collections import Counter
-from dataclasses import replace
+import threading
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from vllm_agreement import Work, compare
+import processes  # noqa: F401 - puts tests/ on the path
+from support.guessing_drafts import (
+    FORMS,
+    NEW_TOKENS,
+    export_random_draft,
+    likely_tokens,
+    random_prompts,
+    random_target,
+)
 
-from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.speculative import decode_greedily
-from eagle_rpc.serving import export_draft
-from eagle_rpc.supervision import TargetShape, VocabMapping
+from eagle_rpc.evaluate import ServedDraft, decode_here
+from eagle_rpc.serving import load_export
+from eagle_rpc.serving.engine_run import decode_in_engine
+from eagle_rpc.serving.engine_side import DecodingWork
+from eagle_rpc.serving.speculators_config import Speculators
 
-VOCAB, NUM_PROMPTS, NEW_TOKENS, GUESSES = 16, 16, 96, 4
-LIKELY_TOKENS = 4
-# Fields of the draft's configuration, and the captured layers.
-FORMS = {
-    "eagle3": ({}, (1, 2, 4)),
-    "eagle3.1": ({"fc_norm": True, "norm_output": True}, (1, 2, 4)),
-    "norm_before_fc": ({"norm_before_fc": True, "norm_before_residual": True}, (1, 2, 4)),
-    "all_norms": ({"norm_before_fc": True, "fc_norm": True, "norm_output": True}, (1, 2, 4)),
-    "one_layer_captured": ({"fc_norm": True}, (3,)),
-    "five_layers_captured": ({"fc_norm": True, "norm_output": True}, (0, 1, 2, 3, 4)),
-    "three_layers": ({"num_layers": 3, "norm_output": True}, (1, 2, 4)),
-    "window": ({"sliding_window": 12}, (1, 2, 4)),
-    "two_layers_with_a_window": ({"num_layers": 2, "sliding_window": 16}, (1, 2, 4)),
-    "whole_vocabulary": ({"draft_vocab_size": VOCAB}, (1, 2, 4)),
-}
-
-
-def random_target() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def random_prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 40, (NUM_PROMPTS,), generator=generator).tolist()
-    return [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in lengths]
-
-
-def likely_tokens(model: LlamaForCausalLM) -> VocabMapping:
-    target, counts = GreedyTarget(model, (1, 2, 4)), Counter[int]()
-    for prompt_ids in random_prompts():
-        counts.update(decode_greedily(target, prompt_ids, max_new_tokens=NEW_TOKENS, stop_token_ids=())[0])
-    ids = [token for token, _ in counts.most_common(LIKELY_TOKENS)]
-    return VocabMapping.from_token_ids(torch.tensor(ids), VOCAB)
-
-
-def export_random_draft(model: LlamaForCausalLM, mapping: VocabMapping, form: str, directory: Path) -> None:
-    """A draft whose guesses depend on all that it attends to."""
-    changes, aux_layer_ids = FORMS[form]
-    if changes.get("draft_vocab_size") == VOCAB:
-        mapping = VocabMapping.from_token_ids(torch.arange(VOCAB), VOCAB)
-    base = Eagle3DraftConfig.from_target(TargetShape.of(model.config), draft_vocab_size=len(mapping))
-    config = replace(base, num_aux_layers=len(aux_layer_ids), **changes)
-    embedding = model.get_input_embeddings().weight
-    draft = Eagle3Draft(config, embedding)
-    draft.initialise(2)
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in draft.named_parameters():
-        if weight.requires_grad and weight.dim() == 1:
-            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
-        elif weight.requires_grad and not name.startswith("fc"):
-            weight.data *= 20 if "o_proj" in name else 8
-    export_draft(
-        {name: weight.detach() for name, weight in draft.state_dict().items()},
-        config,
-        mapping,
-        directory,
-        dtype=torch.float32,
-        aux_layer_ids=aux_layer_ids,
-        target_embedding=embedding,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+GUESSES = 4
+SECONDS = 3600.0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", required=True, help="interpreter of an environment with vLLM")
+    parser.add_argument("--speculators", action="store_true", help="export in the form of speculators")
     parser.add_argument("forms", nargs="*", default=list(FORMS), help=f"of {', '.join(FORMS)}")
     arguments = parser.parse_args()
     model, agreed = random_target(), True
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(Path(scratch, "target"))
+        target, log = Path(scratch, "target"), Path(scratch, "vllm.log")
+        model.save_pretrained(target)
+        beside = Speculators(str(target), GUESSES) if arguments.speculators else None
         for form in arguments.forms:
             draft = Path(scratch, form)
-            export_random_draft(model, likely_tokens(model), form, draft)
-            work = Work(str(Path(scratch, "target")), str(draft), random_prompts(), NEW_TOKENS, GUESSES, [])
-            _, agree = compare(form, work, arguments.python)
-            agreed = agreed and agree
+            export_random_draft(model, likely_tokens(model), form, draft, beside)
+            work = DecodingWork(
+                "vllm", str(target), str(draft), "float32", random_prompts(), NEW_TOKENS, GUESSES, []
+            )
+            ours = decode_here(model, load_export(draft), work)
+            theirs = decode_in_engine(
+                arguments.python, work, log=log, seconds=SECONDS, stop=threading.Event()
+            )
+            served = ServedDraft(engine="vllm", ours=ours, theirs=theirs, control=None)
+            print(f"{form}\n{served.summary()}", flush=True)
+            agreed = agreed and served.is_ours
     return 0 if agreed else 1
 
 

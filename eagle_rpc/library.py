@@ -25,6 +25,7 @@ from eagle_rpc.config.choices import (
     DraftLoss,
     DType,
     Encoding,
+    ExportForm,
     InitVocab,
     JobName,
     MembershipKind,
@@ -259,15 +260,22 @@ class DraftTraining:
             raise TrainingDiverged(f"loss and gradient norm must be finite, got {found} at step {step}")
         return StepFigures(step=step, grad_norm=norm, learning_rate=outcome.learning_rate, **figures)
 
-    def export(self, directory: str | Path, *, dtype: DType = DType.bfloat16) -> list[Path]:
+    def export(
+        self,
+        directory: str | Path,
+        *,
+        dtype: DType = DType.bfloat16,
+        forms: Sequence[ExportForm] = (ExportForm.plain,),
+    ) -> list[Path]:
         """Writes the draft as vLLM and SGLang load it, in place of an earlier export; returns the files.
 
-        Raises `ConfigError` if `directory` holds other files.
+        A second form goes to `directory`-FORM. Raises `ConfigError` if a directory holds other files.
         """
         weights = self._learner.draft_weights()
         embedding_VH = weights.get(EMBEDDING, self.draft.embed_tokens.weight)
-        settings = ServingConfig(dir=str(directory), dtype=dtype)
-        return export_run(weights, self._record, embedding_VH, settings)
+        settings = ServingConfig(dir=str(directory), dtype=dtype, forms=list(forms))
+        step = self._learner.steps_done
+        return export_run(weights, self._record, embedding_VH, settings, step=step, validation=None)
 
 
 def load_draft(directory: str | Path) -> ExportedDraft:

@@ -15,6 +15,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-families", action="store_true", help="also try every family of transformers")
+    parser.addoption("--vllm-python", help="Python of an environment with vLLM, in which drafts are served")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -142,6 +142,11 @@ def _broken_in_decoding(config: Config) -> Iterator[str]:
     yield from _broken_in_trees(config.evaluate)
     if config.job.name is JobName.compare and len(set(config.compare.drafts)) < 2:
         yield f"compare.drafts must name at least two directories, got {config.compare.drafts}"
+    if config.job.name is JobName.serve_check and config.evaluate.temperature:
+        yield (
+            "evaluate.temperature must be 0 with job=serve_check, which compares texts, "
+            f"got {config.evaluate.temperature:g}"
+        )
 
 
 def _broken_in_trees(evaluate: EvaluateConfig) -> Iterator[str]:
@@ -241,7 +246,10 @@ def _broken_over_stages(config: Config) -> Iterator[str]:
     if config.topology.single:
         yield f"topology.single must be false with {field}={given}, got true"
     asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
-    if config.job.name in (JobName.evaluate, JobName.compare, JobName.verify) or asks_itself:
+    if (
+        config.job.name in (JobName.evaluate, JobName.compare, JobName.serve_check, JobName.verify)
+        or asks_itself
+    ):
         backend = " and regenerate.backend=engine" if asks_itself else ""
         yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs in one process, got {given}"
     if config.target.attention == "flex_attention":
@@ -258,7 +266,10 @@ def _broken_over_devices(config: Config) -> Iterator[str]:
     if config.topology.single:
         yield f"topology.single must be false with {field}={given}, got true"
     asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
-    if config.job.name in (JobName.evaluate, JobName.compare, JobName.verify) or asks_itself:
+    if (
+        config.job.name in (JobName.evaluate, JobName.compare, JobName.serve_check, JobName.verify)
+        or asks_itself
+    ):
         backend = " and regenerate.backend=engine" if asks_itself else ""
         yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs on one device, got {given}"
     if config.target.attention == "flex_attention":

@@ -20,6 +20,8 @@ class JobName(Enum):
     """Counts what decoding of the same prompts accepts with each of several drafts."""
     report = "report"
     """Makes `report.html` anew from the files of a run directory."""
+    serve_check = "serve_check"
+    """Lets vLLM and SGLang decode with an exported draft and compares drafts, accepted guesses and texts."""
     verify = "verify"
     """Runs the same steps co-located and remote and compares every bit."""
     plan = "plan"
@@ -122,6 +124,15 @@ class Engine(Enum):
     sglang = "sglang"
     tensorrt_llm = "tensorrt_llm"
     llama_cpp = "llama_cpp"
+
+
+class ExportForm(Enum):
+    """The form of an exported draft."""
+
+    plain = "plain"
+    """The keys and names that all engines read."""
+    speculators = "speculators"
+    """Those of the speculators library, which vLLM and mlx-vlm read; it also names the target."""
 
 
 class TargetEngine(Enum):

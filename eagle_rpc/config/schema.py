@@ -17,6 +17,7 @@ from eagle_rpc.config.choices import (
     DType,
     Encoding,
     Engine,
+    ExportForm,
     Guesses,
     InitVocab,
     JobName,
@@ -439,6 +440,10 @@ class ServingConfig:
     """Format of the exported weights."""
     dir: FilePath = "${run.dir}/export"
     """Directory that the draft is written to."""
+    forms: Annotated[list[ExportForm], rules.FORMS] = field(default_factory=lambda: [ExportForm.plain])
+    """The first form is written to `serving.dir`, a second one beside it, to `serving.dir`-FORM."""
+    draft_tokens: Positive[int] = 3
+    """Guesses of a round that the form of speculators names, for `vllm serve` with the draft alone."""
     engines: list[Engine] = field(default_factory=list)
     """Engines that will serve the draft: a form that one of them ignores is refused, before training already.
     Empty: exports warn of all engines."""
@@ -493,6 +498,20 @@ class CompareConfig:
     """Directories of exported drafts; the others are compared with the first."""
     output: FilePath = "${run.dir}/comparison.json"
     """JSON file to write."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServeCheckConfig:
+    """Serving engines beside the draft `evaluate.draft`, with the prompts and settings of `evaluate`."""
+
+    vllm_python: FilePath | None = None
+    """Python of an environment with vLLM; null: this one, if vLLM is installed in it."""
+    sglang_python: FilePath | None = None
+    """Python of an environment with SGLang; null: this one, if SGLang is installed in it."""
+    control: bool = True
+    """Each engine also decodes with captured layers that are off by one, which must show in the counts."""
+    timeout: Positive[float] = 1800.0
+    """Seconds for an engine to start and decode all prompts."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -604,6 +623,7 @@ class Config:
     serving: ServingConfig = field(default_factory=ServingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
+    serve_check: ServeCheckConfig = field(default_factory=ServeCheckConfig)
     regenerate: RegenerateConfig = field(default_factory=RegenerateConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     inspect: InspectConfig = field(default_factory=InspectConfig)

@@ -84,6 +84,21 @@ class Evaluation:
         with replaced_file(path) as fresh:
             fresh.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
+    def card_figures(self) -> dict[str, str]:
+        """What a model card shows."""
+        settings, guesses = self.settings, len(self.acceptance_per_position)
+        length = with_interval(self.accept_length, self.accept_length_interval)
+        return {
+            f"accept length with {guesses} draft tokens": f"{length} tokens a target call",
+            "accepted by position": ", ".join(f"{share:.3f}" for share in self.acceptance_per_position),
+            "over": f"{self.num_drafts} drafts, {self.num_prompts} prompts of {Path(settings['prompts']).name}",
+            "decoding": f"temperature {settings['temperature']:g}, {settings['max_new_tokens']} new tokens, "
+            f"{settings['dtype']}",
+            "counts agree with real decoding": {True: "yes", False: "no", None: "not tried"}[
+                self.counts_agree
+            ],
+        }
+
     def summary(self) -> str:
         """Lines for a terminal."""
         by_length = "  ".join(f"{k}: {value:.3f}" for k, value in self.accept_length_by_draft_tokens.items())

@@ -11,6 +11,7 @@ from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.plots import plot_acceptance, plot_loss
 from eagle_rpc.serving import load_export
+from eagle_rpc.serving.model_card import write_measured
 
 
 def run(config: Config) -> int:
@@ -28,6 +29,7 @@ def run(config: Config) -> int:
         tokenizer=tokenizer,
     )
     result.write(directory.evaluation)
+    write_measured(Path(settings.draft), result.card_figures())
     plot_acceptance(result.acceptance_per_position, result.accept_length, directory.acceptance_plot)
     files = [Path(settings.draft), directory.evaluation, directory.acceptance_plot]
     if directory.metrics.exists():

@@ -8,15 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
+import eagle_rpc
 from eagle_rpc.config import Config
+from eagle_rpc.config.choices import ExportForm
 from eagle_rpc.config.schema import ServingConfig
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import ServedForm, check_form, export_draft, warn_of_engines
 from eagle_rpc.serving.export import EMBEDDING
+from eagle_rpc.serving.model_card import Training, model_card
+from eagle_rpc.serving.speculators_config import Speculators
 from eagle_rpc.train import (
     Checkpoint,
     RunRecord,
@@ -41,10 +46,17 @@ def run(config: Config) -> int:
     embedding = checkpoint.draft_weights.get(EMBEDDING)
     if embedding is None:
         embedding = load_target_embedding(path.parent / directory.target_embedding.name)
-    files = export_run(checkpoint.draft_weights, checkpoint.record, embedding, serving)
     history = checkpoint.history
-    judged = f" with accept length {history.best_accept_length:.3f} in validation"
-    of_best = judged if history.best_step == checkpoint.step else ""
+    validation = history.best_accept_length if history.best_step == checkpoint.step else None
+    files = export_run(
+        checkpoint.draft_weights,
+        checkpoint.record,
+        embedding,
+        serving,
+        step=checkpoint.step,
+        validation=validation,
+    )
+    of_best = "" if validation is None else f" with accept length {validation:.3f} in validation"
     logger.info("exported step %d%s: %s", checkpoint.step, of_best, ", ".join(map(str, files)))
     return 0
 
@@ -83,27 +95,65 @@ def _newest(checkpoints: Path) -> tuple[Path, Checkpoint]:
 
 
 def export_run(
-    weights: Mapping[str, Tensor], record: RunRecord, embedding_VH: Tensor, settings: ServingConfig
+    weights: Mapping[str, Tensor],
+    record: RunRecord,
+    embedding_VH: Tensor,
+    settings: ServingConfig,
+    *,
+    step: int,
+    validation: float | None,
 ) -> list[Path]:
-    """Exports the draft of a run with this embedding; returns the files. Raises as `export_draft` and `check_form`."""
+    """Exports the draft of a run with this embedding in each of `serving.forms`; returns the files.
+
+    The card tells of the optimiser steps and, if it is known, the accept length in validation. Raises as
+    `export_draft` and `check_form`.
+    """
     target = record.target
-    form = ServedForm(
+    served = ServedForm(
         config=record.draft_config,
         aux_layer_ids=target.aux_layer_ids,
         num_target_layers=target.num_layers,
         target=target.architecture,
         own_embedding=EMBEDDING in weights,
     )
-    check_form(form, settings.engines)
-    warn_of_engines(form, settings.engines)
-    return export_draft(
-        weights,
-        record.draft_config,
-        record.mapping,
-        Path(settings.dir),
-        dtype=getattr(torch, settings.dtype.value),
+    check_form(served, settings.engines)
+    warn_of_engines(served, settings.engines)
+    beside = Speculators(record.config["target"]["model"], settings.draft_tokens)
+    card = model_card(record.draft_config, _training_of(record, step, validation))
+    files = list[Path]()
+    for form in settings.forms:
+        files += export_draft(
+            weights,
+            record.draft_config,
+            record.mapping,
+            Path(settings.dir if form is settings.forms[0] else f"{settings.dir}-{form.name}"),
+            dtype=getattr(torch, settings.dtype.value),
+            aux_layer_ids=target.aux_layer_ids,
+            target_embedding=embedding_VH,
+            bos_token_id=record.bos_token_id,
+            eos_token_id=record.eos_token_id,
+            speculators=beside if form is ExportForm.speculators else None,
+            card=card,
+        )
+    return files
+
+
+def _training_of(record: RunRecord, step: int, validation: float | None) -> Training:
+    train, data, draft = (record.config[section] for section in ("train", "data", "draft"))
+    own = [data["train_path"]] if data["train_path"] else []
+    versions = {"eagle-rpc": eagle_rpc.__version__, "torch": torch.__version__}
+    return Training(
+        target=record.config["target"]["model"],
+        target_class=record.target.architecture,
         aux_layer_ids=record.target.aux_layer_ids,
-        target_embedding=embedding_VH,
-        bos_token_id=record.bos_token_id,
-        eos_token_id=record.eos_token_id,
+        sources=own + [source["path"] for source in data["sources"]],
+        data_digest=record.data_digest,
+        settings={
+            "loss": f"{draft['loss']}, {draft['ttt_steps']} training-time test steps",
+            "learning rate": f"{train['learning_rate']:g}, {train['schedule']}",
+            "chats of a step": str(train["batch_size"] * train["accumulation"]),
+        },
+        versions=versions | {"transformers": transformers.__version__},
+        step=step,
+        validation=validation,
     )

@@ -15,7 +15,7 @@ from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, ConfigError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-_AUX_LAYERS, _NUM_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
+AUX_LAYERS, _NUM_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states"
 _DEFAULT_NUM_AUX_LAYERS = 3
 _SLIDING = "sliding_attention"
 # Left out if they are off, so that the config of a plain EAGLE-3 draft has no key of EAGLE-3.1.
@@ -38,7 +38,7 @@ def plain_config(
     if num_aux_layers != _DEFAULT_NUM_AUX_LAYERS:
         config[_NUM_AUX_LAYERS] = num_aux_layers
     # vLLM reads the outer ids and counts before the layer; SGLang reads the inner ones and adds 1.
-    inner = {_AUX_LAYERS: list(aux_layer_ids), "use_aux_hidden_state": True}
+    inner = {AUX_LAYERS: list(aux_layer_ids), "use_aux_hidden_state": True}
     if draft_config.norm_before_fc:
         # TensorRT-LLM looks for it here alone.
         inner["norm_before_fc"] = True
@@ -49,7 +49,7 @@ def plain_config(
         "attention_bias": False,
         "tie_word_embeddings": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        _AUX_LAYERS: [layer + 1 for layer in aux_layer_ids],
+        AUX_LAYERS: [layer + 1 for layer in aux_layer_ids],
         "eagle_config": inner,
     }
 
@@ -98,13 +98,13 @@ def _rope_for_engines(draft_config: Eagle3DraftConfig) -> dict[str, Any] | None:
 
 
 def _read_aux_layers(raw: dict[str, Any], path: Path) -> tuple[int, ...] | None:
-    before_layer = raw.get(_AUX_LAYERS)
-    after_layer = (raw.get("eagle_config") or {}).get(_AUX_LAYERS)
+    before_layer = raw.get(AUX_LAYERS)
+    after_layer = (raw.get("eagle_config") or {}).get(AUX_LAYERS)
     if before_layer is None:
         return None if after_layer is None else tuple(after_layer)
     aux_layer_ids = tuple(layer - 1 for layer in before_layer)
     if after_layer is not None and tuple(after_layer) != aux_layer_ids:
         raise CheckpointError(
-            f"{path}: eagle_config.{_AUX_LAYERS} must be one less than {before_layer}, got {after_layer}"
+            f"{path}: eagle_config.{AUX_LAYERS} must be one less than {before_layer}, got {after_layer}"
         )
     return aux_layer_ids

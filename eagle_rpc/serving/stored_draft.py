@@ -22,13 +22,13 @@ from torch import Tensor
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import CheckpointError, InvalidRequest
 from eagle_rpc.serving.export import EMBEDDING, weight_shapes
+from eagle_rpc.serving.plain_config import AUX_LAYERS
 from eagle_rpc.supervision import VocabMapping, tensors_digest
 
 logger = logging.getLogger(__name__)
 
 HEAD = "lm_head.weight"
 _D2T, _T2D = "d2t", "t2d"
-_AUX_LAYERS = "eagle_aux_hidden_state_layer_ids"
 # Values of `config.json` that change what the weights mean, and that no shape shows.
 _SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 # Relative distance of the same embedding in two formats.
@@ -205,7 +205,7 @@ def _aux_layers(
 
     speculators adds one that `fc` does not read: the target's last hidden state.
     """
-    before_layer, after_layer = raw.get(_AUX_LAYERS), inner.get(_AUX_LAYERS)
+    before_layer, after_layer = raw.get(AUX_LAYERS), inner.get(AUX_LAYERS)
     if before_layer is None:
         return None if after_layer is None else tuple(after_layer)
     layers = tuple(layer - 1 for layer in before_layer)

@@ -19,16 +19,22 @@ _FURTHER_NORM = re.compile(r"(layers\.[1-9]\d*)\.input_layernorm\.weight")
 
 
 def exported_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a draft under their names in an export."""
+    """The tensors of a draft under their names in the plain form."""
     further_norms = {name: match for name in tensors if (match := _FURTHER_NORM.fullmatch(name))}
     if not further_norms:
         return dict(tensors)
-    named = {name.replace(_FIRST_LAYER, _FIRST_OF_SEVERAL): tensor for name, tensor in tensors.items()}
-    return named | {_second_name(match): tensors[name].clone() for name, match in further_norms.items()}
+    return speculators_names(tensors) | {
+        _second_name(match): tensors[name].clone() for name, match in further_norms.items()
+    }
+
+
+def speculators_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the plain form under their names in that of speculators."""
+    return {name.replace(_FIRST_LAYER, _FIRST_OF_SEVERAL): tensor for name, tensor in tensors.items()}
 
 
 def draft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of the export in `path` under their names in a draft; a prefix `model.` is left out.
+    """The tensors of the export in `path`, of either form, under their names in a draft; a prefix `model.` is left out.
 
     Raises `CheckpointError` if the two names of one norm have different values.
     """

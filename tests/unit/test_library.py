@@ -128,7 +128,7 @@ def test_an_exported_draft_has_the_trained_weights(tmp_path: Path):
     training = make_training()
     list(training.steps([tiny_batch(1)] * 2))
     files = training.export(tmp_path / "draft", dtype=eagle_rpc.DType.float32)
-    assert [file.name for file in files] == ["config.json", "model.safetensors"]
+    assert [file.name for file in files] == ["config.json", "model.safetensors", "README.md"]
     draft = eagle_rpc.load_draft(tmp_path / "draft")
     assert draft.mapping.digest == tiny_mapping().digest
     assert draft.aux_layer_ids == (0, 2, 4)

@@ -79,7 +79,7 @@ def test_the_last_validation_counts_what_evaluation_counts(tmp_path, packed_leng
     trainer.train()
     weights = dict(trainer.learner.weights())
     serving = ServingConfig(dir=str(tmp_path / "export"), dtype=eagle_rpc.DType.float32)
-    export_run(weights, record, draft.embed_tokens.weight, serving)
+    export_run(weights, record, draft.embed_tokens.weight, serving, step=2, validation=None)
     settings = EvaluateConfig(max_new_tokens=NEW_TOKENS, num_draft_tokens=GUESSES)
     prompts = [list(text.prompt_ids) for text in texts]
     result = evaluate_draft(model, load_export(tmp_path / "export"), prompts, settings, stop_ids={stop})
