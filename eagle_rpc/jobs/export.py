@@ -14,7 +14,7 @@ from torch import Tensor
 import eagle_rpc
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import ExportForm
-from eagle_rpc.config.schema import ServingConfig
+from eagle_rpc.config.schema import ServingConfig, TrainConfig
 from eagle_rpc.errors import CheckpointError
 from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
@@ -32,6 +32,7 @@ from eagle_rpc.train import (
     load_target_embedding,
     read_checkpoint,
 )
+from eagle_rpc.train.schedule import peak_rate
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ def export_run(
 def _training_of(record: RunRecord, step: int, validation: float | None) -> Training:
     train, data, draft = (record.config[section] for section in ("train", "data", "draft"))
     own = [data["train_path"]] if data["train_path"] else []
+    chosen = TrainConfig(learning_rate=train["learning_rate"])
+    rate = peak_rate(chosen, record.draft_config.hidden_size)
     versions = {"eagle-rpc": eagle_rpc.__version__, "torch": torch.__version__}
     return Training(
         target=record.config["target"]["model"],
@@ -150,7 +153,7 @@ def _training_of(record: RunRecord, step: int, validation: float | None) -> Trai
         data_digest=record.data_digest,
         settings={
             "loss": f"{draft['loss']}, {draft['ttt_steps']} training-time test steps",
-            "learning rate": f"{train['learning_rate']:g}, {train['schedule']}",
+            "learning rate": f"{rate:g}, {train['schedule']}",
             "chats of a step": str(train["batch_size"] * train["accumulation"]),
         },
         versions=versions | {"transformers": transformers.__version__},
