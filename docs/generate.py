@@ -18,7 +18,7 @@ from eagle_rpc.config.schema import Config
 _HEAD = """\
 # Configuration
 
-`python docs/generate.py > docs/configuration.md` makes this page from `eagle_rpc/config/schema.py`.
+`python docs/generate.py > docs/configuration.md` makes this page from `eagle_rpc/config/sections/`.
 
 A setting is written `SECTION.FIELD=VALUE` on the command line, a choice of a group `GROUP=CHOICE`.
 Later values win: defaults of this page, files of `conf/`, the command line. `eagle-rpc --help` lists

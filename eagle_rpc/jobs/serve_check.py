@@ -15,13 +15,13 @@ from eagle_rpc.evaluate import ServedDraft, decode_here
 from eagle_rpc.jobs.decoding import load_decoding
 from eagle_rpc.process import stop_signals
 from eagle_rpc.process.files import replaced_file
+from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import load_export
 from eagle_rpc.serving.engine_run import decode_in_engine, engine_python, shifted_layers
 from eagle_rpc.serving.engine_side import SIDES, DecodingOutcome, DecodingWork
 from eagle_rpc.target.loading import load_target_shape, resolve_model_dir
 from eagle_rpc.target.stop_tokens import stop_token_ids
-from eagle_rpc.train import RunDirectory
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The sections of the configuration, by subject. `schema.py` puts them together."""
