@@ -48,8 +48,8 @@ def test_a_draft_is_trained_exported_and_evaluated(tmp_path: Path):
     with ended_at_last(lambda: processes):
         processes.append(start(tmp_path, "train_on_own_batches", "draft", "--steps", "3"))
         log = require_success(processes[-1])
-        assert [line.split()[:2] for line in log[-5:-2]] == [["1", "loss"], ["2", "loss"], ["3", "loss"]]
-        assert log[-2:] == ["draft/config.json", "draft/model.safetensors"]
+        assert [line.split()[:2] for line in log[-6:-3]] == [["1", "loss"], ["2", "loss"], ["3", "loss"]]
+        assert log[-3:] == ["draft/README.md", "draft/config.json", "draft/model.safetensors"]
         processes.append(start(tmp_path, "evaluate_draft", "draft", "--prompts", "2"))
         text = "\n".join(require_success(processes[-1]))
         assert "accept length" in text and "2 prompts" in text

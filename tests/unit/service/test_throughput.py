@@ -49,6 +49,7 @@ def test_figures_are_kept_by_outcome():
         "reply_bytes_per_second": 300.0,
         "answer_tokens": 40,
         "answer_tokens_per_second": 8.0,
+        "request_seconds": {"queue": 0.0, "forward": 0.0, "encode": 0.0},
     }
 
 

@@ -88,7 +88,7 @@ def test_a_stream_gives_every_batch_in_order(make_model):
     batches = [tokens_of(0), tokens_of(1, packed=True), tokens_of(2)]
     for tokens, streamed in zip(batches, colocated.stream(batches), strict=True):
         assert_bitwise(streamed, generate(colocated, tokens))
-    assert colocated.seconds_waited > 0
+    assert colocated.totals.seconds_waited > 0
 
 
 def test_a_draft_can_be_trained_on_colocated_supervision(make_model):
