@@ -243,37 +243,28 @@ def _broken_over_stages(config: Config) -> Iterator[str]:
     given, field = config.topology.stages_per_target, "topology.stages_per_target"
     if config.target.engine is TargetEngine.vllm:
         yield f"{field} must be 1 with target.engine=vllm, which starts its own processes, got {given}"
-    if config.topology.single:
-        yield f"topology.single must be false with {field}={given}, got true"
-    asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
-    if (
-        config.job.name in (JobName.evaluate, JobName.compare, JobName.serve_check, JobName.verify)
-        or asks_itself
-    ):
-        backend = " and regenerate.backend=engine" if asks_itself else ""
-        yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs in one process, got {given}"
-    if config.target.attention == "flex_attention":
-        yield (
-            f"target.attention must be another than flex_attention with {field}={given}, since later stages run "
-            "the model's code on stand-ins for its embedding, got flex_attention"
-        )
+    reason = "later stages run the model's code on stand-ins for its embedding"
+    yield from _broken_where_divided(config, field, given, "in one process", reason)
 
 
 def _broken_over_devices(config: Config) -> Iterator[str]:
     """Rules for targets over several devices."""
     given = config.topology.devices_per_target
     field = "topology.devices_per_target"
+    yield from _broken_where_divided(config, field, given, "on one device", "its masks stay on one device")
+
+
+def _broken_where_divided(config: Config, field: str, given: int, place: str, reason: str) -> Iterator[str]:
+    """Rules for targets whose layers are divided: jobs that run `place`, and why flex_attention does not fit."""
     if config.topology.single:
         yield f"topology.single must be false with {field}={given}, got true"
     asks_itself = config.job.name is JobName.regenerate and config.regenerate.backend is AnswerBackend.engine
-    if (
-        config.job.name in (JobName.evaluate, JobName.compare, JobName.serve_check, JobName.verify)
-        or asks_itself
-    ):
+    whole = (JobName.evaluate, JobName.compare, JobName.serve_check, JobName.verify)
+    if config.job.name in whole or asks_itself:
         backend = " and regenerate.backend=engine" if asks_itself else ""
-        yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs on one device, got {given}"
+        yield f"{field} must be 1 with job={config.job.name.name}{backend}, which runs {place}, got {given}"
     if config.target.attention == "flex_attention":
         yield (
-            f"target.attention must be another than flex_attention with {field}={given}, since its masks stay on "
-            "one device, got flex_attention"
+            f"target.attention must be another than flex_attention with {field}={given}, since {reason}, "
+            "got flex_attention"
         )
