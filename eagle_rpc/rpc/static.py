@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from eagle_rpc.config.schema import RpcConfig
+from eagle_rpc.errors import WaitTimeout
 from eagle_rpc.process import World
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.rpc.agent import running_agent
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 # How all agents of the job shut down: the key in the store, and its values.
 _SHUTDOWN, _TOGETHER, _ALONE = "shutdown", "together", "alone"
 
+# The event of a worker that reads the store no more.
+_LEFT = "left"
+
 
 class StaticMembership:
     """The workers of one job, and the store through which they tell each other of events."""
@@ -39,6 +43,7 @@ class StaticMembership:
         self._devices = devices
         self._config = config
         self._lost: set[str] = set()
+        self._together = False
 
     def targets(self) -> Sequence[TargetAddress]:
         """The targets of the job except lost ones: torch never reconnects to a worker with the same id."""
@@ -97,7 +102,23 @@ class StaticMembership:
     def shuts_down_together(self) -> bool:
         """Whether the agents shut down together; decides so unless a worker has announced leaving."""
         # The first proposal holds for all: an agent that shuts down alone would block a common shutdown.
-        return self.store.compare_set(_SHUTDOWN, "", _TOGETHER).decode() == _TOGETHER
+        self._together = self.store.compare_set(_SHUTDOWN, "", _TOGETHER).decode() == _TOGETHER
+        return self._together
+
+    def leave_store(self, *, host: bool) -> None:
+        """Marks that this worker shut down with the others; the store's `host` waits until all have.
+
+        Agents that shut down together end by reading the store: without this wait they would find it gone.
+        """
+        if not self._together:
+            return
+        self.mark(_LEFT)
+        if not host:
+            return
+        try:
+            self.wait_for(self.cast.names, _LEFT, timeout=self._config.shutdown_timeout)
+        except WaitTimeout as error:
+            logger.warning("leaving although other workers may still shut down: %s", error)
 
 
 @contextlib.contextmanager
@@ -123,6 +144,7 @@ def join_static(
     ):
         logger.info("joined %s over %s", ", ".join(cast.names), config.interface)
         yield membership
+    membership.leave_store(host=_hosts_store(world))
 
 
 def attempt_store(world: World, *, timeout: float) -> dist.Store:
@@ -135,10 +157,14 @@ def attempt_store(world: World, *, timeout: float) -> dist.Store:
     tcp = dist.TCPStore(
         world.master_addr,
         world.master_port,
-        is_master=world.rank == 0 and not world.agent_hosts_store,
+        is_master=_hosts_store(world),
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout),
         # Two stores of one process share the server.
         multi_tenant=True,
     )
     return dist.PrefixStore(f"eagle_rpc/{world.run_id}/{world.restart_count}", tcp)
+
+
+def _hosts_store(world: World) -> bool:
+    return world.rank == 0 and not world.agent_hosts_store

@@ -106,8 +106,8 @@ def arrivals(membership: StaticMembership) -> Iterator[None]:
     """Sets a mark in the store for every reply that this trainer receives."""
     complete, numbers = PendingRequest.complete, itertools.count(1)
 
-    def marked(request, reply):
-        complete(request, reply)
+    def marked(request, reply, trip):
+        complete(request, reply, trip)
         membership.mark(f"arrival {next(numbers)}")
 
     PendingRequest.complete = marked
