@@ -12,7 +12,7 @@ usage: launch.sh experiment=tour           the whole path with tiny data, in abo
        launch.sh [OVERRIDE ...]            the whole path: regenerate, train over RPC, export, evaluate
        launch.sh job=NAME [OVERRIDE ...]   that job alone; job=train under torchrun with all its workers
        launch.sh --multirun OVERRIDE ...   a run for each combination of values, as train.learning_rate=1e-3,3e-4
-       launch.sh test [PYTEST_ARG ...]     lint, types and tests
+       launch.sh test [PYTEST_ARG ...]     lint, types and all tests but the slow ones; -m slow for these
        launch.sh setup                     the virtual environment only, which the others set up as well
 
 An override is Hydra's GROUP=CHOICE or SECTION.FIELD=VALUE: topology.trainers=3 train.max_steps=50

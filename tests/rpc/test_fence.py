@@ -1,6 +1,5 @@
 """The fence around real agents: what it lets through, what it refuses, and what goes past it."""
 
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from support.attacker import SERVER, Answers, Gadget, attacked_server, pickled, stock_agent
 from support.tiny_target import tiny_mapping
+from support.workers import forking
 from torch.distributed import rpc
 from torch.distributed.rpc.functions import async_execution
 from torch.futures import Future
@@ -43,9 +43,8 @@ def server() -> Iterator[Any]:
 
 def in_a_process(function: Callable[..., Any], *args: Any) -> Any:
     """What `function` returns in a process of its own: an agent and its fence are for the whole process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, function, args), daemon=True)
+    receiver, sender = forking.Pipe(duplex=False)
+    process = forking.Process(target=_report, args=(sender, function, args), daemon=True)
     process.start()
     assert receiver.poll(90), "the process did not answer within 90 s"
     ok, value = receiver.recv()

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import pickle
 import threading
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from support.tiny_target import tiny_target_config
+from support.workers import forking
 from torch.distributed import rpc
 from torch.distributed.rendezvous import register_rendezvous_handler
 
@@ -57,9 +57,8 @@ def fenced_server(pipe: Any, config: RpcConfig, permissions: Permissions) -> Non
 @contextlib.contextmanager
 def attacked_server(config: RpcConfig) -> Iterator[Any]:
     """This process becomes the attacker; yields the server's `Process`, which must outlive the body."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(
+    pipe, theirs = forking.Pipe()
+    process = forking.Process(
         target=fenced_server, args=(theirs, config, permissions(config, Role.target)), daemon=True
     )
     process.start()

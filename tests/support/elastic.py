@@ -1,11 +1,8 @@
 """An elastic service for tests: a registry in this process, targets and trainers in processes that can be
 killed.
-
-Processes are forked from a server that has imported everything once, so one starts in a fraction of a second.
 """
 
 import contextlib
-import multiprocessing
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from support.processes import free_port
 from support.tiny_target import tiny_target_config
+from support.workers import forking
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config.schema import RpcConfig, TargetConfig
@@ -33,16 +31,13 @@ WAIT = 60.0
 # A worker is silent after 5 s: a busy machine may keep a living one from answering for a second or two.
 HEARTBEATS: dict[str, Any] = {"heartbeat_interval": 0.2, "heartbeat_misses": 25}
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["support.elastic", "transformers.models.llama.modeling_llama"])
-
 
 class Worker:
     """A process that runs `function(link, *args)`; `link` is the other end of `receive` and `send`."""
 
     def __init__(self, function: Callable[..., None], *args: Any) -> None:
-        self._link, theirs = _context.Pipe()
-        self.process = _context.Process(target=_run, args=(theirs, function, args), daemon=True)
+        self._link, theirs = forking.Pipe()
+        self.process = forking.Process(target=_run, args=(theirs, function, args), daemon=True)
         self.process.start()
         theirs.close()
 

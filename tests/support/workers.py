@@ -6,9 +6,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from support.processes import free_port, torchrun_environment
 
 from eagle_rpc.config.schema import RpcConfig
+
+# Processes are forked from a server that has imported everything once: an import of torch and transformers
+# takes seconds.
+forking = multiprocessing.get_context("forkserver")
+forking.set_forkserver_preload(["support.preloaded"])
 
 # Short bounds, in seconds: a test that hangs fails soon.
 TEST_RPC = RpcConfig(start_timeout=60, model_timeout=60, request_timeout=30, shutdown_timeout=30)
@@ -20,12 +26,11 @@ def run_workers(function: Callable[..., Any], size: int, *args: Any, timeout: fl
 
     Raises `AssertionError` with the traceback of the first worker that raised, died or did not end in time.
     """
-    context = multiprocessing.get_context("spawn")
     port = free_port()
     workers = []
     for rank in range(size):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(sender, rank, size, port, function, args))
+        receiver, sender = forking.Pipe(duplex=False)
+        process = forking.Process(target=_work, args=(sender, rank, size, port, function, args))
         process.start()
         sender.close()
         workers.append((process, receiver))
@@ -53,7 +58,8 @@ def _result(rank: int, process: Any, receiver: Any, timeout: float) -> Any:
 def _work(
     sender: Any, rank: int, size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(torchrun_environment(rank, size, port), OMP_NUM_THREADS="1")
+    os.environ.update(torchrun_environment(rank, size, port))
+    torch.set_num_threads(1)
     try:
         sender.send((True, function(*args)))
     except BaseException:  # noqa: BLE001 - the parent shows every error

@@ -1,13 +1,14 @@
 import json
 import logging
-import multiprocessing
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_cases import turns, write_lines
 from support.tiny_tokenizer import CHATML, make_tiny_tokenizer
+from support.workers import forking
 
 from eagle_rpc.config.choices import OnError
 from eagle_rpc.config.schema import DataConfig, SourceConfig
@@ -123,15 +124,14 @@ def test_many_processes_make_the_samples_of_one(tmp_path, monkeypatch):
         load(broken, workers=2)
 
 
-def _load(path: str, numbers: "multiprocessing.Queue[str]") -> None:
+def _load(path: str, numbers: Any) -> None:
     numbers.put(load(Path(path)).store.digest)
 
 
 def test_processes_that_start_together_tokenise_once(tmp_path):
     path = write_chats(tmp_path / "chats.jsonl", range(200))
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_load, args=(str(path), queue)) for _ in range(2)]
+    queue = forking.Queue()
+    processes = [forking.Process(target=_load, args=(str(path), queue)) for _ in range(2)]
     for process in processes:
         process.start()
     digests = {queue.get(timeout=60) for _ in processes}
