@@ -6,8 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import (
@@ -16,70 +15,23 @@ from eagle_rpc.errors import (
     TargetBusy,
     TargetDraining,
     TargetFailed,
-    TargetOutOfMemory,
     UnknownSession,
 )
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.fairness import LONGEST_RETRY, SHORTEST_RETRY, Demand, FairQueue, Work, set_outcome
-from eagle_rpc.service.forward_pass import PassRequest, outcome_of
-from eagle_rpc.service.rates import RecentRate
-from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
+from eagle_rpc.service.forward_pass import outcome_of
+from eagle_rpc.service.passes import Passes, PassesUnderWay
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two looks whether a GPU is done, while there is nothing else to do.
 _LOOK_INTERVAL = 0.001
-# Weight of the newest pass in the average of the seconds that a request takes.
-_NEWEST = 0.2
-
-
-class Started(Protocol):
-    """A pass that has begun."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether `finish` would not wait."""
-
-    def wait(self) -> None:
-        """Waits until all is computed. Raises the error of a pass that failed."""
-
-    def finish(self) -> EncodedSupervision:
-        """The supervision. To be called once."""
-
-
-class Passes(Protocol):
-    """Runs the target on requests."""
-
-    @property
-    def most_before(self) -> int:
-        """Unfinished passes beside which one more may start."""
-
-    def start(self, request: PassRequest) -> Started:
-        """Begins a pass."""
 
 
 class _Urgent(NamedTuple):
     run: Callable[[], Any]
     answer: Future[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A request whose pass has started, or failed to."""
-
-    work: Work
-    started: Started | EagleRpcError
-    began: float
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it can be finished without waiting."""
-        try:
-            return isinstance(self.started, EagleRpcError) or self.started.is_done
-        except RuntimeError:
-            # A GPU that has failed raises wherever it is asked; finishing the pass reports it.
-            return True
 
 
 class ForwardScheduler:
@@ -93,7 +45,7 @@ class ForwardScheduler:
         demand: Demand,
         clock: Clock,
     ) -> None:
-        self._passes = passes
+        self._under_way = PassesUnderWay(passes, clock)
         self._answers = answers
         self._clock = clock
         self._queue = FairQueue(
@@ -102,16 +54,11 @@ class ForwardScheduler:
         self._max_urgent = config.max_queued_requests
         self._urgent: deque[_Urgent] = deque()
         self._running: list[Work | _Urgent] = []
-        self._begun: deque[_Begun] = deque()  # in the order in which they are answered
-        self._last_computed = self._last_finish = clock()
-        self._seconds_per_request = 0.0
         self._changed = threading.Condition()
         self._draining = False
         self._paused = ""  # why nothing is accepted for now
         self._stopping = False
-        self.num_passes = 0  # finished
         self.failure: str | None = None  # why the thread ended by itself
-        self._busy = RecentRate(clock)  # seconds with a pass under way
         self._thread = threading.Thread(target=self._serve, name="forward", daemon=True)
         self._thread.start()
 
@@ -126,15 +73,19 @@ class ForwardScheduler:
         return self._paused
 
     @property
+    def num_passes(self) -> int:
+        """Passes that have ended."""
+        return self._under_way.num_finished
+
+    @property
     def busy_seconds(self) -> float:
         """Seconds with a pass under way."""
-        return self._busy.total
+        return self._under_way.busy_seconds
 
     @property
     def busy_share(self) -> float:
         """Share of the last ten seconds with a pass under way; a pass counts when it ends."""
-        with self._changed:
-            return min(1.0, self._busy.per_second)
+        return self._under_way.busy_share
 
     @property
     def num_queued(self) -> int:
@@ -156,7 +107,7 @@ class ForwardScheduler:
     def retry_after(self) -> float:
         """Seconds after which a refused sender may expect room: the present queue at the recent pace."""
         with self._changed:
-            seconds = len(self._queue) * self._seconds_per_request
+            seconds = len(self._queue) * self._under_way.seconds_per_request
         return min(max(seconds, SHORTEST_RETRY), LONGEST_RETRY)
 
     def submit(self, work: Work) -> None:
@@ -285,43 +236,21 @@ class ForwardScheduler:
         """
         with self._changed:
             self._wait_for_work()
-            if self._stopping and not self._begun:
+            if self._stopping and not self._under_way:
                 return False
             urgent = self._urgent.popleft() if self._urgent else None
             work = None if urgent else self._queue.take()
             beginning = [one for one in (urgent, work) if one is not None]
-            self._running = [*(begun.work for begun in self._begun), *beginning]
+            self._running = [*self._under_way.works, *beginning]
         if urgent:
             set_outcome(urgent.answer, outcome_of(urgent.run))
         if work:
-            self._begun.append(self._begin(work))
-        if self._begun and isinstance(self._begun[-1].started, EagleRpcError):
-            self._finish_all()
-        elif not work or len(self._begun) > self._passes.most_before:
-            self._finish_first()
+            self._under_way.begin(work)
+        self._under_way.finish_due(idle=work is None)
         with self._changed:
-            self._running = [begun.work for begun in self._begun]
+            self._running = [*self._under_way.works]
             self._changed.notify_all()
         return True
-
-    def _finish_first(self) -> None:
-        """Finishes the oldest pass, if there is one; all of them if it finds too little memory beside others."""
-        if not self._begun:
-            return
-        first = self._begun.popleft()
-        if not self._finish(first, alone=not self._begun):
-            self._finish_all(again=[first.work])
-
-    def _finish_all(self, again: list[Work] | None = None) -> None:
-        """Finishes all passes in order, then runs those again, each alone, that found too little memory."""
-        again = again or []
-        alone = len(self._begun) == 1 and not again
-        while self._begun:
-            begun = self._begun.popleft()
-            if not self._finish(begun, alone=alone):
-                again.append(begun.work)
-        for work in again:
-            self._finish(self._begin(work), alone=True)
 
     @property
     def _is_wanted(self) -> bool:
@@ -331,54 +260,9 @@ class ForwardScheduler:
     def _wait_for_work(self) -> None:
         """Waits until there is work to begin, or a pass to finish without waiting for a GPU."""
         while not (self._is_wanted or self._stopping):
-            if not self._begun:
+            if not self._under_way:
                 self._changed.wait()
-            elif self._begun[0].is_done:
+            elif self._under_way.first_is_done:
                 return
             else:
                 self._changed.wait(_LOOK_INTERVAL)
-
-    def _begin(self, work: Work) -> _Begun:
-        """Starts a pass for `work`, unless its deadline has passed."""
-        began = self._clock()
-        late = began - work.deadline
-        if late >= 0:
-            message = f"the request's deadline passed {late:.3f} s before its turn; it was not run"
-            return _Begun(work, RequestExpired(message), began)
-        return _Begun(work, outcome_of(lambda: self._passes.start(work.request)), began)
-
-    def _finish(self, begun: _Begun, *, alone: bool) -> bool:
-        """Answers the request of a pass; False if it shall run again alone.
-
-        That is a request without enough memory while, unless `alone`, another pass was under way.
-        """
-        outcome: Any = begun.started
-        if not isinstance(begun.started, EagleRpcError):
-            started = begun.started
-            outcome = outcome_of(lambda: self._finished(begun, started))
-            self._note_pass(begun.began)
-        if isinstance(outcome, TargetOutOfMemory) and not alone:
-            return False
-        begun.work.finish(outcome)
-        return True
-
-    def _finished(self, begun: _Begun, started: Started) -> EncodedSupervision:
-        """The supervision of a pass, whose times its work gets."""
-        # A device works on one pass after the other.
-        free = max(begun.began, self._last_computed)
-        started.wait()
-        computed = self._last_computed = self._clock()
-        encoded = started.finish()
-        begun.work.times = ServiceTimes(
-            queue=free - begun.work.arrived, forward=computed - free, encode=self._clock() - computed
-        )
-        return encoded
-
-    def _note_pass(self, began: float) -> None:
-        now = self._clock()
-        # A pass that started while another ran had the device to itself only when that one was finished.
-        seconds, self._last_finish = now - max(began, self._last_finish), now
-        self.num_passes += 1
-        with self._changed:
-            self._busy.add(seconds)
-        self._seconds_per_request += _NEWEST * (seconds - self._seconds_per_request)

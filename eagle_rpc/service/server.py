@@ -4,13 +4,11 @@ Plain logic without transport: methods return values or futures of them, and rai
 `eagle_rpc.errors`. The module loads no model code.
 """
 
-import contextlib
 import dataclasses
-import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,19 +16,21 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.errors import EagleRpcError, StaleIncarnation, TargetBusy, TargetDraining, TargetFailed
+from eagle_rpc.errors import StaleIncarnation, TargetBusy
 from eagle_rpc.process.waiting import Clock
+from eagle_rpc.service.accounts import Accounts
 from eagle_rpc.service.answering import AnswerDesk, Answering
-from eagle_rpc.service.arguments import check_answer_request, check_request, check_spec, check_type
+from eagle_rpc.service.arguments import check_answer_request, check_request, check_type
 from eagle_rpc.service.fairness import Demand, Work
 from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
+from eagle_rpc.service.opening import SessionOpener
+from eagle_rpc.service.passes import Passes
 from eagle_rpc.service.reply_budget import ReplyBudget
-from eagle_rpc.service.scheduler import ForwardScheduler, Passes
+from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
 from eagle_rpc.service.status import Throughput, describe_load, describe_memory
 from eagle_rpc.supervision import (
-    ENCODINGS,
     AnswerPrompt,
     AnswerRequest,
     DraftHead,
@@ -42,9 +42,7 @@ from eagle_rpc.supervision import (
     PlainTarget,
     PromptAnswer,
     SessionSpec,
-    VocabMapping,
     as_target,
-    check_encoding,
     describe_target,
     device_of,
     own_storage,
@@ -86,7 +84,6 @@ class TargetModelServer:
         self._config = config
         self._clock = clock
         self._started = clock()
-        self._first_request: float | None = None  # when it came
         self._info = describe_target(
             self._target,
             max_length=config.max_length,
@@ -103,7 +100,11 @@ class TargetModelServer:
         self._answers = AnswerDesk(answering, config, demand, clock)
         passes = passes or ForwardPass(self._target, config)
         self._scheduler = ForwardScheduler(passes, self._answers, config, demand, clock)
+        self._opener = SessionOpener(
+            self._target, self._info, self.sessions, self._scheduler, self._answers, config
+        )
         self._budget = ReplyBudget(config, demand)
+        self._accounts = Accounts(self._budget, self.sessions, self.throughput)
         self._heads = HeadRows(self._target, self._info, self._budget, clock)
         self._closed = threading.Event()
         self._expiry = threading.Thread(target=self._expire_regularly, name="expiry", daemon=True)
@@ -137,35 +138,11 @@ class TargetModelServer:
         `TargetBusy`; from the future also `UnsupportedTarget` if the encoding would not be exact, or if the
         session is for answers and this target gives none.
         """
-        check_spec(spec)
-        if self._scheduler.draining:
-            raise TargetDraining("the target is shutting down and takes no new sessions")
-        mapping = VocabMapping.from_token_ids(spec.selected_token_ids, self._info.vocab_size)
-        spec.expected.check(self._info)
-        probe = ENCODINGS[spec.encoding].needs_head and not self.sessions.serves(
-            mapping.digest, spec.encoding
-        )
-        if probe or spec.answers:
-            # A probe is a forward pass. While it waits it keeps the ids alone, not the sender's storage.
-            spec = dataclasses.replace(spec, selected_token_ids=mapping.selected_token_ids)
-            return self._scheduler.submit_first(functools.partial(self._open, spec, mapping, probe=probe))
-        opened: Future[OpenedSession] = Future()
-        opened.set_result(self._open(spec, mapping))
-        return opened
+        return self._opener.open(spec)
 
     def set_vocab_mapping(self, selected_token_ids: Tensor) -> Future[OpenedSession]:
         """The reference's call: `open_session` with default settings for the draft vocabulary [K]."""
         return self.open_session(SessionSpec(selected_token_ids=selected_token_ids))
-
-    def _open(self, spec: SessionSpec, mapping: VocabMapping, *, probe: bool = False) -> OpenedSession:
-        # Several trainers may have asked before the first of them was answered.
-        if probe and not self.sessions.serves(mapping.digest, spec.encoding):
-            check_encoding(self._target, mapping.selected_token_ids, spec.encoding)
-        if spec.answers:
-            self._answers.check()
-        session, config = self.sessions.open(spec, mapping), self._config
-        credits = config.max_answers if spec.answers else config.max_queued_per_session
-        return OpenedSession(id=session.id, credits=credits, lease=config.session_lease)
 
     def generate(self, request: GenerateRequest) -> Future[EncodedSupervision]:
         """The supervision of one batch; on a GPU ready in the order of the device's default stream.
@@ -173,7 +150,7 @@ class TargetModelServer:
         Raises `InvalidRequest`, `StaleIncarnation`, `UnknownSession`, `TargetDraining`, `TargetBusy` with the
         seconds until the next try; from the future `RequestExpired`, `TargetOutOfMemory`, `TargetFailed` too.
         """
-        with self._refusals_counted():
+        with self.throughput.refusals_counted():
             check_request(request)
             session, info = self._session_of(request), self._info
             request.tokens.check(
@@ -189,27 +166,11 @@ class TargetModelServer:
         tokens = request.tokens
         num_tokens = int(tokens.attention_mask.sum())
         num_bytes = most_reply_bytes(self._info, session, tokens, num_tokens)
-        promised = self._budget.promise(num_bytes, run=session.spec.run, session=session.id)
-
-        def record(outcome: EncodedSupervision | EagleRpcError) -> None:
-            if isinstance(outcome, EagleRpcError):
-                self._budget.release(promised)
-                self.throughput.count(outcome.code)
-            else:
-                self._budget.fulfil(promised, outcome)
-                self.sessions.count(session, num_tokens)
-                self.throughput.count("ok", tokens=num_tokens, reply_bytes=outcome.num_bytes)
-                if outcome.times is not None:
-                    self.throughput.add_times(outcome.times)
-
-        try:
+        with self._accounts.of_batch(session, num_tokens=num_tokens, num_bytes=num_bytes) as record:
             # A sender may ship views of larger storages, which no bound counts.
             kept = PassRequest(session, tokens.map_tensors(own_storage))
             work = self._work(session, request, kept, record)
             self._scheduler.submit(work)
-        except BaseException:
-            self._budget.release(promised)
-            raise
         return work.answer
 
     def answer(self, request: AnswerRequest) -> Future[PromptAnswer]:
@@ -217,30 +178,14 @@ class TargetModelServer:
 
         Raises as `generate`; from the future also `UnsupportedTarget` for a target that answers no prompts.
         """
-        with self._refusals_counted():
+        with self.throughput.refusals_counted():
             check_answer_request(request)
             session, prompt = self._session_of(request), request.prompt
             prompt.check(vocab_size=self._info.vocab_size, max_length=self._info.max_length)
-
-            def record(outcome: PromptAnswer | EagleRpcError) -> None:
-                if isinstance(outcome, EagleRpcError):
-                    self.throughput.count(outcome.code)
-                else:
-                    self.sessions.count(session, len(outcome.token_ids))
-                    self.throughput.count("ok", answer_tokens=len(outcome.token_ids))
-
             content = dataclasses.replace(prompt, token_ids=own_storage(prompt.token_ids))
-            work = self._work(session, request, content, record)
+            work = self._work(session, request, content, self._accounts.of_prompt(session))
             self._scheduler.submit_prompt(work)
             return work.answer
-
-    @contextlib.contextmanager
-    def _refusals_counted(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.throughput.count(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
-            raise
 
     def _session_of(self, request: GenerateRequest | AnswerRequest) -> Session:
         """The request's session, whose lease starts anew. Raises `StaleIncarnation`, `UnknownSession`."""
@@ -257,7 +202,7 @@ class TargetModelServer:
         record: Callable[[Any], None],
     ) -> Work:
         now = self._clock()
-        self._first_request = now if self._first_request is None else self._first_request
+        self.throughput.note_request()
         return Work(
             content,
             run=session.spec.run,
@@ -288,16 +233,14 @@ class TargetModelServer:
     def status(self) -> dict[str, Any]:
         """Identity, load and memory of this replica, in types that JSON has.
 
-        `uptime`, `asked_seconds`: seconds since the start and since the first request; `max_reply_bytes`: the
-        bound of `reply_bytes_held`; `paused`: why it takes no requests for now, empty if it does; the rest as
-        in `ModelInfo`, `Throughput` and `describe_load`.
+        `uptime`: seconds since the start; `max_reply_bytes`: the bound of `reply_bytes_held`; `paused`: why it
+        takes no requests for now, empty if it does; the rest as in `ModelInfo`, `Throughput.describe` and
+        `describe_load`.
         """
-        now = self._clock()
         identity = "architecture hidden_size vocab_size dtype weights_fingerprint incarnation".split()
         return {
             **{name: getattr(self._info, name) for name in identity},
-            "uptime": now - self._started,
-            "asked_seconds": 0.0 if self._first_request is None else now - self._first_request,
+            "uptime": self._clock() - self._started,
             "max_reply_bytes": self._config.max_reply_bytes,
             "paused": self._scheduler.paused,
             **self.throughput.describe(),

@@ -29,18 +29,14 @@ from eagle_rpc.rpc import Link, ServiceCall
 from eagle_rpc.service.arguments import check_type
 from eagle_rpc.service.fairness import set_outcome
 from eagle_rpc.service.forward_pass import outcome_of
+from eagle_rpc.service.stage_pass import StageForwardPass
 from eagle_rpc.supervision import (
-    BatchRows,
     DraftHead,
-    DraftVocabOnDevice,
     StageBeat,
     StageInfo,
     StagePass,
     StageShare,
     StageTarget,
-    VocabMapping,
-    own_storage,
-    read_supervision,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,11 +83,11 @@ class StageServer:
 
         `pass_seconds`: how long hidden states wait for their request and a request for its hidden states.
         """
-        self._target, self._config, self._clock = target, config, clock
+        self._target, self._clock = target, clock
+        self._pass = StageForwardPass(target, config)
         self._incarnation, self._connect_next = incarnation, connect_next
         self._pass_seconds = pass_seconds
         self._info = target.stage_info()
-        self._vocabs: tuple[str, DraftVocabOnDevice] | None = None
         self._changed = threading.Condition()
         self._chain = ""
         self._next: Link | None = None
@@ -258,7 +254,7 @@ class StageServer:
         if one.abandoned:
             made: Any = TargetFailed("a stage before this one has failed in this pass")
         else:
-            made = outcome_of(lambda: self._supervise(request, one.incoming))
+            made = outcome_of(lambda: self._pass.run(request, one.incoming))
         one.incoming = None
         share, handed_on = (None, None) if isinstance(made, EagleRpcError) else made
         if self._next is None:
@@ -274,49 +270,6 @@ class StageServer:
             )
             call.when_done(lambda: _answer(one.answer, call, made if share is None else share))
         self.num_passes += 1
-
-    @torch.no_grad()
-    def _supervise(
-        self, request: StagePass, incoming: list[Tensor] | None
-    ) -> tuple[StageShare, list[Tensor]]:
-        target, tokens = self._target, request.tokens
-        place = target.devices[0]
-        made = target.run_stage(tokens, [piece.to(place) for piece in incoming or ()])
-        last = target.devices[-1]
-        if made.output is None:
-            rows = BatchRows.of(tokens).to(last)
-            share = StageShare(aux=real_rows(made.aux_hidden_states, rows))
-            return share, [own_storage(piece.cpu()) for piece in made.handed_on]
-        read = read_supervision(
-            made.output,
-            BatchRows.of(tokens).to(last),
-            self._vocab(request.selected_token_ids, last),
-            encoding=request.encoding,
-            chunk_rows=self._config.chunk_rows,
-        ).encode(request.rows)
-        share = StageShare(
-            aux=read.aux.cpu() if read.aux.numel() else None,
-            supervised_rows=read.supervised_rows.cpu(),
-            values=read.values.cpu(),
-            log_normalizer=read.log_normalizer.cpu(),
-            argmax=read.argmax.cpu(),
-        )
-        return share, []
-
-    def _vocab(self, selected_token_ids: Tensor | None, device: torch.device) -> DraftVocabOnDevice:
-        """The lookup tables, kept for passes of the same vocabulary."""
-        if selected_token_ids is None:
-            raise TargetFailed("the last stage needs the draft vocabulary, got none")
-        mapping = VocabMapping.from_token_ids(selected_token_ids, self._target.model_info().vocab_size)
-        digest = mapping.digest
-        if self._vocabs is None or self._vocabs[0] != digest:
-            self._vocabs = digest, DraftVocabOnDevice.of(mapping, device)
-        return self._vocabs[1]
-
-
-def real_rows(aux_BTW: Tensor, rows: BatchRows) -> Tensor | None:
-    """The captured states [R, W] of real tokens on the CPU; null where a stage captures none."""
-    return aux_BTW.flatten(0, 1).index_select(0, rows.real).cpu() if aux_BTW.shape[-1] else None
 
 
 def _answer(answer: Future[StageShare], handed_on: ServiceCall, outcome: StageShare | EagleRpcError) -> None:

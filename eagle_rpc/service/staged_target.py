@@ -17,6 +17,7 @@ from eagle_rpc.rpc import ServiceCall
 from eagle_rpc.service.forward_pass import PassRequest
 from eagle_rpc.service.sessions import Session
 from eagle_rpc.service.stage_chain import StageChain
+from eagle_rpc.service.stage_pass import real_rows
 from eagle_rpc.supervision import (
     BatchRows,
     DraftHead,
@@ -115,8 +116,7 @@ class StagedPasses:
             raise
         sent = self.chain.hand_on(chains[0], number, handed_on)
         rows = BatchRows.of(tokens).to(self.device)
-        states_BTW = made.aux_hidden_states
-        own = states_BTW.flatten(0, 1).index_select(0, rows.real) if states_BTW.shape[-1] else None
+        own = real_rows(made.aux_hidden_states, rows)
         return StartedStages(self, session, StageShare(aux=own), sent, calls)
 
     def assemble(self, session: Session, shares: Sequence[StageShare]) -> EncodedSupervision:

@@ -1,15 +1,17 @@
 """A target's report about itself: answers and rates since its start, its load and its memory."""
 
+import contextlib
 import dataclasses
 import os
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eagle_rpc.errors import EagleRpcError, TargetFailed
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
 from eagle_rpc.service.rates import RecentRate
@@ -25,6 +27,8 @@ class Throughput:
     """Counts of requests by outcome, and of the tokens and bytes of the answers. Safe for threads."""
 
     def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._first_request: float | None = None  # when it came
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
         self._seconds = {field.name: 0.0 for field in dataclasses.fields(ServiceTimes)}
@@ -35,6 +39,21 @@ class Throughput:
         """Answered requests by outcome: `ok` or the code of an error."""
         with self._lock:
             return dict(self._requests)
+
+    def note_request(self) -> None:
+        """Notes the time of the first request."""
+        with self._lock:
+            if self._first_request is None:
+                self._first_request = self._clock()
+
+    @contextlib.contextmanager
+    def refusals_counted(self) -> Iterator[None]:
+        """Counts the error by which the body refuses a request."""
+        try:
+            yield
+        except Exception as error:
+            self.count(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
+            raise
 
     def count(self, outcome: str, **amounts: int) -> None:
         """Counts a request that was answered: `ok` with `amounts` by name, or the code of an error."""
@@ -50,9 +69,14 @@ class Throughput:
                 self._seconds[name] += getattr(times, name)
 
     def describe(self) -> dict[str, Any]:
-        """The figures by their names in the target's status; `request_seconds` are sums, as `ServiceTimes`."""
+        """The figures by their names in the target's status.
+
+        `request_seconds`: sums, as `ServiceTimes`; `asked_seconds`: since the first request, 0 before it.
+        """
         figures: dict[str, Any] = {"requests": self.requests}
         with self._lock:
+            asked = self._first_request
+            figures["asked_seconds"] = 0.0 if asked is None else self._clock() - asked
             figures["request_seconds"] = dict(self._seconds)
             for name, rate in self._rates.items():
                 figures |= {name: rate.total, f"{name}_per_second": rate.per_second}
