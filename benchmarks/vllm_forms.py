@@ -24,6 +24,7 @@ from support.guessing_drafts import (
     random_target,
 )
 
+from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.evaluate import ServedDraft, decode_here
 from eagle_rpc.serving import load_export
 from eagle_rpc.serving.engine_run import decode_in_engine
@@ -32,6 +33,7 @@ from eagle_rpc.serving.speculators_config import Speculators
 
 GUESSES = 4
 SECONDS = 3600.0
+NEAR_TIE = EvaluateConfig().near_tie
 
 
 def main() -> int:
@@ -55,7 +57,7 @@ def main() -> int:
             theirs = decode_in_engine(
                 arguments.python, work, log=log, seconds=SECONDS, stop=threading.Event()
             )
-            served = ServedDraft(engine="vllm", ours=ours, theirs=theirs, control=None)
+            served = ServedDraft(engine="vllm", ours=ours, theirs=theirs, control=None, near_tie=NEAR_TIE)
             print(f"{form}\n{served.summary()}", flush=True)
             agreed = agreed and served.is_ours
     return 0 if agreed else 1

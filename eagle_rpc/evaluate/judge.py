@@ -57,7 +57,7 @@ def decode_both(
     )
     finished = time.perf_counter()
     texts = {DECODED_TEXT: decoding.token_ids, BATCHED_TEXT: text.token_ids}
-    places = {name: _first_difference(own_ids, token_ids) for name, token_ids in texts.items()}
+    places = {name: first_difference(own_ids, token_ids) for name, token_ids in texts.items()}
     differences = [
         Difference(of=name, token=place, margin=margins[place])
         for name, place in places.items()
@@ -76,8 +76,8 @@ def decode_both(
     )
 
 
-def _first_difference(ids: Sequence[int], other_ids: Sequence[int]) -> int | None:
-    # Neither text is a beginning of the other: both end at the same limit or at a stop token.
+def first_difference(ids: Sequence[int], other_ids: Sequence[int]) -> int | None:
+    """The index of the first token that differs; null also where one text is the beginning of the other."""
     pairs = enumerate(zip(ids, other_ids, strict=False))
     return next((index for index, (mine, theirs) in pairs if mine != theirs), None)
 
@@ -132,7 +132,7 @@ def decode_trees(
     )
     seconds = time.perf_counter() - started
     margins = [decoding.first_margin, *itertools.chain(*decoding.margins)]
-    differences, place = list[Difference](), _first_difference(decoding.token_ids, text.token_ids)
+    differences, place = list[Difference](), first_difference(decoding.token_ids, text.token_ids)
     if place is not None:
         differences.append(Difference(of=TREE_TEXT, token=place, margin=margins[place]))
     elif found := _differing_draft(decoding, replay(trees.num_right, proposer.shape.depth)):

@@ -23,6 +23,7 @@ class Decoding:
     accepted: list[int]  # guesses of each draft
     first_margin: float  # of the first token, which is the prompt's
     margins: list[list[float]]  # of the target's choices after each draft, the first wrong one at least
+    guess_margins: list[list[float]]  # of the guesses of each draft; none of trees
     counts: DecodingCounts
 
 
@@ -52,6 +53,7 @@ class Verified:
 
     choices: list[int]  # [A + 1], the accepted guesses and the target's own next token
     margins: list[float]  # at least of these choices
+    guess_margins: list[float]  # of the guesses of a chain
     aux_NW: Tensor  # [A + 1, W], of the tokens before the choices
 
 
@@ -69,12 +71,14 @@ def decode_speculatively(
     """
 
     def verify(next_token_ids: Sequence[int], aux_NW: Tensor, length: int) -> Verified:
-        guesses = proposer.propose(next_token_ids, aux_NW)
+        proposal = proposer.propose(next_token_ids, aux_NW)
+        guesses = proposal.token_ids
         step = target.read([next_token_ids[-1], *guesses], predictions=len(guesses) + 1)
         choices = step.choices
         num_accepted = next((i for i, guess in enumerate(guesses) if guess != choices[i]), len(guesses))
         target.keep(length + 1 + num_accepted)
-        return Verified(choices[: num_accepted + 1], step.margins, step.aux_NW[: num_accepted + 1])
+        kept = slice(num_accepted + 1)
+        return Verified(choices[kept], step.margins, proposal.margins, step.aux_NW[kept])
 
     proposer.start()
     limits = {"max_new_tokens": max_new_tokens, "longest": proposer.num_draft_tokens}
@@ -100,7 +104,7 @@ def decode_in_rounds(
     """
     check_fits(target.max_length, prompt_ids, max_new_tokens + longest)
     target.start()
-    accepted, margins = list[int](), list[list[float]]()
+    accepted, margins, guess_margins = list[int](), list[list[float]](), list[list[float]]()
     step = target.read(prompt_ids, predictions=1)
     token_ids, aux_NW, first_margin = step.choices, step.aux_NW, step.margins[0]
     successors = [*prompt_ids[1:], *token_ids]
@@ -108,6 +112,7 @@ def decode_in_rounds(
         verified = verify(successors, aux_NW, len(prompt_ids) + len(token_ids) - 1)
         accepted.append(len(verified.choices) - 1)
         margins.append(verified.margins)
+        guess_margins.append(verified.guess_margins)
         successors, aux_NW = verified.choices, verified.aux_NW
         token_ids += successors
     return Decoding(
@@ -115,6 +120,7 @@ def decode_in_rounds(
         accepted=accepted,
         first_margin=first_margin,
         margins=margins,
+        guess_margins=guess_margins,
         counts=DecodingCounts.of_text(accepted, longest, length),
     )
 

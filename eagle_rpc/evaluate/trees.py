@@ -135,7 +135,8 @@ def decode_with_trees(
         while (child := child_of.get((path[-1], choices[path[-1]]))) is not None:
             path.append(child)
         target.keep_path(length, path)
-        return Verified([choices[node] for node in path], [margins[node] for node in path], step.aux_NW[path])
+        along_path = [choices[node] for node in path], [margins[node] for node in path]
+        return Verified(*along_path, guess_margins=[], aux_NW=step.aux_NW[path])
 
     proposer.start()
     return decode_in_rounds(

@@ -11,7 +11,7 @@ import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.evaluate import ServedDraft, decode_here
+from eagle_rpc.evaluate import OwnOutcome, ServedDraft, decode_here
 from eagle_rpc.jobs.decoding import load_decoding
 from eagle_rpc.process import stop_signals
 from eagle_rpc.process.files import replaced_file
@@ -19,7 +19,7 @@ from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import load_export
 from eagle_rpc.serving.engine_run import decode_in_engine, engine_python, shifted_layers
-from eagle_rpc.serving.engine_side import SIDES, DecodingOutcome, DecodingWork
+from eagle_rpc.serving.engine_side import SIDES, DecodingWork
 from eagle_rpc.target.loading import load_target_shape, resolve_model_dir
 from eagle_rpc.target.stop_tokens import stop_token_ids
 
@@ -57,7 +57,7 @@ def _pythons(config: Config) -> dict[str, str]:
     return found
 
 
-def _decoded_here(config: Config) -> tuple[DecodingWork, DecodingOutcome]:
+def _decoded_here(config: Config) -> tuple[DecodingWork, OwnOutcome]:
     """The work of all engines, and ours. The model is given up again: an engine wants the whole GPU."""
     settings = config.evaluate
     directory = resolve_model_dir(config.target, config.run.cache_dir)
@@ -80,7 +80,7 @@ def _decoded_here(config: Config) -> tuple[DecodingWork, DecodingOutcome]:
     return work, ours
 
 
-def _check(config: Config, work: DecodingWork, python: str, ours: DecodingOutcome) -> ServedDraft:
+def _check(config: Config, work: DecodingWork, python: str, ours: OwnOutcome) -> ServedDraft:
     settings = config.serve_check
     log = RunDirectory.of(config).log_file(work.engine)
     shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
@@ -95,4 +95,10 @@ def _check(config: Config, work: DecodingWork, python: str, ours: DecodingOutcom
             asked = replace(work, draft=draft)
             outcomes.append(decode_in_engine(python, asked, log=log, seconds=settings.timeout, stop=stop))
     theirs, *control = outcomes
-    return ServedDraft(engine=work.engine, ours=ours, theirs=theirs, control=control[0] if control else None)
+    return ServedDraft(
+        engine=work.engine,
+        ours=ours,
+        theirs=theirs,
+        control=control[0] if control else None,
+        near_tie=config.evaluate.near_tie,
+    )

@@ -58,8 +58,9 @@ def test_vllm_drafts_and_accepts_as_we_do_in_both_forms_and_shifted_layers_show(
 
     with shifted_layers(plain, model.config.num_hidden_layers) as shifted:
         control = decode(shifted)
-    served = ServedDraft(engine="vllm", ours=ours, theirs=decode(plain), control=control)
+    sides = {"engine": "vllm", "ours": ours, "near_tie": 1e-4}
+    served = ServedDraft(**sides, theirs=decode(plain), control=control)
     assert served.is_ours, served.summary()
     assert not served.differing_texts and served.control_shows
-    other_form = ServedDraft(engine="vllm", ours=ours, theirs=decode(speculators), control=None)
+    other_form = ServedDraft(**sides, theirs=decode(speculators), control=None)
     assert other_form.is_ours, other_form.summary()

@@ -49,8 +49,8 @@ class EvaluateConfig:
     dtype: DType = DType.float32
     """Format of target and draft while they decode."""
     near_tie: NotNegative[float] = 1e-4
-    """Real decoding may differ where the two best logits of target or draft are closer than this; half formats
-    round them to far coarser steps."""
+    """Real decoding, here or in an engine, may differ where the two best logits of target or draft are closer than
+    this; half formats round them to far coarser steps."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from eagle_rpc.draft import DecodingCounts, Eagle3Draft, Eagle3DraftConfig, UnrollMemory
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import DraftProposer
+from eagle_rpc.evaluate.proposer import DraftProposer, Proposal
 from eagle_rpc.evaluate.speculative import decode_greedily, decode_speculatively
 from eagle_rpc.supervision import TargetShape, VocabMapping
 
@@ -76,7 +76,8 @@ class ScriptedProposer:
         right = self.remaining.pop(0)
         following = self.text[known : known + self.num_draft_tokens]
         # After the first wrong guess the rest are the true tokens again, which must not count.
-        return [token if i != right else (token + 1) % VOCAB for i, token in enumerate(following)]
+        guesses = [token if i != right else (token + 1) % VOCAB for i, token in enumerate(following)]
+        return Proposal(guesses, [1.0] * len(guesses))
 
 
 def decode_scripted(script, **limits):
