@@ -17,6 +17,7 @@ from eagle_rpc.evaluate.guesses import fitted_draft
 from eagle_rpc.evaluate.judge import first_difference
 from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.speculative import Decoding, decode_speculatively
+from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.serving.engine_side import DecodingOutcome, DecodingWork
 
@@ -35,16 +36,18 @@ def decode_here(model: PreTrainedModel, export: ExportedDraft, work: DecodingWor
     """The work of an engine by the loop of `job=evaluate`. Raises as `fitted_draft` and `decode_speculatively`."""
     target = GreedyTarget(model, export.aux_layer_ids)
     proposer = DraftProposer(fitted_draft(model, export), export.mapping, work.num_draft_tokens)
-    decoded = [
-        decode_speculatively(
+    decoded, progress = list[Decoding](), Progress("prompt", len(work.prompts), title="decoding here")
+    for prompt_ids in work.prompts:
+        decoding = decode_speculatively(
             target,
             proposer,
             prompt_ids,
             max_new_tokens=work.max_new_tokens,
             stop_token_ids=work.stop_token_ids,
         )
-        for prompt_ids in work.prompts
-    ]
+        decoded.append(decoding)
+        progress.advance()
+    progress.close()
     return OwnOutcome(
         eagle_rpc.__version__,
         [one.token_ids for one in decoded],

@@ -31,8 +31,9 @@ def setup_lines(
         f"target: {config.target.model}, {target.architecture}, {target.num_layers} layers, "
         f"hidden {target.hidden_size}, {target.dtype}, layers {target.aux_layer_ids} captured"
     )
+    layers = "1 layer" if draft.num_layers == 1 else f"{draft.num_layers} layers"
     yield (
-        f"draft: {num_trained(config, draft) / 1e6:.1f} M trained parameters, {draft.num_layers} layer, "
+        f"draft: {num_trained(config, draft) / 1e6:.1f} M trained parameters, {layers}, "
         f"{draft.draft_vocab_size:,} of {draft.vocab_size:,} tokens, {config.draft.ttt_steps} steps unrolled"
     )
     encoding = config.supervision.encoding.value

@@ -150,6 +150,9 @@ def coverage(by_size: Iterable[tuple[int, float]], draft_vocab_size: int, covere
         "ticktext": [f"{size:,}" for size in sizes],
     }
     chart["layout"]["xaxis"]["tickangle"] = -40
+    # No axis beyond 100 %, also where every size covers all.
+    least = min(99.0, 100 * min(*shares, covered))
+    chart["layout"]["yaxis"]["range"] = [100 - 1.08 * (100 - least), 100 + 0.05 * (100 - least)]
     return chart
 
 

@@ -141,7 +141,7 @@ def _tiles(sources: Sources) -> Tiles:
         pace = [line["tokens_per_second"] for line in trained[len(trained) // 2 :]]
         yield "pace", f"{sum(pace) / len(pace):,.0f} tokens/s", "of training, second half"
     if (wait := mean_wait(sources.metrics)) is not None:
-        yield "waiting", f"{100 * wait:.1f} %", "of the time, for the target"
+        yield "trainers waiting", f"{100 * wait:.1f} %", "of their time, for targets"
     if one := sources.training:
         yield "draft vocabulary", f"{one['draft_vocab_size']:,}", f"{100 * one['covered']:.1f} % covered"
     if (compared := sources.comparison) and not sources.metrics:
@@ -175,7 +175,7 @@ def _sections(sources: Sources) -> Iterator[tuple[str, str, dict[str, Chart]]]:
     if found:
         yield (
             "Time and vocabulary",
-            "Waiting for the target counts replies that were late, by what their requests did meanwhile.",
+            "A trainer waits where a reply is late, for what the request does meanwhile at the target or on its way.",
             found,
         )
 
@@ -234,7 +234,9 @@ def _time_and_vocabulary(
     training: Mapping[str, Any], metrics: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Chart]]:
     workers = {
-        one["name"]: one["seconds"] for key in ("targets", "trainers") for one in training.get(key, ())
+        one["name"]: {f"{role}: {kind}": value for kind, value in one["seconds"].items()}
+        for role in ("target", "trainer")
+        for one in training.get(f"{role}s", ())
     }
     if workers:
         yield "Where the time went", charts.shares_of_time(workers)
@@ -247,7 +249,7 @@ def _time_and_vocabulary(
             {"step": line["step"], **{key: 100 * line[key] for key in waits.values() if key in line}}
             for line in metrics
         ]
-        yield "Waiting for the target", charts.over_steps(waiting, waits, "% of the time")
+        yield "Trainers waiting for targets", charts.over_steps(waiting, waits, "% of the time")
     if "coverage" in training:
         chart = charts.coverage(training["coverage"], training["draft_vocab_size"], training["covered"])
         yield "Coverage of draft vocabularies", chart

@@ -17,7 +17,7 @@ from eagle_rpc.report.metrics_log import Figure
 from eagle_rpc.supervision import Eagle3TargetBackend, Eagle3TargetBatch, RequestTotals, Waits
 from eagle_rpc.train.record import RunRecord
 
-TIMES = (*(f"waiting, {what}" for what in Waits._fields), "judging", "training")
+TIMES = (*(f"waiting ({what})" for what in Waits._fields), "judging", "training")
 """What a trainer's time goes to: waits for supervision by kind, validations and checkpoints, all else."""
 
 

@@ -38,21 +38,26 @@ addEventListener("message", () => 0);
 def look_at(page: Path, widths: list[int]) -> tuple[list[list[int]], list[str]]:
     """For each width: the width, that of its content, charts, charts that are drawn, elements that are cut. Then
     the messages of the console."""
-    assert CHROMIUM is not None
     probe = page.with_name("probe.html")
     probe.write_text(_PROBE % (widths, page.name))
+    dom, messages = rendered(f"file://{probe}")
+    match = re.search(r'data-found="([^"]*)"', dom)
+    assert match, dom[-2000:]
+    return [[int(number) for number in one.split()] for one in match[1].split(";")], messages
+
+
+def rendered(address: str) -> tuple[str, list[str]]:
+    """The page as HTML once its scripts have run, and the messages of the console."""
+    assert CHROMIUM is not None
     done = subprocess.run(
         [
             *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
             *("--allow-file-access-from-files", "--enable-logging=stderr", "--window-size=1500,1000"),
-            *("--virtual-time-budget=60000", "--dump-dom", f"file://{probe}"),
+            *("--virtual-time-budget=60000", "--dump-dom", address),
         ],
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    match = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert match, done.stdout[-2000:]
-    seen = [[int(number) for number in one.split()] for one in match[1].split(";")]
-    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -9,9 +9,9 @@ FILES = ("config.yaml", "metrics.jsonl", "training.json", "evaluation.json", "co
 
 
 SECONDS = {
-    "waiting, queue": 0.5,
-    "waiting, compute": 2.0,
-    "waiting, transfer": 0.5,
+    "waiting (queue)": 0.5,
+    "waiting (compute)": 2.0,
+    "waiting (transfer)": 0.5,
     "judging": 1.0,
     "training": 6.0,
 }

@@ -25,6 +25,13 @@ def test_the_page_has_figures_texts_configuration_and_advice(run):
     assert any("trainers waited 31%" in line for line in advice)
     for words in (*advice, "a-run", "target0", "torch 2", "identical", "1.50 times"):
         assert str(words).replace("'", "&#39;") in text, words
+    for role in (
+        "trainers waiting",
+        "Trainers waiting for targets",
+        "target: idle",
+        "trainer: waiting (queue)",
+    ):
+        assert role in text, role
     for caption in ("By position", "By category", "By length", "Loss", "Where the time went", "Coverage"):
         assert f"<figcaption>{caption}" in text
     assert '<span class="p1"> Italy</span>' in text and '<span class="p6"> there</span>' in text
