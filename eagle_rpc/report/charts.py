@@ -116,7 +116,10 @@ def shares_of_time(workers: Mapping[str, Mapping[str, float]]) -> Chart:
         for kind in kinds
     ]
     chart = _chart(traces, x="% of the time", y="")
-    chart["layout"] |= {"barmode": "stack", "hovermode": "closest", "height": 150 + 34 * len(workers)}
+    # On a narrow page the legend has a line for each kind.
+    height = 120 + 34 * len(workers) + 20 * len(kinds)
+    chart["layout"] |= {"barmode": "stack", "hovermode": "closest", "height": height}
+    chart["layout"]["legend"]["traceorder"] = "normal"
     chart["layout"]["yaxis"] |= {"autorange": "reversed", "type": "category"}
     chart["layout"]["xaxis"]["range"] = [0, 100]
     return chart
