@@ -1,7 +1,9 @@
 """From YAML and overrides to checked dataclasses: the only place that knows OmegaConf and Hydra's store."""
 
+import copy
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,9 @@ def conf_dir() -> Path:
     return checkout if (checkout / "config.yaml").is_file() else _PACKAGE / "conf"
 
 
+@functools.cache
 def register_schema() -> None:
-    """Makes the dataclasses known to Hydra, which then refuses unknown keys and wrong types.
+    """Makes the dataclasses known to Hydra, once: it then refuses unknown keys and wrong types.
 
     `${native_dtype:}` in `conf/` is the number format that this machine computes fast.
     """
@@ -50,13 +53,25 @@ def load(*overrides: str, directory: Path | None = None, name: str = "config") -
 
     Raises `ConfigError` that names every unknown setting, or else every rule that does not hold.
     """
+    return to_config(compose_settings(*overrides, directory=directory, name=name))
+
+
+def compose_settings(*overrides: str, directory: Path | None = None, name: str = "config") -> DictConfig:
+    """What `load` composes, before its check. Raises `ConfigError` for unknown settings and wrong types."""
     register_schema()
     try:
         with initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
-            composed = compose(name, [for_hydra(override) for override in overrides])
+            return compose(name, [for_hydra(override) for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal(error, overrides) from None
-    return to_config(composed)
+
+
+def with_settings(composed: DictConfig, values: Mapping[str, str]) -> DictConfig:
+    """A copy of `composed` with these `values` by `SECTION.FIELD`; settings derived from them follow."""
+    changed = copy.deepcopy(composed)
+    for path, value in values.items():
+        OmegaConf.update(changed, path, value)
+    return changed
 
 
 def from_sections(**sections: Any) -> Config:

@@ -1,5 +1,6 @@
 """What is typed as overrides: text is kept from Hydra's grammar, and what Hydra refuses is explained."""
 
+import functools
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,7 @@ def for_hydra(override: str) -> str:
     return f"{prefix}{name}={_in_quotes(value)}"
 
 
+@functools.cache
 def _hints() -> dict[str, Any]:
     """The type of every setting by its path, without rules."""
     return {

@@ -1,5 +1,6 @@
 """Rules for single settings. A field's type carries its rule: `Positive[int]` or `Annotated[str, NAME]`."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -92,9 +93,16 @@ class Setting:
         return rule_of(self.hint) is PATH and self.value is not None
 
 
+@functools.cache
+def hints_of(section: type) -> dict[str, Any]:
+    """The type of each field of a dataclass, with its rule."""
+    return get_type_hints(section, include_extras=True)
+
+
 def settings_of(config: Any, prefix: str = "") -> Iterator[Setting]:
     """All settings of a dataclass, and of dataclasses and lists of them inside it."""
-    hints = get_type_hints(type(config), include_extras=True)
+    kind: type = type(config)
+    hints = hints_of(kind)
     for name in (field.name for field in fields(config)):
         path, value = f"{prefix}{name}", getattr(config, name)
         if is_dataclass(value):

@@ -8,21 +8,22 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from eagle_rpc.config.checks import as_message, check
 from eagle_rpc.config.choices import JobName, PromptSource
-from eagle_rpc.config.compose import conf_dir, load
+from eagle_rpc.config.compose import compose_settings, conf_dir, to_config, with_settings
 from eagle_rpc.config.launch import jobs
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError
@@ -39,6 +40,8 @@ _NOT_IN_ANSWERS = re.compile(
 _DATA_IN_ANSWERS = ("chat_template", "template_arguments", "date", "on_error", "prompt_source")
 # Longer names of directories are cut, and get a hash.
 _LONGEST_NAME = 100
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +85,33 @@ def read_sweep(words: Sequence[str]) -> Sweep:
     """
     combinations = list(_combinations([word for word in words if word not in FLAGS]))
     names = _names([one.values for one in combinations])
-    common = _composed(names, [one.overrides for one in combinations])
-    directory = Path(common[0].run.dir)
-    overrides = []
-    for name, one, config, answers in zip(
-        names, combinations, common, _answer_files(common, names), strict=True
-    ):
-        shared = [
-            f"regenerate.prompts={config.regenerate.prompts}",
-            f"evaluate.prompts={config.evaluate.prompts}",
-        ]
-        own = [f"run.dir={directory / name}", f"run.name={f'{config.run.name}/{name}'[-128:]}"]
-        overrides.append([*one.overrides, *shared, f"regenerate.output={answers}", *own, "train.resume=auto"])
-    runs = [
-        SweptRun(
-            name=name,
-            values=one.values,
-            overrides=[word for word in words_of_run if not word.startswith("job=")],
-            config=config,
-            jobs=jobs(config, words_of_run),
-        )
-        for name, one, words_of_run, config in zip(
-            names, combinations, overrides, _composed(names, overrides), strict=True
-        )
-    ]
+
+    def compose(number: int) -> tuple[DictConfig, Config]:
+        words = combinations[number].overrides
+        composed = compose_settings(*words)
+        return composed, _checked(composed, words)[0]
+
+    composed = _each(names, compose)
+    directory = Path(composed[0][1].run.dir)
+    answers = _answer_files([config for _, config in composed], names)
+
+    def give_place(number: int) -> SweptRun:
+        """What Hydra composed stays as it is, with the run's own files: composing again would give the same."""
+        one, name, (settings, config) = combinations[number], names[number], composed[number]
+        own = {
+            "regenerate.prompts": config.regenerate.prompts,
+            "evaluate.prompts": config.evaluate.prompts,
+            "regenerate.output": answers[number],
+            "run.dir": str(directory / name),
+            "run.name": f"{config.run.name}/{name}"[-128:],
+            "train.resume": "auto",
+        }
+        words = [*one.overrides, *(f"{path}={value}" for path, value in own.items())]
+        config, its_jobs = _checked(with_settings(settings, own), words)
+        overrides = [word for word in words if not word.startswith("job=")]
+        return SweptRun(name=name, values=one.values, overrides=overrides, config=config, jobs=its_jobs)
+
+    runs = _each(names, give_place)
     _check_together(runs)
     return Sweep(directory, runs)
 
@@ -169,16 +175,22 @@ def _names(runs: Sequence[Mapping[str, str]]) -> list[str]:
     return names
 
 
-def _composed(names: Sequence[str], overrides: Sequence[Sequence[str]]) -> list[Config]:
-    """The configuration of each run, checked for all its jobs. Raises `ConfigError` with all mistakes."""
-    configs: list[Config] = []
+def _checked(composed: DictConfig, overrides: Sequence[str]) -> tuple[Config, list[JobName]]:
+    """The configuration of a run and its jobs, for all of which it is checked. Raises `ConfigError`."""
+    config = to_config(composed)
+    its_jobs = jobs(config, list(overrides))
+    for job in its_jobs:
+        check(replace(config, job=replace(config.job, name=job)))
+    return config, its_jobs
+
+
+def _each(names: Sequence[str], make: Callable[[int], T]) -> list[T]:
+    """Makes something for each run, by its number. Raises `ConfigError` with the mistakes of all runs."""
+    made: list[T] = []
     mistakes: dict[str, list[str]] = {}
-    for name, words in zip(names, overrides, strict=True):
+    for number, name in enumerate(names):
         try:
-            config = load(*words)
-            for job in jobs(config, list(words)):
-                check(replace(config, job=replace(config.job, name=job)))
-            configs.append(config)
+            made.append(make(number))
         except ConfigError as error:
             mistakes.setdefault(str(error), []).append(name)
     if mistakes:
@@ -187,7 +199,7 @@ def _composed(names: Sequence[str], overrides: Sequence[Sequence[str]]) -> list[
             for text, runs in mistakes.items()
         ]
         raise ConfigError(as_message(texts, "in the sweep"))
-    return configs
+    return made
 
 
 def _answer_files(configs: Sequence[Config], names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from eagle_rpc.config.choices import JobName
+from eagle_rpc.config.compose import load
 from eagle_rpc.config.sweeps import Sweep, is_sweep, read_sweep
 from eagle_rpc.errors import ConfigError
 
@@ -61,6 +62,25 @@ def test_any_setting_or_group_is_swept_in_hydras_grammar(
     found = [getattr(getattr(run.config, section), name) for run in runs]
     assert len({str(one) for one in found}) == len(runs) > 1
     assert values is None or found == values
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run.name=1e10", "train.max_steps=3,4", "regenerate.num_prompts=8"],
+        [
+            "job=train",
+            "data=chats",
+            "data.train_path=~/a.jsonl",
+            "supervision=probs,logits",
+            "run.dir='a, b'",
+        ],
+    ],
+)
+def test_a_run_has_the_settings_that_its_own_command_line_composes(words: list[str]):
+    for run in sweep(*words).runs:
+        named = [word for word in words if word.startswith("job=")]
+        assert run.config == load(*named, *run.overrides)
 
 
 def test_text_with_a_comma_in_quotes_is_one_value():
