@@ -94,6 +94,8 @@ class RemoteTargets:
         """What each target that answers now says about itself, by its name."""
         found = dict[str, dict[str, Any]]()
         for replica in self._fleet.replicas():
+            if replica.silent:
+                continue
             with contextlib.suppress(EagleRpcError):
                 found[replica.name] = replica.status()
         return found

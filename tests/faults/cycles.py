@@ -16,6 +16,7 @@ from support.waiting import happens, pause
 
 from faults.checks import Check, Surroundings
 from faults.isolation import Isolation
+from faults.launcher import Launch
 from faults.report import Report, spread
 from faults.workspace import DRAIN_TIMEOUT, SHUTDOWN_TIMEOUT, Workspace
 from faults.zygote import Zygote
@@ -55,7 +56,8 @@ class Trial:
 
     def settings(self, steps: int) -> list[str]:
         training = self.workspace.training_settings(steps=steps, seed=0)
-        return [*self.workspace.service_settings(self.ports[0]), *training, f"run.name={self.name}"]
+        service = self.workspace.service_settings(f"127.0.0.1:{self.ports[0]}")
+        return [*service, *training, f"run.name={self.name}"]
 
     def start(self, worker: str, *arguments: str, steps: int) -> None:
         command = [*arguments, *self.settings(steps)]
@@ -69,7 +71,8 @@ class Trial:
 
 
 def start_static(trial: Trial, steps: int) -> None:
-    arguments = ["2", str(trial.ports[1]), "job=train", "topology=1x1", *trial.settings(steps)]
+    launch = Launch(size=2, count=2, port=trial.ports[1])
+    arguments = [launch.to_argument(), "job=train", "topology=1x1", *trial.settings(steps)]
     trial.processes["launcher"] = trial.zygote.fork(
         "faults.launcher:main", arguments, log=trial.log("launcher")
     )

@@ -66,7 +66,7 @@ class Context:
         act = rogue.Act(
             name=name,
             target=victim.name,
-            registry=f"127.0.0.1:{self.service.port}",
+            registry=self.service.address,
             token_file=str(workspace.token),
             seed=draw.randrange(2**31),
             marker=str(marker),

@@ -11,6 +11,7 @@ from support.processes import Process, free_port
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.registry import Record, RegistryClient, load_token
 from eagle_rpc.topology import stage_name
+from faults.launcher import Launch
 from faults.progress import Progress
 from faults.workspace import Workspace
 from faults.zygote import Zygote
@@ -69,7 +70,7 @@ class Service:
     _records: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        common = self.workspace.service_settings(self.port)
+        common = self.workspace.service_settings(self.address)
         self._add(REGISTRY, ["job=registry", *common, "run.name=service"])
         for index, stage in itertools.product(range(self.num_targets), range(self.num_stages)):
             place = [f"topology.first_target={index}", f"topology.first_stage={stage}"]
@@ -78,6 +79,11 @@ class Service:
 
     def _add(self, name: str, arguments: list[str]) -> None:
         self.workers[name] = Worker(name, arguments)
+
+    @property
+    def address(self) -> str:
+        """Of the registry."""
+        return f"127.0.0.1:{self.port}"
 
     @property
     def processes(self) -> list[Process]:
@@ -101,7 +107,7 @@ class Service:
 
     def start_run(self, run: str, training: list[str]) -> None:
         """Starts a trainer for a new run; the run before must have finished."""
-        settings = self.workspace.service_settings(self.port)
+        settings = self.workspace.service_settings(self.address)
         self._add(
             TRAINER,
             ["job=train", "rpc=elastic", *settings, *training, f"run.name={run}", "train.resume=auto"],
@@ -115,7 +121,8 @@ class Service:
         self._last_records = 0.0
         log = self.workspace.logs / f"{self.name}.{worker.name}.log"
         if worker.name == TRAINER and self.num_trainers > 1:
-            arguments = [str(self.num_trainers), str(free_port()), *worker.arguments]
+            launch = Launch(size=self.num_trainers, count=self.num_trainers, port=free_port())
+            arguments = [launch.to_argument(), *worker.arguments]
             worker.process = self.zygote.fork(
                 "faults.launcher:main", arguments, log=log, niceness=self.niceness
             )
@@ -154,9 +161,7 @@ class Service:
         if time.monotonic() - self._last_records >= _LOOK_SECONDS:
             self._last_records = time.monotonic()
             try:
-                client = RegistryClient(
-                    f"127.0.0.1:{self.port}", load_token(self.workspace.token), timeout=1.0
-                )
+                client = RegistryClient(self.address, load_token(self.workspace.token), timeout=1.0)
                 self._records = [one.record for one in client.records() if one.living]
             except EagleRpcError:
                 self._records = []

@@ -98,7 +98,7 @@ def observed(
     zygote: Zygote, workspace: Workspace, name: str, num_targets: int, arguments: argparse.Namespace
 ) -> Iterator[Observed]:
     service = Service(zygote, workspace, free_port(), name, num_targets=num_targets)
-    settings = workspace.service_settings(service.port) + workspace.training_settings(
+    settings = workspace.service_settings(service.address) + workspace.training_settings(
         steps=1, seed=arguments.seed
     )
     times = f"{name}.times"

@@ -85,11 +85,11 @@ class Workspace:
         self.chats.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in chats))
         return self
 
-    def service_settings(self, port: int) -> list[str]:
-        """Overrides of every job of the service whose registry has this port."""
+    def service_settings(self, registry: str) -> list[str]:
+        """Overrides of every job of the service whose registry has this address."""
         where = [
             f"target.model={self.model}",
-            f"rpc.registry=127.0.0.1:{port}",
+            f"rpc.registry={registry}",
             f"rpc.token_file={self.token}",
         ]
         return [*_TARGET, *_RPC, *where]

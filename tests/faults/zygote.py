@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from support.hosts import Host, enter
 from support.processes import Process
 
 _TESTS = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ class Order:
     directory: str
     log: str  # appended
     niceness: int
+    holder: int  # of the host that it runs on (support/hosts.py); 0: this one
 
 
 class Zygote:
@@ -84,17 +86,27 @@ class Zygote:
     def pid(self) -> int:
         return self._popen.pid
 
-    def fork(self, entry: str, arguments: list[str], *, log: Path, niceness: int = 0) -> Process:
-        """Starts `module:function` with these arguments; its output goes to the end of `log`."""
-        directory = str(self._directory)
-        order = Order(entry=entry, arguments=arguments, directory=directory, log=str(log), niceness=niceness)
+    def fork(
+        self, entry: str, arguments: list[str], *, log: Path, niceness: int = 0, host: Host | None = None
+    ) -> Process:
+        """Starts `module:function` with these arguments on `host`; its output goes to the end of `log`."""
+        order = Order(
+            entry=entry,
+            arguments=arguments,
+            directory=str(self._directory),
+            log=str(log),
+            niceness=niceness,
+            holder=host.holder.pid if host else 0,
+        )
         log.touch()
         self._channel.send(json.dumps(asdict(order)).encode())
         return Process(int(self._channel.recv(_MAX_ORDER_BYTES)), log, name=entry)
 
-    def command_line(self, arguments: list[str], *, log: Path, niceness: int = 0) -> Process:
-        """Starts `python -m eagle_rpc ARGUMENTS`."""
-        return self.fork("eagle_rpc.__main__:main", arguments, log=log, niceness=niceness)
+    def command_line(
+        self, arguments: list[str], *, log: Path, niceness: int = 0, host: Host | None = None
+    ) -> Process:
+        """Starts `python -m eagle_rpc ARGUMENTS` on `host`."""
+        return self.fork("eagle_rpc.__main__:main", arguments, log=log, niceness=niceness, host=host)
 
 
 # --- the zygote's own process
@@ -157,6 +169,8 @@ def _become(order: Order, starter: int) -> None:
         sys.exit("the fault test has ended")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(order.niceness)
+    if order.holder:
+        enter(order.holder)
     os.chdir(order.directory)
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)

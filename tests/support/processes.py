@@ -44,13 +44,20 @@ def free_port() -> int:
     return free_ports(1)[0]
 
 
-def torchrun_environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for worker `rank` of a job of `size` workers on this host."""
+def torchrun_environment(
+    rank: int, size: int, port: int, *, address: str = "127.0.0.1", first: int = 0, count: int | None = None
+) -> dict[str, str]:
+    """The variables that torchrun sets for worker `rank` of a job of `size` workers, whose store is at `address`.
+
+    Its host has `count` of the workers (None: all), from rank `first` on.
+    """
+    count = size if count is None else count
     return {
-        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
-        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(size)),
-        **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": "1"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        **dict.fromkeys(("RANK", "ROLE_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "ROLE_WORLD_SIZE"), str(size)),
+        **{"LOCAL_RANK": str(rank - first), "LOCAL_WORLD_SIZE": str(count)},
+        **{"ROLE_NAME": "default", "GROUP_WORLD_SIZE": str(-(-size // count))},
+        **{"MASTER_ADDR": address, "MASTER_PORT": str(port)},
         **{"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0"},
         **{"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "False"},
     }

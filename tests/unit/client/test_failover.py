@@ -113,6 +113,20 @@ def test_a_silent_target_loses_its_requests_and_is_used_again_when_it_answers(
     check_stream(backend, expected, {})
 
 
+def test_a_silent_target_is_not_asked_for_its_report(
+    opened: Any, server: TargetModelServer, caplog: pytest.LogCaptureFixture
+):
+    silent, other = FakeTarget("target0", server), FakeTarget("target1", server)
+    backend = opened(FakeMembership(silent, other), heartbeat_misses=4)
+    until_both_serve(backend)
+    asked: list[str] = []
+    silent.refuse = asked.append
+    silent.hold()
+    soon(lambda: "target0 has been silent" in caplog.text, "the log tells of it")
+    assert backend.reports().keys() == {"target1"}
+    assert "status" not in asked
+
+
 def test_a_draining_target_gets_nothing_new(
     opened: Any, server: TargetModelServer, expected: list[dict[str, Any]]
 ):

@@ -1,0 +1,129 @@
+"""Training over several hosts, each a network of its own, on a wire that delays and loses packets."""
+
+from collections.abc import Iterator
+
+import pytest
+from faults.checks import Check, same_training
+from faults.spread import SpreadService
+from faults.workspace import Workspace
+from faults.zygote import Zygote
+from support.hosts import Host, Wire, joined_hosts, missing
+from support.processes import descendants, ended_at_last
+from support.waiting import pause
+
+pytestmark = [
+    pytest.mark.rpc,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
+
+STEPS = 40
+CUT_SECONDS = 20.0
+REFERENCE = "one_host"
+NAMES = ("north", "south", "west")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    return Workspace(tmp_path_factory.mktemp("hosts")).prepare()
+
+
+@pytest.fixture(scope="module")
+def zygote(workspace: Workspace) -> Iterator[Zygote]:
+    with Zygote(workspace.path, workspace.environment) as zygote:
+        log = workspace.logs / "model.log"
+        maker = zygote.fork("faults.workspace:make_model", [str(workspace.model)], log=log)
+        with ended_at_last(lambda: [maker]):
+            assert maker.ends(within=60) and maker.poll() == 0, maker.end_of_log()
+        yield zygote
+        for process in descendants(without={zygote.pid}):
+            process.kill()
+
+
+def training(workspace: Workspace) -> list[str]:
+    return [*workspace.training_settings(steps=STEPS, seed=1), "train.validate_every=0"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, workspace: Workspace) -> None:
+    """A run of two trainers with everything on one host."""
+    with joined_hosts(["alone"], workspace.path) as wire:
+        places = dict.fromkeys(("registry", "target0", "trainer0", "trainer1"), wire.hosts[0])
+        service = SpreadService(zygote, workspace, places, REFERENCE)
+        with ended_at_last(lambda: service.processes):
+            service.start(training(workspace))
+            service.reach(STEPS)
+            assert set(service.finish().values()) == {0}, service.ends_of_logs()
+
+
+@pytest.fixture
+def wire(workspace: Workspace, request: pytest.FixtureRequest) -> Iterator[Wire]:
+    with joined_hosts(NAMES[: request.param], workspace.path) as joined:
+        yield joined
+
+
+def require_same(workspace: Workspace, run: str) -> None:
+    checks = same_training(workspace, run, REFERENCE, STEPS, trainers=2)
+    assert [check for check in checks if not check.holds] == list[Check]()
+
+
+def placed(hosts: list[Host], **workers: int) -> dict[str, Host]:
+    return {name: hosts[number] for name, number in workers.items()}
+
+
+OVER_TWO = {"registry": 0, "target0": 0, "target1": 0, "trainer0": 1, "trainer1": 1}
+OVER_THREE = {"registry": 0, "target0": 0, "target1": 1, "trainer0": 2, "trainer1": 1}
+
+
+@pytest.mark.parametrize(("wire", "places"), [(2, OVER_TWO), (3, OVER_THREE)], indirect=["wire"])
+@pytest.mark.usefixtures("undisturbed")
+def test_a_service_over_hosts_trains_the_bits_of_one_host(
+    zygote: Zygote, workspace: Workspace, wire: Wire, places: dict[str, int]
+):
+    run = f"over_{len(wire.hosts)}"
+    service = SpreadService(zygote, workspace, placed(wire.hosts, **places), run)
+    with ended_at_last(lambda: service.processes):
+        service.start(training(workspace))
+        service.reach(STEPS)
+        assert set(service.finish().values()) == {0}, service.ends_of_logs()
+    require_same(workspace, run)
+
+
+@pytest.mark.parametrize("wire", [3], indirect=True)
+@pytest.mark.usefixtures("undisturbed")
+def test_a_cut_of_20_s_between_halves_delays_training_and_changes_no_bit(
+    zygote: Zygote, workspace: Workspace, wire: Wire
+):
+    service = SpreadService(zygote, workspace, placed(wire.hosts, **OVER_THREE), "cut")
+    with ended_at_last(lambda: service.processes):
+        service.start(training(workspace))
+        service.reach(STEPS // 4)
+        *half, lonely = wire.hosts
+        wire.cut(half, [lonely])
+        pause(CUT_SECONDS)
+        service.progress.look()
+        assert service.progress.step < STEPS, "the cut has to hit a run that goes on"
+        wire.mend()
+        service.reach(STEPS)
+        assert set(service.finish().values()) == {0}, service.ends_of_logs()
+    require_same(workspace, "cut")
+
+
+@pytest.mark.parametrize("wire", [3], indirect=True)
+@pytest.mark.usefixtures("undisturbed")
+def test_a_host_that_is_lost_with_several_targets_takes_no_bit_with_it(
+    zygote: Zygote, workspace: Workspace, wire: Wire
+):
+    places = {"registry": 2, "target0": 0, "target1": 0, "target2": 1, "trainer0": 2, "trainer1": 2}
+    service = SpreadService(zygote, workspace, placed(wire.hosts, **places), "lost")
+    with ended_at_last(lambda: service.processes):
+        service.start(training(workspace))
+        service.reach(STEPS // 4)
+        lost, *others = wire.hosts
+        # Without power a host says nothing, so its connections end nowhere.
+        wire.cut([lost], others)
+        service.lose(lost)
+        service.reach(STEPS)
+        assert set(service.finish().values()) == {0}, service.ends_of_logs()
+    require_same(workspace, "lost")
