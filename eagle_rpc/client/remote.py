@@ -5,7 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eagle_rpc.client.dispatcher import Dispatcher, PendingRequest
 from eagle_rpc.client.fleet import Fleet
+from eagle_rpc.client.host_copies import HostCopies
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, PayloadRefused
 from eagle_rpc.rpc import Membership
@@ -120,30 +121,56 @@ class RemoteEagle3TargetModel(RemoteTargets):
     ) -> None:
         """As `RemoteTargets`. `device`: of decoded batches."""
         self._device = device
+        self._copies = HostCopies(settings.shared_dir, patience=settings.patience, stop=stop)
         self._head: DraftHead | None = None
+        self._mapping_digest = ""
         self._totals = RequestTotals()
         self.when_decoded: Callable[[DecodedRequest], None] | None = None
         """Gets each request of supervision after its batch was decoded, on the caller's thread."""
         super().__init__(membership, settings=settings, expected=expected, stop=stop)
 
     def input_embeddings(self) -> Tensor:
-        """The token embedding [V, H] on the CPU, the start of the draft's."""
-        return self._fleet.ask(lambda replica: replica.input_embeddings(), "its input embeddings")
+        """The token embedding [V, H] on the CPU, the start of the draft's; shared with other trainers of the host."""
+        what = "its input embeddings"
+
+        def fetch() -> dict[str, Tensor]:
+            return {"weight": self._fleet.ask(lambda replica: replica.input_embeddings(), what)}
+
+        return self._copies.take("the target's embedding", ["embedding", *self._identity], fetch)["weight"]
 
     def open_session(self, mapping: VocabMapping) -> None:
         """Opens a session at every target, and fetches the head's draft rows if the encoding needs them."""
         settings = self._settings.session
         self._fleet.open_sessions(SessionSpec.of(settings, mapping.selected_token_ids, self._expected))
-        self._head = None
+        self._head, self._mapping_digest = None, mapping.digest
         if ENCODINGS[settings.encoding].needs_head:
             self.output_embeddings()
 
     def output_embeddings(self) -> DraftHead:
-        """The head's draft rows on the trainer's device, fetched once a session."""
+        """The head's draft rows on the trainer's device, taken once a session."""
         if self._head is None:
-            head = self._fleet.ask(lambda replica: replica.output_embeddings(), "the draft rows of its head")
-            self._head = head.to(self._device)
+            what = "the draft rows of its head"
+
+            def fetch() -> dict[str, Tensor]:
+                return self._fleet.ask(lambda replica: replica.output_embeddings(), what).to_tensors()
+
+            identity = ["head", self._mapping_digest, *self._identity]
+            rows = self._copies.take("the target's head rows", identity, fetch)
+            self._head = DraftHead.of_tensors(rows).to(self._device)
         return self._head
+
+    def release_host_copies(self) -> None:
+        """Once all trainers of the host have embedding and head rows: a trainer on a GPU gives up the host's copy.
+
+        On the CPU the copy stays in use until `close`.
+        """
+        if self._device.type != "cpu":
+            self._copies.release()
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        """Equal for targets with the same weights."""
+        return astuple(replace(self._info, incarnation=""))
 
     def generate_batch(
         self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, segment_ids: Tensor | None = None
@@ -204,6 +231,11 @@ class RemoteEagle3TargetModel(RemoteTargets):
                     num_bytes=encoded.num_bytes,
                 )
             )
+
+    def close(self) -> None:
+        """As `RemoteTargets.close`; gives up the host's copies as well."""
+        super().close()
+        self._copies.release()
 
     @property
     def totals(self) -> RequestTotals:

@@ -117,8 +117,9 @@ class FurtherLayer(nn.Module):
 class Eagle3Draft(nn.Module):
     """The draft as serving engines compute it. Call `initialise`, or load a state dict, before use.
 
-    `input_embeddings` [V, H] is the target's token embedding, of which the draft keeps a frozen copy in the
-    same dtype (`train_embeddings` makes it a trained one). Raises `ConfigError` if its shape differs from the config's.
+    `input_embeddings` [V, H] is the target's token embedding, which the draft reads and never writes, in its dtype
+    and without a copy (`train_embeddings` makes a trained one). Raises `ConfigError` if its shape differs from the
+    config's.
     """
 
     def __init__(self, config: Eagle3DraftConfig, input_embeddings: Tensor) -> None:
@@ -129,7 +130,7 @@ class Eagle3Draft(nn.Module):
                 f"input_embeddings must have shape {list(expected)}, got {list(input_embeddings.shape)}"
             )
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(input_embeddings.detach().clone(), freeze=True)
+        self.embed_tokens = nn.Embedding.from_pretrained(input_embeddings.detach(), freeze=True)
         width = config.num_aux_layers * config.hidden_size
         self.aux_norms: list[list[RMSNorm]] = []
         """Norms before `fc`, one stage after the other; those of a stage share the captured states evenly."""
@@ -162,10 +163,10 @@ class Eagle3Draft(nn.Module):
                 parameter.copy_(drawn.normal_(std=INITIAL_STD, generator=generator))
 
     def train_embeddings(self) -> None:
-        """Makes the copy of the embedding a trained parameter, at least fp32; `initialise` comes before."""
+        """Makes a copy of the embedding a trained parameter, at least fp32; `initialise` comes before."""
         weight_VH = self.embed_tokens.weight.detach()
         wide = torch.promote_types(weight_VH.dtype, torch.float32)
-        self.embed_tokens.weight = nn.Parameter(weight_VH.to(wide))
+        self.embed_tokens.weight = nn.Parameter(weight_VH.to(wide, copy=True))
 
     @torch.no_grad()
     def seed_lm_head(self, weight_KH: Tensor) -> None:

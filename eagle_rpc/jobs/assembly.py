@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import DraftRope, InitVocab
+from eagle_rpc.config.choices import DraftRope, InitVocab, MembershipKind
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, coverage
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
@@ -51,6 +51,7 @@ def connect_target(
 
 def client_settings(config: Config, me: Worker) -> ClientSettings:
     """The client of trainer `me`."""
+    elastic = config.rpc.membership is MembershipKind.elastic
     return ClientSettings(
         session=SessionSettings(
             encoding=config.supervision.encoding.value,
@@ -65,6 +66,8 @@ def client_settings(config: Config, me: Worker) -> ClientSettings:
         heartbeat_interval=config.rpc.heartbeat_interval,
         heartbeat_misses=config.rpc.heartbeat_misses,
         most_targets=config.rpc.targets_per_trainer,
+        # A sole trainer would share with nobody.
+        shared_dir=Path(config.run.shared_dir) if elastic or config.topology.trainers > 1 else None,
     )
 
 

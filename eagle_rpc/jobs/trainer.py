@@ -79,6 +79,8 @@ def train_until_done(
                 stop=stop,
                 trackers=lambda last_step: _trackers(config, last_step),
             )
+            group.barrier("the other trainers to take embedding and head rows")
+            backend.release_host_copies()
             setup = list(setup_lines(config, cast, trainer.record, training, trainer, str(device)))
             if group.is_primary:
                 for line in setup:

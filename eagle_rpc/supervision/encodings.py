@@ -6,7 +6,8 @@ vocab.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import torch
@@ -43,6 +44,21 @@ class DraftHead:
     def to(self, device: torch.device) -> "DraftHead":
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The fields that are given, by name; numbers as fp64 scalars."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for name, value in given.items()
+            if value is not None
+        }
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "DraftHead":
+        """The head of `to_tensors`."""
+        numbers = {name: tensors[name].item() for name in ("scale", "soft_cap") if name in tensors}
+        return cls(weight=tensors["weight"], bias=tensors.get("bias"), **numbers)
 
 
 @dataclass(slots=True)
