@@ -36,7 +36,10 @@ def test_a_rate_remembers_no_more_than_its_seconds():
 def test_figures_are_kept_by_outcome():
     clock = Clock()
     throughput = Throughput(clock)
-    clock.now += 5.0
+    clock.now += 2.0
+    throughput.note_request()
+    clock.now += 3.0
+    throughput.note_request()
     throughput.count("ok", tokens=30, reply_bytes=1000)
     throughput.count("ok", tokens=20, reply_bytes=500)
     throughput.count("busy")
@@ -49,6 +52,7 @@ def test_figures_are_kept_by_outcome():
         "reply_bytes_per_second": 300.0,
         "answer_tokens": 40,
         "answer_tokens_per_second": 8.0,
+        "asked_seconds": 3.0,
         "request_seconds": {"queue": 0.0, "forward": 0.0, "encode": 0.0},
     }
 
