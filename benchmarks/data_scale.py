@@ -35,7 +35,7 @@ from eagle_rpc.config.schema import Config, DataConfig, RunConfig, TargetConfig
 from eagle_rpc.data import build_vocab_mapping, datasets_of, load_data, token_cache
 from eagle_rpc.data.tokenising import Counts, TokenisedChunk
 from eagle_rpc.jobs.assembly import chat_template, log_padding, plan_batches
-from eagle_rpc.target.loading import load_target_config, load_tokenizer
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer
 
 _MAX_LENGTH = 4096
 # Chats are put together of these many pieces, of so many words of one token each.

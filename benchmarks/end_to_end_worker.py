@@ -26,8 +26,8 @@ from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TokenBatch, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
-from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_config
 from eagle_rpc.topology import resolve_device
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner

@@ -16,7 +16,7 @@ from eagle_rpc.jobs.train import DONE, READY
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, join_static
-from eagle_rpc.target.loading import load_target_shape
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import assign_roles, plan_devices
 
 __all__ = ["compose", "connected", "elastic_trainer", "joined", "processes"]

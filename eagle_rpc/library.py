@@ -70,7 +70,8 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.engines import load_any_target
-from eagle_rpc.target.loading import load_model, load_target_shape
+from eagle_rpc.target.loading import load_model
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Role, Worker, resolve_device, resolve_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.figures import figures_of

@@ -25,8 +25,8 @@ from eagle_rpc.rpc import StaticMembership, host, withdraw
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import ENCODINGS
-from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_shape
 from target_lab.serving import served_rate
 from target_lab.work import devices_of, full_batch, fused_kernels, make_mapping, make_model
 

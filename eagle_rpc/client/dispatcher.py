@@ -9,15 +9,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection
-from typing import NamedTuple
 
 from eagle_rpc import errors
+from eagle_rpc.client.absence import Absence
 from eagle_rpc.client.fleet import Fleet
 from eagle_rpc.client.heartbeats import Heartbeats
-from eagle_rpc.client.replica import Replica, Router, SessionCall
+from eagle_rpc.client.replica import Replica, Router, SessionCall, Trip
 from eagle_rpc.client.settings import ClientSettings
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy, TargetFailed, TargetUnavailable
-from eagle_rpc.process.waiting import BoundedWait
 from eagle_rpc.supervision import AnswerPrompt, EncodedSupervision, PromptAnswer, TokenBatch
 
 logger = logging.getLogger(__name__)
@@ -35,14 +34,6 @@ _MOST_FAILURES = 2
 _LOOK_SECONDS = 0.5
 # Seconds that a caller still waits for an answer after this trainer was told to stop.
 _STOP_SECONDS = 10.0
-
-
-class Trip(NamedTuple):
-    """The way of a request to the target that answered it, and back; times by time.monotonic."""
-
-    target: str
-    sent: float
-    received: float
 
 
 class PendingRequest:
@@ -100,10 +91,10 @@ class Dispatcher:
         self._request_seconds = _MOST_TIMEOUTS * settings.request_timeout
         self._router = Router(offset=settings.index)
         self._numbers = itertools.count()
-        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: set[PendingRequest] = set()
         self._under_way: set[PendingRequest] = set()
-        self._absence: BoundedWait | None = None  # while no target can be used
+        self._absence = Absence(fleet, settings.reconnect_deadline)
         self._heartbeats = Heartbeats(fleet, settings, wake=self.wake, when_lost=self._lose)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatch", daemon=True)
@@ -132,7 +123,7 @@ class Dispatcher:
             if not self._thread.is_alive():
                 raise TargetFailed("the dispatch thread has ended; its log says why")
             if self._stop.is_set():
-                if seconds_left <= 0 or self._absence is not None:
+                if seconds_left <= 0 or self._absence.lasts:
                     raise TargetUnavailable("told to stop while requests waited for a target")
                 seconds_left -= _LOOK_SECONDS
             answers = [request.answer for request in requests]
@@ -145,7 +136,7 @@ class Dispatcher:
 
     def wake(self) -> None:
         """Makes the thread look for work."""
-        self._events.put(None)
+        self._events.put(lambda: None)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -159,29 +150,32 @@ class Dispatcher:
         try:
             while not self._closing.is_set():
                 with contextlib.suppress(queue.Empty):
-                    self._handle(self._events.get(timeout=_TICK))
+                    self._events.get(timeout=_TICK)()
                     # One look for all events that have come.
                     for _ in range(self._events.qsize()):
-                        self._handle(self._events.get_nowait())
+                        self._events.get_nowait()()
                 self._look_for_work(time.monotonic())
         except Exception as error:
             logger.exception("the dispatch thread failed")
             self._fail_all(TargetFailed(f"the dispatch thread failed: {type(error).__name__}: {error}"))
             raise
 
-    def _handle(self, event: Callable[[], None] | None) -> None:
-        if event is not None:
-            event()
-
     def _look_for_work(self, now: float) -> None:
         self._heartbeats.tick(now)
         self._check_attempts()
         usable = [replica for replica in self._fleet.replicas() if replica.usable]
         if usable:
-            self._end_absence()
+            if self._absence.lasts:
+                self._end_absence()
             self._send_waiting(usable, now)
-        elif self._waiting:
-            self._wait_for_target()
+        elif self._waiting and (failure := self._absence.failure()):
+            self._fail_all(failure)
+
+    def _end_absence(self) -> None:
+        seconds = self._absence.end()
+        for request in [*self._waiting, *self._under_way]:
+            request.deadline += seconds
+        logger.info("a target is back after %.1f s", seconds)
 
     def _send_waiting(self, usable: list[Replica], now: float) -> None:
         for request in sorted(self._waiting, key=lambda one: one.number):
@@ -299,25 +293,3 @@ class Dispatcher:
         for request in [*self._waiting, *self._under_way]:
             request.fail(error)
         self._waiting.clear()
-
-    # --- no target at all
-
-    def _wait_for_target(self) -> None:
-        """Logs the wait. Gives up at the reconnect deadline, or at once if no target can come back."""
-        if self._absence is None:
-            self._absence = BoundedWait("a target to come back", self._settings.reconnect_deadline)
-        can_recover = self._fleet.can_recover
-        if not self._absence.over and can_recover:
-            self._absence.say(self._fleet.last_loss)
-            return
-        bound = f"rpc.reconnect_deadline {self._absence.seconds:.0f} s"
-        seconds, limit = self._absence.elapsed, bound if can_recover else "a static job gets no other"
-        message = f"no target could be reached for {seconds:.1f} s ({limit}): {self._fleet.last_loss}"
-        self._fail_all(TargetUnavailable(message))
-
-    def _end_absence(self) -> None:
-        if self._absence is not None:
-            seconds, self._absence = self._absence.elapsed, None
-            for request in [*self._waiting, *self._under_way]:
-                request.deadline += seconds
-            logger.info("a target is back after %.1f s", seconds)

@@ -4,10 +4,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from eagle_rpc import errors
+from eagle_rpc.client.connector import BROKEN, Connector
 from eagle_rpc.client.nearest import nearest
 from eagle_rpc.client.replica import Replica
 from eagle_rpc.client.settings import ClientSettings
@@ -28,8 +29,7 @@ _FIRST_RETRY, _LONGEST_RETRY = 0.1, 2.0
 _RETIRED_SECONDS = 0.5
 # No other target would answer these differently, now or later.
 _FINAL = (errors.InvalidRequest, errors.PayloadRefused, TargetMismatch, errors.UnsupportedTarget)
-_BROKEN = (errors.ConnectionLost, StaleIncarnation)
-_TEMPORARY = (*_BROKEN, errors.TargetBusy, errors.TargetDraining, errors.UnknownSession, errors.WaitTimeout)
+_TEMPORARY = (*BROKEN, errors.TargetBusy, errors.TargetDraining, errors.UnknownSession, errors.WaitTimeout)
 
 
 @dataclass(slots=True)
@@ -59,11 +59,10 @@ class Fleet:
         stop: threading.Event,
     ) -> None:
         """`stop`: once set, waiting ends."""
-        self.info: ModelInfo | None = None  # of the first target; all others must equal it
         self.last_loss = "none has served yet"  # why the latest target was lost or refused
         self.when_changed: Callable[[], None] = lambda: None  # called after every change, from any thread
         self._membership = membership
-        self._expected = expected
+        self._connector = Connector(membership, expected, settings, stop)
         self._settings = settings
         self._stop = stop
         self._spec: SessionSpec | None = None
@@ -100,8 +99,8 @@ class Fleet:
         `TargetUnavailable` after the reconnect deadline.
         """
         self._wait_for("a target to serve", lambda replica: True)
-        assert self.info is not None
-        return self.info
+        assert self._connector.info is not None
+        return self._connector.info
 
     def open_sessions(self, spec: SessionSpec) -> None:
         """Opens a session at every target, now and whenever one joins. Waits as `connect` does.
@@ -125,7 +124,7 @@ class Fleet:
                     return question(replica)
                 except _TEMPORARY as error:
                     logger.warning("%s did not give %s: %s", replica.name, what, error)
-                    if isinstance(error, _BROKEN):
+                    if isinstance(error, BROKEN):
                         self.drop(replica, error)
             if wait.over or self._stop.is_set() or not self.can_recover:
                 raise TargetUnavailable(f"no target gave {what} (rpc.reconnect_deadline): {self.last_loss}")
@@ -159,7 +158,7 @@ class Fleet:
         self._wake.set()
         self._thread.join()
         for replica in self.replicas():
-            self._leave(replica)
+            self._connector.leave(replica)
 
     def _wait_for(self, what: str, counts: Callable[[Replica], bool]) -> None:
         """Waits until `counts` holds for one replica; with static membership, for all targets."""
@@ -258,26 +257,22 @@ class Fleet:
                     del self._targets[incarnation]
                 logger.info("%s is left to other trainers (rpc.targets_per_trainer)", replica.name)
                 name = f"leave {replica.name}"
-                threading.Thread(target=self._leave, args=(replica,), name=name, daemon=True).start()
-
-    def _leave(self, replica: Replica) -> None:
-        """Ends the session and the connection. Raises nothing."""
-        try:
-            # At a silent target the lease ends the session.
-            if not replica.silent:
-                replica.disconnect()
-        except EagleRpcError as error:
-            logger.warning("the session at %s was not ended: %s", replica.name, error)
-        self._membership.leave(replica.link, lost=False)
+                threading.Thread(
+                    target=self._connector.leave, args=(replica,), name=name, daemon=True
+                ).start()
 
     # --- the thread of one target
 
     def _attach(self, address: TargetAddress, target: _Target) -> None:
         """Connects a target, then opens the session if there is one to open."""
         try:
-            replica = target.replica or self._connect(address, target)
+            replica = target.replica
+            if replica is None:
+                replica = self._connector.connect(address)
+                with self._changed:
+                    target.replica = replica
             if self._spec is not None and replica.session is None and not self._closing.is_set():
-                self._open_session(replica, self._spec)
+                self._connector.open_session(replica, self._spec)
         except _FINAL as error:
             logger.warning("%s is not used: %s", address.name, error)
             target.refused, self.last_loss = error, str(error)
@@ -286,41 +281,13 @@ class Fleet:
             target.not_before = time.monotonic() + target.pause
             target.pause = min(2 * target.pause, _LONGEST_RETRY)
             self.last_loss = str(error)
-            if target.replica is not None and isinstance(error, _BROKEN):
+            if target.replica is not None and isinstance(error, BROKEN):
                 self.drop(target.replica, error)
         else:
             target.not_before, target.pause = 0.0, _FIRST_RETRY
         finally:
             target.attaching = False
             self._notify()
-
-    def _connect(self, address: TargetAddress, target: _Target) -> Replica:
-        """Raises `TargetMismatch` unless it holds the model that the draft expects and the others hold."""
-        link = self._membership.connect(address)
-        try:
-            replica = Replica(address.name, link, self._settings, self._stop)
-            self._expected.check(replica.info)
-            with self._changed:
-                self.info = self.info or replica.info
-                if replace(replica.info, incarnation=self.info.incarnation) != self.info:
-                    wanted = f"the same model as the other targets ({self.info})"
-                    raise TargetMismatch(f"{replica.name} must serve {wanted}, it has {replica.info}")
-                target.replica = replica
-        except EagleRpcError as error:
-            self._membership.leave(link, lost=isinstance(error, _BROKEN))
-            raise
-        logger.info("connected to %s, incarnation %s", address.name, address.incarnation[:8])
-        return replica
-
-    def _open_session(self, replica: Replica, spec: SessionSpec) -> None:
-        session, silence = replica.open_session(spec), self._settings.silence
-        logger.info("session open at %s, %d requests at a time", replica.name, session.credits)
-        if session.lease <= silence:
-            logger.warning(
-                "%s ends a session after %g s without a heartbeat, which must be more than "
-                "rpc.heartbeat_interval x rpc.heartbeat_misses = %g s",
-                *(replica.name, session.lease, silence),
-            )
 
     def _notify(self) -> None:
         with self._changed:

@@ -43,6 +43,14 @@ class SessionCall(NamedTuple):
     sent: float  # by time.monotonic
 
 
+class Trip(NamedTuple):
+    """The way of a request to the target that answered it, and back; times by time.monotonic."""
+
+    target: str
+    sent: float
+    received: float
+
+
 class Replica:
     """One incarnation of a target. Every call is bounded, and raises the error that the target answers."""
 

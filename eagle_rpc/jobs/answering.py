@@ -18,7 +18,7 @@ from eagle_rpc.jobs.assembly import client_settings, expectation
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.process import stop_signals
 from eagle_rpc.supervision import AnswerSettings
-from eagle_rpc.target.loading import load_target_shape
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Role, Worker
 
 

@@ -15,7 +15,8 @@ from eagle_rpc.data import ChatTemplate
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.answering import service_answerer
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.loading import load_model, load_target_shape
+from eagle_rpc.target.loading import load_model
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import resolve_device
 
 

@@ -24,7 +24,8 @@ from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.serving import ServedForm, check_form
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.target.loading import load_target_config, load_target_shape, load_tokenizer, plan_placement
+from eagle_rpc.target.loading import plan_placement
+from eagle_rpc.target.model_files import load_target_config, load_target_shape, load_tokenizer
 from eagle_rpc.topology import Cast, resolve_device
 from eagle_rpc.train import latest_whole_checkpoint
 

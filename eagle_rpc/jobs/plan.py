@@ -16,8 +16,9 @@ from eagle_rpc.process import read_world
 from eagle_rpc.serving.export import EMBEDDING, weight_shapes
 from eagle_rpc.supervision import ENCODINGS, TargetShape
 from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.target.loading import exact_attention, load_target_config, target_outline, weight_format
+from eagle_rpc.target.loading import exact_attention, target_outline, weight_format
 from eagle_rpc.target.memory import DeviceMemory, Load, memory_by_device
+from eagle_rpc.target.model_files import load_target_config
 from eagle_rpc.target.placement import Placement
 from eagle_rpc.topology import Role, assign_roles, plan_devices
 

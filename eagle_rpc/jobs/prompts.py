@@ -17,7 +17,7 @@ from eagle_rpc.errors import ConfigError
 from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.jobs.backends import answerer
 from eagle_rpc.process.files import replaced_file
-from eagle_rpc.target.loading import load_tokenizer
+from eagle_rpc.target.model_files import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from eagle_rpc.jobs import backends
 from eagle_rpc.jobs.assembly import chat_template
 from eagle_rpc.jobs.prompts import ensure_prompts
 from eagle_rpc.process.startup import start_worker
-from eagle_rpc.target.loading import load_tokenizer
+from eagle_rpc.target.model_files import load_tokenizer
 
 
 def run(config: Config) -> int:

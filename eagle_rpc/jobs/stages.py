@@ -14,8 +14,8 @@ from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.service.stage_chain import StageChain
 from eagle_rpc.service.stage_server import StageServer
 from eagle_rpc.service.staged_target import StagedPasses, StagedTarget
-from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Worker, stage_name
 
 

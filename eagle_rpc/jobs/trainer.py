@@ -3,11 +3,14 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import (
     connect_target,
@@ -83,20 +86,33 @@ def train_until_done(
             backend.release_host_copies()
             setup = list(setup_lines(config, cast, trainer.record, training, trainer, str(device)))
             if group.is_primary:
-                for line in setup:
-                    logger.info("%s", line)
-            if isinstance(membership, ElasticMembership):
-                membership.report(lambda: {**trainer.status(), **backend.status()})
-            with trainer_watched(config, cast, backend, lambda: {**trainer.status(), **backend.status()}):
-                trainer.train()
+                _log_lines(setup)
+            _train(config, cast, membership, backend, trainer)
             summary = None
             if group.is_primary and trainer.has_trained:
                 summary = training_summary(cast, trainer, backend, training, mapping, setup)
     if summary is not None:
-        directory = RunDirectory.of(config)
-        write_summary(summary, directory.training)
-        for line in make_report(config).splitlines():
-            logger.info("%s", line)
+        write_summary(summary, RunDirectory.of(config).training)
+        _log_lines(make_report(config).splitlines())
+
+
+def _train(
+    config: Config, cast: Cast, membership: Membership, backend: RemoteEagle3TargetModel, trainer: Trainer
+) -> None:
+    """Trains, and meanwhile shows the state in the registry, as metrics and in spans."""
+
+    def status() -> dict[str, Any]:
+        return {**trainer.status(), **backend.status()}
+
+    if isinstance(membership, ElasticMembership):
+        membership.report(status)
+    with trainer_watched(config, cast, backend, status):
+        trainer.train()
+
+
+def _log_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        logger.info("%s", line)
 
 
 def _trackers(config: Config, last_step: int) -> list[Tracker]:

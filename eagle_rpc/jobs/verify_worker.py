@@ -28,8 +28,8 @@ from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.rpc import attempt_store, join_static
 from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TargetShape, VocabMapping
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
-from eagle_rpc.target.loading import load_target_shape
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Cast, Role, Worker, assign_roles, plan_devices, resolve_device
 from eagle_rpc.train import Trainer, TrainerGroup
 from eagle_rpc.train.recording import RecordingBackend

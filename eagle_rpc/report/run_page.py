@@ -9,84 +9,13 @@ from markupsafe import Markup
 from eagle_rpc.report import charts, page
 from eagle_rpc.report.advice import advice_of, mean_wait
 from eagle_rpc.report.charts import Chart
+from eagle_rpc.report.run_template import SHADES, STYLE, TEMPLATE
 from eagle_rpc.report.sources import Sources
 
 Tiles = Iterator[tuple[str, str, str]]
 
 # Texts that are shown with their accepted tokens, and tokens of each.
 _TEXTS, _TOKENS = 12, 400
-# Positions with a shade of their own.
-_SHADES = 6
-
-_STYLE = """
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .7rem; }
-.tile { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem; min-width: 0; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); gap: 1.2rem; }
-figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; margin-bottom: .2rem; }
-li { margin: .3rem 0; overflow-wrap: anywhere; }
-details { margin: .6rem 0; } summary { cursor: pointer; overflow-wrap: anywhere; }
-pre.text { line-height: 1.7; } span.key { border-radius: 3px; padding: 0 .4rem; white-space: nowrap; }
-""" + "".join(
-    f".p{shade} {{ background: color-mix(in srgb, var(--accept) {12 + 11 * shade}%, transparent); }}\n"
-    for shade in range(1, _SHADES + 1)
-)
-_TEMPLATE = """\
-{% macro grid(section) %}
-<div class="charts">{% for title, name in section %}
-<figure><figcaption>{{ title }}</figcaption><div id="{{ name }}"></div></figure>
-{% endfor %}</div>
-{% endmacro %}
-<div class="tiles">{% for label, value, more in tiles %}
-<div class="tile"><span class="dim">{{ label }}</span><b>{{ value }}</b><span class="dim">{{ more }}</span></div>
-{% endfor %}</div>
-<h2>What to do next</h2>
-{% if advice %}<ul>{% for line in advice %}<li>{{ line }}</li>{% endfor %}</ul>
-{% else %}<p>Nothing stands out in the figures of this page.</p>{% endif %}
-{% for title, text, names in sections %}
-<h2>{{ title }}</h2>
-<p class="dim">{{ text }}</p>
-{{ grid(names) }}
-{% endfor %}
-{% if workers %}<h2>Workers</h2><table><tr><th>worker</th><th>figures</th></tr>
-{% for name, line in workers %}<tr><td>{{ name }}</td><td>{{ line }}</td></tr>{% endfor %}</table>{% endif %}
-{% if rows %}<h2>Drafts in figures</h2><table><tr><th></th>
-{% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
-{% if texts %}<h2>Texts</h2>
-<p>Without colour: the target's own tokens. Coloured: guesses that it accepted, by position:
-{% for shade in range(1, shades + 1) %}<span class="key p{{ shade }}">{{ shade }}{{ "+" if shade == most }}</span>
-{% endfor %}</p>
-{% for one in texts %}<details{% if loop.index <= 3 %} open{% endif %}>
-<summary>{{ one.title }}</summary>
-<pre class="text"><span class="dim">{{ one.prompt }}</span>{% for words, shade in one.pieces %}\
-{% if shade %}<span class="p{{ shade }}">{{ words }}</span>{% else %}{{ words }}{% endif %}{% endfor %}</pre>
-</details>{% endfor %}{% endif %}
-<h2>Conditions</h2>
-<table>{% for name, value in conditions %}<tr><td>{{ name }}</td><td class="path">{{ value }}</td></tr>
-{% endfor %}</table>
-{% if config %}<details><summary>Configuration</summary><pre>{{ config }}</pre></details>{% endif %}
-<script>{{ library }}</script>
-<script>
-const charts = {{ charts | tojson }};
-function themed(layout) {
-  const css = getComputedStyle(document.documentElement), ink = css.getPropertyValue("--ink").trim();
-  const line = css.getPropertyValue("--line").trim(), paper = css.getPropertyValue("--paper").trim();
-  const axis = (one) => ({...one, gridcolor: line, linecolor: line, tickcolor: line, fixedrange: true});
-  return {...layout, font: {color: ink, family: "system-ui, sans-serif", size: 12},
-    xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
-    hoverlabel: {bgcolor: paper, bordercolor: line, font: {color: ink}}};
-}
-function draw() {
-  const color = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
-  for (const [name, chart] of Object.entries(charts))
-    Plotly.react(name, chart.data.map((one) => one.error_y ? {...one, error_y: {...one.error_y, color}} : one),
-      themed(chart.layout), {responsive: true, displayModeBar: false});
-}
-draw();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-</script>
-"""
 
 
 def write_report(sources: Sources, output: Path) -> list[str]:
@@ -105,8 +34,8 @@ def write_report(sources: Sources, output: Path) -> list[str]:
     page.write_page(
         output,
         f"Run {sources.name}",
-        _TEMPLATE,
-        style=_STYLE,
+        TEMPLATE,
+        style=STYLE,
         tiles=list(_tiles(sources)),
         advice=advice,
         sections=sections,
@@ -114,7 +43,7 @@ def write_report(sources: Sources, output: Path) -> list[str]:
         rows=_rows(sources.comparison) if sources.comparison else [],
         texts=texts,
         shades=most,
-        most=_SHADES,
+        most=SHADES,
         conditions=list(_conditions(sources)),
         config=sources.config,
         charts=drawn,
@@ -284,7 +213,7 @@ def _texts(evaluation: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {
             "title": f"{category}accept length {one['accept_length']:.2f} in {one['num_drafts']} drafts{cut}",
             "prompt": one["prompt"],
-            "pieces": [(words, min(position, _SHADES)) for words, position in one["pieces"][:_TOKENS]],
+            "pieces": [(words, min(position, SHADES)) for words, position in one["pieces"][:_TOKENS]],
         }
 
 

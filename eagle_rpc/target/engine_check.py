@@ -21,8 +21,8 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.process.files import replaced_file
 from eagle_rpc.target.capture import AuxStates, captured_layers, find_base, find_decoder_layers, run_base
-from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_config
 from eagle_rpc.target.probes import ROUNDING, WHOLE_MODEL, refusing_failures, relative_error
 from eagle_rpc.target.quantization import is_quantised
 

@@ -50,7 +50,7 @@ from eagle_rpc.target.compiled import Buckets, CompiledForward
 from eagle_rpc.target.fused_mlps import FusedMLPs
 from eagle_rpc.target.lm_head import OwnHead, check_own_head, draft_head, probe_draft_head
 from eagle_rpc.target.loading import caps_attention, load_spread
-from eagle_rpc.target.probes import check_causal, packing_fault, recurrent_layers, refusing_failures
+from eagle_rpc.target.probes import check_causal, check_embedding, check_packing, refusing_failures
 from eagle_rpc.target.spread import Spread
 from eagle_rpc.target.stage import Stage
 
@@ -110,7 +110,7 @@ class HFEagle3TargetModel(Eagle3Target):
             check_causal(partial(run_base, self._base), self._probe_ids, name)
             output = check_capture(self._base, self._layers, own_aux, self._probe_ids)
             hidden_BTH = output[0]
-            self._check_embedding(hidden_BTH.shape[-1])
+            check_embedding(model, hidden_BTH.shape[-1])
             self._own_head, self._fused_rows = None, False
             if stage is None or stage.is_last:
                 self._own_head = OwnHead(model, type(output))
@@ -241,13 +241,6 @@ class HFEagle3TargetModel(Eagle3Target):
         spread = torch.linspace(0, embedding.shape[0] - 1, _PROBE_TOKENS, device=self.devices[0])
         return spread.long().unsqueeze(0)
 
-    def _check_embedding(self, width: int) -> None:
-        """The draft reads the target's token embedding beside its hidden states."""
-        embedding = self.get_input_embeddings().weight
-        if embedding.dim() != 2 or embedding.shape[1] != width:
-            rule = f"{type(self.model).__name__} must embed tokens as wide as its hidden states of {width}"
-            raise UnsupportedTarget(f"{rule}, got an embedding {list(embedding.shape)}")
-
     def _check_packing(self) -> None:
         """At the first packed batch: rows of two chats must give what the chats give alone."""
         if self._packing_is_exact:
@@ -256,13 +249,8 @@ class HFEagle3TargetModel(Eagle3Target):
         def run(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
             return self._forward(ids_BT, torch.ones_like(ids_BT), segment_ids_BT)[1]
 
-        if recurrent_layers(find_decoder(self.model)):
-            fault: str | None = "its layers carry a state from token to token"
-        else:
-            fault = packing_fault(run, self._probe_ids.view(2, -1)[:, : self._max_length])
-        if fault is not None:
-            name = f"{type(self.model).__name__} with {self.model.config._attn_implementation} attention"
-            raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")
+        chats_BT = self._probe_ids.view(2, -1)[:, : self._max_length]
+        check_packing(run, chats_BT, self.model, find_decoder(self.model))
         self._packing_is_exact = True
 
     @property

@@ -5,30 +5,26 @@ the last, so a pass visits each device once. All of it follows from the model's 
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.errors import ConfigError
 from eagle_rpc.target.capture import find_decoder_layers
-from eagle_rpc.target.chat_attention import WITHOUT_MASK
-from eagle_rpc.target.probes import FAILURES, refusing_failures
+from eagle_rpc.target.part_order import (
+    own_tensors,
+    parts_beside,
+    path_to,
+    require_own_weights,
+    run_behind_layers,
+)
 
-# Tokens of the pass, without values, that shows in which order parts run.
-_OUTLINE_TOKENS = 8
 # A share of bytes counts as this much less than one of time: bytes fit or do not fit, but passes follow each
 # other as fast as the slowest device.
 _BYTE_SLACK = 1.1
-# Values of the tuples that decoder layers of transformers return; 0: a tensor.
-FORMS_OF_OUTPUTS = (0, 2, 3)
 _FIELD = "topology.devices_per_target"
 
 
@@ -103,13 +99,13 @@ class Placement:
         if num_devices > len(layers):
             rule = f"{field} must be at most the {len(layers)} decoder layers of {type(model).__name__}"
             raise ConfigError(f"{rule}, got {num_devices}")
-        path, last = _path_to(model, layers), num_devices - 1
-        beside = dict(_parts_beside(model, path))
-        device_of = dict.fromkeys([*beside, *_own_tensors(model, path)], 0)
+        path, last = path_to(model, layers), num_devices - 1
+        beside = dict(parts_beside(model, path))
+        device_of = dict.fromkeys([*beside, *own_tensors(model, path)], 0)
         run_behind = dict.fromkeys(beside, False)
         if last:
-            _require_own_weights(model, layers, field)
-            run_behind = _run_behind_layers(model, layers, beside, field)
+            require_own_weights(model, layers, field)
+            run_behind = run_behind_layers(model, layers, beside, field)
             device_of |= {name: last for name, behind in run_behind.items() if behind}
         counted: dict[int, set[int]] = {0: set(), last: set()}
         outside = {0: Cost(), last: Cost()}
@@ -224,98 +220,3 @@ def balance(layers: Sequence[Cost], num_devices: int, *, before: Cost, behind: C
             reached[stop] = min(candidates)
         best = reached
     return best[len(layers)][2]
-
-
-def _path_to(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
-
-
-def _parts_beside(model: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules with tensors that neither hold the module at `path` nor are in it, by name."""
-    holder, prefix = model, ""
-    for name in path.split("."):
-        for other, child in holder.named_children():
-            if other != name and any(True for _ in itertools.chain(child.parameters(), child.buffers())):
-                yield prefix + other, child
-        holder, prefix = holder.get_submodule(name), f"{prefix}{name}."
-
-
-def _own_tensors(model: nn.Module, path: str) -> Iterator[str]:
-    """Names of weights and buffers of the modules that hold the one at `path`."""
-    names = path.split(".")
-    for depth in range(len(names)):
-        holder = ".".join(names[:depth])
-        module = model.get_submodule(holder)
-        own = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-        yield from (f"{holder}.{name}" if holder else name for name, _ in own)
-
-
-def _require_own_weights(model: PreTrainedModel, layers: nn.ModuleList, field: str) -> None:
-    """Raises `UnsupportedTarget` for layers that share weights: these would be on several devices."""
-    counts = Counter(id(weight) for layer in layers for weight in layer.parameters())
-    if any(count > 1 for count in counts.values()):
-        raise UnsupportedTarget(f"{field} must be 1 for {type(model).__name__}, whose layers share weights")
-
-
-def _run_behind_layers(
-    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module], field: str
-) -> dict[str, bool]:
-    """Whether each part that runs does so behind the last layer, not before the first.
-
-    Raises `UnsupportedTarget` for a part that runs between two layers, or before and behind.
-    """
-    rule = f"{field} must be 1 for {type(model).__name__}, whose parts must run in a line"
-    calls: list[tuple[str, int]] = []
-    *first_forms, last_form = FORMS_OF_OUTPUTS
-    for num_values in first_forms:
-        with suppress(*FAILURES):
-            calls = _outline(model, layers, beside, num_values)
-            break
-    else:
-        with refusing_failures(rule):
-            calls = _outline(model, layers, beside, last_form)
-    for part, num_done in calls:
-        if 0 < num_done < len(layers):
-            raise UnsupportedTarget(f"{rule}, {part} runs behind layer {num_done - 1} of {len(layers)}")
-    run_behind = {part: bool(num_done) for part, num_done in calls}
-    if twice := {part for part, num_done in calls if run_behind[part] != bool(num_done)}:
-        raise UnsupportedTarget(f"{rule}, {min(twice)} runs before and behind the layers")
-    return run_behind
-
-
-def _outline(
-    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module], num_values: int
-) -> list[tuple[str, int]]:
-    """The parts in the order in which a pass calls them, each with the number of layers that are done by then.
-
-    Tensors have no values, layers do nothing, and no mask is made. `num_values` of the tuple that layers return;
-    0: they return a tensor.
-    """
-    calls: list[tuple[str, int]] = []
-    num_done = 0
-
-    def identity(hidden: Any = None, *unused: Any, hidden_states: Any = None, **also_unused: Any) -> Any:
-        nonlocal num_done
-        num_done += 1
-        hidden = hidden_states if hidden is None else hidden
-        return (hidden, None, None)[:num_values] if num_values else hidden
-
-    def note(part: str, *unused: Any) -> None:
-        calls.append((part, num_done))
-
-    configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    before = [config._attn_implementation for config in configs]
-    with ExitStack() as undone:
-        for part, module in beside.items():
-            undone.callback(module.register_forward_pre_hook(partial(note, part)).remove)
-        for layer in layers:
-            layer.forward = identity
-            undone.callback(vars(layer).pop, "forward")
-        for config, attention in zip(configs, before, strict=True):
-            undone.callback(setattr, config, "_attn_implementation", attention)
-            config._attn_implementation = WITHOUT_MASK
-        undone.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        undone.enter_context(torch.device("meta"))
-        undone.enter_context(torch.inference_mode())
-        model(input_ids=torch.zeros(1, _OUTLINE_TOKENS, dtype=torch.int64), use_cache=False)
-    return calls

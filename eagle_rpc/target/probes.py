@@ -74,7 +74,34 @@ def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> 
         )
 
 
-def recurrent_layers(decoder: PreTrainedModel) -> bool:
+def check_embedding(model: PreTrainedModel, width: int) -> None:
+    """Raises `UnsupportedTarget` unless tokens are embedded with `width` values, as the hidden states have.
+
+    The draft reads the target's token embedding beside its hidden states.
+    """
+    embedding = model.get_input_embeddings().weight
+    if embedding.dim() != 2 or embedding.shape[1] != width:
+        rule = f"{type(model).__name__} must embed tokens as wide as its hidden states of {width}"
+        raise UnsupportedTarget(f"{rule}, got an embedding {list(embedding.shape)}")
+
+
+def check_packing(
+    run: Callable[[Tensor, Tensor | None], Tensor],
+    ids_BT: Tensor,
+    model: PreTrainedModel,
+    decoder: PreTrainedModel,
+) -> None:
+    """Raises `UnsupportedTarget` unless rows of two chats give what the chats give alone; `run` as `packing_fault`."""
+    if _recurrent_layers(decoder):
+        fault: str | None = "its layers carry a state from token to token"
+    else:
+        fault = packing_fault(run, ids_BT)
+    if fault is not None:
+        name = f"{type(model).__name__} with {model.config._attn_implementation} attention"
+        raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")
+
+
+def _recurrent_layers(decoder: PreTrainedModel) -> bool:
     """Whether layers carry a state or a convolution from token to token, across the chats of a row."""
     config = decoder.config
     kinds = {kind for name in _LAYER_KINDS for kind in getattr(config, name, None) or ()}

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from eagle_rpc.errors import UnsupportedTarget
 from eagle_rpc.target.capture import find_base, find_decoder_layers, run_base
-from eagle_rpc.target.placement import FORMS_OF_OUTPUTS, Placement
+from eagle_rpc.target.part_order import FORMS_OF_OUTPUTS
+from eagle_rpc.target.placement import Placement
 from eagle_rpc.target.probes import FAILURES
 
 _PROBE_TOKENS = 8

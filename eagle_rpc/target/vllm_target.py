@@ -30,7 +30,7 @@ from eagle_rpc.target.beside_decoder import StoredTensors, load_beside_decoder
 from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.engine_check import load_reference
 from eagle_rpc.target.lm_head import OwnHead, draft_head, probe_draft_head
-from eagle_rpc.target.loading import load_target_config, load_tokenizer, resolve_model_dir
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer, resolve_model_dir
 from eagle_rpc.target.vllm_engine import EngineModel, HiddenStates, require_vllm
 
 # Tokens of the pass that the head is probed with.

@@ -115,6 +115,19 @@ def figures_of(sums: dict[str, Tensor], weights_S: Tensor) -> dict[str, Figure]:
     }
 
 
+def training_figures(
+    sums: RunningSums, weights_S: Tensor, learning_rate: float, pace: "Pace"
+) -> dict[str, Figure]:
+    """Those of `figures_of` and `Pace.figures`, the mean norm of gradients, and the newest learning rate."""
+    on_host = sums.on_host()
+    return {
+        **figures_of(on_host, weights_S),
+        "grad_norm": float(on_host["grad_norms"] / on_host["optimiser_steps"].clamp(min=1)),
+        "learning_rate": learning_rate,
+        **pace.figures(float(on_host["tokens"])),
+    }
+
+
 def decoding_figures(counts: DecodingCounts) -> dict[str, Figure]:
     """The figures of `job=evaluate` that validation has as well."""
     return {

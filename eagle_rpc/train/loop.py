@@ -32,7 +32,7 @@ from eagle_rpc.train.checkpoint import (
     write_checkpoint,
 )
 from eagle_rpc.train.distributed import TrainerGroup
-from eagle_rpc.train.figures import TIMES, Pace, figures_of, in_one_line, require_finite
+from eagle_rpc.train.figures import TIMES, Pace, in_one_line, require_finite, training_figures
 from eagle_rpc.train.history import ValidationHistory
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.record import RunRecord, require_same_run
@@ -208,19 +208,11 @@ class Trainer:
             self._metrics.write(self.learner.steps_done, figures)
 
     def _training_figures(self) -> Figures:
-        sums = self._sums.on_host()
-        return {
-            **figures_of(sums, self.learner.step_weights),
-            **self._learned_figures(),
-            "grad_norm": float(sums["grad_norms"] / sums["optimiser_steps"].clamp(min=1)),
-            "learning_rate": self._learning_rate,
-            **self._pace.figures(float(sums["tokens"])),
-        }
-
-    def _learned_figures(self) -> Figures:
-        if not self.learner.step_weights_are_learned:
-            return {}
-        return {"step_weights": self.learner.step_weights.tolist()}
+        weights_S = self.learner.step_weights
+        figures = training_figures(self._sums, weights_S, self._learning_rate, self._pace)
+        if self.learner.step_weights_are_learned:
+            figures["step_weights"] = weights_S.tolist()
+        return figures
 
     def _validate(self) -> bool:
         """Writes the figures of a validation; whether it was the best one so far."""

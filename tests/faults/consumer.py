@@ -13,7 +13,7 @@ from eagle_rpc.config import Config
 from eagle_rpc.data import BatchPlan, datasets_of, load_data
 from eagle_rpc.jobs.assembly import chat_template, plan_batches
 from eagle_rpc.supervision import VocabMapping
-from eagle_rpc.target.loading import load_target_shape, load_tokenizer
+from eagle_rpc.target.model_files import load_target_shape, load_tokenizer
 
 _TIME = struct.Struct("<d")
 

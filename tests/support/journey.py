@@ -36,7 +36,7 @@ from eagle_rpc.supervision import (
     TargetOutput,
 )
 from eagle_rpc.supervision.rows import RowsRead
-from eagle_rpc.target.loading import load_target_shape
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import assign_roles, plan_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner

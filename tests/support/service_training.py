@@ -19,7 +19,7 @@ from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
-from eagle_rpc.target.loading import load_target_shape
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Role, assign_roles, plan_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner

@@ -15,7 +15,7 @@ from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import ElasticMembership
-from eagle_rpc.target.loading import load_target_shape
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.topology import Role, assign_elastic_roles
 
 

@@ -41,23 +41,23 @@ def _terms_and_slopes(log_draft_K, log_target_K, lowest, REVERSE: tl.constexpr, 
 
 
 @triton.jit
-def _judge_kernel(
-    logits, targets, log_normalizers, coefficients, losses, predicted, steps, vocab, decay, kl_share, lowest,
-    KL: tl.constexpr, ACCEPTANCE: tl.constexpr, HYBRID: tl.constexpr, REVERSE: tl.constexpr,
-    VARIATION: tl.constexpr, SHANNON: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    pair = tl.program_id(0).to(tl.int64)
-    row = pair // steps
-    logits += pair * vocab
-    targets += row * vocab
+def _load(logits, targets, start, columns_K, vocab):
+    """A block of a row from column `start`, and the columns of it that the vocabulary has."""
+    mask_K = start + columns_K < vocab
+    logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+    targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+    return mask_K, logits_K, targets_K
+
+
+@triton.jit
+def _cross_entropy(logits, targets, vocab, KL: tl.constexpr, BLOCK: tl.constexpr):
+    """The cross entropy, less the target's entropy if KL; the draft's argmax; both log-sums."""
     columns_K = tl.arange(0, BLOCK)
     largest, largest_target, best = _LOWEST, _LOWEST, 0
     sums_K, target_sums_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     cross_K, entropy_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
-        mask_K = start + columns_K < vocab
-        logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-        targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        mask_K, logits_K, targets_K = _load(logits, targets, start, columns_K, vocab)
         targets_K = tl.maximum(targets_K, _LOWEST)
         block_largest = tl.max(logits_K)
         if block_largest > largest:
@@ -79,19 +79,57 @@ def _judge_kernel(
     loss = log_sum - tl.sum(cross_K) / target_sum
     if KL:
         loss += tl.sum(entropy_K) / target_sum - target_log_sum
+    return loss, best, log_sum, target_log_sum
+
+
+@triton.jit
+def _acceptance(logits, targets, vocab, log_sum, log_normalizer, BLOCK: tl.constexpr):
+    """The probability of acceptance, and the draft's probability of the tokens that the target finds likelier."""
+    columns_K = tl.arange(0, BLOCK)
+    accepted_K, short_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        _, logits_K, targets_K = _load(logits, targets, start, columns_K, vocab)
+        draft_K, true_K = tl.exp(logits_K - log_sum), tl.exp(targets_K - log_normalizer)
+        accepted_K += tl.minimum(draft_K, true_K)
+        short_K += tl.where(draft_K < true_K, draft_K, 0.0)
+    return tl.sum(accepted_K), tl.sum(short_K)
+
+
+@triton.jit
+def _divergence(
+    logits, targets, vocab, log_sum, target_log_sum, lowest,
+    REVERSE: tl.constexpr, VARIATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The divergence, and the draft's mean of its slopes."""
+    columns_K = tl.arange(0, BLOCK)
+    sum_K, slope_sum_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        _, logits_K, targets_K = _load(logits, targets, start, columns_K, vocab)
+        terms_K, slopes_K, draft_K = _terms_and_slopes(
+            logits_K - log_sum, targets_K - target_log_sum, lowest, REVERSE, VARIATION
+        )
+        # Columns beyond the vocabulary add 0: both probabilities are 0 there, and all logs finite.
+        sum_K += terms_K
+        slope_sum_K += draft_K * slopes_K
+    return tl.sum(sum_K), tl.sum(slope_sum_K)
+
+
+@triton.jit
+def _judge_kernel(
+    logits, targets, log_normalizers, coefficients, losses, predicted, steps, vocab, decay, kl_share, lowest,
+    KL: tl.constexpr, ACCEPTANCE: tl.constexpr, HYBRID: tl.constexpr, REVERSE: tl.constexpr,
+    VARIATION: tl.constexpr, SHANNON: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64)
+    row = pair // steps
+    logits += pair * vocab
+    targets += row * vocab
+    loss, best, log_sum, target_log_sum = _cross_entropy(logits, targets, vocab, KL, BLOCK)
 
     divergence_weight, acceptance_weight, short, log_normalizer = 1.0, 0.0, 0.0, 0.0
     if ACCEPTANCE:
         log_normalizer = tl.load(log_normalizers + row)
-        accepted_K, short_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            mask_K = start + columns_K < vocab
-            logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-            targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-            draft_K, true_K = tl.exp(logits_K - log_sum), tl.exp(targets_K - log_normalizer)
-            accepted_K += tl.minimum(draft_K, true_K)
-            short_K += tl.where(draft_K < true_K, draft_K, 0.0)
-        acceptance, short = tl.sum(accepted_K), tl.sum(short_K)
+        acceptance, short = _acceptance(logits, targets, vocab, log_sum, log_normalizer, BLOCK)
         if HYBRID:
             divergence_weight = tl.exp(-decay * acceptance)
             acceptance_weight = 1.0 - divergence_weight
@@ -101,27 +139,18 @@ def _judge_kernel(
             loss = -tl.log(acceptance)
     mean_slope = 0.0
     if REVERSE or VARIATION or SHANNON:
-        sum_K, slope_sum_K = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            mask_K = start + columns_K < vocab
-            logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-            targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-            terms_K, slopes_K, draft_K = _terms_and_slopes(
-                logits_K - log_sum, targets_K - target_log_sum, lowest, REVERSE, VARIATION
-            )
-            # Columns beyond the vocabulary add 0: both probabilities are 0 there, and all logs finite.
-            sum_K += terms_K
-            slope_sum_K += draft_K * slopes_K
-        mean_slope, divergence_weight = tl.sum(slope_sum_K), kl_share
-        loss = kl_share * loss + (1.0 - kl_share) * tl.sum(sum_K)
+        divergence, mean_slope = _divergence(
+            logits, targets, vocab, log_sum, target_log_sum, lowest, REVERSE, VARIATION, BLOCK
+        )
+        divergence_weight = kl_share
+        loss = kl_share * loss + (1.0 - kl_share) * divergence
     tl.store(losses + pair, loss)
     tl.store(predicted + pair, best.to(tl.int64))  # type: ignore[attr-defined]
 
     coefficient = tl.load(coefficients + pair)
+    columns_K = tl.arange(0, BLOCK)
     for start in range(0, vocab, BLOCK):
-        mask_K = start + columns_K < vocab
-        logits_K = tl.load(logits + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
-        targets_K = tl.load(targets + start + columns_K, mask_K, other=_LOWEST).to(tl.float32)
+        mask_K, logits_K, targets_K = _load(logits, targets, start, columns_K, vocab)
         draft_K = tl.exp(logits_K - log_sum)
         gradient_K = divergence_weight * (draft_K - tl.exp(targets_K - target_log_sum))
         if ACCEPTANCE:

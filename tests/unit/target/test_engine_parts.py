@@ -15,8 +15,8 @@ from eagle_rpc.supervision import TargetOutput
 from eagle_rpc.target.beside_decoder import StoredTensors, load_beside_decoder
 from eagle_rpc.target.engine_check import load_reference
 from eagle_rpc.target.lm_head import OwnHead, draft_head
-from eagle_rpc.target.loading import load_target_config
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_config
 from eagle_rpc.target.vllm_target import chats_of
 
 AUX = (1, 3, 4)

@@ -12,8 +12,9 @@ from support.tiny_model import save_tiny_model
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
-from eagle_rpc.target.loading import load_model, load_target_config, load_tokenizer
+from eagle_rpc.target.loading import load_model
 from eagle_rpc.target.model import HFEagle3TargetModel
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 1234\n"
 
@@ -132,7 +133,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_with_the_reason(model: Path
 
 
 def test_a_tokenizer_that_needs_sentencepiece_names_the_command(model: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("eagle_rpc.target.loading._SENTENCEPIECE", False)
+    monkeypatch.setattr("eagle_rpc.target.model_files._SENTENCEPIECE", False)
     without_tokenizer(model)
     (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     (model / "tokenizer.model").write_bytes(b"\x0a\x0b not a model")

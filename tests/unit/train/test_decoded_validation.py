@@ -19,7 +19,8 @@ from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.serving import load_export
 from eagle_rpc.supervision import TokenBatch, VocabMapping
-from eagle_rpc.target.loading import load_model, load_target_shape
+from eagle_rpc.target.loading import load_model
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.train.decoding import answers_of
 from eagle_rpc.train.distributed import TrainerGroup
 from eagle_rpc.train.loop import Trainer
