@@ -8,12 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import Chains, DecodingCounts, Eagle3Draft, TargetText, replay
-from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.judge import GUESSES, DecodedPrompt, decode_both
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer
 from eagle_rpc.evaluate.guesses import answered, conditions, fitted_draft, guesses_of
 from eagle_rpc.evaluate.intervals import bootstrap_interval
-from eagle_rpc.evaluate.judge import GUESSES, DecodedPrompt, decode_both
 from eagle_rpc.evaluate.pieces import pieces_of
-from eagle_rpc.evaluate.proposer import DraftProposer
 from eagle_rpc.evaluate.result import Evaluation, PromptResult
 from eagle_rpc.evaluate.slices import by_category, by_context, drafts_of
 from eagle_rpc.evaluate.speed import BatchSpeed, estimate_speed

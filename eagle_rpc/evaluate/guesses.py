@@ -21,8 +21,8 @@ from eagle_rpc.draft import (
     guess_trees,
 )
 from eagle_rpc.errors import ConfigError, TargetMismatch
+from eagle_rpc.evaluate.decoding.speculative import check_fits
 from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
-from eagle_rpc.evaluate.speculative import check_fits
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.report.versions import versions
 from eagle_rpc.serving import ExportedDraft

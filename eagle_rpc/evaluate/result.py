@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eagle_rpc.evaluate.decoding.judge import DecodedPrompt
 from eagle_rpc.evaluate.intervals import Interval
-from eagle_rpc.evaluate.judge import DecodedPrompt
 from eagle_rpc.evaluate.slices import DraftSlice
 from eagle_rpc.evaluate.speed import BatchSpeed
 from eagle_rpc.evaluate.tree_figures import TreeDecoding, TreeFigures

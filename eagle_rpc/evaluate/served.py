@@ -12,11 +12,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 import eagle_rpc
-from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.judge import first_difference
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer
+from eagle_rpc.evaluate.decoding.speculative import Decoding, decode_speculatively
 from eagle_rpc.evaluate.guesses import fitted_draft
-from eagle_rpc.evaluate.judge import first_difference
-from eagle_rpc.evaluate.proposer import DraftProposer
-from eagle_rpc.evaluate.speculative import Decoding, decode_speculatively
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 from eagle_rpc.serving.engine_side import DecodingOutcome, DecodingWork

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import DecodingCounts, Eagle3Draft, replay
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.evaluate.decoding.judge import GUESSES, DecodedTrees, decode_trees
+from eagle_rpc.evaluate.decoding.trees import TreeProposer, TreeTarget
 from eagle_rpc.evaluate.guesses import Guessed, tree_shape
 from eagle_rpc.evaluate.intervals import Interval, bootstrap_gain, bootstrap_interval
-from eagle_rpc.evaluate.judge import GUESSES, DecodedTrees, decode_trees
 from eagle_rpc.evaluate.slices import DraftSlice, by_category, drafts_of, tokens_and_calls
-from eagle_rpc.evaluate.trees import TreeProposer, TreeTarget
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.serving import ExportedDraft
 

@@ -63,14 +63,10 @@ def elastic_target(
 
     Raises the errors of `announced` and `load_server`, and of `hosted_registry` if it runs the registry too.
     """
-    superseded = threading.Event()
-    give_way = superseded.set
-    registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
     # Supervision leaves from the last device.
     device = torch.device(devices[-1])
     with (
-        registry,
-        announced(config, name, Role.target, device, stop, when_superseded=give_way) as membership,
+        _in_registry(config, name, Role.target, device, stop, hosts_registry) as (membership, superseded),
         _elastic_server(config, name, devices, membership, stop) as server,
     ):
         yield TargetLifecycle(
@@ -82,6 +78,20 @@ def elastic_target(
             reachable=lambda: membership.reachable,
             unused_after=_UNUSED_SECONDS if config.job.serve_until_unused else None,
         )
+
+
+@contextlib.contextmanager
+def _in_registry(
+    config: Config, name: str, role: Role, device: torch.device, stop: threading.Event, hosts_registry: bool
+) -> Iterator[tuple[ElasticMembership, threading.Event]]:
+    """The membership of this worker, and an event that is set once another process serves under its name."""
+    superseded = threading.Event()
+    give_way = superseded.set
+    with (
+        hosted_registry(config) if hosts_registry else contextlib.nullcontext(),
+        announced(config, name, role, device, stop, when_superseded=give_way) as membership,
+    ):
+        yield membership, superseded
 
 
 @contextlib.contextmanager
@@ -111,14 +121,8 @@ def elastic_stage(
     hosts_registry: bool,
 ) -> Iterator[StageLifecycle]:
     """A stage behind the first one of its target, as `elastic_target`."""
-    superseded = threading.Event()
-    give_way = superseded.set
-    registry = hosted_registry(config) if hosts_registry else contextlib.nullcontext()
     device = torch.device(devices[0])
-    with (
-        registry,
-        announced(config, me.name, Role.stage, device, stop, when_superseded=give_way) as membership,
-    ):
+    with _in_registry(config, me.name, Role.stage, device, stop, hosts_registry) as (membership, superseded):
         server = stage_server(config, me, devices, membership, incarnation=membership.me.incarnation)
         yield StageLifecycle(
             server=server,

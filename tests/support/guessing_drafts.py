@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
-from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.speculative import decode_greedily
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.speculative import decode_greedily
 from eagle_rpc.serving import export_draft
 from eagle_rpc.serving.speculators_config import Speculators
 from eagle_rpc.supervision import TargetShape, VocabMapping

@@ -52,7 +52,10 @@ def test_every_room_has_a_rule():
 
 def test_every_room_and_the_mark_of_types_are_packaged():
     listed = (PACKAGE.parent / "pyproject.toml").read_text()
-    assert [room for room in ROOMS if f'"eagle_rpc.{room}",' not in listed] == []
+    folders = [path.parent.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("__init__.py")]
+    assert [
+        name for name in map(".".join, (one.parts for one in folders)) if f'"{name}",' not in listed
+    ] == []
     assert '"eagle_rpc" = ["py.typed"]' in listed and (PACKAGE / "py.typed").is_file()
 
 

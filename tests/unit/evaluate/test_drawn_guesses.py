@@ -8,7 +8,7 @@ from test_replay import VOCAB, random_prompts, tiny_draft, tiny_target
 
 from eagle_rpc.draft import DecodingCounts, DrawnGuesses, guess_chains, replay
 from eagle_rpc.draft.attention_memory import DraftCache
-from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
 from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 
 AUX_LAYERS = (1, 2, 3)

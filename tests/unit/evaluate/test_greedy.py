@@ -6,7 +6,7 @@ from support.families import tiny_model
 from transformers import DynamicCache
 
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
 
 LAYERS = [0, 1, 2]
 IDS = [5, 9, 17, 30, 8, 44, 71, 3, 12, 60, 7, 28, 33, 90, 41, 6, 19, 55, 23, 80]

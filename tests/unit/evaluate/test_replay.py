@@ -4,10 +4,10 @@ import pytest
 from replay_cases import AUX_LAYERS, CONTEXT, FAMILIES, FORMS, VOCAB, random_prompts, tiny_draft, tiny_target
 
 from eagle_rpc.draft import DecodingCounts, guess_chains, replay
-from eagle_rpc.evaluate.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer
+from eagle_rpc.evaluate.decoding.speculative import decode_speculatively
 from eagle_rpc.evaluate.own_text import captured_states, own_texts
-from eagle_rpc.evaluate.proposer import DraftProposer
-from eagle_rpc.evaluate.speculative import decode_speculatively
 
 LONGEST = 5
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from eagle_rpc.draft import DecodingCounts, Eagle3Draft, Eagle3DraftConfig, UnrollMemory
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import DraftProposer, Proposal
-from eagle_rpc.evaluate.speculative import decode_greedily, decode_speculatively
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer, Proposal
+from eagle_rpc.evaluate.decoding.speculative import decode_greedily, decode_speculatively
 from eagle_rpc.supervision import TargetShape, VocabMapping
 
 VOCAB = 12

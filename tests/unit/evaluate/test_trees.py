@@ -10,8 +10,8 @@ from replay_cases import AUX_LAYERS, FAMILIES, FORMS, VOCAB, random_prompts, tin
 from eagle_rpc.draft import DecodingCounts, TreeShape, grow_trees, guess_chains, guess_trees, replay
 from eagle_rpc.draft.chains import read_text
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.evaluate.decoding.trees import TreeProposer, TreeTarget, decode_with_trees
 from eagle_rpc.evaluate.own_text import captured_states, own_texts
-from eagle_rpc.evaluate.trees import TreeProposer, TreeTarget, decode_with_trees
 
 LIMITS = {"max_new_tokens": 24, "stop_token_ids": ()}
 SHAPES = [

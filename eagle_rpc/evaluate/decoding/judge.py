@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from eagle_rpc.draft import Chains, TargetText, TextTrees, replay
-from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import DraftProposer
-from eagle_rpc.evaluate.speculative import Decoding, decode_greedily, decode_speculatively
-from eagle_rpc.evaluate.trees import TreeProposer, TreeTarget, decode_with_trees
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer
+from eagle_rpc.evaluate.decoding.speculative import Decoding, decode_greedily, decode_speculatively
+from eagle_rpc.evaluate.decoding.trees import TreeProposer, TreeTarget, decode_with_trees
 
 DECODED_TEXT, BATCHED_TEXT, GUESSES = "text with the draft", "text in batches", "guesses"
 TREE_TEXT = "text with trees"

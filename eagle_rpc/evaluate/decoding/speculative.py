@@ -11,8 +11,8 @@ from torch import Tensor
 
 from eagle_rpc.draft import DecodingCounts
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.evaluate.greedy import GreedyTarget
-from eagle_rpc.evaluate.proposer import DraftProposer
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget
+from eagle_rpc.evaluate.decoding.proposer import DraftProposer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 from eagle_rpc.draft import Eagle3Draft, TreeShape, grow_trees
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.evaluate.greedy import GreedyTarget, TargetStep
-from eagle_rpc.evaluate.speculative import Decoding, Verified, decode_in_rounds
+from eagle_rpc.evaluate.decoding.greedy import GreedyTarget, TargetStep
+from eagle_rpc.evaluate.decoding.speculative import Decoding, Verified, decode_in_rounds
 from eagle_rpc.supervision import VocabMapping
 from eagle_rpc.target.probes import ROUNDING, WHOLE_MODEL, refusing_failures, relative_error
 
