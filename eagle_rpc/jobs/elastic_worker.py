@@ -9,9 +9,11 @@ import torch
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import WaitTimeout
+from eagle_rpc.config.texts import parse_address
+from eagle_rpc.errors import ConfigError, WaitTimeout
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.stages import hand_over_bytes
+from eagle_rpc.process import host_address, interface_address, is_loopback
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.registry import RegistryClient, load_or_create_token, load_token
 from eagle_rpc.rpc import ElasticMembership, join_elastic
@@ -29,8 +31,10 @@ def announced(
 ) -> contextlib.AbstractContextManager[ElasticMembership]:
     """This worker's membership, announced at `rpc.registry` while the body runs.
 
-    Raises the errors of `load_registry_token` and `join_elastic`.
+    Raises the errors of `load_registry_token` and `join_elastic`, and `ConfigError` if other hosts could not
+    reach this worker.
     """
+    _require_reachable(config.rpc)
     return join_elastic(
         name,
         role.value,
@@ -44,6 +48,18 @@ def announced(
         stop=stop,
         when_superseded=when_superseded,
     )
+
+
+def _require_reachable(config: RpcConfig) -> None:
+    """Workers of other hosts would look for one on loopback on their own hosts."""
+    own = interface_address(config.interface)
+    with contextlib.suppress(OSError):
+        registry = host_address(parse_address(config.registry)[0])
+        if is_loopback(own) and not is_loopback(registry):
+            rule = (
+                f"rpc.interface must be one that other hosts reach, since rpc.registry is {config.registry}"
+            )
+            raise ConfigError(f"{rule}, got {config.interface} with {own}")
 
 
 def load_registry_token(config: RpcConfig, stop: threading.Event) -> bytes:

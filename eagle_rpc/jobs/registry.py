@@ -2,14 +2,13 @@
 
 import contextlib
 import logging
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from eagle_rpc.config import Config
 from eagle_rpc.config.texts import parse_address
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.process import interface_address, stop_signals
+from eagle_rpc.process import host_address, interface_address, stop_signals
 from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.registry import Directory, IdFile, RegistryServer, load_or_create_token
 
@@ -46,11 +45,12 @@ def _address_on_interface(registry: str, interface: str) -> tuple[str, int]:
     host, port = parse_address(registry)
     expected = interface_address(interface)
     try:
-        address = socket.gethostbyname(host)
+        address = host_address(host)
     except OSError as error:
         rule = "rpc.registry must name a host with an IPv4 address"
         raise ConfigError(f"{rule}, got {registry} ({error.strerror})") from None
     if address != expected:
         rule = f"rpc.registry must be on rpc.interface {interface}, whose address is {expected}"
-        raise ConfigError(f"{rule}, got {registry}")
+        found = registry if address == host else f"{registry}, which is {address} here"
+        raise ConfigError(f"{rule}, got {found}")
     return address, port

@@ -7,14 +7,16 @@ from eagle_rpc.process.environment import (
     prepare_environment,
     read_world,
 )
-from eagle_rpc.process.interface import interface_address
+from eagle_rpc.process.interface import host_address, interface_address, is_loopback
 from eagle_rpc.process.signals import die_with_parent, stop_signals, tolerate_stop
 
 __all__ = [
     "World",
     "bind_to_interface",
     "die_with_parent",
+    "host_address",
     "interface_address",
+    "is_loopback",
     "keep_compiled_code",
     "prepare_environment",
     "read_world",

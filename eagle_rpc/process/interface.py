@@ -1,4 +1,4 @@
-"""Addresses of network interfaces."""
+"""Addresses of network interfaces and of hosts."""
 
 import fcntl
 import socket
@@ -18,3 +18,13 @@ def interface_address(interface: str) -> str:
             rule = "rpc.interface must be a network interface with an IPv4 address"
             raise ConfigError(f"{rule}, got {interface!r} ({error})") from None
     return socket.inet_ntoa(reply[20:24])
+
+
+def host_address(host: str) -> str:
+    """IPv4 address that this machine knows for a host's name. Raises `OSError` if it knows none."""
+    return socket.gethostbyname(host)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IPv4 address reaches no other machine."""
+    return address.startswith("127.")

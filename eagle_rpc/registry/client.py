@@ -1,5 +1,6 @@
 """The worker's side of the registry."""
 
+import contextlib
 import socket
 from typing import Any
 
@@ -12,6 +13,7 @@ from eagle_rpc.errors import (
     NameTaken,
     WaitTimeout,
 )
+from eagle_rpc.process import host_address
 from eagle_rpc.registry.record import (
     Record,
     Sighting,
@@ -47,6 +49,13 @@ class RegistryClient:
 
     def __str__(self) -> str:
         return f"the registry at {self._host}:{self._port}"
+
+    def _which(self) -> str:
+        """The address behind a name, which can differ between hosts."""
+        with contextlib.suppress(OSError):
+            address = host_address(self._host)
+            return "" if address == self._host else f", which is {address} here,"
+        return ""
 
     def new_id(self) -> int:
         """A worker id that was never used. Raises `ConfigError` if all are used."""
@@ -84,9 +93,12 @@ class RegistryClient:
             try:
                 connection.connect((self._host, self._port))
             except TimeoutError:
-                raise WaitTimeout(f"{self} did not accept a connection within {self.timeout:g} s") from None
+                rule = f"did not accept a connection within {self.timeout:g} s"
+                raise WaitTimeout(f"{self}{self._which()} {rule}") from None
             except OSError as error:
-                raise ConnectionLost(f"{self} cannot be reached: {error.strerror or error}") from None
+                raise ConnectionLost(
+                    f"{self}{self._which()} cannot be reached: {error.strerror or error}"
+                ) from None
             answer = from_json(conversation.ask(request))
         match answer:
             case {"value": value}:

@@ -1,5 +1,6 @@
 """Training over several hosts, each a network of its own, on a wire that delays and loses packets."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -7,13 +8,12 @@ from faults.checks import Check, same_training
 from faults.spread import SpreadService
 from faults.workspace import Workspace
 from faults.zygote import Zygote
-from support.hosts import Host, Wire, joined_hosts, missing
-from support.processes import descendants, ended_at_last
+from support.hosts import INTERFACE, Host, Wire, joined_hosts, missing
+from support.processes import Command, descendants, ended_at_last
 from support.waiting import pause
 
 pytestmark = [
     pytest.mark.rpc,
-    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(missing()), reason=missing()),
 ]
@@ -76,6 +76,7 @@ OVER_TWO = {"registry": 0, "target0": 0, "target1": 0, "trainer0": 1, "trainer1"
 OVER_THREE = {"registry": 0, "target0": 0, "target1": 1, "trainer0": 2, "trainer1": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wire", "places"), [(2, OVER_TWO), (3, OVER_THREE)], indirect=["wire"])
 @pytest.mark.usefixtures("undisturbed")
 def test_a_service_over_hosts_trains_the_bits_of_one_host(
@@ -88,8 +89,12 @@ def test_a_service_over_hosts_trains_the_bits_of_one_host(
         service.reach(STEPS)
         assert set(service.finish().values()) == {0}, service.ends_of_logs()
     require_same(workspace, run)
+    # A host's own name is 127.0.1.1 there, the address that torch would take.
+    for name in ("target0", "trainer0"):
+        assert f" listens on uv://{service.places[name].address}:" in service.running[name].log.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", [3], indirect=True)
 @pytest.mark.usefixtures("undisturbed")
 def test_a_cut_of_20_s_between_halves_delays_training_and_changes_no_bit(
@@ -110,6 +115,7 @@ def test_a_cut_of_20_s_between_halves_delays_training_and_changes_no_bit(
     require_same(workspace, "cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", [3], indirect=True)
 @pytest.mark.usefixtures("undisturbed")
 def test_a_host_that_is_lost_with_several_targets_takes_no_bit_with_it(
@@ -127,3 +133,35 @@ def test_a_host_that_is_lost_with_several_targets_takes_no_bit_with_it(
         service.reach(STEPS)
         assert set(service.finish().values()) == {0}, service.ends_of_logs()
     require_same(workspace, "lost")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", [2], indirect=True)
+@pytest.mark.usefixtures("undisturbed")
+def test_a_static_job_of_two_torchrun_agents_trains_the_bits_of_one_host(workspace: Workspace, wire: Wire):
+    agents = []
+    for host, role, workers in zip(wire.hosts, ("target", "trainer"), (1, 2), strict=True):
+        torchrun = [sys.executable, *"-m torch.distributed.run --nnodes=2 --rdzv-backend=c10d".split()]
+        torchrun += [f"--rdzv-endpoint={wire.hosts[0].address}:29500", f"--local-addr={host.address}"]
+        # Where its name is 127.0.1.1, torchrun does not know its own address as its own.
+        torchrun += [f"--rdzv-conf=is_host={str(host is wire.hosts[0]).lower()}"]
+        torchrun += [f"--role={role}", f"--nproc-per-node={workers}", "-m", "eagle_rpc"]
+        job = ["job=train", "topology=1x2", f"rpc.interface={INTERFACE}", "run.name=static", "run.threads=1"]
+        model = ["target=hf", "target.dtype=float32", "target.device=cpu", f"target.model={workspace.model}"]
+        words = host.command(*torchrun, *job, *model, *training(workspace), directory=workspace.path)
+        command = Command(role, words, workspace.environment)
+        agents.append(command.start(log=workspace.logs / f"static.{role}.log", directory=workspace.path))
+    with ended_at_last(lambda: agents):
+        for agent in agents:
+            assert agent.ends(within=300) and agent.poll() == 0, agent.end_of_log(40)
+    require_same(workspace, "static")
+
+
+@pytest.mark.parametrize("wire", [1], indirect=True)
+def test_a_registry_by_a_name_that_is_loopback_on_its_own_host_is_refused(workspace: Workspace, wire: Wire):
+    (host,) = wire.hosts
+    words = ["job=registry", f"rpc.interface={INTERFACE}", f"rpc.registry={host.name}:29711"]
+    with pytest.raises(RuntimeError) as refusal:
+        host.run(sys.executable, "-m", "eagle_rpc", *words)
+    rule = f"rpc.registry must be on rpc.interface {INTERFACE}, whose address is {host.address}"
+    assert f"{rule}, got {host.name}:29711, which is 127.0.1.1 here" in str(refusal.value)

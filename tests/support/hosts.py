@@ -76,9 +76,10 @@ class Host:
     address: str
     holder: subprocess.Popen[bytes]
 
-    def command(self, *words: str) -> list[str]:
-        """The command that runs `words` on this host, in the caller's directory."""
-        places = ["--net", "--uts", "--mount", f"--wd={Path.cwd()}"]
+    def command(self, *words: str, directory: Path | None = None) -> list[str]:
+        """The command that runs `words` on this host, in `directory` (None: the caller's)."""
+        # Links to files would fail from a directory that was opened on the other side.
+        places = ["--net", "--uts", "--mount", f"--wdns={directory or Path.cwd()}"]
         return ["nsenter", f"--target={self.holder.pid}", *places, *words]
 
     def run(self, *words: str) -> str:

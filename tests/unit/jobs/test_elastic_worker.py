@@ -1,15 +1,18 @@
-"""An elastic worker waits for the token file of its registry."""
+"""An elastic worker waits for the token file of its registry, and refuses to be where no other host finds it."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from eagle_rpc.config import Config
 from eagle_rpc.config.schema import RpcConfig
-from eagle_rpc.errors import WaitTimeout
-from eagle_rpc.jobs.elastic_worker import load_registry_token
+from eagle_rpc.errors import ConfigError, WaitTimeout
+from eagle_rpc.jobs.elastic_worker import announced, load_registry_token
 from eagle_rpc.registry import load_or_create_token
+from eagle_rpc.topology import Role
 
 
 def test_a_token_file_that_appears_later_is_waited_for(tmp_path: Path):
@@ -36,3 +39,17 @@ def test_a_stopped_worker_does_not_wait_for_the_token_file(tmp_path: Path):
 def test_the_launch_that_hosts_the_registry_makes_the_token_file(tmp_path: Path):
     config = RpcConfig(token_file=str(tmp_path / "token"), host_registry=True)
     assert load_registry_token(config, threading.Event()).hex() == (tmp_path / "token").read_text().strip()
+
+
+def test_a_worker_on_loopback_is_refused_where_the_registry_is_on_a_network():
+    config = Config(rpc=RpcConfig(registry="192.0.2.1:29711"))
+    rule = r"rpc\.interface must be one that other hosts reach, since rpc\.registry is 192\.0\.2\.1:29711"
+    with pytest.raises(ConfigError, match=rf"{rule}, got lo with 127\.0\.0\.1"):
+        announced(
+            config,
+            "target0",
+            Role.target,
+            torch.device("cpu"),
+            threading.Event(),
+            when_superseded=lambda: None,
+        )

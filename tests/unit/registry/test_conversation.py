@@ -249,6 +249,9 @@ def test_a_registry_that_is_not_there_and_one_that_does_not_answer():
         address = f"127.0.0.1:{mute.getsockname()[1]}"
         with pytest.raises(ConnectionLost, match=f"the registry at {address} cannot be reached"):
             RegistryClient(address, TOKEN).records()
+        named = address.replace("127.0.0.1", "localhost")
+        with pytest.raises(ConnectionLost, match=rf"{named}, which is 127\.0\.0\.1 here, cannot be reached"):
+            RegistryClient(named, TOKEN).records()
         mute.listen()
         with pytest.raises(WaitTimeout, match=rf"the registry at {address} .* within 0\.3 s"):
             RegistryClient(address, TOKEN, timeout=0.3).records()
