@@ -1,7 +1,10 @@
 """Training over several hosts, each a network of its own, on a wire that delays and loses packets."""
 
+import shutil
+import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from faults.checks import Check, same_training
@@ -10,6 +13,7 @@ from faults.workspace import Workspace
 from faults.zygote import Zygote
 from support.hosts import INTERFACE, Host, Wire, joined_hosts, missing
 from support.processes import Command, descendants, ended_at_last
+from support.tunnel import TUNNEL, Tunnel, missing_wireguard, tunnel_between
 from support.waiting import pause
 
 pytestmark = [
@@ -165,3 +169,46 @@ def test_a_registry_by_a_name_that_is_loopback_on_its_own_host_is_refused(worksp
         host.run(sys.executable, "-m", "eagle_rpc", *words)
     rule = f"rpc.registry must be on rpc.interface {INTERFACE}, whose address is {host.address}"
     assert f"{rule}, got {host.name}:29711, which is 127.0.1.1 here" in str(refusal.value)
+
+
+@pytest.fixture
+def tunnel(wire: Wire, tmp_path: Path) -> Iterator[Tunnel]:
+    """Between the first two hosts."""
+    if missing_wireguard():
+        pytest.skip(missing_wireguard())
+    with tunnel_between(wire.hosts[:2], tmp_path) as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wire", [2], indirect=True)
+@pytest.mark.usefixtures("undisturbed")
+def test_a_service_in_a_wireguard_tunnel_trains_the_bits_of_one_host_and_sends_nothing_beside_it(
+    zygote: Zygote, workspace: Workspace, wire: Wire, tunnel: Tunnel
+):
+    places = placed(wire.hosts, **OVER_TWO)
+    service = SpreadService(zygote, workspace, places, "tunnel", TUNNEL, tunnel.address_of)
+    with ended_at_last(lambda: service.processes):
+        service.start(training(workspace))
+        service.reach(STEPS)
+        assert set(service.finish().values()) == {0}, service.ends_of_logs()
+    require_same(workspace, "tunnel")
+    assert socket.IPPROTO_UDP in wire.protocols and socket.IPPROTO_TCP not in wire.protocols
+
+
+@pytest.mark.parametrize("wire", [3], indirect=True)
+def test_neighbours_do_not_reach_an_address_of_the_tunnel_and_no_key_is_printed(wire: Wire, tunnel: Tunnel):
+    host, peer, neighbour = wire.hosts
+    address = tunnel.address_of(host)
+    with host.within(lambda: socket.create_server((address, 0))) as server:
+        where = server.getsockname()
+        neighbour.run("ip", "route", "add", address, "dev", INTERFACE)
+        wire.lead(address, host)
+        peer.within(lambda: socket.create_connection(where, timeout=20)).close()
+        if shutil.which("nft") is None:
+            pytest.skip("needs nft (nftables) to keep neighbours off")
+        with pytest.raises(TimeoutError):
+            neighbour.within(lambda: socket.create_connection(where, timeout=2))
+        host.run("nft", "delete", "table", "ip", f"eagle_rpc_{TUNNEL}")
+        neighbour.within(lambda: socket.create_connection(where, timeout=20)).close()
+    assert not [secret for secret in tunnel.secrets if secret in tunnel.said]

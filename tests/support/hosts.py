@@ -4,7 +4,8 @@ The wire runs in this process: it carries IP packets between TUN devices, the ho
 loses some. So it needs no netem of the kernel's, and can be cut between any hosts. A host ends with its last
 process, and its holder ends with this process.
 
-As on Debian, a host's own name is 127.0.1.1 in its /etc/hosts; other hosts know it by its address.
+A host has a /var/run of its own, and all other files in common. As on Debian, its own name is 127.0.1.1 in its
+/etc/hosts; other hosts know it by its address.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ _NAMESPACES = {"net": 0x40000000, "uts": 0x04000000, "mnt": 0x00020000}
 # linux/if_tun.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _MAX_PACKET = 65536
-_DESTINATION = slice(16, 20)  # of an IPv4 packet
+_PROTOCOL, _DESTINATION = 9, slice(16, 20)  # in an IPv4 packet
 _COMMAND_SECONDS = 30.0
 
 
@@ -131,9 +132,8 @@ def _held(name: str, addresses: dict[str, str], directory: Path) -> Iterator[Hos
     lines = ["127.0.0.1 localhost", f"127.0.1.1 {name}"]
     lines += [f"{address} {other}" for other, address in addresses.items() if other != name]
     known.write_text("\n".join(lines) + "\n")
-    script = (
-        f"hostname {name} && mount --bind '{known}' /etc/hosts && ip link set lo up && echo held && exec cat"
-    )
+    mounts = f"mount --bind '{known}' /etc/hosts && mount -t tmpfs none /var/run"
+    script = f"hostname {name} && {mounts} && ip link set lo up && echo held && exec cat"
     holder = subprocess.Popen(
         ["unshare", "--net", "--uts", "--mount", "sh", "-c", script],
         stdin=subprocess.PIPE,
@@ -153,6 +153,7 @@ class Wire:
 
     def __init__(self, hosts: Sequence[Host], *, delay: float, loss: float) -> None:
         self.hosts = list(hosts)
+        self.protocols: set[int] = set()  # of the packets between hosts so far, as in socket.IPPROTO_TCP
         self._delay, self._loss = delay, loss
         self._draw = random.Random(0)
         self._cut: set[tuple[int, int]] = set()  # pairs of descriptors between which nothing passes
@@ -176,6 +177,10 @@ class Wire:
         """Everything passes again."""
         self._cut = set()
 
+    def lead(self, address: str, host: Host) -> None:
+        """Brings packets for a further address to `host`, as a neighbour that knows its hardware can."""
+        self._by_address[socket.inet_aton(address)] = self._descriptors[host.name]
+
     def close(self) -> None:
         os.write(self._ended, b"-")
         self._thread.join()
@@ -194,7 +199,10 @@ class Wire:
                 with contextlib.suppress(BlockingIOError):
                     packet = os.read(source, _MAX_PACKET)
                     to = self._by_address.get(packet[_DESTINATION])
-                    if to is not None and (source, to) not in self._cut and self._draw.random() >= self._loss:
+                    if to is None:
+                        continue
+                    self.protocols.add(packet[_PROTOCOL])
+                    if (source, to) not in self._cut and self._draw.random() >= self._loss:
                         under_way.append((time.monotonic() + self._delay, to, packet))
             while under_way and under_way[0][0] <= time.monotonic():
                 _, to, packet = under_way.popleft()
