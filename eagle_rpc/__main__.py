@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from eagle_rpc.config.choices import JobName
+from eagle_rpc.config.choices import JobName, LogFormat
 from eagle_rpc.config.compose import conf_dir, refusal, register_schema, to_config
 from eagle_rpc.config.overrides import for_hydra
 from eagle_rpc.config.schema import Config
@@ -50,8 +50,11 @@ def _run(composed: DictConfig) -> None:
 def _say_what_loads(config: Config) -> None:
     """A first line before imports that take seconds. Raises `ConfigError` for a wrong number of workers."""
     name = worker_name(config, read_world())
-    if config.job.name not in _QUICK_JOBS:
-        setup_logging(name)
+    slow, as_json = config.job.name not in _QUICK_JOBS, config.run.log_format is LogFormat.json
+    if slow or as_json:
+        # In JSON, the last words of a quick job are an object as well.
+        setup_logging(name, log_format=config.run.log_format)
+    if slow:
         logging.getLogger(__package__).info(
             "loading PyTorch and transformers for job=%s", config.job.name.value
         )

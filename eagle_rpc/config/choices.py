@@ -34,6 +34,15 @@ class JobName(Enum):
     """Shows a running service: targets, trainers, queues, tokens a second."""
 
 
+class LogFormat(Enum):
+    """The form of the log, in the terminal and in files."""
+
+    text = "text"
+    """Lines for people."""
+    json = "json"
+    """One JSON object a line, for programs that collect logs."""
+
+
 class MembershipKind(Enum):
     """The way in which RPC workers find each other."""
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: Config) -> int:
     """Returns 0 when it was told to stop."""
-    setup_logging("registry")
+    setup_logging("registry", log_format=config.run.log_format)
     with stop_signals() as stop, hosted_registry(config):
         stop.wait()
     logger.info("the registry has ended")

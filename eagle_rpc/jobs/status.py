@@ -26,7 +26,7 @@ _PIPE_COLUMNS = 200
 
 def run(config: Config) -> int:
     """Returns 0; with `job.status_watch` once it is told to stop. A single look raises without a registry."""
-    setup_logging("status")
+    setup_logging("status", log_format=config.run.log_format)
     client = RegistryClient(config.rpc.registry, load_token(Path(config.rpc.token_file)))
     as_json = config.job.status_json
     with stop_signals() as stop:

@@ -27,7 +27,7 @@ from eagle_rpc.evaluate.intervals import bootstrap_gain
 from eagle_rpc.process import World, read_world, stop_signals
 from eagle_rpc.process.children import job_command, last_lines, run_child
 from eagle_rpc.process.files import replaced_file
-from eagle_rpc.process.logs import setup_logging
+from eagle_rpc.process.logs import message_of, setup_logging
 from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.report.metrics_log import read_metrics
 from eagle_rpc.report.plots import plot_sweep
@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 _RECORD, _LOG = "sweep_run.json", "jobs.log"
 _WIDTH = 200
 # They decide how and where a run computes, not what it is.
-_OWN_OF_COMMAND = re.compile(r"job\.\w+|run\.threads|train\.resume|\w+\.device")
-_PREFIX = re.compile(r"\d\d:\d\d:\d\d \S+ (error: )?|launch: ")
+_OWN_OF_COMMAND = re.compile(r"job\.\w+|run\.(threads|log_format|shared_dir)|train\.resume|\w+\.device")
+# Of lines of the launcher.
+_LAUNCH = "launch: "
 
 
 @dataclass(slots=True)
@@ -72,7 +73,8 @@ def run(sweep: Sweep) -> int:
         return 0
     directory = RunDirectory(sweep.directory)
     with stop_signals() as stop, directory.claimed(Resume.auto):
-        setup_logging("sweep", directory.log_file("sweep"))
+        log_format = sweep.runs[0].config.run.log_format
+        setup_logging("sweep", directory.log_file("sweep"), log_format=log_format)
         records = _records(sweep)
         answers = _answered(sweep, records)
         for number, swept in enumerate(sweep.runs, start=1):
@@ -205,7 +207,8 @@ class _Run:
 
 def _reason(log: Path) -> str:
     """The last words of a job that failed, without the log's prefix."""
-    lines = [_PREFIX.sub("", line, count=1) for line in last_lines(log).splitlines() if line.strip()]
+    whole = [line.removeprefix(_LAUNCH) for line in last_lines(log).splitlines() if line.strip()]
+    lines = [message_of(line) for line in whole]
     differing = [line for line in lines if "DIFFER" in line]
     return (differing or lines or ["no output"])[-1].strip()
 

@@ -17,7 +17,7 @@ from eagle_rpc.config.rules import Setting, settings_of
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process.environment import error_file, speaks_for_host
-from eagle_rpc.process.logs import log_file, log_last_words
+from eagle_rpc.process.logs import log_file, log_last_words, logs_json
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # A disk with less than this counts as full.
@@ -35,9 +35,10 @@ def end_with(error: Exception, config: Config | None = None) -> NoReturn:
         log_last_words(text, None if isinstance(error, EagleRpcError) else error)
     # Before a worker has a log, all workers of a host meet the same mistake: one of them says it.
     elif speaks_for_host():
-        if not isinstance(error, (EagleRpcError, OSError)):
+        mistake = not isinstance(error, (EagleRpcError, OSError))
+        if mistake and not logs_json():
             traceback.print_exception(error)
-        log_last_words(text)
+        log_last_words(text, error if mistake and logs_json() else None)
     raise SystemExit(1)
 
 
@@ -48,7 +49,7 @@ def in_words(error: Exception, config: Config | None = None) -> str:
     if isinstance(error, OSError):
         return f"{type(error).__name__}: {_about_file(error, config)}"
     log = log_file()
-    where = f"the traceback is in {log}" if log else "the traceback is above"
+    where = f"the traceback is {f'in {log}' if log else 'beside it' if logs_json() else 'above'}"
     message = " ".join(str(error).split())
     return f"a mistake in this program, not in its input: {type(error).__name__}: {message} ({where})"
 

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import torch
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_default_handler, disable_progress_bar, enable_propagation
 
+from eagle_rpc.config.choices import LogFormat
 from eagle_rpc.config.schema import Config
 from eagle_rpc.process.environment import keep_compiled_code
 from eagle_rpc.process.logs import setup_logging
@@ -17,7 +18,12 @@ def start_worker(config: Config, name: str, *, workers_on_host: int = 1) -> None
     The log goes to stderr and to `logs/NAME.log` in `run.dir`, compiled code below `run.cache_dir`. With
     `run.threads` 0 the `workers_on_host` workers share the cores evenly.
     """
-    setup_logging(name, Path(config.run.dir) / "logs" / f"{name}.log")
+    log, log_format = Path(config.run.dir) / "logs" / f"{name}.log", config.run.log_format
+    setup_logging(name, log, log_format=log_format)
+    if log_format is LogFormat.json:
+        # Otherwise transformers writes its warnings to stderr by itself.
+        disable_default_handler()
+        enable_propagation()
     # transformers would draw a bar for a second of weight loading; the log says which model is loaded.
     disable_progress_bar()
     keep_compiled_code(Path(config.run.cache_dir) / "compiled")

@@ -138,12 +138,19 @@ def test_a_run_trains_on_the_answers_that_it_asked_for(workplace: tuple[Path, li
     assert "runs/own/answers.jsonl: 12 chats" in done.stderr
 
 
-def test_one_process_that_calls_itself_trains_as_well(workplace: tuple[Path, list[str]]):
+def test_one_process_that_calls_itself_trains_as_well_and_logs_json_where_it_is_told_to(
+    workplace: tuple[Path, list[str]],
+):
     directory, overrides = workplace
-    done = run(
-        PYTHON, directory, "job=train", "topology=single", "train.max_steps=2", "run.name=single", *overrides
-    )
+    training = ["job=train", "topology=single", "train.max_steps=2", "run.name=single", *overrides]
+    done = run(PYTHON, directory, *training, "run.log_format=json")
     assert done.returncode == 0, done.stderr
+    said = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {one["worker"] for one in said} == {"worker"}
+    kept = (directory / "runs/single/logs/worker.log").read_text().splitlines()
+    assert said[0]["message"].startswith("loading PyTorch") and said[1:] == [
+        json.loads(line) for line in kept
+    ]
     assert (directory / "runs/single/checkpoints/step_2").is_dir()
 
 

@@ -1,6 +1,7 @@
 """`job=registry` and `job=status` as a person starts them."""
 
 import contextlib
+import json
 import os
 import pty
 import random
@@ -110,6 +111,24 @@ def test_it_serves_until_it_is_told_to_stop_and_leaves_nothing(place: Place, num
         free.bind(("127.0.0.1", int(place.address.rpartition(":")[2])))
     left = sorted(str(path.relative_to(place.directory)) for path in place.directory.rglob("*"))
     assert left == ["secret", "secret/token"]
+
+
+def test_its_log_and_its_last_words_are_json_where_it_is_told_to(place: Place):
+    with place.registry("run.log_format=json") as (process, _):
+        second = subprocess.run(
+            place.command("registry", "run.log_format=json"),
+            cwd=place.directory,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        process.terminate()
+        _, log = process.communicate(timeout=30)
+    said = [json.loads(line) for line in log.splitlines()]
+    assert {(one["worker"], one["level"]) for one in said} == {("registry", "info")}
+    (refusal,) = map(json.loads, second.stderr.splitlines())
+    assert refusal["level"] == "error" and "rpc.registry must be a free address" in refusal["message"]
 
 
 def test_it_listens_on_its_address_alone_without_torch_and_idles(place: Place):

@@ -9,6 +9,7 @@ from eagle_rpc.config import rules
 from eagle_rpc.config.choices import (
     Encoding,
     JobName,
+    LogFormat,
     MembershipKind,
     VerifySide,
 )
@@ -62,6 +63,8 @@ class RunConfig:
     share. Without room there, each trainer has its own."""
     seed: int = 0
     """Seed of initial weights, order of the data and sampling."""
+    log_format: LogFormat = LogFormat.text
+    """Form of the log of every process, in the terminal and in `run.dir/logs`."""
     threads: NotNegative[int] = 0
     """CPU threads of each worker; 0: the cores, divided between the workers of the host."""
 

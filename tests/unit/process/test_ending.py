@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from eagle_rpc.config.choices import LogFormat
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConfigError, DataError
 from eagle_rpc.process import ending
@@ -117,6 +118,24 @@ def test_a_mistake_that_all_workers_of_a_host_meet_is_said_by_the_first(
         assert caplog.messages == ["ConfigError: train.batch_size must be positive, got 0"] * (rank == "0")
 
 
+@pytest.mark.parametrize("to_file", [True, False])
+def test_in_json_the_last_words_are_one_object_with_the_traceback_of_a_mistake(
+    to_file: bool, log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    setup_logging("trainer0", log if to_file else None, log_format=LogFormat.json)
+    for error, has_traceback in ((KeyError("lost"), True), (ConfigError("x must be y, got z"), False)):
+        try:
+            raise error
+        except (KeyError, ConfigError) as raised:
+            with pytest.raises(SystemExit):
+                end_with(raised)
+        (line,) = capsys.readouterr().err.splitlines()
+        said = json.loads(line)
+        assert said["level"] == "error" and type(error).__name__ in said["message"]
+        assert ("Traceback" in said.get("exception", "")) is has_traceback
+
+
 def test_a_log_that_cannot_be_written_is_said_once_and_the_terminal_goes_on(
     log: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -127,8 +146,8 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_terminal_goes_on(
     assert [line.split(" ", 1)[1] for line in lines if "step" in line] == [
         f"trainer0 step {n}" for n in range(3)
     ]
-    assert [line for line in lines if "step" not in line] == [
-        "no longer writing /dev/full: [Errno 28] No space left on device"
+    assert [line.split(" ", 1)[1] for line in lines if "step" not in line] == [
+        "trainer0 warning: no longer writing /dev/full: [Errno 28] No space left on device"
     ]
 
 

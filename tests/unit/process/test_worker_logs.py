@@ -1,11 +1,15 @@
+import datetime
 import io
+import json
 import logging
 import re
+import warnings
 
 import pytest
 from tqdm import tqdm
 
-from eagle_rpc.process.logs import setup_logging
+from eagle_rpc.config.choices import LogFormat
+from eagle_rpc.process.logs import message_of, setup_logging
 
 PREFIX = r"\d\d:\d\d:\d\d trainer0 "
 
@@ -63,3 +67,35 @@ def test_a_line_does_not_run_into_a_bar(monkeypatch):
     pieces = re.split("[\r\n]", terminal.getvalue())
     assert sum("between" in piece for piece in pieces) == 1
     assert any(re.fullmatch(f"{PREFIX}between", piece) for piece in pieces)
+
+
+def test_in_json_each_line_is_an_object_with_the_traceback_as_a_field(tmp_path, capsys):
+    setup_logging("trainer0", tmp_path / "trainer0.log", log_format=LogFormat.json)
+    logging.getLogger("eagle_rpc.train").info('step %d\nof "many" \u00e9', 3)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logging.getLogger("eagle_rpc").exception("failed")
+    warnings.warn("old", stacklevel=1)
+    written = capsys.readouterr().err
+    assert (tmp_path / "trainer0.log").read_text() == written
+    first, second, third = map(json.loads, written.splitlines())
+    assert datetime.datetime.fromisoformat(first.pop("time")).utcoffset() == datetime.timedelta()
+    message = 'step 3\nof "many" \u00e9'
+    assert first == {
+        "level": "info",
+        "worker": "trainer0",
+        "logger": "eagle_rpc.train",
+        "message": message,
+    }
+    assert second["level"] == "error" and second["message"] == "failed"
+    assert second["exception"].startswith("Traceback") and second["exception"].endswith("two\nlines")
+    assert (third["logger"], third["level"]) == ("py.warnings", "warning") and "old" in third["message"]
+
+
+def test_the_message_of_a_line_is_found_in_either_form(capsys):
+    for log_format in LogFormat:
+        setup_logging("trainer0", log_format=log_format)
+        logging.getLogger("eagle_rpc").error("ConfigError: no {}")
+        assert message_of(capsys.readouterr().err.rstrip()) == "ConfigError: no {}"
+    assert message_of("[1, 2]") == "[1, 2]"
