@@ -146,8 +146,8 @@ def test_one_process_that_calls_itself_trains_as_well_and_logs_json_where_it_is_
     done = run(PYTHON, directory, *training, "run.log_format=json")
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stderr.splitlines()]
-    assert {one["worker"] for one in said} == {"worker"}
-    kept = (directory / "runs/single/logs/worker.log").read_text().splitlines()
+    assert {one["worker"] for one in said} == {"single0"}
+    kept = (directory / "runs/single/logs/single0.log").read_text().splitlines()
     assert said[0]["message"].startswith("loading PyTorch") and said[1:] == [
         json.loads(line) for line in kept
     ]
