@@ -7,6 +7,7 @@ Training must end with the same bits as without faults, and go on soon. From the
     python -m tests.faults run --stages 2 --minutes 0 --faults 20 --faults-per-run 20    kills of stages of a target
     python -m tests.faults stalls                                         the trainer's wait after a kill of a target
     python -m tests.faults rolling --targets 4 --trainers 8               a rolling restart of all targets
+    python -m tests.faults soak --minutes 120                             targets and trainers come and go for hours
     python -m tests.faults cycles --count 300                             starts and stops in every mode
 
 Everything runs on loopback with a tiny model. As root, the tests run in a network and a /dev/shm of their
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from support.processes import ended_at_last
 
-from faults import cycles, rolling, run, stalls
+from faults import cycles, rolling, run, soak, stalls
 from faults.isolation import Isolation, isolate
 from faults.kinds import KINDS
 from faults.report import Report
@@ -57,7 +58,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True)
     commands.add_parser("list", help="print the kinds of faults").set_defaults(run=None)
-    for name, module in (("run", run), ("stalls", stalls), ("rolling", rolling), ("cycles", cycles)):
+    tests = {"run": run, "stalls": stalls, "rolling": rolling, "soak": soak, "cycles": cycles}
+    for name, module in tests.items():
         command = commands.add_parser(name, help=str(module.__doc__).partition(": ")[2])
         module.add_arguments(command)
         command.add_argument("--seed", type=int, default=1)

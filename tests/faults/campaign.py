@@ -40,13 +40,14 @@ class Hit:
 
 
 class Usage(NamedTuple):
-    """Memory and descriptors of a process."""
+    """Memory, descriptors and threads of a process."""
 
     at: float  # time.monotonic
     hits: int  # faults so far
     resident: int  # bytes
     anonymous: int  # of these, bytes that belong to no file
     descriptors: int
+    threads: int
 
 
 @dataclass
@@ -180,6 +181,7 @@ def take_down(service: Service) -> list[str]:
             wrong.append(
                 f"{worker.name} must end with code 0 after SIGTERM, got {code}: ...\n{worker.running.end_of_log()}"
             )
-    if service.workers[TRAINER].running.alive:
+    trainer = service.workers.get(TRAINER)
+    if trainer is not None and trainer.running.alive:
         wrong.append("the trainer still lives")
     return wrong

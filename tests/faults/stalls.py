@@ -1,115 +1,29 @@
 """`stalls`: the trainer's wait after a kill of a target, with a second target and without."""
 
 import argparse
-import itertools
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
-from support.processes import Process, ended_at_last, free_port
 from support.reporting import table
-from support.waiting import happens, pause
+from support.waiting import pause
 
-from faults.campaign import Hang
-from faults.checks import Check
-from faults.consumer import num_times, read_times
 from faults.isolation import Isolation
+from faults.observed import LONGEST, MEDIAN, WINDOW, Observed, below, longest_pause, observed
 from faults.report import Report, spread
-from faults.service import Service
 from faults.workspace import Workspace
 from faults.zygote import Zygote
 
-# Bounds of the checks, in seconds.
-_LONGEST, _MEDIAN, _RESUMPTION, _REQUEST = 1.0, 0.2, 5.0, 0.05
-_CALM_SECONDS = (1.5, 3.0)  # between recovery and the next kill
-_WINDOW = 2.0  # seconds after a kill in which a pause counts as its consequence
+# Bounds of further checks, in seconds.
+_RESUMPTION, _REQUEST = 5.0, 0.05
 _AWAY_SECONDS = (0.0, 3.0)  # between the end of a sole target and its next start
 _NUM_CALM_WINDOWS = 10
-_TIMEOUT = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kills", type=int, default=30, help="of one of two targets")
     parser.add_argument("--restarts", type=int, default=15, help="of a sole target")
     parser.add_argument("--train-seconds", type=float, default=0.02, help="of the trainer for each batch")
-
-
-@dataclass
-class Observed:
-    """A service, and a trainer that only takes batches."""
-
-    service: Service
-    consumer: Process
-    times: str
-    draw: random.Random
-    request_seconds: list[float] = field(default_factory=list)  # as the trainer measures them, by target
-
-    def __post_init__(self) -> None:
-        self._file = self.service.workspace.path / self.times
-
-    def wait(self, holds: Callable[[], bool], what: str) -> None:
-        """Raises `Hang` after a minute."""
-        if not happens(holds, within=_TIMEOUT, meanwhile=self.look):
-            raise Hang(f"waited {_TIMEOUT:.0f} s for {what}: ...\n{self.consumer.end_of_log()}")
-
-    def look(self) -> None:
-        """Starts ended targets anew. Raises `RuntimeError` if the trainer has ended."""
-        self.service.revive()
-        if not self.consumer.alive:
-            code, log = self.consumer.poll(), self.consumer.end_of_log()
-            raise RuntimeError(f"the trainer ended with code {code}: ...\n{log}")
-
-    def recover(self) -> None:
-        """Returns when all targets serve and batches have arrived for a while."""
-        self.wait(self.serving, "all targets to serve")
-        pause(self.draw.uniform(*_CALM_SECONDS), self.look)
-        before = self.num_batches
-        self.wait(lambda: self.num_batches > before, "a batch")
-        for record in self.service.records():
-            if record.role == "trainer":
-                figures = [target["seconds_per_request"] for target in record.status.get("targets", [])]
-                self.request_seconds += [seconds for seconds in figures if seconds]
-
-    def serving(self) -> bool:
-        return all(self.service.serving(target) for target in self.service.targets)
-
-    @property
-    def num_batches(self) -> int:
-        return num_times(self._file)
-
-    def batch_times(self) -> list[float]:
-        return read_times(self._file)
-
-    def kill(self, name: str) -> float:
-        """The time of the kill."""
-        worker = self.service.workers[name]
-        worker.may_end = "SIGKILL"
-        moment = time.monotonic()
-        worker.running.kill()
-        worker.running.ends(_TIMEOUT)
-        return moment
-
-
-@contextmanager
-def observed(
-    zygote: Zygote, workspace: Workspace, name: str, num_targets: int, arguments: argparse.Namespace
-) -> Iterator[Observed]:
-    service = Service(zygote, workspace, free_port(), name, num_targets=num_targets)
-    settings = workspace.service_settings(service.address) + workspace.training_settings(
-        steps=1, seed=arguments.seed
-    )
-    times = f"{name}.times"
-    consumer = zygote.fork(
-        "faults.consumer:main",
-        [str(workspace.path / times), str(arguments.train_seconds), *settings],
-        log=workspace.logs / f"{name}.trainer.log",
-    )
-    with ended_at_last(lambda: [consumer, *service.processes]):
-        service.start()
-        yield Observed(service, consumer, times, random.Random(arguments.seed))
 
 
 def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, _isolation: Isolation) -> Report:
@@ -137,8 +51,8 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, _is
         notes=[note],
         tables=[table(("case", "number", "s (median, longest)"), rows)],
         checks=[
-            below(_LONGEST, "longest stall when one of two targets is killed", max(stalls)),
-            below(_MEDIAN, "median of these stalls", statistics.median(stalls)),
+            below(LONGEST, "longest stall when one of two targets is killed", max(stalls)),
+            below(MEDIAN, "median of these stalls", statistics.median(stalls)),
             below(_RESUMPTION, "sole target: from its readiness to the next batch", max(resumed)),
             below(_REQUEST, "median time of a request", statistics.median(requests)),
         ],
@@ -148,10 +62,6 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, _is
             "calm": calm,
         },
     )
-
-
-def below(bound: float, name: str, seconds: float) -> Check:
-    return Check(f"{name}, under {bound:g} s", seconds < bound, f"{seconds:.3f} s", is_figure=True)
 
 
 @dataclass(frozen=True)
@@ -166,19 +76,11 @@ def stall_at_kill(pair: Observed, number: int) -> Kill:
     pair.recover()
     victim = f"target{pair.draw.randrange(2)}"
     moment = pair.kill(victim)
-    pause(_WINDOW, pair.look)
-    pair.wait(lambda: pair.batch_times()[-1] > moment + _WINDOW, f"a batch after the kill of {victim}")
-    stall = longest_pause(pair.batch_times(), moment, moment + _WINDOW)
+    pause(WINDOW, pair.look)
+    pair.wait(lambda: pair.batch_times()[-1] > moment + WINDOW, f"a batch after the kill of {victim}")
+    stall = longest_pause(pair.batch_times(), moment, moment + WINDOW)
     print(f"kill {number + 1} of {victim}: stall {stall:.3f} s", flush=True)
     return Kill(victim, stall)
-
-
-def longest_pause(times: list[float], first: float, last: float) -> float:
-    """The longest time between two successive batches that overlaps `first` to `last`."""
-    pauses = [
-        (earlier, later) for earlier, later in itertools.pairwise(times) if later >= first and earlier <= last
-    ]
-    return max(later - earlier for earlier, later in pauses)
 
 
 def calm_pauses(pair: Observed) -> list[float]:
@@ -187,8 +89,8 @@ def calm_pauses(pair: Observed) -> list[float]:
     for _ in range(_NUM_CALM_WINDOWS):
         pair.recover()
         moment = time.monotonic()
-        pause(_WINDOW + 0.5, pair.look)
-        pauses.append(longest_pause(pair.batch_times(), moment, moment + _WINDOW))
+        pause(WINDOW + 0.5, pair.look)
+        pauses.append(longest_pause(pair.batch_times(), moment, moment + WINDOW))
     return pauses
 
 

@@ -161,12 +161,12 @@ class Process:
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system
 
-    def usage(self) -> tuple[int, int, int]:
-        """Resident bytes, those of them that belong to no file, and the number of open descriptors."""
+    def usage(self) -> tuple[int, int, int, int]:
+        """Resident bytes, those of them that belong to no file, and the numbers of open descriptors and of threads."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines)
         resident, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "RssAnon"))
-        return resident, anonymous, len(os.listdir(f"/proc/{self.pid}/fd"))
+        return resident, anonymous, len(os.listdir(f"/proc/{self.pid}/fd")), int(fields["Threads"])
 
     def end_of_log(self, lines: int = 15) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
