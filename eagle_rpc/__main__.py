@@ -29,7 +29,7 @@ from eagle_rpc.process.logs import setup_logging
 from eagle_rpc.topology import worker_name
 
 # Their first output comes at once.
-_QUICK_JOBS = (JobName.plan, JobName.registry, JobName.report, JobName.status)
+_QUICK_JOBS = (JobName.drain, JobName.plan, JobName.registry, JobName.report, JobName.status)
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")

@@ -51,6 +51,7 @@ def announced(
         patience=_PATIENCE,
         stop=stop,
         when_superseded=lambda: None,
+        when_drained=lambda: None,
     )
 
 

@@ -86,6 +86,11 @@ def _broken_in_service(config: Config) -> Iterator[str]:
         )
     if job.name is JobName.serve and not elastic:
         yield "job=serve must go with rpc.membership=elastic (rpc=elastic), got static"
+    if job.name is JobName.drain and (job.drain_host is None) == (job.drain_targets == []):
+        yield (
+            "job.drain_host must be given with job=drain, or job.drain_targets instead, "
+            f"got {job.drain_host} and {job.drain_targets}"
+        )
     if config.data.packing and target.compile_shapes and not target.compile_packed:
         yield "target.compile_packed must be true for data.packing with target.compile_shapes, got false"
     if target.quantization is Quantization.fp8 and target.dtype is not DType.bfloat16:

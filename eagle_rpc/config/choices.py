@@ -30,6 +30,8 @@ class JobName(Enum):
     """Runs the directory where targets and trainers of a service find each other."""
     serve = "serve"
     """Serves a target to the trainers of other jobs."""
+    drain = "drain"
+    """Takes targets, or all targets of a host, out of a running service without losing a batch."""
     status = "status"
     """Shows a running service: targets, trainers, queues, tokens a second."""
 

@@ -47,6 +47,8 @@ def announced(
         registry=RegistryClient(config.rpc.registry, load_registry_token(config.rpc, stop)),
         stop=stop,
         when_superseded=when_superseded,
+        # As SIGTERM.
+        when_drained=stop.set,
     )
 
 

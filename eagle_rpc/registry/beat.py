@@ -53,7 +53,8 @@ class Beat:
 
     Entering registers it, as `register` does with `patience` and `stop`; leaving withdraws it. An outage of
     the registry is logged once when it begins and once when it ends. If another process takes the name over,
-    `when_superseded` is called once, from the beat's thread, and the beat ends.
+    `when_superseded` is called once, from the beat's thread, and the beat ends. If the registry is asked to take
+    this worker out, `when_drained` is called once, and the beat goes on.
     """
 
     client: RegistryClient
@@ -63,6 +64,7 @@ class Beat:
     patience: float  # seconds
     stop: threading.Event
     when_superseded: Callable[[], None]
+    when_drained: Callable[[], None]
     _superseded: bool = field(default=False, init=False)
     _status_failed: bool = field(default=False, init=False)
     _closing: threading.Event = field(default_factory=threading.Event, init=False)
@@ -89,10 +91,10 @@ class Beat:
             logger.warning("%s stays in the registry for its time to live: %s", self.record.name, error)
 
     def _run(self) -> None:
-        reached = True
+        reached, drained = True, False
         while not self._closing.wait(self.interval):
             try:
-                self.client.announce(self._renewed())
+                asked_to_drain = self.client.announce(self._renewed())
             except NameTaken as error:
                 self._superseded = True
                 logger.error("%s", error)
@@ -106,6 +108,10 @@ class Beat:
                 if not reached:
                     logger.info("%s is announced again", self.record.name)
                 reached = True
+                if asked_to_drain and not drained:
+                    drained = True
+                    logger.info("%s is asked to drain (job=drain)", self.record.name)
+                    self.when_drained()
 
     def _renewed(self) -> Record:
         """The record with a new status, or with the last one if there is no new one."""

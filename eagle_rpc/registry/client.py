@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 from eagle_rpc.config.texts import parse_address
@@ -61,9 +62,19 @@ class RegistryClient:
         """A worker id that was never used. Raises `ConfigError` if all are used."""
         return self._ask("new_id")
 
-    def announce(self, record: Record) -> None:
-        """Registers this worker or renews it. Raises `NameTaken` while another living worker has its name."""
-        self._ask("announce", record=record_to_json(record))
+    def announce(self, record: Record) -> bool:
+        """Registers this worker or renews it; whether it is asked to drain and leave.
+
+        Raises `NameTaken` while another living worker has its name.
+        """
+        return bool(self._ask("announce", record=record_to_json(record)))
+
+    def drain(self, incarnations: Sequence[str]) -> None:
+        """Asks targets and stages to drain and leave. A registry that restarts forgets it: ask again until they have.
+
+        Raises `InvalidRequest` if one of them is a trainer.
+        """
+        self._ask("drain", incarnations=list(incarnations))
 
     def withdraw(self, incarnation: str) -> None:
         """Frees the name at once instead of after the time to live."""

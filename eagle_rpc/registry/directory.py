@@ -4,6 +4,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from eagle_rpc.errors import InvalidRequest, NameTaken
@@ -69,14 +70,18 @@ class Directory:
         self._ttl = ttl
         self._lock = threading.Lock()
         self._entries: dict[tuple[str, str, str], _Entry] = {}
+        self._draining: set[str] = set()  # incarnations that are asked to leave
         # The answer of `living`, encoded once for all that ask until it changes.
         self._listing, self._digest, self._listed_until = b"", "", 0.0
         self._last_id_before = ids.last()
         # Without an id no worker can be there yet.
         self._newcomers_from = self.clock() + (ttl if self._last_id_before else 0.0)
 
-    def announce(self, record: Record) -> None:
-        """Registers or renews a worker. Raises `NameTaken`, or `InvalidRequest` for too large records."""
+    def announce(self, record: Record) -> bool:
+        """Registers or renews a worker; whether it is asked to drain and leave.
+
+        Raises `NameTaken`, or `InvalidRequest` for too large records.
+        """
         size, outline = len(encoded_record(record)), encoded_record(outlined(record))
         with self._lock:
             now = self.clock()
@@ -91,6 +96,23 @@ class Directory:
             if held is None or held.outline != outline or not self._lives(held, now):
                 self._listed_until = 0.0
             self._entries[record.place] = _Entry(record, size, outline, now)
+            return record.incarnation in self._draining
+
+    def drain(self, incarnations: Collection[str]) -> None:
+        """Asks these workers to drain and leave, with the answer to their next announcement.
+
+        Raises `InvalidRequest` if one of them is a trainer. Those that are not here have left.
+        """
+        with self._lock:
+            here = {entry.record.incarnation: entry.record for entry in self._entries.values()}
+            known = [here[one] for one in incarnations if one in here]
+            for record in known:
+                if record.role == "trainer":
+                    raise InvalidRequest(f"only targets and stages are drained, {record.name} is a trainer")
+            for record in known:
+                if record.incarnation not in self._draining:
+                    logger.info("%s is asked to drain", record)
+            self._draining = (self._draining & here.keys()) | {record.incarnation for record in known}
 
     def withdraw(self, incarnation: str) -> None:
         """Removes the record of this incarnation, if there is one."""

@@ -132,7 +132,9 @@ class RegistryServer(socketserver.ThreadingTCPServer):
             case {"operation": "new_id"}:
                 return to_json(self._directory.ids.next())
             case {"operation": "announce", "record": record}:
-                self._directory.announce(record_from_json(record))
+                return to_json(self._directory.announce(record_from_json(record)))
+            case {"operation": "drain", "incarnations": [*incarnations]}:
+                self._directory.drain([one for one in incarnations if isinstance(one, str)])
                 return b"null"
             case {"operation": "withdraw", "incarnation": str(incarnation)}:
                 self._directory.withdraw(incarnation)
@@ -141,7 +143,7 @@ class RegistryServer(socketserver.ThreadingTCPServer):
                 return to_json([sighting_to_json(one) for one in self._directory.sightings()])
             case {"operation": "living", "known": str(known)}:
                 return self._directory.living(known)
-        operations = "new_id, announce, withdraw, records or living"
+        operations = "new_id, announce, withdraw, drain, records or living"
         raise InvalidRequest(f"a request must be {operations} with its argument, got {request!r:.80}")
 
     def _log_refusal(self, error: EagleRpcError) -> None:

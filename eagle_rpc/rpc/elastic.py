@@ -205,10 +205,12 @@ def join_elastic(
     registry: RegistryClient,
     stop: threading.Event,
     when_superseded: Callable[[], None],
+    when_drained: Callable[[], None] = lambda: None,
 ) -> Iterator[ElasticMembership]:
     """This worker's membership, announced at the registry while the body runs. Its agent shuts down alone.
 
-    Calls `when_superseded` if another process takes the name over. Waits for the registry and for the name,
+    Calls `when_superseded` if another process takes the name over, and `when_drained` if an operator takes this
+    worker out. Waits for the registry and for the name,
     each `config.start_timeout` seconds at most and not beyond `stop`. Raises `ConnectionLost` or
     `WaitTimeout` without a registry, `ConfigError` if all worker ids are used or this process has joined
     before, `NameTaken` while a living worker has the name; otherwise raises and exits as `running_agent`.
@@ -251,6 +253,7 @@ def join_elastic(
             patience=config.start_timeout,
             stop=stop,
             when_superseded=when_superseded,
+            when_drained=when_drained,
         ):
             logger.info("%s listens on %s and is known to %s", rpc_name, me.url, registry)
             yield membership

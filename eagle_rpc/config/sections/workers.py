@@ -40,6 +40,12 @@ class JobConfig:
     """Seconds between two looks of `job=status`; 0: one look."""
     status_json: bool = False
     """`job=status` prints one JSON object a look instead of tables."""
+    drain_host: str | None = None
+    """`job=drain`: host whose targets leave, with their stages, as the column `host` of `job=status` names it."""
+    drain_targets: list[str] = field(default_factory=list)
+    """`job=drain`: names of the targets that leave, with all their stages."""
+    drain_within: Positive[float] = 600.0
+    """`job=drain`: seconds within which they must have left."""
     serve_until_unused: bool = False
     """`job=serve` ends when its last session has gone; otherwise it serves until it is told to stop."""
     sweep_timeout: Positive[float] = 604800.0

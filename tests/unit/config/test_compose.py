@@ -16,6 +16,7 @@ def test_every_file_of_conf_composes(choice: str):
         "target=hf": ["target.model=somewhere"],
         "data=chats": ["data.train_path=chats.jsonl"],
         "job=compare": ["compare.drafts=[one, other]"],
+        "job=drain": ["job.drain_host=here"],
     }
     recipes = ("qwen3_8b", "llama31_8b", "gpt_oss_20b", "qwen3_30b_a3b", "llama31_70b", "large")
     required |= {f"experiment={recipe}": ["target.model=somewhere"] for recipe in recipes}

@@ -21,6 +21,7 @@ def beat(
         "patience": 0.0,
         "stop": threading.Event(),
         "when_superseded": lambda: None,
+        "when_drained": lambda: None,
         **changes,
     }
     return Beat(client=client, record=record, status=status, **settings)
@@ -193,3 +194,14 @@ def test_a_worker_that_is_told_to_stop_does_not_go_on_waiting_for_its_name_or_th
             register(client, target(incarnation="b"), 1000.0, stop)
     with pytest.raises(ConnectionLost):
         take_id(RegistryClient("127.0.0.1:1", TOKEN), 1000.0, stop)
+
+
+def test_a_worker_is_told_once_to_drain_and_is_announced_until_it_has_left(tmp_path):
+    status, wait_for = counting()
+    told: list[str] = []
+    with running_registry(tmp_path) as server:
+        client = client_of(server)
+        with beat(client, target(), status, when_drained=lambda: told.append("drain")):
+            client.drain([target().incarnation])
+            wait_for(3)
+            assert told == ["drain"] and len(client.records()) == 1

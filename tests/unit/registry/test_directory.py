@@ -185,3 +185,25 @@ def test_who_knows_the_living_workers_is_told_only_that_nothing_changed(director
         known = from_json(directory.living())["digest"]
         change()
         assert from_json(directory.living(known))["records"] is not None
+
+
+def test_a_worker_that_is_to_drain_hears_it_with_each_announcement_and_its_successor_does_not(directory):
+    first, other = target(incarnation="a"), target(1, incarnation="c")
+    assert not directory.announce(first) and not directory.announce(other)
+    directory.drain([first.incarnation, "0123456789abcdef"])
+    assert [directory.announce(first), directory.announce(first), directory.announce(other)] == [
+        True,
+        True,
+        False,
+    ]
+    directory.withdraw(first.incarnation)
+    assert not directory.announce(target(incarnation="b"))
+
+
+def test_a_trainer_is_not_drained_nor_are_those_that_are_named_beside_it(directory):
+    trainer, served = target(incarnation="a", role="trainer", run="one"), target(incarnation="b")
+    directory.announce(trainer)
+    directory.announce(served)
+    with pytest.raises(InvalidRequest, match="only targets and stages are drained, target0 is a trainer"):
+        directory.drain([served.incarnation, trainer.incarnation])
+    assert not directory.announce(served)
