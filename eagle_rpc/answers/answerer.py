@@ -29,6 +29,17 @@ class Answer:
         return self.token_ids if self.stop_token is None else [*self.token_ids, self.stop_token]
 
 
+def answers_under_way(num_generated: int, finished: int, finished_tokens: int, longest: int) -> float:
+    """What is done of the answers that are not finished, in answers; all arguments but the first two are tokens.
+
+    Short answers finish first, so their mean length is no estimate. All tokens over the finished answers is one, the
+    maximum-likelihood estimate of a mean from observations of which some are cut off (Epstein and Sobel 1953), until
+    the limit `longest` is smaller.
+    """
+    unfinished = num_generated - finished_tokens
+    return unfinished / min(longest, num_generated / finished) if unfinished > 0 and finished else 0.0
+
+
 class Answerer(Protocol):
     """Answers submitted prompts while a caller iterates over `answers()`."""
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from eagle_rpc.answers.answerer import Answer, Answerer
+from eagle_rpc.answers.answerer import Answer, Answerer, answers_under_way
 from eagle_rpc.answers.output import AnswerFile, RegeneratedChat, answer_settings
 from eagle_rpc.config import Config
 from eagle_rpc.data import ChatTemplate, KeptAnswer, Message, content_hash, read_chats
@@ -74,6 +74,7 @@ class Regeneration:
         self._answerer = answerer
         self._asked: dict[str, _Dialogue] = {}
         self._counts: Counter[str] = Counter()
+        self._finished = self._finished_tokens = 0
 
     def run(self) -> None:
         """Writes every chat that is not in the output yet. Raises `DataError` for bad prompts."""
@@ -85,6 +86,8 @@ class Regeneration:
         for dialogue in dialogues:
             self._continue(dialogue)
         for answer in self._answerer.answers():
+            self._finished += 1
+            self._finished_tokens += len(answer.said_ids)
             self._add_answer(self._asked.pop(answer.key), answer)
         self._progress.close()
         counts = ", ".join(
@@ -169,7 +172,9 @@ class Regeneration:
 
     def _write(self, dialogue: _Dialogue) -> None:
         """Writes the chat up to its last answer, if it has one."""
-        self._progress.advance(self._rate)
+        generated, longest = self._answerer.num_generated, self._config.max_new_tokens
+        under_way = answers_under_way(generated, self._finished, self._finished_tokens, longest)
+        self._progress.advance(self._rate, under_way=under_way)
         messages = dialogue.messages
         while messages and messages[-1].role != "assistant":
             messages.pop()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from eagle_rpc.answers.answerer import answers_under_way
 from eagle_rpc.answers.own import own_answerer
 from eagle_rpc.draft import TargetText
 from eagle_rpc.report.progress import Progress
@@ -51,7 +52,9 @@ def own_texts(
         texts[number] = TargetText(
             prompt_ids=prompts[number], token_ids=answer.said_ids, after_end=answer.after_end
         )
-        progress.advance()
+        said = sum(len(text.token_ids) + len(text.after_end) for text in texts.values())
+        longest = max_new_tokens + tokens_after_end
+        progress.advance(under_way=answers_under_way(answerer.num_generated, len(texts), said, longest))
     progress.close()
     return [texts[number] for number in range(len(prompts))]
 

@@ -86,8 +86,12 @@ def prepare_environment() -> None:
 
     Large pages make receives above 32 MB two to three times faster. Threads of tokenizers must not survive a
     fork. torch logs every peer that leaves; this package reports the relevant ones itself, under the worker's
-    name.
+    name. Where other processes use the cores, OpenMP's threads wait for each other in a loop that takes the time
+    of those they wait for: on two busy cores answers came ten times as slowly. They then sleep as soon as libgomp
+    lets them where it knows of more threads than cores.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

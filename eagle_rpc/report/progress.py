@@ -47,6 +47,7 @@ class Progress:
         self._title, self._shown, self._clock = title, shown, clock
         self._last_shown = self._started = clock()
         self._done_before = done
+        self._under_way = 0.0
         self._bar: tqdm[Any] | None = None
         if shown and stream.isatty():
             title_or_none = title or None
@@ -54,12 +55,16 @@ class Progress:
                 total=total, initial=done, unit=unit, desc=title_or_none, file=stream, dynamic_ncols=True
             )
 
-    def advance(self, describe: Callable[[], str] | None = None, *, count: int = 1) -> None:
+    def advance(
+        self, describe: Callable[[], str] | None = None, *, count: int = 1, under_way: float = 0.0
+    ) -> None:
         """`count` more units are done. `describe` gives the text; it is called only if the text is shown now.
 
-        The last unit is shown at once if it has a text.
+        The last unit is shown at once if it has a text. `under_way`: what is done of other units, together, which
+        counts for the time to go alone.
         """
         self._done += count
+        self._under_way = under_way
         if not self._shown:
             return
         now = self._clock()
@@ -81,8 +86,9 @@ class Progress:
     def _to_go(self, now: float) -> str:
         if self._total is None or self._done >= self._total or self._done == self._done_before:
             return ""
-        pace = (now - self._started) / (self._done - self._done_before)
-        return f", {in_words(pace * (self._total - self._done))} to go"
+        done = self._done + self._under_way
+        pace = (now - self._started) / (done - self._done_before)
+        return f", {in_words(pace * max(0.0, self._total - done))} to go"
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from eagle_rpc.process.environment import prepare_vllm, read_world, without_torchrun
+from eagle_rpc.process.environment import prepare_environment, prepare_vllm, read_world, without_torchrun
 
 
 def test_torchruns_variables_are_hidden_for_a_while_and_come_back(monkeypatch):
@@ -23,6 +23,16 @@ def test_torchruns_variables_are_hidden_for_a_while_and_come_back(monkeypatch):
         assert not set(hidden) & set(os.environ)
         raise KeyError
     assert [os.environ[name] for name in hidden] == ["7"] * len(hidden)
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "count"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_wait_asleep_unless_the_user_says_otherwise(monkeypatch, set_by_user, count):
+    monkeypatch.setattr(os, "environ", dict(set_by_user))
+    prepare_environment()
+    assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
 @pytest.mark.parametrize(("inside", "value"), [(True, "0"), (False, "1")])

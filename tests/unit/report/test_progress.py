@@ -82,3 +82,12 @@ def test_durations_are_in_words():
         "1.5 h",
         "25.0 h",
     ]
+
+
+def test_units_under_way_count_for_the_time_to_go(caplog):
+    caplog.set_level(logging.INFO, logger="eagle_rpc")
+    clock = Clock()
+    progress = Progress("chat", 41, stream=io.StringIO(), clock=clock)
+    clock.seconds += 20.0
+    progress.advance(under_way=9.0)
+    assert caplog.messages == ["chat 1/41, 62 s to go"]
