@@ -35,6 +35,7 @@ class AnsweringTargets(RemoteTargets):
         try:
             self._fleet.open_sessions(SessionSpec.of(session, torch.tensor([0]), expected))
         except BaseException:
+            # Also after Ctrl-C during the wait: the threads must end.
             self.close()
             raise
 

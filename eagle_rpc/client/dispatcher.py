@@ -156,6 +156,7 @@ class Dispatcher:
                         self._events.get_nowait()()
                 self._look_for_work(time.monotonic())
         except Exception as error:
+            # Callers would wait for ever for a thread that has ended.
             logger.exception("the dispatch thread failed")
             self._fail_all(TargetFailed(f"the dispatch thread failed: {type(error).__name__}: {error}"))
             raise

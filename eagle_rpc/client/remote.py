@@ -70,6 +70,7 @@ class RemoteTargets:
         try:
             self._info = self._fleet.connect()
         except BaseException:
+            # Also after Ctrl-C during the wait: the threads must end.
             self.close()
             raise
 

@@ -155,6 +155,7 @@ def load_inputs_once(
     try:
         inputs = load_inputs(config, show_progress=first)
     except BaseException:
+        # Also after Ctrl-C: the others wait for the outcome.
         store.set(_CHECKED, _BAD)
         raise
     if first:

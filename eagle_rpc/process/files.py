@@ -31,6 +31,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
             flush_to_disk(fresh)
         fresh.replace(path)
     except BaseException:
+        # Also after Ctrl-C: nothing half-written stays.
         fresh.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
@@ -54,6 +55,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
                 flush_to_disk(file)
             flush_to_disk(fresh)
     except BaseException:
+        # As above.
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     if path.exists():

@@ -41,6 +41,7 @@ def reply_of(run: Callable[[], Any]) -> Reply:
     except EagleRpcError as error:
         return failure_of(error)
     except Exception as error:
+        # The caller gets an answer in every case.
         logger.exception("a call failed")
         return Failure(TargetFailed.code, f"{type(error).__name__}: {error}")
 

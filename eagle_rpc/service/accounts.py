@@ -39,7 +39,7 @@ class Accounts:
 
         try:
             yield record
-        except BaseException:
+        except Exception:
             self._budget.release(promised)
             raise
 

@@ -128,6 +128,7 @@ def outcome_of(run: Callable[[], Any]) -> Any:
     except EagleRpcError as error:
         return error
     except Exception as error:
+        # A model's own code and the libraries below it raise any class; it ends one request, not the thread.
         if is_out_of_memory(error):
             logger.warning("a request failed for lack of memory: %s", error)
             return TargetOutOfMemory(f"the target ran out of memory; send fewer tokens at a time ({error})")

@@ -42,7 +42,7 @@ class HeadRows:
         )
         try:
             head = self._target.draft_head(ids).to(torch.device("cpu"))
-        except BaseException:
+        except Exception:
             self._budget.release(promised)
             raise
         self._budget.fulfil(promised, head)

@@ -111,7 +111,8 @@ class StagedPasses:
         try:
             made = self._first.run_stage(tokens, None)
             handed_on = [own_storage(piece.cpu()) for piece in made.handed_on]
-        except BaseException:
+        except Exception:
+            # The other stages wait for these hidden states, whatever went wrong here.
             self.chain.hand_on(chains[0], number, None)
             raise
         sent = self.chain.hand_on(chains[0], number, handed_on)

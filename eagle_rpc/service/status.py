@@ -52,6 +52,7 @@ class Throughput:
         try:
             yield
         except Exception as error:
+            # Trainers are told an unforeseen error as `failed`.
             self.count(error.code if isinstance(error, EagleRpcError) else TargetFailed.code)
             raise
 

@@ -173,8 +173,9 @@ class StoredDraft:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of weights and draft vocabulary, which identify the draft wherever it lies."""
-        tensors = ((name, _read(place)) for name, place in sorted(self._places.items()))
+        """SHA-256 of weights, a stored embedding and draft vocabulary: they identify the draft wherever it lies."""
+        places = self._places | ({} if self._embedding is None else {EMBEDDING: self._embedding})
+        tensors = ((name, _read(place)) for name, place in sorted(places.items()))
         return tensors_digest([*tensors, ("selected_token_ids", self.mapping.selected_token_ids)])
 
 

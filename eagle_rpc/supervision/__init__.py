@@ -14,6 +14,7 @@ from eagle_rpc.supervision.encodings import (
     ENCODINGS,
     DraftHead,
     DraftTargets,
+    LogitEncoding,
     ProjectedTargets,
     StoredLogits,
     StoredProbs,
@@ -115,6 +116,6 @@ __all__ += [
 __all__ += ["ENCODINGS", "EncodedSupervision", "decode_supervision"]
 __all__ += ["RequestTimes", "RequestTotals", "ServiceTimes", "Waits", "times_of", "waits_of"]
 __all__ += ["DraftHead", "DraftTargets", "Eagle3TargetBackend", "Eagle3TargetBatch"]
-__all__ += ["ProjectedTargets", "StoredLogits", "StoredProbs"]
+__all__ += ["LogitEncoding", "ProjectedTargets", "StoredLogits", "StoredProbs"]
 # Tensors.
 __all__ += ["own_storage", "shift_left", "to_device", "to_host"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eagle_rpc.errors import InvalidRequest
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
-from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead, DraftTargets
+from eagle_rpc.supervision.encodings import ENCODINGS, DraftHead, DraftTargets, LogitEncoding
 from eagle_rpc.supervision.fp8_states import from_fp8, to_fp8
 from eagle_rpc.supervision.output import AnyOutput, TargetOutput, logits_of
 from eagle_rpc.supervision.request_times import ServiceTimes
@@ -149,9 +149,10 @@ class _RowReader:
 
     def __init__(self, output: AnyOutput, rows: Tensor, encoding: type[DraftTargets], ids_K: Tensor) -> None:
         """`rows`: flat places; `ids_K`: target ids of the draft vocabulary."""
-        self._output, self._encoding = output, encoding
+        self._output = output
         self._read_rows = output.read_rows if isinstance(output, TargetOutput) else read_rows
-        self._columns_K = None if encoding.needs_head else ids_K
+        self._encode = encoding.encode if issubclass(encoding, LogitEncoding) else None
+        self._columns_K = None if self._encode is None else ids_K
         self._num_rows, self._num_read = len(rows), 0
         self.log_normalizer = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         self.argmax = torch.empty_like(rows)  # target ids
@@ -167,8 +168,8 @@ class _RowReader:
         place = slice(self._num_read, self._num_read + len(read.argmax))
         self._num_read = place.stop
         self.log_normalizer[place], self.argmax[place] = read.log_normalizer, read.argmax
-        if read.selected is not None:
-            values = self._encoding.encode(read.selected)
+        if self._encode is not None and read.selected is not None:
+            values = self._encode(read.selected)
             if self.values is None:
                 self.values = values.new_empty(self._num_rows, *values.shape[1:])
             self.values[place] = values

@@ -65,8 +65,8 @@ class DraftHead:
 class DraftTargets(ABC):
     """The target's distribution over the draft vocabulary at N supervised rows. Each subclass is an encoding.
 
-    At the target `encode` makes the values from draft-vocab logits; with `needs_head` they are the last
-    hidden states. The trainer reads them in slices.
+    The values come from draft-vocab logits (`LogitEncoding`), or with `needs_head` they are the last hidden
+    states. The trainer reads them in slices.
     """
 
     values: Tensor  # [N, ...] as they travel
@@ -92,11 +92,6 @@ class DraftTargets(ABC):
         """Bytes of the captured states of one token and layer."""
         return dtype_bytes * hidden_size
 
-    @staticmethod
-    def encode(logits_NK: Tensor) -> Tensor:
-        """At the target: the values [N, ...] that travel for these draft-vocab logits."""
-        raise NotImplementedError("this encoding sends last hidden states")
-
     @abstractmethod
     def logits(self, rows: slice) -> Tensor:
         """Draft-vocab logits [n, K] of a slice of n rows."""
@@ -120,7 +115,18 @@ class DraftTargets(ABC):
         return num_aux_layers * cls.state_bytes(hidden_size, dtype_bytes) + supervised_share * row_bytes
 
 
-class StoredProbs(DraftTargets):
+class LogitEncoding(DraftTargets):
+    """An encoding whose values the target makes from draft-vocab logits."""
+
+    __slots__ = ()
+
+    @staticmethod
+    @abstractmethod
+    def encode(logits_NK: Tensor) -> Tensor:
+        """At the target: the values [N, ...] that travel for these draft-vocab logits."""
+
+
+class StoredProbs(LogitEncoding):
     """Probabilities among the draft vocabulary, [N, K] fp32, as the reference sends them.
 
     Their logarithms serve as logits.
@@ -145,7 +151,7 @@ class StoredProbs(DraftTargets):
         return self.values[rows]
 
 
-class StoredLogits(DraftTargets):
+class StoredLogits(LogitEncoding):
     """Draft-vocab logits, [N, K] in the target's dtype."""
 
     __slots__ = ()

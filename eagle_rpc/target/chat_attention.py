@@ -157,7 +157,7 @@ def _chats_of(positions_BT: Tensor) -> list[_Chat]:
 def _mask_by_chat(*, mask_function: Callable[..., Tensor], use_vmap: bool = False, **_: Any) -> list[_Chat]:
     """In place of the mask that transformers would build from `mask_function`: its blocks on the diagonal."""
     if use_vmap:
-        raise NotImplementedError("the mask depends on more than indices")
+        raise ValueError("the mask must depend on indices alone to be cut into chats")
     return [_Chat(chat.row, chat.columns, _block(mask_function, chat)) for chat in _chats.get()]
 
 
@@ -206,7 +206,7 @@ def _attend_varlen(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: heads [B, Q, T, D] in, [B, T, Q, D] out."""
     if not (settings.get("softcap") is settings.get("position_bias") is settings.get("s_aux") is None):
-        raise NotImplementedError(f"{type(module).__name__} needs more than flash attention for packed chats")
+        raise ValueError(f"{type(module).__name__} must attend to packed chats as flash attention does")
     batch, num_heads, length, width = query.shape
     heads = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     scaling = settings.get("scaling")

@@ -110,7 +110,7 @@ class HFEagle3TargetModel(Eagle3Target):
             check_causal(partial(run_base, self._base), self._probe_ids, name)
             output = check_capture(self._base, self._layers, own_aux, self._probe_ids)
             hidden_BTH = output[0]
-            check_embedding(model, hidden_BTH.shape[-1])
+            check_embedding(self.get_input_embeddings().weight, hidden_BTH.shape[-1], name)
             self._own_head, self._fused_rows = None, False
             if stage is None or stage.is_last:
                 self._own_head = OwnHead(model, type(output))

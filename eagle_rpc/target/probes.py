@@ -74,15 +74,14 @@ def check_causal(run: Callable[[Tensor], Tensor], ids_BT: Tensor, name: str) -> 
         )
 
 
-def check_embedding(model: PreTrainedModel, width: int) -> None:
+def check_embedding(embedding_VH: Tensor, width: int, name: str) -> None:
     """Raises `UnsupportedTarget` unless tokens are embedded with `width` values, as the hidden states have.
 
     The draft reads the target's token embedding beside its hidden states.
     """
-    embedding = model.get_input_embeddings().weight
-    if embedding.dim() != 2 or embedding.shape[1] != width:
-        rule = f"{type(model).__name__} must embed tokens as wide as its hidden states of {width}"
-        raise UnsupportedTarget(f"{rule}, got an embedding {list(embedding.shape)}")
+    if embedding_VH.dim() != 2 or embedding_VH.shape[1] != width:
+        rule = f"{name} must embed tokens as wide as its hidden states of {width}"
+        raise UnsupportedTarget(f"{rule}, got an embedding {list(embedding_VH.shape)}")
 
 
 def check_packing(
@@ -92,7 +91,7 @@ def check_packing(
     decoder: PreTrainedModel,
 ) -> None:
     """Raises `UnsupportedTarget` unless rows of two chats give what the chats give alone; `run` as `packing_fault`."""
-    if _recurrent_layers(decoder):
+    if recurrent_layers(decoder):
         fault: str | None = "its layers carry a state from token to token"
     else:
         fault = packing_fault(run, ids_BT)
@@ -101,7 +100,7 @@ def check_packing(
         raise UnsupportedTarget(f"{name} does not keep packed chats apart ({fault}); send one chat a row")
 
 
-def _recurrent_layers(decoder: PreTrainedModel) -> bool:
+def recurrent_layers(decoder: PreTrainedModel) -> bool:
     """Whether layers carry a state or a convolution from token to token, across the chats of a row."""
     config = decoder.config
     kinds = {kind for name in _LAYER_KINDS for kind in getattr(config, name, None) or ()}

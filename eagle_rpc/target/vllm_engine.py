@@ -96,6 +96,7 @@ class HiddenStates:
             try:
                 replies = self._llm.encode(asked, self._params, pooling_task=_TASK, use_tqdm=False)
             except Exception as error:
+                # vLLM has no base class of its errors, and after any of them its state is unknown.
                 self._lost = f"vLLM failed in a pass ({type(error).__name__}: {in_one_line(error)})"
                 raise TargetLost(self._lost) from error
         return [reply.outputs.data for reply in replies]

@@ -145,7 +145,7 @@ def _judge_kernel(
         divergence_weight = kl_share
         loss = kl_share * loss + (1.0 - kl_share) * divergence
     tl.store(losses + pair, loss)
-    tl.store(predicted + pair, best.to(tl.int64))  # type: ignore[attr-defined]
+    tl.store(predicted + pair, best.to(tl.int64))
 
     coefficient = tl.load(coefficients + pair)
     columns_K = tl.arange(0, BLOCK)

@@ -11,8 +11,8 @@ from eagle_rpc.config.schema import EvaluateConfig
 from eagle_rpc.draft import guess_chains, guess_trees
 from eagle_rpc.errors import ConfigError, TargetMismatch
 from eagle_rpc.evaluate import guesses
-from eagle_rpc.evaluate.decoding import judge
 from eagle_rpc.evaluate.acceptance import evaluate_draft
+from eagle_rpc.evaluate.decoding import judge
 from eagle_rpc.evaluate.own_text import own_texts
 from eagle_rpc.evaluate.speed import estimate_speed
 

@@ -97,8 +97,8 @@ def test_every_form_gives_the_same_draft(tmp_path, form):
     assert torch.equal(state["embed_tokens.weight"], EMBEDDING)
 
 
-def with_own_embedding(directory):
-    own = {**WEIGHTS, "embed_tokens.weight": 2 * EMBEDDING, "d2t": MAPPING.d2t, "t2d": MAPPING.t2d}
+def with_own_embedding(directory, factor=2):
+    own = {**WEIGHTS, "embed_tokens.weight": factor * EMBEDDING, "d2t": MAPPING.d2t, "t2d": MAPPING.t2d}
     return StoredDraft.open(write(directory, PLAIN, own))
 
 
@@ -126,6 +126,11 @@ def test_the_same_weights_have_the_same_digest_wherever_they_lie(tmp_path):
     changed = of_specforge(tmp_path / "changed")
     save_file({**WEIGHTS, "norm.weight": torch.zeros(8)}, changed / "model-00001-of-00001.safetensors")
     assert StoredDraft.open(changed).digest not in digests
+
+
+def test_a_trained_embedding_is_part_of_the_digest(tmp_path):
+    drafts = [with_own_embedding(tmp_path / str(factor), factor) for factor in (2, 3)]
+    assert drafts[0].digest != drafts[1].digest
 
 
 def test_rows_of_the_head_follow_their_tokens_into_another_vocabulary(tmp_path):

@@ -7,8 +7,8 @@ from eagle_rpc.config import choices
 from eagle_rpc.supervision import (
     ENCODINGS,
     DraftHead,
-    DraftTargets,
     DraftVocabOnDevice,
+    LogitEncoding,
     SessionSettings,
     TargetOutput,
     TokenBatch,
@@ -35,15 +35,14 @@ def test_only_probabilities_among_the_draft_vocabulary_lose_those_of_the_full_on
 def test_an_encoding_sends_either_hidden_states_or_values_of_logits(name):
     encoding, logits = ENCODINGS[name], torch.randn(3, 5)
     if encoding.needs_head:
-        with pytest.raises(NotImplementedError):
-            encoding.encode(logits)
         head = DraftHead(weight=torch.randn(5, 4))
         assert encoding(torch.randn(3, 4), head).logits(slice(None)).shape == (3, 5)
     else:
+        assert issubclass(encoding, LogitEncoding)
         assert torch.allclose(encoding(encoding.encode(logits)).probs(slice(None)), logits.softmax(-1))
 
 
-class HalfLogits(DraftTargets):
+class HalfLogits(LogitEncoding):
     name = "half_logits"
     exact = False
 
