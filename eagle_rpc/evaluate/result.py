@@ -134,11 +134,7 @@ class Evaluation:
     def _real_decoding(self) -> str:
         if not self.num_decoded:
             return "real decoding        none of texts that are drawn at a temperature\n"
-        same, agree = "identical to the target's own", "agree"
-        if not self.identical_texts:
-            same = f"DIFFERENT in {self.differing_texts} texts"
-        if not self.counts_agree:
-            agree = f"DIFFER in {self.differing_counts} prompts"
+        same, agree = _verdicts(self.differing_texts, self.differing_counts)
         return (
             f"text                 {same} ({self.num_decoded} prompts decoded, {self.near_ties} near-ties)\n"
             f"counts               {agree} with real decoding\n"
@@ -163,17 +159,19 @@ def _speed_line(speed: BatchSpeed) -> str:
 def _tree_decoding(decoding: TreeDecoding | None) -> str:
     if decoding is None:
         return "  real decoding      none\n"
-    same, agree = "identical to the target's own", "agree"
-    if not decoding.identical_texts:
-        same = f"DIFFERENT in {decoding.differing_texts} texts"
-    if not decoding.counts_agree:
-        agree = f"DIFFER in {decoding.differing_counts} prompts"
+    same, agree = _verdicts(decoding.differing_texts, decoding.differing_counts)
     num_decoded = len(decoding.prompts)
     return (
         f"  text               {same} ({num_decoded} prompts decoded, {decoding.near_ties} near-ties)\n"
         f"  counts             {agree} with real decoding\n"
         f"  tokens per second  {decoding.tokens_per_second:.1f} with trees\n"
     )
+
+
+def _verdicts(differing_texts: int, differing_counts: int) -> tuple[str, str]:
+    """About the texts of real decoding, and about its counts."""
+    same = f"DIFFERENT in {differing_texts} texts" if differing_texts else "identical to the target's own"
+    return same, f"DIFFER in {differing_counts} prompts" if differing_counts else "agree"
 
 
 def _slices(title: str, slices: Mapping[Any, DraftSlice]) -> str:

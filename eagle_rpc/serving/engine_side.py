@@ -27,6 +27,11 @@ class DecodingWork:
     num_draft_tokens: int
     stop_token_ids: list[int]
 
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt, its answer, and guesses beyond its end."""
+        return max(map(len, self.prompts)) + self.max_new_tokens + self.num_draft_tokens + 64
+
 
 @dataclass(frozen=True)
 class DecodingOutcome:
@@ -61,7 +66,7 @@ def decode_in_vllm(work: DecodingWork) -> DecodingOutcome:
         model=work.target,
         skip_tokenizer_init=True,
         dtype=work.dtype,
-        max_model_len=max(map(len, work.prompts)) + work.max_new_tokens + k + 64,
+        max_model_len=work.most_tokens,
         max_num_seqs=1,
         enforce_eager=True,
         enable_prefix_caching=False,
@@ -103,7 +108,7 @@ def decode_in_sglang(work: DecodingWork) -> DecodingOutcome:
         model_path=work.target,
         skip_tokenizer_init=True,
         dtype=work.dtype,
-        context_length=max(map(len, work.prompts)) + work.max_new_tokens + k + 64,
+        context_length=work.most_tokens,
         max_running_requests=1,
         # The one attention of SGLang that takes fp32.
         attention_backend="triton",

@@ -7,7 +7,9 @@ import torch
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.supervision import TokenBatch, VocabMapping
+from eagle_rpc.service.forward_pass import PassRequest
+from eagle_rpc.service.sessions import Session
+from eagle_rpc.supervision import DraftVocabOnDevice, SessionSpec, TokenBatch, VocabMapping
 
 VOCAB = 5000
 RANDOM = {
@@ -53,3 +55,13 @@ def batch_of(batch, length, packed=False, device="cpu"):
         loss_mask=(mask & (torch.rand(batch, length, generator=generator) < 0.8)).long(),
         segment_ids=(torch.arange(length)[None] >= length // 3).long().repeat(batch, 1) if packed else None,
     ).to(torch.device(device))
+
+
+def pass_request(tokens, device, encoding="hidden"):
+    """Of a session with `MAPPING`; replies stay on the device."""
+    vocab = DraftVocabOnDevice.of(MAPPING, torch.device(device))
+    spec = SessionSpec(
+        selected_token_ids=vocab.selected_token_ids, encoding=encoding, rows="loss_mask", through_host=False
+    )
+    session = Session(id="a", spec=spec, mapping_digest=MAPPING.digest, vocab=vocab)
+    return PassRequest(session=session, tokens=tokens)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_targets import MAPPING, RANDOM, batch_of, config_of
 
 from eagle_rpc.answers.engine import AnswerEngine
@@ -11,10 +12,7 @@ from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import AnswerPrompt, AnswerRequest, AnswerSettings, GenerateRequest, SessionSpec
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 WAIT = 120.0
 NUM_PROMPTS, NUM_BATCHES, NEW_TOKENS = 48, 12, 40

@@ -5,12 +5,13 @@ tests/gpu/test_experts_gpu.py` (Triton 3.6 with numpy below 2.4). Legend: N toke
 hidden, I intermediate width.
 """
 
-import importlib.util
-import os
 from contextlib import nullcontext
+from functools import partial
 
+import gpu_marks
 import pytest
 import torch
+from gpu_marks import HOPPER, ON_HOPPER_OR_INTERPRETED, count_multiprocessors, needs_hopper
 from torch import nn
 from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
@@ -18,30 +19,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from eagle_rpc.target.fused_mlps import FusedMLPs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-DEVICE = "cuda" if HOPPER else "cpu"
-
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (HOPPER or INTERPRETED), reason="needs a Hopper GPU or Triton's interpreter"),
-]
+pytestmark = ON_HOPPER_OR_INTERPRETED
+drawn = partial(gpu_marks.drawn, dtype=torch.float16)
 
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Three programs, which share tiles, where there is no GPU to count them."""
+    count_multiprocessors(monkeypatch)
     if not HOPPER:
-        from eagle_rpc.target import gated_kernel
-
-        monkeypatch.setattr(gated_kernel, "_multiprocessors", lambda device: 3)
         monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
-
-
-def drawn(*shape, dtype=torch.float16, scale=1.0):
-    generator = torch.Generator().manual_seed(sum(shape))
-    return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
 
 
 def in_a_loop(hidden_NH, experts_NC, weights_NC, gate_up_EIH, down_EHI):

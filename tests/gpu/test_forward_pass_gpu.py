@@ -2,18 +2,15 @@
 
 import pytest
 import torch
-from gpu_targets import FORMS, MAPPING, batch_of, config_of
+from gpu_marks import ON_A_GPU
+from gpu_targets import FORMS, batch_of, config_of, pass_request
 from gpu_waits import waiting_forbidden
 
-from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
-from eagle_rpc.service.sessions import Session
-from eagle_rpc.supervision import ENCODINGS, DraftVocabOnDevice, SessionSpec, decode_supervision
+from eagle_rpc.service.forward_pass import ForwardPass
+from eagle_rpc.supervision import ENCODINGS, decode_supervision
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -24,15 +21,6 @@ def forward(request, tmp_path_factory):
     torch.compiler.reset()
 
 
-def request_of(tokens, encoding="hidden"):
-    vocab = DraftVocabOnDevice.of(MAPPING, torch.device("cuda"))
-    spec = SessionSpec(
-        selected_token_ids=vocab.selected_token_ids, encoding=encoding, rows="loss_mask", through_host=False
-    )
-    session = Session(id="a", spec=spec, mapping_digest=MAPPING.digest, vocab=vocab)
-    return PassRequest(session=session, tokens=tokens)
-
-
 def decoded(encoded, tokens):
     return decode_supervision(encoded.map_tensors(lambda tensor: tensor.cuda()), tokens, None)
 
@@ -40,7 +28,7 @@ def decoded(encoded, tokens):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_starting_a_pass_never_waits_for_the_gpu(forward, encoding, packed):
-    request = request_of(batch_of(4, 256, packed=packed), encoding)
+    request = pass_request(batch_of(4, 256, packed=packed), "cuda", encoding)
     # The first packed batch is preceded by a probe, which waits.
     forward.start(request).finish()
     torch.cuda.synchronize()
@@ -55,6 +43,6 @@ def test_a_batch_with_nothing_to_supervise_leaves_by_the_host(forward, encoding)
     """TensorPipe aborts on a tensor without elements that lies on a GPU."""
     tokens = batch_of(4, 256)
     tokens.loss_mask.zero_()
-    encoded = forward.start(request_of(tokens, encoding)).finish()
+    encoded = forward.start(pass_request(tokens, "cuda", encoding)).finish()
     assert not encoded.aux.is_cuda and encoded.supervised_rows.numel() == 0
     assert not decoded(encoded, tokens).position_mask.any()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_waits import waiting_forbidden
 from support.ttt_cases import Case, case_batch, case_draft, gradients, on_device
 
@@ -14,10 +15,7 @@ from eagle_rpc.draft.fused import FusedStep
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 STEPS = 7
 CASES = [

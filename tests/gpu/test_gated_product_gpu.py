@@ -5,11 +5,12 @@ tests/gpu/test_gated_product_gpu.py` (Triton 3.6 with numpy below 2.4). Legend: 
 intermediate width.
 """
 
-import importlib.util
-import os
+from functools import partial
 
+import gpu_marks
 import pytest
 import torch
+from gpu_marks import DEVICE_OF_KERNELS, ON_HOPPER_OR_INTERPRETED, count_multiprocessors, needs_hopper
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig
@@ -17,29 +18,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from eagle_rpc.target.fused_mlps import FusedMLPs
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-DEVICE = "cuda" if HOPPER else "cpu"
-
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (HOPPER or INTERPRETED), reason="needs a Hopper GPU or Triton's interpreter"),
-]
+pytestmark = ON_HOPPER_OR_INTERPRETED
+drawn = partial(gpu_marks.drawn, dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
-def multiprocessors(monkeypatch):
-    """Three programs, which share tiles, where there is no GPU to count them."""
-    if not HOPPER:
-        from eagle_rpc.target import gated_kernel
-
-        monkeypatch.setattr(gated_kernel, "_multiprocessors", lambda device: 3)
-
-
-def drawn(*shape, dtype=torch.bfloat16, scale=1.0):
-    generator = torch.Generator().manual_seed(sum(shape))
-    return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+def interpreter(monkeypatch):
+    count_multiprocessors(monkeypatch)
 
 
 def in_two_products(hidden_NH, weight_2IH):
@@ -77,7 +62,7 @@ def test_gates_of_any_size():
     gates = torch.tensor([0.0, 1.0, -1.0, 20.0, -20.0, 90.0, -90.0, 1e4, -1e4])
     hidden_NH[: len(gates), 0], weight_2IH[0, :, 0] = gates, 1.0
     hidden_NH[:, 1], weight_2IH[1, :, 1] = 3.0, 1.0
-    hidden_NH, weight_2IH = hidden_NH.to(DEVICE, torch.float16), weight_2IH.to(DEVICE, torch.float16)
+    hidden_NH, weight_2IH = (one.to(DEVICE_OF_KERNELS, torch.float16) for one in (hidden_NH, weight_2IH))
     gated_NI = gated_product(hidden_NH, weight_2IH)
     torch.testing.assert_close(gated_NI, in_two_products(hidden_NH, weight_2IH), rtol=1e-2, atol=1e-6)
 

@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 
 from eagle_rpc.draft import LOSSES
 from eagle_rpc.draft.fused import formulas, own_slots
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -3,14 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
+from gpu_marks import ON_A_GPU
 from support.recipe_runs import take_whole_path
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*ON_A_GPU, pytest.mark.timeout(1800)]
 
 # The fused step has kernels for heads from 64 on.
 SIZES = {"hidden_size": 256, "head_dim": 64}

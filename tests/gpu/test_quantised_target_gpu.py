@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_targets import MAPPING, RANDOM, batch_of, config_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -12,10 +13,7 @@ from eagle_rpc.supervision import DraftVocabOnDevice, supervise
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 PACKAGES = {"fp8": "torchao", "int8": "bitsandbytes", "int8_weights": "torchao", "nf4": "bitsandbytes"}
 COMPILED = {"compile_shapes": ["4x256"]}

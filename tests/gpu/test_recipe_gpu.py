@@ -1,7 +1,7 @@
 """Muon, averaged weights and noise on a GPU: as on the CPU to rounding, without waits, the same after a break."""
 
-import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_waits import waiting_forbidden
 from support.ttt_cases import Case, case_batch, case_draft, on_device
 
@@ -11,10 +11,7 @@ from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.optimiser import DraftOptimiser, trainable_parameters
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 CASE = Case(head_dim=64, hidden_size=256)
 OBJECTIVE = DraftConfig(ttt_steps=3, loss=DraftLoss.jensen_shannon, kl_share=0.3)

@@ -4,15 +4,12 @@ Where there is no GPU, Triton's interpreter runs it: `TRITON_INTERPRET=1 python 
 tests/gpu/test_rows_kernel_gpu.py` (Triton 3.6 with numpy below 2.4).
 """
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from gpu_marks import INTERPRETED
 
 from eagle_rpc.supervision.rows import read_rows, read_rows_fused
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = [

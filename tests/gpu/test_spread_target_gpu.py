@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_targets import FORMS, MAPPING, VOCAB, batch_of, config_of
+from gpu_marks import ON_TWO_GPUS
+from gpu_targets import FORMS, MAPPING, VOCAB, batch_of, config_of, pass_request
 from gpu_waits import waiting_forbidden
 from support.families import tiny_config, tiny_model
 from support.service_training import service_config, take_part
@@ -13,9 +14,8 @@ from support.workers import run_workers
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
+from eagle_rpc.service.forward_pass import ForwardPass
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.service.sessions import Session
 from eagle_rpc.supervision import (
     ENCODINGS,
     DraftVocabOnDevice,
@@ -26,10 +26,7 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = ON_TWO_GPUS
 
 DEVICES = ("cuda:0", "cuda:1")
 # Cycles of a kernel that does nothing: far longer than the launch of a pass.
@@ -58,16 +55,6 @@ def assert_same_bits(one, other):
     assert len(sent[0]) >= 5
     for number, pair in enumerate(zip(*sent, strict=True)):
         assert torch.equal(*pair), number
-
-
-def request_of(tokens, encoding="hidden"):
-    vocab = DraftVocabOnDevice.of(MAPPING, torch.device(DEVICES[-1]))
-    spec = SessionSpec(
-        selected_token_ids=vocab.selected_token_ids, encoding=encoding, rows="loss_mask", through_host=False
-    )
-    return PassRequest(
-        session=Session(id="a", spec=spec, mapping_digest=MAPPING.digest, vocab=vocab), tokens=tokens
-    )
 
 
 def settle(forward, request):
@@ -116,7 +103,7 @@ def test_stored_families_over_two_gpus_give_the_bits_of_one(family, tmp_path):
 def test_starting_passes_over_two_gpus_never_waits_for_them(loaded, packed):
     config, _, two = loaded
     forward = ForwardPass(two, config)
-    request = request_of(batch_of(4, 256, packed=packed))
+    request = pass_request(batch_of(4, 256, packed=packed), DEVICES[-1])
     settle(forward, request)
     with waiting_forbidden():
         started = [forward.start(request) for _ in range(3)]
@@ -127,7 +114,7 @@ def test_the_first_gpu_works_on_the_next_pass_while_the_second_is_busy(loaded):
     """Without this the passes over two GPUs would take turns, and nothing would tell."""
     config, _, two = loaded
     forward = ForwardPass(two, config)
-    request = request_of(batch_of(4, 256))
+    request = pass_request(batch_of(4, 256), DEVICES[-1])
     for _ in range(3):
         forward.start(request).finish()
     first, last = forward._streams

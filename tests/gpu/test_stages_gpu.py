@@ -1,25 +1,17 @@
 """Stages of a target on GPUs: the bits of one GPU, in every form, and over RPC through host memory."""
 
-import dataclasses
-
-import numpy as np
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_targets import FORMS, batch_of, config_of
 from support.families import tiny_config
-from support.staged_service import ENCODINGS, as_numpy, batches, run_job, staged_config
-from support.tiny_target import tensors_of, tiny_mapping
+from support.staged_service import assert_bits_of_one_process, run_job, staged_config
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.supervision import SessionSettings
-from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 GPU = "cuda:0"
 
 
@@ -53,12 +45,4 @@ def test_stages_in_processes_of_their_own_give_the_bits_of_one_gpu():
     config = staged_config(target, 2)
     answers = run_job(config)
     loaded = HFEagle3TargetModel.load(target, GPU, cache_dir="unused", seed=0)
-    for encoding, (made, info) in zip(ENCODINGS, answers, strict=True):
-        alone = ColocatedEagle3TargetModel(loaded, target, SessionSettings(encoding=encoding))
-        alone.open_session(tiny_mapping())
-        assert info == dataclasses.replace(alone.model_info(), incarnation="")
-        for found, tokens in zip(made, batches(), strict=True):
-            masks = tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-            expected = tensors_of(alone.generate_batch(tokens.input_ids, *masks))
-            for name, tensor in expected.items():
-                assert np.array_equal(found[name], as_numpy(tensor)), (encoding, name)
+    assert_bits_of_one_process(answers, loaded, target)

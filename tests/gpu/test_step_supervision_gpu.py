@@ -2,17 +2,14 @@
 
 from collections.abc import Iterator
 
-import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from support.ttt_cases import Case, case_batch, on_device
 
 from eagle_rpc.supervision import Eagle3TargetBatch
 from eagle_rpc.train.step_supervision import StepSupervision
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 STEPS = 7
 

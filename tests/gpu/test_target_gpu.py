@@ -8,28 +8,30 @@ import gc
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_targets import FORMS, MAPPING, RANDOM, batch_of, config_of
+from support.supervised_batches import (
+    assert_same_supervision,
+    colocated,
+    request_for,
+    served,
+    supervision_of,
+)
 from torch._dynamo.utils import counters
 from transformers import AttentionMaskInterface
 
 from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     DraftVocabOnDevice,
-    GenerateRequest,
-    SessionSettings,
     SessionSpec,
     VocabMapping,
     decode_supervision,
     supervise,
 )
-from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.target.probes import ROUNDING, relative_error
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_A_GPU
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -46,54 +48,15 @@ def open_session(server, encoding, rows="loss_mask", through_host=False):
     return server.open_session(spec).result().id
 
 
-def send(server, session, tokens, number=0):
-    """The future of the reply to one request."""
-    incarnation = server.model_info().incarnation
-    return server.generate(
-        GenerateRequest(
-            session=session,
-            incarnation=incarnation,
-            request_id=f"r{number}",
-            tokens=tokens,
-            seconds_left=60.0,
-        )
-    )
-
-
-def colocated_with(target, config, encoding, rows="loss_mask"):
-    backend = ColocatedEagle3TargetModel(target, config, SessionSettings(encoding=encoding, rows=rows))
-    backend.open_session(MAPPING)
-    return lambda tokens: backend.generate_batch(
-        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-    )
-
-
-def assert_same_bits(here, served):
-    for name in (
-        "aux_hidden_states",
-        "supervised_rows",
-        "log_normalizer",
-        "argmax",
-        "position_mask",
-        "target_probs",
-    ):
-        assert torch.equal(getattr(here, name), getattr(served, name)), name
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
 def test_served_and_colocated_supervision_are_the_same_bits(loaded, encoding, packed):
     config, target = loaded
     tokens = batch_of(6, 400, packed=packed)
-    server = TargetModelServer(target, config)
-    session = open_session(server, encoding)
-    encoded = send(server, session, tokens).result()
-    head = server.output_embeddings(session).to(torch.device("cuda"))
-    served = decode_supervision(encoded, tokens, head)
-    server.close()
-    here = colocated_with(target, config, encoding)(tokens)
+    by_server = served(target, config, MAPPING, encoding, tokens)
+    here = supervision_of(colocated(target, config, MAPPING, encoding), tokens)
     assert len(here.supervised_rows) > 500
-    assert_same_bits(here, served)
+    assert_same_supervision(here, by_server)
 
 
 @pytest.mark.parametrize("through_host", [False, True])
@@ -104,14 +67,15 @@ def test_replies_made_while_the_next_pass_runs_are_the_same_bits(loaded, rows, t
     server = TargetModelServer(target, config)
     session = open_session(server, "logits", rows, through_host)
     batches = [batch_of(4, length, packed=length % 3 == 0) for length in range(200, 500, 25)]
-    futures = [send(server, session, tokens, number) for number, tokens in enumerate(batches)]
+    requests = [request_for(server, session, tokens, number) for number, tokens in enumerate(batches)]
+    futures = [server.generate(request) for request in requests]
     replies = [future.result() for future in futures]
     server.close()
-    supervised = colocated_with(target, config, "logits", rows)
+    backend = colocated(target, config, MAPPING, "logits", rows)
     for tokens, encoded in zip(batches, replies, strict=True):
         assert encoded.aux.is_cuda is not through_host
         on_gpu = encoded.map_tensors(lambda tensor: tensor.to("cuda"))
-        assert_same_bits(supervised(tokens), decode_supervision(on_gpu, tokens, None))
+        assert_same_supervision(supervision_of(backend, tokens), decode_supervision(on_gpu, tokens, None))
 
 
 @pytest.mark.parametrize(("window", "head_dim"), [(None, 64), (40, 64), (None, 320)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gpu_marks import ON_TWO_GPUS
 from support.ttt_cases import Case, case_batch, case_draft, on_device
 
 from eagle_rpc.config.choices import Sharding
@@ -18,10 +19,7 @@ from eagle_rpc.process import bind_to_interface
 from eagle_rpc.train import TrainerGroup, join_trainers
 from eagle_rpc.train.learner import Learner
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
+pytestmark = ON_TWO_GPUS
 
 CASE = Case(head_dim=64, hidden_size=256, length=64)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from gpu_marks import ON_A_GPU
 from support.service_training import service_config, take_part
 from support.workers import run_workers
 from torch import Tensor
@@ -16,11 +17,7 @@ from eagle_rpc.rpc import StaticMembership
 from eagle_rpc.train import TrainerGroup, learner
 from eagle_rpc.train.sharded_weights import ShardedWeights
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.rpc,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [*ON_A_GPU, pytest.mark.rpc]
 
 
 class LoneTrainer(TrainerGroup):

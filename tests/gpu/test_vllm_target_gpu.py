@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from gpu_marks import ON_A_GPU
 from gpu_targets import MAPPING, RANDOM, VOCAB, batch_of
 from support.tiny_tokenizer import make_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -17,9 +18,8 @@ from eagle_rpc.target.engine_check import state_errors
 from eagle_rpc.target.engines import load_any_target
 
 pytestmark = [
-    pytest.mark.gpu,
+    *ON_A_GPU,
     pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (docs/engines.md)"),
 ]
 

@@ -7,27 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rpc.test_elastic import check_batches, stream_on_demand
 from support.elastic import HEARTBEATS, Registry, Worker
 from support.families import tiny_config
 from support.staged_service import (
-    ENCODINGS,
-    batches,
+    assert_bits_of_one_process,
     elastic_config,
     lose_a_stage,
     run_job,
     serve_stage,
     staged_config,
 )
-from support.tiny_target import tensors_of, tiny_mapping
 from support.waiting import until
 
 from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.supervision import SessionSettings
-from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
 
 pytestmark = [pytest.mark.rpc, pytest.mark.slow]
@@ -51,15 +46,7 @@ def test_stages_in_processes_of_their_own_give_the_bits_of_one_process(family: s
     config = target_config(family)
     answers = run_job(staged_config(config, num_stages))
     target = HFEagle3TargetModel.load(config, "cpu", cache_dir="unused", seed=0)
-    for encoding, (made, info) in zip(ENCODINGS, answers, strict=True):
-        alone = ColocatedEagle3TargetModel(target, config, SessionSettings(encoding=encoding))
-        alone.open_session(tiny_mapping())
-        assert info == dataclasses.replace(alone.model_info(), incarnation="")
-        for found, tokens in zip(made, batches(), strict=True):
-            masks = tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-            expected = tensors_of(alone.generate_batch(tokens.input_ids, *masks))
-            for name, tensor in expected.items():
-                assert np.array_equal(found[name], tensor.numpy()), (encoding, name)
+    assert_bits_of_one_process(answers, target, config)
 
 
 def test_a_static_job_ends_with_the_stage_that_was_lost():

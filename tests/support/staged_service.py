@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from support.elastic import HEARTBEATS, Link, Worker
 from support.processes import free_port, torchrun_environment
+from support.supervised_batches import colocated, supervision_of
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.workers import TEST_RPC
 
@@ -26,6 +28,7 @@ from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import SessionSettings, TargetExpectation, TokenBatch
+from eagle_rpc.target.model import HFEagle3TargetModel
 from eagle_rpc.topology import Role, assign_elastic_roles, assign_roles, plan_devices
 
 _SECONDS = 120.0
@@ -147,6 +150,16 @@ def ask(config: Config, membership: Any, me: Any, encoding: str) -> tuple[list[d
         made = [tensors_of(batch) for batch in backend.stream(iter(batches()))]
         info = dataclasses.replace(backend.model_info(), incarnation="")
     return [{name: as_numpy(tensor) for name, tensor in one.items()} for one in made], info
+
+
+def assert_bits_of_one_process(answers: Any, target: HFEagle3TargetModel, config: TargetConfig) -> None:
+    """What the trainer of `run_job` got of the stages is what the whole `target` gives here."""
+    for encoding, (made, info) in zip(ENCODINGS, answers, strict=True):
+        alone = colocated(target, config, tiny_mapping(), encoding, SessionSettings().rows)
+        assert info == dataclasses.replace(alone.model_info(), incarnation="")
+        for found, tokens in zip(made, batches(), strict=True):
+            for name, tensor in tensors_of(supervision_of(alone, tokens)).items():
+                assert np.array_equal(found[name], as_numpy(tensor)), (encoding, name)
 
 
 def as_numpy(tensor: torch.Tensor) -> Any:

@@ -1,18 +1,15 @@
 import pytest
 import torch
+from support.supervised_batches import assert_same_supervision, colocated, served, supervision_of
 from torch import nn
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, UnsupportedTarget
-from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
     ENCODINGS,
-    GenerateRequest,
     SessionSettings,
-    SessionSpec,
     TokenBatch,
     VocabMapping,
-    decode_supervision,
 )
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
@@ -33,29 +30,11 @@ def tokens_of(seed=0, packed=False):
 
 
 def backend(model, encoding="hidden", rows="loss_mask", mapping=MAPPING):
-    made = ColocatedEagle3TargetModel(
-        HFEagle3TargetModel(model), CONFIG, SessionSettings(encoding=encoding, rows=rows)
-    )
-    made.open_session(mapping)
-    return made
-
-
-def generate(colocated, tokens):
-    return colocated.generate_batch(
-        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-    )
+    return colocated(HFEagle3TargetModel(model), CONFIG, mapping, encoding, rows)
 
 
 def assert_bitwise(left, right):
-    for name in (
-        "aux_hidden_states",
-        "supervised_rows",
-        "log_normalizer",
-        "argmax",
-        "position_mask",
-        "target_probs",
-    ):
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    assert_same_supervision(left, right)
     assert torch.equal(left.targets.logits(slice(2, 5)), right.targets.logits(slice(2, 5)))
 
 
@@ -65,34 +44,22 @@ def assert_bitwise(left, right):
 def test_colocated_and_served_supervision_are_the_same_bits(any_model, dtype, encoding, packed):
     any_model.to(dtype)
     tokens = tokens_of(packed=packed)
-    server = TargetModelServer(HFEagle3TargetModel(any_model), CONFIG)
-    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = server.open_session(spec).result().id
-    request = GenerateRequest(
-        session=session,
-        incarnation=server.model_info().incarnation,
-        request_id="r",
-        tokens=tokens,
-        seconds_left=20.0,
-    )
-    encoded = server.generate(request).result()
-    served = decode_supervision(encoded, tokens, server.output_embeddings(session))
-    server.close()
-    here = generate(backend(any_model, encoding), tokens)
+    by_server = served(HFEagle3TargetModel(any_model), CONFIG, MAPPING, encoding, tokens)
+    here = supervision_of(backend(any_model, encoding), tokens)
     assert len(here.supervised_rows) > 10
-    assert_bitwise(here, served)
+    assert_bitwise(here, by_server)
 
 
 def test_a_stream_gives_every_batch_in_order(make_model):
     colocated = backend(make_model("llama"))
     batches = [tokens_of(0), tokens_of(1, packed=True), tokens_of(2)]
     for tokens, streamed in zip(batches, colocated.stream(batches), strict=True):
-        assert_bitwise(streamed, generate(colocated, tokens))
+        assert_bitwise(streamed, supervision_of(colocated, tokens))
     assert colocated.totals.seconds_waited > 0
 
 
 def test_a_draft_can_be_trained_on_colocated_supervision(make_model):
-    batch = generate(backend(make_model("llama"), rows="position_mask"), tokens_of())
+    batch = supervision_of(backend(make_model("llama"), rows="position_mask"), tokens_of())
     fc = nn.Linear(96, len(MAPPING))
     logits = fc(batch.aux_hidden_states.flatten(0, 1)[batch.supervised_rows])
     loss = (
@@ -113,7 +80,7 @@ def test_the_embedding_and_info_are_the_models(make_model):
 def test_refusals_are_those_of_the_service(make_model):
     model = make_model("llama")
     with pytest.raises(InvalidRequest, match="open_session must come before"):
-        generate(
+        supervision_of(
             ColocatedEagle3TargetModel(
                 HFEagle3TargetModel(model), CONFIG, SessionSettings(encoding="probs", rows="loss_mask")
             ),
@@ -126,11 +93,11 @@ def test_refusals_are_those_of_the_service(make_model):
     bad = tokens_of()
     bad.input_ids[0, 0] = 97
     with pytest.raises(InvalidRequest, match="input_ids must lie in"):
-        generate(backend(model), bad)
+        supervision_of(backend(model), bad)
     closed = backend(model)
     closed.close()
     with pytest.raises(InvalidRequest, match="open_session"):
-        generate(closed, tokens_of())
+        supervision_of(closed, tokens_of())
     model.config.logits_scaling = 4.0
     with pytest.raises(UnsupportedTarget, match="encoding=logits"):
         backend(model)

@@ -8,21 +8,16 @@ import logging
 import pytest
 import torch
 import torch._inductor.config
+from support.supervised_batches import assert_same_supervision, colocated, served, supervision_of
 from torch._dynamo.utils import counters
 
 from eagle_rpc.config.choices import CompileMode, DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import InvalidRequest, TargetFailed, UnsupportedTarget
-from eagle_rpc.service.server import TargetModelServer
 from eagle_rpc.supervision import (
-    GenerateRequest,
-    SessionSettings,
-    SessionSpec,
     TokenBatch,
     VocabMapping,
-    decode_supervision,
 )
-from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.compiled import Buckets, Shape
 from eagle_rpc.target.model import HFEagle3TargetModel
 
@@ -173,48 +168,17 @@ def test_the_form_and_the_longest_sequence_are_part_of_the_identity(make_model, 
 
 def served_and_colocated(make_loaded, tokens, encoding):
     """The same batch through a server, whose forward passes run in another thread, and in this thread."""
-    server = TargetModelServer(make_loaded(), CONFIG)
-    spec = SessionSpec(selected_token_ids=MAPPING.selected_token_ids, encoding=encoding, rows="loss_mask")
-    session = server.open_session(spec).result().id
-    request = GenerateRequest(
-        session=session,
-        incarnation=server.model_info().incarnation,
-        request_id="r",
-        tokens=tokens,
-        seconds_left=60.0,
-    )
-    encoded = server.generate(request).result()
-    served = decode_supervision(encoded, tokens, server.output_embeddings(session))
-    server.close()
-    colocated = ColocatedEagle3TargetModel(
-        make_loaded(), CONFIG, SessionSettings(encoding=encoding, rows="loss_mask")
-    )
-    colocated.open_session(MAPPING)
-    here = colocated.generate_batch(
-        tokens.input_ids, tokens.attention_mask, tokens.loss_mask, tokens.segment_ids
-    )
-    return served, here
-
-
-def assert_bitwise(left, right):
-    for name in (
-        "aux_hidden_states",
-        "supervised_rows",
-        "log_normalizer",
-        "argmax",
-        "position_mask",
-        "target_probs",
-    ):
-        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    by_server = served(make_loaded(), CONFIG, MAPPING, encoding, tokens)
+    return by_server, supervision_of(colocated(make_loaded(), CONFIG, MAPPING, encoding), tokens)
 
 
 @pytest.mark.parametrize("encoding", ["probs", "logits", "hidden"])
 def test_colocated_and_served_supervision_are_the_same_bits(make_model, encoding, trace_only):
-    served, here = served_and_colocated(
+    by_server, here = served_and_colocated(
         lambda: make_target(make_model("llama"), ["2x12"]), batch_of(3, 11), encoding
     )
     assert len(here.supervised_rows) > 10
-    assert_bitwise(served, here)
+    assert_same_supervision(by_server, here)
 
 
 @pytest.mark.slow
@@ -237,9 +201,9 @@ def test_generated_code_gives_the_same_bits_colocated_and_served(tmp_path, monke
     before = num_graphs()
     # Precompiled headers pay off for many kernels, not for two.
     with torch._inductor.config.patch(cpp_cache_precompile_headers=False):
-        served, here = served_and_colocated(
+        by_server, here = served_and_colocated(
             lambda: HFEagle3TargetModel.load(config, "cpu", cache_dir=tmp_path), batch_of(3, 11), "hidden"
         )
     assert num_graphs() == before + 1
-    assert_bitwise(served, here)
+    assert_same_supervision(by_server, here)
     assert any((tmp_path / "compiled").rglob("*.so"))
