@@ -56,7 +56,7 @@ def _say_what_loads(config: Config) -> None:
         setup_logging(name, log_format=config.run.log_format)
     if slow:
         logging.getLogger(__package__).info(
-            "loading PyTorch and transformers for job=%s", config.job.name.value
+            "loading PyTorch and transformers for job=%s of %s", config.job.name.value, config.target.model
         )
 
 

@@ -114,3 +114,8 @@ class CheckpointError(EagleRpcError, RuntimeError):
 
 class TrainingDiverged(EagleRpcError, RuntimeError):
     """A loss or a weight is not finite; nothing was saved over a good checkpoint."""
+
+
+def in_one_line(error: Exception) -> str:
+    """The text of an error without line breaks."""
+    return " ".join(str(error).split())

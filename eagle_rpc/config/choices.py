@@ -162,6 +162,11 @@ class DType(Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one value."""
+        return 4 if self is DType.float32 else 2
+
 
 class Quantization(Enum):
     """Quantisation of the target's weights while transformers loads them."""

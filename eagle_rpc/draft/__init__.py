@@ -2,7 +2,6 @@
 
 from eagle_rpc.draft.attention_memory import DraftCache, UnrollMemory
 from eagle_rpc.draft.chains import Chains, DrawnGuesses, TargetText, guess_chains, replay
-from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.draft.counts import DecodingCounts
 from eagle_rpc.draft.losses import LOSSES
 from eagle_rpc.draft.model import Eagle3Draft
@@ -16,6 +15,7 @@ from eagle_rpc.draft.ttt import (
     step_weights,
     ttt_loss,
 )
+from eagle_rpc.sizes.draft import Eagle3DraftConfig
 
 __all__ = [
     "LOSSES",

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eagle_rpc.draft.attention_memory import AttentionMemory, DraftCache, DraftMemory, UnrollMemory
-from eagle_rpc.draft.config import Eagle3DraftConfig
 from eagle_rpc.draft.live_slots import LiveSlots
-from eagle_rpc.draft.rope import RopeTables, rotate
+from eagle_rpc.draft.rope import RopeTables, rotary_embedding, rotate
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.sizes.draft import Eagle3DraftConfig
 
 INITIAL_STD = 0.02
 
@@ -147,7 +147,7 @@ class Eagle3Draft(nn.Module):
         self.layers = nn.ModuleDict({str(n): FurtherLayer(config) for n in range(1, config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary = config.rotary_embedding()
+        self.rotary = rotary_embedding(config)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

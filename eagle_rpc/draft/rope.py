@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.sizes.draft import Eagle3DraftConfig
 
 RopeTables = tuple[Tensor, Tensor]  # cosines and sines, each [B or 1, 1, T, D/2] fp32
 
@@ -34,6 +35,15 @@ class RotaryEmbedding:
             self._frequencies = self._frequencies.to(positions_BT.device)
         angles = positions_BT[:, None, :, None].float() * self._frequencies
         return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+def rotary_embedding(draft: Eagle3DraftConfig) -> RotaryEmbedding:
+    """The tables of a draft. Raises `ConfigError` for a `rope_scaling` that gives none."""
+    context = draft.max_position_embeddings
+    length = draft.rope_length or context
+    return RotaryEmbedding(
+        draft.head_dim, draft.rope_theta, draft.rope_scaling, context=context, length=length
+    )
 
 
 def rotate(x: Tensor, tables: RopeTables) -> Tensor:

@@ -26,8 +26,9 @@ from eagle_rpc.evaluate.own_text import captured_states, log_probs, own_texts
 from eagle_rpc.report.progress import Progress
 from eagle_rpc.report.versions import versions
 from eagle_rpc.serving import ExportedDraft
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.capture import aux_layers, find_decoder_layers
+from eagle_rpc.target.capture import find_decoder_layers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,12 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
 from eagle_rpc.config import Config
-from eagle_rpc.config.choices import DraftRope, InitVocab, MembershipKind
+from eagle_rpc.config.choices import InitVocab, MembershipKind
 from eagle_rpc.data import BatchPlan, ChatDataset, ChatTemplate, build_vocab_mapping, coverage
 from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.draft.rope import rotary_embedding
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.jobs.draft_form import draft_vocab_size, planned_draft
 from eagle_rpc.rpc import Membership
 from eagle_rpc.serving import StoredDraft
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import (
     Eagle3TargetBackend,
     SessionSettings,
@@ -26,7 +29,6 @@ from eagle_rpc.supervision import (
     VocabMapping,
     tokenizer_fingerprint,
 )
-from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.stop_tokens import stored_stop_token_ids
 from eagle_rpc.topology import Cast, Worker
 from eagle_rpc.train import RunRecord, TrainerGroup, join_trainers, plain
@@ -228,35 +230,13 @@ def make_draft(
 
 
 def draft_config(config: Config, shape: TargetShape) -> Eagle3DraftConfig:
-    """The draft of this configuration, for a target of this shape.
+    """The draft of this configuration, for a target of this shape, with a rotary embedding that works.
 
-    Raises `ConfigError` for missing sizes.
+    Raises `ConfigError` as `planned_draft` and `rotary_embedding`.
     """
-    form, named = config.draft, config.target.aux_layer_ids
-    base = Eagle3DraftConfig.from_target(
-        shape,
-        draft_vocab_size=draft_vocab_size(config, shape),
-        intermediate_size=form.intermediate_size,
-        num_attention_heads=form.num_attention_heads,
-        num_key_value_heads=form.num_key_value_heads,
-        plain_rope=form.rope is DraftRope.plain,
-        max_length=config.target.max_length,
-    )
-    return replace(
-        base,
-        num_layers=form.num_layers,
-        sliding_window=form.sliding_window,
-        num_aux_layers=base.num_aux_layers if named is None else len(named),
-        norm_before_residual=form.norm_before_residual,
-        norm_before_fc=form.norm_before_fc,
-        fc_norm=form.fc_norm,
-        norm_output=form.norm_output,
-    )
-
-
-def draft_vocab_size(config: Config, shape: TargetShape) -> int:
-    """`draft.vocab_size`; null: the whole vocabulary of the target."""
-    return config.draft.vocab_size or shape.vocab_size
+    draft = planned_draft(config, shape)
+    rotary_embedding(draft)
+    return draft
 
 
 def make_record(

@@ -18,12 +18,13 @@ from eagle_rpc.data import ChatDataset, ChatTemplate, datasets_of
 from eagle_rpc.data.sources import data_files, training_sources
 from eagle_rpc.data.token_cache import TokenisedData, load_data
 from eagle_rpc.errors import ConfigError, EagleRpcError
-from eagle_rpc.jobs.assembly import chat_template, draft_config, draft_vocab_size, require_room, stored_draft
+from eagle_rpc.jobs.assembly import chat_template, draft_config, require_room, stored_draft
+from eagle_rpc.jobs.draft_form import draft_vocab_size
 from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.waiting import wait_until
 from eagle_rpc.serving import ServedForm, check_form
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.capture import aux_layers
 from eagle_rpc.target.loading import plan_placement
 from eagle_rpc.target.model_files import load_target_config, load_target_shape, load_tokenizer
 from eagle_rpc.topology import Cast, resolve_device

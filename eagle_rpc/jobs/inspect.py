@@ -7,7 +7,7 @@ from rich.console import Console
 
 from eagle_rpc.config import Config
 from eagle_rpc.data.inspection import inspect_data
-from eagle_rpc.jobs.assembly import draft_vocab_size
+from eagle_rpc.jobs.draft_form import draft_vocab_size
 from eagle_rpc.jobs.inputs import load_inputs
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.inspection import print_inspection, write_page

@@ -1,28 +1,21 @@
 """Prints the workers, traffic and memory of a configuration, without starting a worker."""
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-from transformers import PretrainedConfig
-
 from eagle_rpc.config import Config
-from eagle_rpc.draft import Eagle3DraftConfig
 from eagle_rpc.errors import UnsupportedTarget
-from eagle_rpc.jobs.assembly import draft_config
+from eagle_rpc.jobs.draft_form import planned_draft
+from eagle_rpc.jobs.target_sizes import target_sizes
 from eagle_rpc.process import read_world
-from eagle_rpc.serving.export import EMBEDDING, weight_shapes
-from eagle_rpc.supervision import ENCODINGS, TargetShape
-from eagle_rpc.target.capture import aux_layers
-from eagle_rpc.target.loading import exact_attention, target_outline, weight_format
-from eagle_rpc.target.memory import DeviceMemory, Load, memory_by_device
-from eagle_rpc.target.model_files import load_target_config
-from eagle_rpc.target.placement import Placement
-from eagle_rpc.topology import Role, assign_roles, plan_devices
+from eagle_rpc.sizes.draft import Eagle3DraftConfig
+from eagle_rpc.sizes.memory import DeviceMemory, Load, memory_by_device
+from eagle_rpc.sizes.outline import Division, TargetSizes, WeightFormat
+from eagle_rpc.sizes.target import aux_layers
+from eagle_rpc.sizes.wire import WIRE_SIZES
+from eagle_rpc.topology import Role, assign_roles, count_gpus, plan_devices
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _GIB = 2**30
 # Devices of one host that a target is planned for.
 _MOST_DEVICES = 16
@@ -32,14 +25,14 @@ _TRAINED_BYTES = 4 * 4
 
 def run(config: Config) -> int:
     """Prints the plan; always 0."""
-    target = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    for label, value in _lines(config, target, TargetShape.of(target)):
+    for label, value in _lines(config, target_sizes(config)):
         sys.stdout.write(f"{label:<32}{value}\n")
     return 0
 
 
-def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iterator[tuple[str, str]]:
-    draft = draft_config(config, shape)
+def _lines(config: Config, target: TargetSizes) -> Iterator[tuple[str, str]]:
+    shape = target.shape
+    draft = planned_draft(config, shape)
     yield "run directory", config.run.dir
     for name, role, device in _workers(config):
         yield name, f"{role} on {device}"
@@ -55,7 +48,7 @@ def _lines(config: Config, target: PretrainedConfig, shape: TargetShape) -> Iter
     encoding, prefetch = config.supervision.encoding.value, config.supervision.prefetch
     yield "encoding", f"{encoding}, {prefetch} requests in flight a trainer"
     yield from _traffic(config, draft)
-    yield from _memory(config, target, shape, draft)
+    yield from _memory(config, target, draft)
 
 
 def _form_of(draft: Eagle3DraftConfig) -> str:
@@ -70,13 +63,12 @@ def _form_of(draft: Eagle3DraftConfig) -> str:
 
 def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
     """Name, roles and devices of each worker if all run on this host."""
-    topology = config.topology
+    topology, num_gpus = config.topology, count_gpus()
     size = 1 if topology.single else topology.targets * topology.stages_per_target + topology.trainers
     target, trainer = config.target.device, config.train.device
     for rank in range(size):
         world = replace(read_world({}), rank=rank, size=size, local_rank=rank, local_size=size)
         cast = assign_roles(config.topology, world)
-        num_gpus = torch.cuda.device_count()
         devices = plan_devices(
             cast,
             world,
@@ -90,7 +82,7 @@ def _workers(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
-    for encoding in ENCODINGS:
+    for encoding in WIRE_SIZES:
         size = bytes_per_token(config, draft, encoding)
         rate = f"{size * 1e3 / 1e9:.4f} GB/s for each 1,000 tokens/s"
         yield f"wire, {encoding}", f"{size:,.0f} bytes a supervised token, {rate}"
@@ -98,19 +90,17 @@ def _traffic(config: Config, draft: Eagle3DraftConfig) -> Iterator[tuple[str, st
 
 def bytes_per_token(config: Config, draft: Eagle3DraftConfig, encoding: str) -> float:
     """Bytes of a supervised token on the wire."""
-    return ENCODINGS[encoding].bytes_per_token(
+    return WIRE_SIZES[encoding].bytes_per_token(
         hidden_size=draft.hidden_size,
         draft_vocab_size=draft.draft_vocab_size,
-        dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],
+        dtype_bytes=config.target.dtype.num_bytes,
         num_aux_layers=draft.num_aux_layers,
     )
 
 
-def _memory(
-    config: Config, target: PretrainedConfig, shape: TargetShape, draft: Eagle3DraftConfig
-) -> Iterator[tuple[str, str]]:
-    dtype_bytes = _DTYPE_BYTES[config.target.dtype.value]
-    yield from _target_memory(config, target, shape, draft)
+def _memory(config: Config, target: TargetSizes, draft: Eagle3DraftConfig) -> Iterator[tuple[str, str]]:
+    dtype_bytes = config.target.dtype.num_bytes
+    yield from _target_memory(config, target, draft)
     state = num_trained(config, draft) * _TRAINED_BYTES
     if not config.draft.train_embeddings:
         state += draft.vocab_size * draft.hidden_size * dtype_bytes
@@ -121,26 +111,27 @@ def _memory(
 
 
 def _target_memory(
-    config: Config, target: PretrainedConfig, shape: TargetShape, draft: Eagle3DraftConfig
+    config: Config, target: TargetSizes, draft: Eagle3DraftConfig
 ) -> Iterator[tuple[str, str]]:
     """What each device of a target holds, and the fewest devices that are enough. By formula: nothing is run."""
-    outline, weights = target_outline(config.target, target), weight_format(config.target, target)
+    shape, outline = target.shape, target.outline
+    weights = WeightFormat.of(config.target, target.quantization, shape.experts_per_token)
     load, stages = _load(config, target, draft), config.topology.stages_per_target
 
-    def on_devices(number: int) -> tuple[Placement, list[DeviceMemory]]:
+    def on_devices(number: int) -> tuple[Division, list[DeviceMemory]]:
         """`number`: of each stage."""
-        placement = Placement.of(outline, number * stages, weights)
-        return placement, memory_by_device(placement, shape, load, stages)
+        division = outline.divided(number * stages, weights)
+        return division, memory_by_device(division, shape, load, stages)
 
-    placement, devices = on_devices(config.topology.devices_per_target)
-    num_bytes, parameters = sum(one.weights for one in devices), outline.num_parameters()
+    division, devices = on_devices(config.topology.devices_per_target)
+    num_bytes, parameters = sum(one.weights for one in devices), outline.num_parameters
     yield "target, weights", f"{num_bytes / _GIB:.2f} GiB ({parameters / 1e6:.1f} M parameters)"
     yield "target, largest request", f"{config.train.batch_size} x {config.data.longest_row} tokens"
     if len(devices) > 1:
         yield "target, passes under way", _pipeline(config)
     room = config.job.plan_device_gib
     for number, needed in enumerate(devices):
-        own = placement.layers_of(number)
+        own = division.layers_of(number)
         total = f"{needed.total / _GIB:.2f} GiB"
         if room is not None:
             total += f", {'fits' if needed.total <= room * _GIB else 'does not fit'} {room:g} GiB"
@@ -166,7 +157,7 @@ def _pipeline(config: Config) -> str:
 
 
 def _fewest(
-    on_devices: Callable[[int], tuple[Placement, list[DeviceMemory]]], num_layers: int, room: float
+    on_devices: Callable[[int], tuple[Division, list[DeviceMemory]]], num_layers: int, room: float
 ) -> str:
     try:
         for number in range(1, min(num_layers, _MOST_DEVICES) + 1):
@@ -191,18 +182,19 @@ def _parts(needed: DeviceMemory) -> str:
     )
 
 
-def _load(config: Config, target: PretrainedConfig, draft: Eagle3DraftConfig) -> Load:
+def _load(config: Config, target: TargetSizes, draft: Eagle3DraftConfig) -> Load:
     """Each trainer's requests in flight wait as replies at one target, up to its own bound."""
+    attention = config.target.attention
     reply = _request(config) * bytes_per_token(config, draft, config.supervision.encoding.value)
     replies = config.topology.trainers * config.supervision.prefetch * reply
     return Load(
         batch=config.train.batch_size,
         length=config.data.longest_row,
-        dtype_bytes=_DTYPE_BYTES[config.target.dtype.value],
+        dtype_bytes=config.target.dtype.num_bytes,
         chunk_rows=config.target.chunk_rows,
         # Without the fused kernel a GPU copies logits to fp32; a CPU copies few rows at a time.
-        copies_logits=torch.cuda.is_available() and not config.target.fused_rows,
-        eager=exact_attention(target, config.target.attention) == "eager",
+        copies_logits=count_gpus() > 0 and not config.target.fused_rows,
+        eager=attention == "eager" or (attention == "sdpa" and not target.sdpa),
         reply_bytes=min(replies, config.target.max_reply_bytes),
     )
 
@@ -214,7 +206,4 @@ def _request(config: Config) -> int:
 
 def num_trained(config: Config, draft: Eagle3DraftConfig) -> int:
     """Number of trained parameters."""
-    shapes = weight_shapes(draft)
-    if not config.draft.train_embeddings:
-        del shapes[EMBEDDING]
-    return sum(math.prod(shape) for shape in shapes.values())
+    return draft.num_parameters(embedding=config.draft.train_embeddings)

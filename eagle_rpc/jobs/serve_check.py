@@ -20,7 +20,8 @@ from eagle_rpc.process.startup import start_worker
 from eagle_rpc.serving import load_export
 from eagle_rpc.serving.engine_run import decode_in_engine, engine_python, shifted_layers
 from eagle_rpc.serving.engine_side import SIDES, DecodingWork
-from eagle_rpc.target.model_files import load_target_shape, resolve_model_dir
+from eagle_rpc.target.directory import resolve_model_dir
+from eagle_rpc.target.model_files import load_target_shape
 from eagle_rpc.target.stop_tokens import stop_token_ids
 
 logger = logging.getLogger(__name__)

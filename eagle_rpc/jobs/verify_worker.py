@@ -13,12 +13,12 @@ from eagle_rpc.config.choices import Encoding, VerifySide
 from eagle_rpc.data import ChatDataset, Example
 from eagle_rpc.jobs.assembly import (
     connect_target,
-    draft_vocab_size,
     join_group,
     make_draft,
     make_record,
     plan_batches,
 )
+from eagle_rpc.jobs.draft_form import draft_vocab_size
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.train import DONE, READY, serve_until_done
 from eagle_rpc.process import bind_to_interface, read_world, stop_signals

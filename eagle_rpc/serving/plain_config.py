@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from eagle_rpc.draft import Eagle3DraftConfig
+from eagle_rpc.draft.rope import rotary_embedding
 from eagle_rpc.errors import CheckpointError, ConfigError
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -80,6 +81,7 @@ def read_plain_config(raw: dict[str, Any], path: Path) -> tuple[Eagle3DraftConfi
     known |= {"num_aux_layers": num_aux_layers, "num_layers": raw.get("num_hidden_layers", 1)}
     try:
         config = Eagle3DraftConfig(**{"rope_scaling": None, **known})
+        rotary_embedding(config)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{path} must describe an EAGLE-3 draft: {error}") from error
     return config, aux_layer_ids
@@ -94,7 +96,7 @@ def _rope_for_engines(draft_config: Eagle3DraftConfig) -> dict[str, Any] | None:
     if scaling is None or scaling["rope_type"] != "yarn" or not scaling.get("factor"):
         return scaling
     usual = 0.1 * math.log(max(scaling["factor"], 1.0)) + 1
-    return {**scaling, "attn_factor": draft_config.rotary_embedding().factor / usual}
+    return {**scaling, "attn_factor": rotary_embedding(draft_config).factor / usual}
 
 
 def _read_aux_layers(raw: dict[str, Any], path: Path) -> tuple[int, ...] | None:

@@ -1,5 +1,6 @@
 """The contract between target and trainer."""
 
+from eagle_rpc.sizes.target import TargetShape
 from eagle_rpc.supervision.answers import AnswerPrompt, AnswerRequest, AnswerSettings, PromptAnswer
 from eagle_rpc.supervision.backend import Eagle3TargetBackend
 from eagle_rpc.supervision.batch import Eagle3TargetBatch
@@ -47,7 +48,6 @@ from eagle_rpc.supervision.session import (
     TargetExpectation,
     form_of_pass,
 )
-from eagle_rpc.supervision.shape import TargetShape
 from eagle_rpc.supervision.stages import (
     FirstStageTarget,
     StageBeat,

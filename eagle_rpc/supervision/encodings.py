@@ -1,11 +1,11 @@
 """The encodings: how the target's distribution at a supervised row travels from the target to the trainer.
 
-A new encoding is a class in this file, an entry in `ENCODINGS`, and a name in
-`eagle_rpc.config.choices.Encoding`. Legend: N supervised rows, n rows of a slice, H target hidden, K draft
+A new encoding is its size in `eagle_rpc/sizes/wire.py`, a class in this file, an entry in `ENCODINGS`, and a name
+in `eagle_rpc.config.choices.Encoding`. Legend: N supervised rows, n rows of a slice, H target hidden, K draft
 vocab.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eagle_rpc.supervision.fp8_states import SCALE_BYTES
-
-# Row index, log-normaliser and argmax take four bytes each.
-_ROW_BYTES = 12
+from eagle_rpc.sizes.wire import HiddenFp8Size, HiddenSize, LogitsSize, ProbsSize, WireSize
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +59,7 @@ class DraftHead:
 
 
 @dataclass(slots=True)
-class DraftTargets(ABC):
+class DraftTargets(WireSize):
     """The target's distribution over the draft vocabulary at N supervised rows. Each subclass is an encoding.
 
     The values come from draft-vocab logits (`LogitEncoding`), or with `needs_head` they are the last hidden
@@ -72,7 +69,6 @@ class DraftTargets(ABC):
     values: Tensor  # [N, ...] as they travel
     head: DraftHead | None = None  # given with `needs_head` only
 
-    name: ClassVar[str]
     needs_head: ClassVar[bool] = False
     """Whether the values are last hidden states, which trainers project with the target's head."""
     full_probabilities: ClassVar[bool] = True
@@ -82,16 +78,6 @@ class DraftTargets(ABC):
     fp8_states: ClassVar[bool] = False
     """Whether hidden states travel in float8 (`fp8_states`). Trainers read them in the dtype of the head."""
 
-    @staticmethod
-    @abstractmethod
-    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
-        """Bytes of one row's values; `dtype_bytes`: of one element in the target's dtype."""
-
-    @staticmethod
-    def state_bytes(hidden_size: int, dtype_bytes: int) -> int:
-        """Bytes of the captured states of one token and layer."""
-        return dtype_bytes * hidden_size
-
     @abstractmethod
     def logits(self, rows: slice) -> Tensor:
         """Draft-vocab logits [n, K] of a slice of n rows."""
@@ -99,20 +85,6 @@ class DraftTargets(ABC):
     def probs(self, rows: slice) -> Tensor:
         """Softmax over the draft-vocab logits alone, [n, K] fp32."""
         return self.logits(rows).float().softmax(dim=-1)
-
-    @classmethod
-    def bytes_per_token(
-        cls,
-        *,
-        hidden_size: int,
-        draft_vocab_size: int,
-        dtype_bytes: int,
-        supervised_share: float = 1.0,
-        num_aux_layers: int = 3,
-    ) -> float:
-        """Wire bytes of one real token whose row is supervised with probability `supervised_share`."""
-        row_bytes = cls.value_bytes(hidden_size, draft_vocab_size, dtype_bytes) + _ROW_BYTES
-        return num_aux_layers * cls.state_bytes(hidden_size, dtype_bytes) + supervised_share * row_bytes
 
 
 class LogitEncoding(DraftTargets):
@@ -126,19 +98,14 @@ class LogitEncoding(DraftTargets):
         """At the target: the values [N, ...] that travel for these draft-vocab logits."""
 
 
-class StoredProbs(LogitEncoding):
+class StoredProbs(ProbsSize, LogitEncoding):
     """Probabilities among the draft vocabulary, [N, K] fp32, as the reference sends them.
 
     Their logarithms serve as logits.
     """
 
     __slots__ = ()
-    name = "probs"
     full_probabilities = False
-
-    @staticmethod
-    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
-        return 4 * draft_vocab_size
 
     @staticmethod
     def encode(logits_NK: Tensor) -> Tensor:
@@ -151,15 +118,10 @@ class StoredProbs(LogitEncoding):
         return self.values[rows]
 
 
-class StoredLogits(LogitEncoding):
+class StoredLogits(LogitsSize, LogitEncoding):
     """Draft-vocab logits, [N, K] in the target's dtype."""
 
     __slots__ = ()
-    name = "logits"
-
-    @staticmethod
-    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
-        return dtype_bytes * draft_vocab_size
 
     @staticmethod
     def encode(logits_NK: Tensor) -> Tensor:
@@ -169,37 +131,23 @@ class StoredLogits(LogitEncoding):
         return self.values[rows]
 
 
-class ProjectedTargets(DraftTargets):
+class ProjectedTargets(HiddenSize, DraftTargets):
     """Last hidden states, [N, H] in the target's dtype: the smallest form where H < K."""
 
     __slots__ = ()
-    name = "hidden"
     needs_head = True
-
-    @staticmethod
-    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
-        return dtype_bytes * hidden_size
 
     def logits(self, rows: slice) -> Tensor:
         assert self.head is not None, "encoding hidden needs the draft rows of the target's head"
         return self.head.project(self.values[rows])
 
 
-class Fp8ProjectedTargets(ProjectedTargets):
+class Fp8ProjectedTargets(HiddenFp8Size, ProjectedTargets):
     """`ProjectedTargets` whose last hidden states, and the captured ones, travelled in float8: half the bytes."""
 
     __slots__ = ()
-    name = "hidden_fp8"
     exact = False
     fp8_states = True
-
-    @staticmethod
-    def value_bytes(hidden_size: int, draft_vocab_size: int, dtype_bytes: int) -> int:
-        return hidden_size + SCALE_BYTES
-
-    @staticmethod
-    def state_bytes(hidden_size: int, dtype_bytes: int) -> int:
-        return hidden_size + SCALE_BYTES
 
 
 ENCODINGS: dict[str, type[DraftTargets]] = {

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 DTYPE = torch.float8_e4m3fn
-SCALE_BYTES = 4
 _LARGEST = torch.finfo(DTYPE).max
 # Quantising passes fp32: 50 MB of it for a piece of three layers of 4096.
 _STATES_OF_A_PIECE = 1024

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.errors import UnsupportedTarget
 
 
 def find_base(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,19 +90,6 @@ def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
             yield child
         else:
             yield from _outermost_lists(child)
-
-
-def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
-
-    Raises `ConfigError` unless they are distinct ids in range; shallow targets have no default.
-    """
-    ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
-    if not ids or len(set(ids)) != len(ids) or not all(0 <= layer < num_layers for layer in ids):
-        origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
-        rule = f"target.aux_layer_ids must be distinct ids in [0, {num_layers})"
-        raise ConfigError(f"{rule}, {origin} {list(ids)}")
-    return ids
 
 
 @contextmanager

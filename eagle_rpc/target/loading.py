@@ -20,11 +20,13 @@ from transformers import (
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.sizes.outline import WeightFormat
 from eagle_rpc.supervision import TargetShape
+from eagle_rpc.target.directory import resolve_model_dir
 from eagle_rpc.target.longrope import settle_longrope
-from eagle_rpc.target.model_files import load_target_config, load_tokenizer, resolve_model_dir
-from eagle_rpc.target.placement import Placement, StagePlacement, WeightFormat
-from eagle_rpc.target.quantization import is_quantised, layer_bits
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer
+from eagle_rpc.target.placement import Placement, StagePlacement
+from eagle_rpc.target.quantization import is_quantised, stored_quantisation
 from eagle_rpc.target.spread import Spread, place_tensors
 from eagle_rpc.target.stage import Stage
 from eagle_rpc.target.stored import auto_class, load_stored
@@ -151,12 +153,9 @@ def target_outline(config: TargetConfig, hf_config: PretrainedConfig) -> PreTrai
 
 
 def weight_format(config: TargetConfig, hf_config: PretrainedConfig) -> WeightFormat:
-    """Bytes of the target's weights, of quantised ones by their bits alone, and the experts that a token passes."""
-    return WeightFormat(
-        bytes_per_value=getattr(torch, config.dtype.value).itemsize,
-        bytes_per_layer_value=layer_bits(config, hf_config) / 8,
-        experts_per_token=TargetShape.of(hf_config).experts_per_token,
-    )
+    """Bytes of the target's weights, and the experts that a token passes."""
+    experts = TargetShape.of(hf_config).experts_per_token
+    return WeightFormat.of(config, stored_quantisation(hf_config), experts)
 
 
 def load_with_tokenizer(

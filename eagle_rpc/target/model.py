@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from eagle_rpc.config.choices import CompileMode
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import (
     DraftHead,
     Eagle3Target,
@@ -37,7 +38,6 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.target.capture import (
     AuxStates,
-    aux_layers,
     captured_layers,
     check_capture,
     find_base,

@@ -1,4 +1,4 @@
-"""The files of a target, and what is read of them beside weights: its configuration, shape and tokenizer."""
+"""What is read of the files of a target beside weights: its configuration, shape and tokenizer."""
 
 import importlib.util
 from pathlib import Path
@@ -6,67 +6,13 @@ from pathlib import Path
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.errors import ConfigError
-from eagle_rpc.process.files import is_lfs_pointer
+from eagle_rpc.errors import ConfigError, in_one_line
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.gguf import convert_gguf, locate_gguf
-from eagle_rpc.target.stored import continues_text, in_one_line
+from eagle_rpc.target.directory import local_directory, resolve_model_dir
+from eagle_rpc.target.stored import continues_text
 
-# Files of a hub model that loading needs: no pickled weights, no code.
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-# A pointer of git-lfs has some 130 bytes.
-_POINTER_BYTES = 1024
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges")
 _SENTENCEPIECE = importlib.util.find_spec("sentencepiece") is not None
-
-
-def resolve_model_dir(config: TargetConfig, cache_dir: str | Path) -> Path:
-    """The local directory of `config.model`, downloaded or converted if it is absent.
-
-    Raises `ConfigError` for a random target, which has no directory, for a model that cannot be found, and for
-    files that git-lfs has not fetched.
-    """
-    return _local_directory(config, cache_dir, _HUB_FILES)
-
-
-def _local_directory(config: TargetConfig, cache_dir: str | Path, hub_files: list[str]) -> Path:
-    if config.random:
-        raise ConfigError("target.random describes a model without a directory, tokenizer or stored weights")
-    if config.model.endswith(".gguf"):
-        return convert_gguf(locate_gguf(config.model), Path(cache_dir))
-    directory = Path(config.model)
-    if not directory.is_dir():
-        return _download(config.model, hub_files)
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and file.stat().st_size < _POINTER_BYTES and is_lfs_pointer(file):
-            raise ConfigError(
-                f"target.model must hold its files, got {directory} with a git-lfs pointer as {file.name}: "
-                "run git lfs pull there"
-            )
-    return directory
-
-
-def _download(name: str, files: list[str]) -> Path:
-    """These files of a hub model, from the local cache without a network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (HFValidationError, RepositoryNotFoundError):
-        reason = "no such directory, and no hub model of that name"
-    except LocalEntryNotFoundError:
-        reason = "no such directory, and no hub model of that name on this host; the hub cannot be reached"
-    except HfHubHTTPError as error:
-        reason = f"no such directory, and the hub refuses: {in_one_line(error)}"
-    raise ConfigError(
-        f"target.model must be a directory, a hub model or package/file.gguf, got {name}: {reason}"
-    )
 
 
 def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> PretrainedConfig:
@@ -75,7 +21,7 @@ def load_target_config(config: TargetConfig, *, cache_dir: str | Path) -> Pretra
     Raises `ConfigError` if there is none, or one of a model that does not continue text.
     """
     if not config.random:
-        directory = _local_directory(config, cache_dir, ["config.json"])
+        directory = local_directory(config, cache_dir, ["config.json"])
         try:
             hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:

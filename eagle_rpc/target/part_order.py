@@ -48,21 +48,25 @@ def own_tensors(model: nn.Module, path: str) -> Iterator[str]:
         yield from (f"{holder}.{name}" if holder else name for name, _ in own)
 
 
-def require_own_weights(model: PreTrainedModel, layers: nn.ModuleList, field: str) -> None:
-    """Raises `UnsupportedTarget` for layers that share weights: these would be on several devices."""
+def require_own_weights(layers: nn.ModuleList) -> None:
+    """Raises `UnsupportedTarget` for layers that share weights: these would be on several devices.
+
+    Its text follows the name of the model.
+    """
     counts = Counter(id(weight) for layer in layers for weight in layer.parameters())
     if any(count > 1 for count in counts.values()):
-        raise UnsupportedTarget(f"{field} must be 1 for {type(model).__name__}, whose layers share weights")
+        raise UnsupportedTarget("whose layers share weights")
 
 
 def run_behind_layers(
-    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module], field: str
+    model: PreTrainedModel, layers: nn.ModuleList, beside: dict[str, nn.Module]
 ) -> dict[str, bool]:
     """Whether each part that runs does so behind the last layer, not before the first.
 
-    Raises `UnsupportedTarget` for a part that runs between two layers, or before and behind.
+    Raises `UnsupportedTarget`, as `require_own_weights`, for a part that runs between two layers, or before and
+    behind.
     """
-    rule = f"{field} must be 1 for {type(model).__name__}, whose parts must run in a line"
+    rule = "whose parts must run in a line"
     calls: list[tuple[str, int]] = []
     *first_forms, last_form = FORMS_OF_OUTPUTS
     for num_values in first_forms:

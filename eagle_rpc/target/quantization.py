@@ -13,9 +13,6 @@ from eagle_rpc.errors import ConfigError
 # Compute capability of the first GPUs that multiply fp8.
 _FP8_CAPABILITY = (8, 9)
 # torchao's own settings make inductor try kernels for minutes, and change fp32 products in the whole process.
-_BITS = {Quantization.fp8: 8, Quantization.int8: 8, Quantization.int8_weights: 8, Quantization.nf4: 4}
-# Of methods whose stored configuration names no `bits`, by the beginning of their names. mxfp4 adds 8 bits to 32.
-_STORED_BITS = {"fp8": 8.0, "fbgemm_fp8": 8.0, "finegrained_fp8": 8.0, "mxfp4": 4.25}
 _OWN_INDUCTOR = {"set_inductor_config": False}
 
 
@@ -31,20 +28,10 @@ def is_quantised(config: TargetConfig, hf_config: PretrainedConfig) -> bool:
     return stored or config.quantization is not None
 
 
-def layer_bits(config: TargetConfig, hf_config: PretrainedConfig) -> float:
-    """Bits of a value of the matrices in decoder layers, without scales; of unknown methods those of the dtype."""
-    plain = 8.0 * getattr(torch, config.dtype.value).itemsize
-    if config.quantization is not None:
-        return _BITS[config.quantization]
+def stored_quantisation(hf_config: PretrainedConfig) -> Mapping[str, Any] | None:
+    """How the weights of a model are stored; null: not quantised."""
     stored = getattr(hf_config, "quantization_config", None)
-    if stored is None:
-        return plain
-    told: Mapping[str, Any] = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if told.get("load_in_4bit"):
-        return 4.0
-    if told.get("load_in_8bit"):
-        return 8.0
-    return float(told.get("bits") or _STORED_BITS.get(str(told.get("quant_method")), plain))
+    return stored if stored is None or isinstance(stored, Mapping) else stored.to_dict()
 
 
 def loading_arguments(config: TargetConfig, dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.target.model_files import load_target_config, resolve_model_dir
+from eagle_rpc.target.directory import resolve_model_dir
+from eagle_rpc.target.model_files import load_target_config
 
 
 def stop_token_ids(*owners: Any) -> frozenset[int]:

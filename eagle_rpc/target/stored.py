@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.errors import ConfigError
+from eagle_rpc.errors import ConfigError, in_one_line
 from eagle_rpc.target.quantization import loading_arguments
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,3 @@ def _first(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = len(ordered) - _NAMED
     return ", ".join(ordered[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-def in_one_line(error: Exception) -> str:
-    """The text of an error without line breaks."""
-    return " ".join(str(error).split())

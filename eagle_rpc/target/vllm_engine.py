@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from eagle_rpc.config.schema import TargetConfig
-from eagle_rpc.errors import ConfigError, TargetLost
+from eagle_rpc.errors import ConfigError, TargetLost, in_one_line
 from eagle_rpc.process.environment import prepare_vllm, without_torchrun
 from eagle_rpc.process.watchdog import watchdog
 from eagle_rpc.target import vllm_plugin
-from eagle_rpc.target.stored import in_one_line
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import (
     DraftHead,
     Eagle3Target,
@@ -27,10 +28,10 @@ from eagle_rpc.supervision import (
 )
 from eagle_rpc.supervision.segments import chat_starts
 from eagle_rpc.target.beside_decoder import StoredTensors, load_beside_decoder
-from eagle_rpc.target.capture import aux_layers
+from eagle_rpc.target.directory import resolve_model_dir
 from eagle_rpc.target.engine_check import load_reference
 from eagle_rpc.target.lm_head import OwnHead, draft_head, probe_draft_head
-from eagle_rpc.target.model_files import load_target_config, load_tokenizer, resolve_model_dir
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer
 from eagle_rpc.target.vllm_engine import EngineModel, HiddenStates, require_vllm
 
 # Tokens of the pass that the head is probed with.

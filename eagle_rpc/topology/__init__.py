@@ -1,6 +1,13 @@
 """Roles, worker names, devices and device maps, as pure data. Importing it loads no torch."""
 
-from eagle_rpc.topology.devices import DevicePlan, carries, plan_devices, resolve_device, resolve_devices
+from eagle_rpc.topology.devices import (
+    DevicePlan,
+    carries,
+    count_gpus,
+    plan_devices,
+    resolve_device,
+    resolve_devices,
+)
 from eagle_rpc.topology.roles import (
     Cast,
     Role,
@@ -21,6 +28,7 @@ __all__ = [
     "assign_roles",
     "assign_trainers",
     "carries",
+    "count_gpus",
     "plan_devices",
     "resolve_device",
     "resolve_devices",

@@ -1,11 +1,16 @@
 """Devices of workers and the CUDA device maps between them, as pure data."""
 
+import ctypes
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.process.environment import World
 from eagle_rpc.topology.roles import Cast, Role
+
+_NVIDIA_DRIVER = "libcuda.so.1"
+_AMD_DEVICE = Path("/dev/kfd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ def plan_devices(
     Raises `ConfigError` for a GPU that the host lacks, and if targets over several GPUs and trainers need more.
     """
     if num_gpus is None:
-        num_gpus = _count_gpus()
+        num_gpus = count_gpus()
 
     def devices_of(name: str, local_rank: int) -> tuple[str, ...]:
         if name not in cast.trainer_names:
@@ -84,7 +89,7 @@ def resolve_devices(
     `cuda:K` names the first of them. Raises `ConfigError` for more GPUs than the host has.
     """
     if num_gpus is None and setting != "cpu":
-        num_gpus = _count_gpus()
+        num_gpus = count_gpus()
     if devices_per_target == 1 or setting == "cpu" or not num_gpus:
         return (resolve_device(setting, local_rank=local_rank, num_gpus=num_gpus),) * devices_per_target
     first = local_rank * devices_per_target
@@ -118,7 +123,7 @@ def resolve_device(
     if setting == "cpu":
         return setting
     if num_gpus is None:
-        num_gpus = _count_gpus()
+        num_gpus = count_gpus()
     if setting == "auto":
         return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
     number = int(setting.partition(":")[2] or 0)
@@ -127,8 +132,20 @@ def resolve_device(
     return f"cuda:{number}"
 
 
-def _count_gpus() -> int:
+def count_gpus() -> int:
+    """The GPUs that torch finds. It is not loaded on a host without a driver for any."""
+    if not _has_driver():
+        return 0
     # Roles and names are needed where torch is not loaded.
     import torch
 
     return torch.cuda.device_count()
+
+
+def _has_driver() -> bool:
+    """Whether this host has what torch needs to find a GPU: NVIDIA's library, or AMD's device."""
+    try:
+        ctypes.CDLL(_NVIDIA_DRIVER)
+    except OSError:
+        return _AMD_DEVICE.exists()
+    return True

@@ -9,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
-from eagle_rpc.target.placement import Placement, WeightFormat
+from eagle_rpc.sizes.outline import WeightFormat
+from eagle_rpc.target.placement import Placement
 from eagle_rpc.target.spread import Spread
 
 # Reads of what a tensor is, not of its values.

@@ -17,17 +17,29 @@ ALLOWED = {
     "topology": {"config", "process"},
     "registry": {"config", "process"},
     "rpc": {"config", "process", "topology", "registry"},
-    "supervision": set(),
-    "target": {"config", "process", "report", "supervision"},
+    "sizes": {"config"},
+    "supervision": {"sizes"},
+    "target": {"config", "process", "report", "sizes", "supervision"},
     "service": {"config", "process", "rpc", "supervision"},
     "client": {"process", "rpc", "supervision"},
     "data": {"config", "process", "report", "supervision"},
     "answers": {"client", "config", "data", "process", "report", "supervision", "target"},
-    "draft": {"supervision"},
+    "draft": {"sizes", "supervision"},
     "train": {"config", "process", "supervision", "draft", "data", "report"},
     "serving": {"config", "process", "supervision", "draft"},
     "evaluate": {
-        *{"answers", "config", "process", "supervision", "draft", "data", "report", "serving", "target"}
+        *{
+            "answers",
+            "config",
+            "process",
+            "supervision",
+            "draft",
+            "data",
+            "report",
+            "serving",
+            "sizes",
+            "target",
+        }
     },
     "demo": {"config", "process"},
 }
@@ -92,7 +104,8 @@ def loaded_by(imports: str, *modules: str) -> list[str]:
 
 
 def test_the_entry_point_imports_nothing_heavy():
-    modules = "config.compose process topology registry errors jobs.registry jobs.report jobs.status".split()
+    rooms = "config.compose process topology registry errors sizes".split()
+    modules = [*rooms, *(f"jobs.{job}" for job in ("plan", "registry", "report", "status"))]
     imports = "import " + ", ".join(f"eagle_rpc.{module}" for module in modules)
     assert loaded_by(imports, "torch", "transformers") == []
 

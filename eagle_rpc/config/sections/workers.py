@@ -63,7 +63,7 @@ class RunConfig:
     dir: FilePath = "runs/${run.name}"
     """The run directory: configuration, metrics, logs, checkpoints, export, plots."""
     cache_dir: FilePath = ".cache/eagle_rpc"
-    """Directory of converted models, vocabulary mappings and compiled code, kept between runs."""
+    """Directory of converted models, sizes of targets, vocabulary mappings and compiled code, kept between runs."""
     shared_dir: FilePath = "/dev/shm"
     """Directory, in memory, of the one copy of the target's embedding and head rows that the trainers of a host
     share. Without room there, each trainer has its own."""

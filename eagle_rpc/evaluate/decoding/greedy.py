@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from eagle_rpc.errors import UnsupportedTarget
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.capture import AuxStates, aux_layers, captured_layers, find_decoder_layers
+from eagle_rpc.target.capture import AuxStates, captured_layers, find_decoder_layers
 from eagle_rpc.target.probes import ROUNDING, WHOLE_MODEL, refusing_failures, relative_error
 
 

@@ -6,8 +6,8 @@ from draft_cases import tiny_config
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from eagle_rpc.draft import Eagle3DraftConfig
-from eagle_rpc.draft.rope import RotaryEmbedding
+from eagle_rpc.draft import Eagle3Draft, Eagle3DraftConfig
+from eagle_rpc.draft.rope import RotaryEmbedding, rotary_embedding
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.supervision import TargetShape
 
@@ -160,14 +160,37 @@ def test_longrope_takes_the_factors_of_the_length_in_use():
         ),
         ({"head_dim": 5}, "head_dim must be even"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu .*, got 'gelu'"),
-        (
-            {"rope_scaling": {"rope_type": "linear"}},
-            r"must hold what rope_type linear needs for heads of 6, got .*'factor'.*; use draft\.rope=plain",
-        ),
-        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "must hold what rope_type linear needs"),
-        ({"rope_scaling": {"rope_type": "martian"}}, "rope_type must be one of linear, .*, got 'martian'"),
     ],
 )
 def test_values_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (
+            {"rope_type": "linear"},
+            r"must hold what rope_type linear needs for heads of 6, got .*'factor'.*; use draft\.rope=plain",
+        ),
+        ({"rope_type": "linear", "factor": -1.0}, "must hold what rope_type linear needs"),
+        ({"rope_type": "martian"}, "rope_type must be one of linear, .*, got 'martian'"),
+    ],
+)
+def test_a_rotary_embedding_that_cannot_work_is_refused(scaling, message):
+    with pytest.raises(ConfigError, match=message):
+        rotary_embedding(tiny_config(rope_scaling=scaling))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_layers": 3, "norm_before_fc": True}, {"fc_norm": True, "num_aux_layers": 5, "head_dim": 2}],
+)
+def test_parameters_are_counted_as_the_draft_has_them(changes):
+    config = tiny_config(**changes)
+    draft = Eagle3Draft(config, torch.zeros(config.vocab_size, config.hidden_size))
+    counts = [sum(weight.numel() for weight in draft.parameters() if weight.requires_grad)]
+    draft.train_embeddings()
+    counts.append(sum(weight.numel() for weight in draft.parameters() if weight.requires_grad))
+    assert counts == [config.num_parameters(embedding=embedding) for embedding in (False, True)]

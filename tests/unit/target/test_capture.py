@@ -4,9 +4,9 @@ from support.families import tiny_model
 from torch import nn
 
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.sizes.target import aux_layers
 from eagle_rpc.target.capture import (
     AuxStates,
-    aux_layers,
     captured_layers,
     check_capture,
     find_base,

@@ -15,9 +15,10 @@ from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError
 from eagle_rpc.target import gguf
+from eagle_rpc.target.directory import resolve_model_dir
 from eagle_rpc.target.loading import exact_attention, load_model
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.model_files import load_target_config, load_tokenizer, resolve_model_dir
+from eagle_rpc.target.model_files import load_target_config, load_tokenizer
 
 RANDOM = {
     "model_type": "llama",

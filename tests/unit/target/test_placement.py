@@ -8,9 +8,9 @@ from support.families import tiny_config
 
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import ConfigError, UnsupportedTarget
+from eagle_rpc.sizes.outline import Cost, WeightFormat, balance
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.loading import plan_placement
-from eagle_rpc.target.placement import Cost, balance
 from eagle_rpc.target.stored import auto_class
 
 LLAMA_70B = {
@@ -125,7 +125,7 @@ def test_a_model_whose_parts_do_not_run_in_a_line_is_refused(family, reason):
 def test_planning_leaves_the_outline_as_it_was():
     outline = outline_of(tiny_config("llama"))
     before = outline.config._attn_implementation
-    from eagle_rpc.target.placement import Placement, WeightFormat
+    from eagle_rpc.target.placement import Placement
 
     Placement.of(outline, 2, WeightFormat(2, 2))
     assert outline.config._attn_implementation == before

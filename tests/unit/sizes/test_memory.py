@@ -8,9 +8,9 @@ import torch
 from support.families import tiny_config, tiny_model
 
 from eagle_rpc.config.schema import TargetConfig
+from eagle_rpc.sizes.memory import Load, activation_bytes, memory_by_device
 from eagle_rpc.supervision import TargetShape
 from eagle_rpc.target.loading import plan_placement, target_outline, weight_format
-from eagle_rpc.target.memory import Load, activation_bytes, memory_by_device
 from eagle_rpc.target.placement import Placement
 
 BATCH, LENGTH = 4, 32

@@ -3,14 +3,16 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from eagle_rpc.draft.rope import RotaryEmbedding
 from eagle_rpc.errors import ConfigError
-from eagle_rpc.supervision import TargetShape
+from eagle_rpc.sizes.target import TargetShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Eagle3DraftConfig:
-    """A Llama-style EAGLE-3 draft. Raises `ConfigError` on values that cannot work."""
+    """A Llama-style EAGLE-3 draft. Raises `ConfigError` on values that cannot work.
+
+    What `rope_scaling` holds is transformers' affair: `draft.rope.rotary_embedding` judges it.
+    """
 
     hidden_size: int  # the target's
     intermediate_size: int
@@ -56,15 +58,21 @@ class Eagle3DraftConfig:
             raise ConfigError(
                 f"hidden_act must be silu (serving engines build no other draft), got {self.hidden_act!r}"
             )
-        self.rotary_embedding()
 
-    def rotary_embedding(self) -> RotaryEmbedding:
-        """The tables of cosines and sines. Raises `ConfigError` for a `rope_scaling` that gives none."""
-        context = self.max_position_embeddings
-        length = self.rope_length or context
-        return RotaryEmbedding(
-            self.head_dim, self.rope_theta, self.rope_scaling, context=context, length=length
+    def num_parameters(self, *, embedding: bool) -> int:
+        """Of the draft, with its token embedding or without it."""
+        hidden, width = self.hidden_size, self.num_aux_layers * self.hidden_size
+        heads, key_heads = (
+            number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads)
         )
+        feed_forward = 3 * hidden * self.intermediate_size
+        # Queries, keys and values of each input, and the output; the first layer reads two inputs.
+        per_input = (heads + 2 * key_heads) * hidden
+        first = 2 * per_input + heads * hidden + feed_forward + 3 * hidden
+        further = per_input + heads * hidden + feed_forward + 2 * hidden
+        fusion = width * hidden + (self.norm_before_fc + self.fc_norm) * width
+        ends = hidden + self.draft_vocab_size * hidden + embedding * self.vocab_size * hidden
+        return fusion + first + (self.num_layers - 1) * further + ends
 
     @classmethod
     def from_target(

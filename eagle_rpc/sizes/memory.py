@@ -6,8 +6,8 @@ cache. Leave one or two GiB of each GPU for them.
 
 from dataclasses import dataclass
 
-from eagle_rpc.supervision import TargetShape
-from eagle_rpc.target.placement import Placement
+from eagle_rpc.sizes.outline import Division
+from eagle_rpc.sizes.target import TargetShape
 
 _CAPTURED_LAYERS = 3
 _FP32 = 4
@@ -46,21 +46,21 @@ class DeviceMemory:
 
 
 def memory_by_device(
-    placement: Placement, shape: TargetShape, load: Load, num_stages: int = 1
+    division: Division, shape: TargetShape, load: Load, num_stages: int = 1
 ) -> list[DeviceMemory]:
     """What each device of a target holds while requests wait: weights, and what passes and replies add.
 
     A GPU works on one pass at a time, so activations count once. Of N devices N + 1 passes are under way. Of
     several stages each keeps what it captured until it is sent; the last has the head, replies leave from the first.
     """
-    last, passes = placement.num_devices - 1, placement.num_devices + 1
+    last, passes = division.num_devices - 1, division.num_devices + 1
     hidden = load.tokens * shape.hidden_size * load.dtype_bytes
     devices = []
-    for number, cost in enumerate(placement.costs):
+    for number, cost in enumerate(division.costs):
         # Hidden states that come from the device before this one, and those that go to the next.
         between = ((number > 0) + (number < last)) * passes * hidden
         own = {"weights": cost.num_bytes, "activations": activation_bytes(shape, load)}
-        per_stage = placement.num_devices // num_stages
+        per_stage = division.num_devices // num_stages
         ends_stage, replies = (number + 1) % per_stage == 0, number == per_stage - 1
         kept = (passes if replies else ends_stage) * (_CAPTURED_LAYERS + 1) * hidden
         head = load.chunk_rows * shape.vocab_size * (load.dtype_bytes + _FP32 * load.copies_logits)

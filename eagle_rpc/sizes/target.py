@@ -1,6 +1,7 @@
 """The shape of a target: what a draft, a trainer and a plan need to know of it, read once from its configuration."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,19 @@ class TargetShape:
                 "longest context"
             )
         return length
+
+
+def aux_layers(num_layers: int, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to capture, counted from 0, read after the layer; by default `[1, L//2 - 1, L - 4]`.
+
+    Raises `ConfigError` unless they are distinct ids in range; shallow targets have no default.
+    """
+    ids = tuple(wanted) if wanted is not None else (1, num_layers // 2 - 1, num_layers - 4)
+    if not ids or len(set(ids)) != len(ids) or not all(0 <= layer < num_layers for layer in ids):
+        origin = "got" if wanted is not None else "shallow targets must name theirs, the default would be"
+        rule = f"target.aux_layer_ids must be distinct ids in [0, {num_layers})"
+        raise ConfigError(f"{rule}, {origin} {list(ids)}")
+    return ids
 
 
 def _read(config: Any, name: str) -> Any:
