@@ -19,27 +19,16 @@ from pathlib import Path
 import psutil
 import pytest
 from support.processes import free_port
+from support.records import target_record
 from support.waiting import until
 
 from eagle_rpc.errors import ConnectionLost, NameTaken, WaitTimeout
-from eagle_rpc.registry import Record, RegistryClient, load_token, register
+from eagle_rpc.registry import RegistryClient, load_token, register
 
 pytestmark = pytest.mark.rpc
 
 PATIENCE = 60.0
-TARGET = Record(
-    name="target0",
-    role="target",
-    run="",
-    id=1,
-    incarnation="ab" * 8,
-    url="uv://127.0.0.1:1",
-    device="cpu",
-    gpu="",
-    host="here",
-    pid=4711,
-    status={"draining": False},
-)
+TARGET = target_record({"draining": False})
 
 
 class Place:

@@ -111,13 +111,18 @@ def check_all(asker: Worker, before: list[Any], expected: dict[str, Any]) -> dic
     return answers[-1][-1]
 
 
-def test_two_targets_give_the_answers_of_the_own_engine_and_one_may_be_killed(start: Any, own_engine: Any):
-    stop, expected = own_engine
-    first, second = (start(serve_tiny_target, f"target{number}") for number in range(2))
-    for target in (first, second):
+def two_targets_under_way(start: Any, stop: Any) -> tuple[Worker, Worker, list[Any]]:
+    """The first of two targets, who asks both, and the first answers."""
+    targets = [start(serve_tiny_target, f"target{number}") for number in range(2)]
+    for target in targets:
         target.receive()
     asker = start(ask_all, "asker0", stop)
-    before = receive_answers(asker, 6)
+    return targets[0], asker, receive_answers(asker, 6)
+
+
+def test_two_targets_give_the_answers_of_the_own_engine_and_one_may_be_killed(start: Any, own_engine: Any):
+    stop, expected = own_engine
+    first, asker, before = two_targets_under_way(start, stop)
     first.process.kill()
     status = check_all(asker, before, expected)
     assert [one["name"] for one in status["targets"]] == ["target1"]
@@ -126,11 +131,7 @@ def test_two_targets_give_the_answers_of_the_own_engine_and_one_may_be_killed(st
 
 def test_a_target_that_drains_hands_its_prompts_to_the_other_one(start: Any, own_engine: Any):
     stop, expected = own_engine
-    first, second = (start(serve_tiny_target, f"target{number}") for number in range(2))
-    for target in (first, second):
-        target.receive()
-    asker = start(ask_all, "asker0", stop)
-    before = receive_answers(asker, 6)
+    first, asker, before = two_targets_under_way(start, stop)
     first.send("drain")
     check_all(asker, before, expected)
     assert first.receive() == "drained"

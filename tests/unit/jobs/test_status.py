@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.records import target_record
 
 from eagle_rpc.config.schema import Config
 from eagle_rpc.errors import ConnectionLost
 from eagle_rpc.jobs import status
-from eagle_rpc.registry import Directory, IdFile, Record, RegistryClient, RegistryServer, load_or_create_token
+from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.report.service_view import service_view
 
 TARGET_STATUS = {
@@ -236,19 +237,7 @@ def registry(config, tmp_path):
     with RegistryServer(("127.0.0.1", 0), token, Directory(IdFile(tmp_path / "ids"), ttl=60)) as server:
         config.rpc.registry = server.address
         client = RegistryClient(server.address, token)
-        record = Record(
-            name="target0",
-            role="target",
-            run="",
-            id=1,
-            incarnation="ab" * 8,
-            url="uv://127.0.0.1:1",
-            device="cpu",
-            gpu="",
-            host="here",
-            pid=4711,
-            status=TARGET_STATUS,
-        )
+        record = target_record(TARGET_STATUS)
         client.announce(record)
         client.announce(
             replace(record, name="trainer0", role="trainer", run="smollm2", id=2, status=TRAINER_STATUS)

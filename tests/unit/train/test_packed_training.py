@@ -8,6 +8,7 @@ import torch
 from training_cases import (
     OBJECTIVE,
     VOCAB,
+    StoppingTarget,
     TableTarget,
     assert_same_bits,
     final_state,
@@ -42,19 +43,6 @@ def chats() -> ChatDataset:
 
 def packed_plan(**options) -> BatchPlan:
     return BatchPlan(chats(), packed_length=24, **{"batch_size": 2, "seed": 3, **options})
-
-
-class StoppingTarget(TableTarget):
-    """Asks for the end of training when it has delivered so many batches."""
-
-    def __init__(self, at: int, stop: threading.Event) -> None:
-        super().__init__()
-        self._at, self._stop = at, stop
-
-    def deliver(self, tokens):
-        if self.batches_delivered == self._at:
-            self._stop.set()
-        return super().deliver(tokens)
 
 
 @pytest.mark.parametrize("stopped_at", [5, 12, 17])

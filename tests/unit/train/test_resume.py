@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from training_cases import (
     OBJECTIVE,
     TARGET_INFO,
     VOCAB,
+    Interrupted,
+    InterruptedTarget,
     TableTarget,
     assert_same_bits,
     final_state,
     make_trainer,
     run_record,
     train_config,
+    trained_with_a_break,
     without_clock,
 )
 
@@ -35,23 +39,6 @@ from eagle_rpc.train.checkpoint import (
 )
 
 SETTINGS = train_config(max_steps=10, accumulation=2, log_every=2, checkpoint_every=3, validate_every=5)
-
-
-class Interrupted(Exception):
-    pass
-
-
-class InterruptedTarget(TableTarget):
-    """Fails when it has delivered so many batches, those of validation included."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self._at = at
-
-    def deliver(self, tokens):
-        if self.batches_delivered == self._at:
-            raise Interrupted
-        return super().deliver(tokens)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +83,7 @@ def test_real_batch_plans_resume_where_they_were(tmp_path):
     plans = {"batches": BatchPlan(chats, batch_size=2, seed=3), "validation": BatchPlan(chats, batch_size=2)}
     straight = make_trainer(tmp_path / "straight", SETTINGS, **plans)
     straight.train()
-    with pytest.raises(Interrupted):
-        make_trainer(tmp_path / "resumed", SETTINGS, target=InterruptedTarget(19), **plans).train()
-    resumed = make_trainer(tmp_path / "resumed", SETTINGS, **plans)
-    resumed.train()
+    resumed = trained_with_a_break(partial(make_trainer, tmp_path / "resumed", SETTINGS, **plans), at=19)
     assert_same_bits(final_state(resumed), final_state(straight))
 
 
@@ -107,10 +91,7 @@ def run_with_a_break(path: Path, settings: TrainConfig, *, at: int = 19) -> None
     """Trains once through and once with a break; both end with the same bits and figures."""
     straight = make_trainer(path / "straight", settings)
     straight.train()
-    with pytest.raises(Interrupted):
-        make_trainer(path / "resumed", settings, target=InterruptedTarget(at)).train()
-    resumed = make_trainer(path / "resumed", settings)
-    resumed.train()
+    resumed = trained_with_a_break(partial(make_trainer, path / "resumed", settings), at=at)
     assert_same_bits(final_state(resumed), final_state(straight))
     lines = [without_clock(read_metrics(path / name / "metrics.jsonl")) for name in ("straight", "resumed")]
     assert lines[0] == lines[1]

@@ -1,6 +1,7 @@
 """Every form of a draft resumes bit for bit, and its checkpoint reads back as it was exported."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from training_cases import (
     OBJECTIVE,
     VOCAB,
     RepeatedPlan,
-    TableTarget,
     assert_same_bits,
     final_state,
     make_trainer,
     random_draft,
     run_record,
     train_config,
+    trained_with_a_break,
 )
 
 from eagle_rpc.config.choices import DType
@@ -38,13 +39,6 @@ FORMS = {
 EMBEDDING = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(9))
 
 
-class InterruptedTarget(TableTarget):
-    def deliver(self, tokens):
-        if self.batches_delivered == 8:
-            raise InterruptedError
-        return super().deliver(tokens)
-
-
 def trainer_of(path: Path, form: str, **changes):
     draft = Eagle3Draft(replace(DRAFT_CONFIG, **FORMS[form]), EMBEDDING)
     draft.initialise(0)
@@ -56,10 +50,7 @@ def trainer_of(path: Path, form: str, **changes):
 def test_an_interrupted_run_ends_as_one_left_alone_and_exports_its_weights(tmp_path, form):
     straight = trainer_of(tmp_path / "straight", form)
     straight.train()
-    with pytest.raises(InterruptedError):
-        trainer_of(tmp_path / "resumed", form, target=InterruptedTarget()).train()
-    resumed = trainer_of(tmp_path / "resumed", form)
-    resumed.train()
+    resumed = trained_with_a_break(partial(trainer_of, tmp_path / "resumed", form), at=8)
     assert_same_bits(final_state(resumed), final_state(straight))
 
     checkpoint = read_checkpoint(latest_checkpoint(tmp_path / "resumed" / "checkpoints"))
@@ -95,10 +86,7 @@ def embedding_trainer(path: Path, **parts):
 def test_a_trained_embedding_resumes_and_is_exported(tmp_path):
     straight = embedding_trainer(tmp_path / "straight")
     straight.train()
-    with pytest.raises(InterruptedError):
-        embedding_trainer(tmp_path / "resumed", target=InterruptedTarget()).train()
-    resumed = embedding_trainer(tmp_path / "resumed")
-    resumed.train()
+    resumed = trained_with_a_break(partial(embedding_trainer, tmp_path / "resumed"), at=8)
     assert_same_bits(final_state(resumed), final_state(straight))
     before = random_draft().embed_tokens.weight
     after = resumed.learner.parameters["embed_tokens.weight"]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 from training_cases import (
+    StoppingTarget,
     TableTarget,
     assert_same_bits,
     final_state,
@@ -38,19 +39,6 @@ SHARDED = replace(SETTINGS, sharding=Sharding.state)
 CLIPPED = replace(SETTINGS, max_grad_norm=0.05, autocast=None)
 FUSED = replace(SETTINGS, autocast=None)
 AVERAGED = replace(SETTINGS, ema_decay=0.5)
-
-
-class StoppingTarget(TableTarget):
-    """Sets `stop` when it has delivered so many batches."""
-
-    def __init__(self, at: int, stop: threading.Event) -> None:
-        super().__init__()
-        self._at, self._stop = at, stop
-
-    def deliver(self, tokens):
-        if self.batches_delivered == self._at:
-            self._stop.set()
-        return super().deliver(tokens)
 
 
 class FailingTarget(TableTarget):

@@ -1,6 +1,7 @@
 """The weights of the steps of training-time test: given, or learned from the draft's own acceptance."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from training_cases import (
     random_draft,
     run_record,
     train_config,
+    trained_with_a_break,
 )
 
 from eagle_rpc.config.choices import StepWeighting
@@ -79,13 +81,6 @@ def test_the_first_step_is_weighted_as_without_learning_and_later_ones_otherwise
     assert learned[2] != by_decay[2]
 
 
-class InterruptedTarget(TableTarget):
-    def deliver(self, tokens):
-        if self.batches_delivered == 8:
-            raise InterruptedError
-        return super().deliver(tokens)
-
-
 def trainer_of(path, **parts):
     settings = train_config(max_steps=5, accumulation=2, checkpoint_every=2, validate_every=3)
     record = run_record(settings, config=plain(Config(train=settings, draft=LEARNED)))
@@ -95,10 +90,7 @@ def trainer_of(path, **parts):
 def test_learned_weights_resume_bit_for_bit(tmp_path):
     straight = trainer_of(tmp_path / "straight")
     straight.train()
-    with pytest.raises(InterruptedError):
-        trainer_of(tmp_path / "resumed", target=InterruptedTarget()).train()
-    resumed = trainer_of(tmp_path / "resumed")
-    resumed.train()
+    resumed = trained_with_a_break(partial(trainer_of, tmp_path / "resumed"), at=8)
     assert_same_bits(final_state(resumed), final_state(straight))
     reached = [one.learner.snapshot().reached_steps for one in (resumed, straight)]
     assert reached[0] == reached[1]

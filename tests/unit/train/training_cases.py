@@ -2,10 +2,11 @@
 
 import itertools
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from eagle_rpc.config.choices import Resume
@@ -201,6 +202,45 @@ def make_trainer(
         "stop": threading.Event(),
     }
     return Trainer(settings, objective, group=group, run=RunDirectory(path), **(parts | changes))
+
+
+class StoppingTarget(TableTarget):
+    """Sets `stop` when it has delivered so many batches."""
+
+    def __init__(self, at: int, stop: threading.Event) -> None:
+        super().__init__()
+        self._at, self._stop = at, stop
+
+    def deliver(self, tokens: TokenBatch) -> Eagle3TargetBatch:
+        if self.batches_delivered == self._at:
+            self._stop.set()
+        return super().deliver(tokens)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedTarget(TableTarget):
+    """Fails when it has delivered so many batches, those of validation included."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+
+    def deliver(self, tokens: TokenBatch) -> Eagle3TargetBatch:
+        if self.batches_delivered == self._at:
+            raise Interrupted
+        return super().deliver(tokens)
+
+
+def trained_with_a_break(make: Callable[..., Trainer], *, at: int) -> Trainer:
+    """A run whose first trainer was interrupted; `make` makes its trainers, with the `target` if it is given one."""
+    with pytest.raises(Interrupted):
+        make(target=InterruptedTarget(at)).train()
+    resumed = make()
+    resumed.train()
+    return resumed
 
 
 def final_state(trainer: Trainer) -> dict[str, torch.Tensor]:
