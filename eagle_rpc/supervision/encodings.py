@@ -71,8 +71,6 @@ class DraftTargets(WireSize):
 
     needs_head: ClassVar[bool] = False
     """Whether the values are last hidden states, which trainers project with the target's head."""
-    full_probabilities: ClassVar[bool] = True
-    """Whether the values and the log-normaliser give probabilities over the full target vocabulary."""
     exact: ClassVar[bool] = True
     """Whether only rounding is lost. An encoding that is not exact is named so and never a default."""
     fp8_states: ClassVar[bool] = False
@@ -105,7 +103,6 @@ class StoredProbs(ProbsSize, LogitEncoding):
     """
 
     __slots__ = ()
-    full_probabilities = False
 
     @staticmethod
     def encode(logits_NK: Tensor) -> Tensor:

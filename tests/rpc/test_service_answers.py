@@ -1,6 +1,8 @@
 """Prompts that the targets of a service answer over real RPC, while targets are killed and drain."""
 
 import contextlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from support.elastic import (
     serve_tiny_target,
 )
 from support.tiny_target import VOCAB_SIZE, tensors_of, tiny_batch, tiny_mapping, tiny_target_config
+from support.waiting import until
 
 from eagle_rpc.answers.engine import AnswerEngine
 from eagle_rpc.client.answering import AnsweringTargets
@@ -28,6 +31,7 @@ pytestmark = pytest.mark.rpc
 
 NUM_PROMPTS = 60
 MAX_NEW_TOKENS = 24
+SECONDS = 60.0
 
 
 def prompts() -> list[list[int]]:
@@ -74,8 +78,10 @@ def start(registry: Registry) -> Iterator[Any]:
         worker.end()
 
 
-def ask_all(link: Link, name: str, stop: int, address: str, token: bytes) -> None:
-    """Sends each answer when the test asks for the next one, and the client's view of its targets; then None."""
+def ask_all(link: Link, name: str, stop: int, num_targets: int, address: str, token: bytes) -> None:
+    """Asks once so many targets serve. Sends each answer when the test asks for it, with the client's view of its
+    targets; then None.
+    """
     settings = AnswerSettings(max_new_tokens=MAX_NEW_TOKENS, max_length=60, stop_token_ids=(stop,))
     with joined(name, "trainer", address, token) as membership:
         targets = AnsweringTargets(
@@ -85,6 +91,11 @@ def ask_all(link: Link, name: str, stop: int, address: str, token: bytes) -> Non
             stop=threading.Event(),
         )
         with contextlib.closing(targets):
+            until(
+                lambda: [one["state"] for one in targets.status()["targets"]] == ["serving"] * num_targets,
+                f"{num_targets} targets serve",
+                seconds=SECONDS,
+            )
             for number, ids in enumerate(prompts()):
                 targets.submit(AnswerPrompt(key=str(number), token_ids=torch.tensor(ids), settings=settings))
             for prompt, answer in targets.answers():
@@ -116,13 +127,17 @@ def two_targets_under_way(start: Any, stop: Any) -> tuple[Worker, Worker, list[A
     targets = [start(serve_tiny_target, f"target{number}") for number in range(2)]
     for target in targets:
         target.receive()
-    asker = start(ask_all, "asker0", stop)
+    asker = start(ask_all, "asker0", stop, 2)
     return targets[0], asker, receive_answers(asker, 6)
 
 
 def test_two_targets_give_the_answers_of_the_own_engine_and_one_may_be_killed(start: Any, own_engine: Any):
     stop, expected = own_engine
     first, asker, before = two_targets_under_way(start, stop)
+    # A target that is stopped keeps the requests that it is given.
+    os.kill(first.process.pid, signal.SIGSTOP)
+    while not any(one["outstanding"] for one in before[-1][-1]["targets"] if one["name"] == "target0"):
+        before += receive_answers(asker, 1)
     first.process.kill()
     status = check_all(asker, before, expected)
     assert [one["name"] for one in status["targets"]] == ["target1"]
@@ -141,7 +156,7 @@ def test_a_sole_target_that_returns_answers_the_rest(start: Any, own_engine: Any
     stop, expected = own_engine
     target = start(serve_tiny_target, "target0")
     target.receive()
-    asker = start(ask_all, "asker0", stop)
+    asker = start(ask_all, "asker0", stop, 1)
     before = receive_answers(asker, 6)
     target.process.kill()
     start(serve_tiny_target, "target0").receive()
@@ -163,7 +178,7 @@ def test_supervision_has_the_same_bits_beside_answers(start: Any, own_engine: An
     trainer = start(stream_all, "trainer0")
     alone = receive_answers(trainer, 8)
     again = start(stream_all, "trainer1")
-    asker = start(ask_all, "asker0", stop)
+    asker = start(ask_all, "asker0", stop, 1)
     before, beside = [], []
     for _ in range(8):
         before += receive_answers(asker, 2)

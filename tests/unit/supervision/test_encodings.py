@@ -27,10 +27,6 @@ def test_the_default_encoding_is_exact():
     assert ENCODINGS[SessionSettings().encoding].exact
 
 
-def test_only_probabilities_among_the_draft_vocabulary_lose_those_of_the_full_one():
-    assert {name for name, encoding in ENCODINGS.items() if not encoding.full_probabilities} == {"probs"}
-
-
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_an_encoding_sends_either_hidden_states_or_values_of_logits(name):
     encoding, logits = ENCODINGS[name], torch.randn(3, 5)
