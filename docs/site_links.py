@@ -14,7 +14,14 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).parents[1]
 _LINK = re.compile(r"\[([^\]\[]*)\]\((?!https?://|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
-_PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/README.md"]
+_PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "changes/README.md",
+    "examples/README.md",
+    "benchmarks/README.md",
+]
 _NOTEBOOKS = ["examples/one_batch.ipynb"]
 
 
