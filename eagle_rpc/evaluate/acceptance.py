@@ -96,6 +96,8 @@ def _speed(
     settings: EvaluateConfig,
 ) -> list[BatchSpeed]:
     """The speed at each of `evaluate.batch_sizes`, in the middle of an answer."""
+    if not settings.batch_sizes:
+        return []
     context = sum(len(text.prompt_ids) + len(text.token_ids) // 2 for text in texts) // len(texts)
     speeds, progress = list[BatchSpeed](), Progress("batch size", len(settings.batch_sizes), title="timing")
     for batch_size in settings.batch_sizes:

@@ -16,6 +16,8 @@ _PACKAGE = __name__.partition(".")[0]
 _MARK = f"{_PACKAGE}.worker"
 _FILE_ONLY = "file_only"
 _PREFIX = re.compile(r"\d\d:\d\d:\d\d \S+ (error: )?")
+# To the begin of a terminal's line, and erases it (ECMA-48, CR and EL).
+_FRESH_LINE = "\r\x1b[K"
 
 
 def setup_logging(
@@ -117,13 +119,15 @@ class _JsonFormatter(logging.Formatter):
 
 
 class _BesideBars(logging.Handler):
-    """Writes to stderr above the progress bars."""
+    """Writes to stderr above the progress bars, on a terminal also above the bar of another worker, which draws it
+    anew with its next step."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if hasattr(record, _FILE_ONLY):
             return
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            fresh = _FRESH_LINE if sys.stderr.isatty() else ""
+            tqdm.write(fresh + self.format(record), file=sys.stderr)
         except (OSError, ValueError):
             self.handleError(record)
 

@@ -15,6 +15,8 @@ from eagle_rpc.process.waiting import Clock
 
 logger = logging.getLogger(__name__)
 
+# tqdm's own without its rate: the text of most works has one.
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _BAR_SECONDS = 0.5
 _LINE_SECONDS = 10.0
 
@@ -50,9 +52,14 @@ class Progress:
         self._under_way = 0.0
         self._bar: tqdm[Any] | None = None
         if shown and stream.isatty():
-            title_or_none = title or None
             self._bar = tqdm(
-                total=total, initial=done, unit=unit, desc=title_or_none, file=stream, dynamic_ncols=True
+                total=total,
+                initial=done,
+                unit=f" {unit}",
+                desc=title or None,
+                file=stream,
+                dynamic_ncols=True,
+                bar_format=None if total is None else _BAR,
             )
 
     def advance(

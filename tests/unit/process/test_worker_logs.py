@@ -14,6 +14,11 @@ from eagle_rpc.process.logs import message_of, setup_logging
 PREFIX = r"\d\d:\d\d:\d\d trainer0 "
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 @pytest.fixture(autouse=True)
 def restored_logging():
     root, package = logging.getLogger(), logging.getLogger("eagle_rpc")
@@ -99,3 +104,18 @@ def test_the_message_of_a_line_is_found_in_either_form(capsys):
         logging.getLogger("eagle_rpc").error("ConfigError: no {}")
         assert message_of(capsys.readouterr().err.rstrip()) == "ConfigError: no {}"
     assert message_of("[1, 2]") == "[1, 2]"
+
+
+def test_on_a_terminal_a_line_erases_the_bar_of_another_worker(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    setup_logging("target0")
+    terminal.write("50%|##  | 3/6")  # of trainer0, in a process of its own
+    logging.getLogger("eagle_rpc.service").info("draining")
+    assert re.fullmatch(r"50%\|##  \| 3/6\r\x1b\[K\d\d:\d\d:\d\d target0 draining\n", terminal.getvalue())
+
+
+def test_elsewhere_a_line_has_no_marks_of_terminals(capsys):
+    setup_logging("target0")
+    logging.getLogger("eagle_rpc.service").info("draining")
+    assert "\x1b" not in capsys.readouterr().err
