@@ -4,6 +4,7 @@ import ast
 import re
 import shlex
 from dataclasses import fields
+from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,10 @@ GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 PRIVATE_WORDS = re.compile(r"\b(settles?d?|bears?|aboard|hopeful|nobody's end)\b", re.IGNORECASE)
 # A name with one of these is a file, such as `target.py`, and no setting.
 SUFFIXES = {"py", "md", "html", "json", "yaml", "sh"}
+# Words before a command that starts this package, whether by `launch.sh`, from an environment or under torchrun.
+OWN_COMMAND = re.compile(r"(srun [^&]*?)?((\./|\S+/bin/)?(launch|eagle-rpc)|torchrun|python -m eagle)")
+# What a shell does itself, what a test runs (`test_examples.py`), and installations, of which a test knows the extras.
+EASY_COMMAND = re.compile(r"\w+=|(trap|wait|kill)\b|python examples/\w+\.py|pip install|python -m venv")
 FILE_NAME = re.compile(r"`((?:eagle_rpc|tests|benchmarks|examples|docs|conf)/[\w./-]+|[a-z_]+/[\w/]+\.py)`")
 
 
@@ -53,15 +58,26 @@ def defined(file: Path) -> set[str]:
     return names
 
 
+def command_lines(page: Path) -> list[str]:
+    """The lines of code blocks without a language or in bash, without their comments."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    lines = (
+        "".join(text for language, text in blocks if language in ("", "bash"))
+        .replace("\\\n", " ")
+        .splitlines()
+    )
+    return [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+
+
 def commands(page: Path) -> list[str]:
-    """The lines of code blocks that start this package, without their comments."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        line.partition("#")[0]
-        for line in lines
-        if re.match(r"(srun [^&]*?)?(\./launch|eagle-rpc|torchrun|python -m eagle)", line)
-    ]
+    """Those that start this package."""
+    return [line for line in command_lines(page) if OWN_COMMAND.match(line)]
+
+
+def programs_that_do_not_run(page: Path) -> list[str]:
+    """The programs of the sentence that begins with "Not run by the tests"."""
+    sentences = re.findall(r"^Not run by the tests: (.*?)\.(?:\s|$)", page.read_text(), flags=re.M | re.S)
+    return re.findall(r"`([^`]+)`", " ".join(sentences))
 
 
 def test_every_module_has_one_line_and_every_line_its_module():
@@ -127,6 +143,20 @@ def test_commands_of_pages_compose(command: str):
         read_sweep(["--multirun", *overrides])
     else:
         load(*overrides)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=relative)
+def test_every_other_command_of_a_page_is_said_not_to_run_in_the_tests(page: Path):
+    named = tuple(programs_that_do_not_run(page))
+    others = [line for line in command_lines(page) if not OWN_COMMAND.match(line)]
+    assert [line for line in others if not EASY_COMMAND.match(line) and not line.startswith(named)] == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=relative)
+def test_extras_that_pages_install_exist(page: Path):
+    extras = metadata("eagle-rpc").get_all("Provides-Extra") or []
+    named = re.findall(r"(?:eagle-rpc|\.)\[([\w,]+)\]'", page.read_text())
+    assert {extra for some in named for extra in some.split(",")} - set(extras) == set()
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=relative)
