@@ -63,6 +63,7 @@ TOPOLOGIES = Rule(
 SHAPES = Rule("name shapes, sequences x tokens as in 4x2048", lambda value: all(map(is_pair, value)))
 UV_LAST = Rule("end with uv, whose address is checked", lambda value: value[-1:] == ["uv"])
 FORMS = Rule("name one form or two different ones", lambda v: 0 < len(v) == len(set(v)))
+EACH_RUN_ONCE = Rule("name each run once", lambda value: len({one.run for one in value}) == len(value))
 NOT_PAGED = Rule("be an implementation without pages", lambda value: not value.startswith("paged"))
 
 

@@ -38,6 +38,7 @@ def service_view(look: Row) -> RenderableType:
     roles = ("targets", "stages", "trainers")
     targets, stages, trainers = ([{**one["status"], **one} for one in look.get(role, ())] for role in roles)
     sessions = [{**one, "target": row["name"]} for row in targets for one in _dicts(row, "sessions")]
+    runs = [{**one, "target": row["name"]} for row in targets for one in _dicts(row, "runs")]
     links = [{**one, "from": row["name"]} for row in trainers for one in _dicts(row, "targets")]
     num_targets, num_trainers = (sum(row["living"] for row in rows) for rows in (targets, trainers))
     title.append(f"{_counted(num_targets, 'target')}, {_counted(num_trainers, 'trainer')} living")
@@ -45,6 +46,7 @@ def service_view(look: Row) -> RenderableType:
         ("Targets", _TARGETS, targets),
         ("Further stages of targets", _STAGES, stages),
         ("Load", _LOAD, targets),
+        ("Quotas of runs", _QUOTAS, [one for one in runs if any(map(one.get, _QUOTA_KEYS))]),
         ("Sessions", _SESSIONS, sessions),
         ("Trainers", _TRAINERS, trainers),
         ("Targets as trainers see them", _LINKS, links),
@@ -219,6 +221,18 @@ _LOAD: dict[str, Cell] = {
     ">limit": _size("max_reply_bytes"),
     ">answered": lambda row: _scaled(_counts(row, "requests").get("ok", 0), *_COUNTS),
     "failed~": _failed,
+}
+_QUOTA_KEYS = ("max_sessions", "max_requests", "max_reply_bytes")
+_QUOTAS: dict[str, Cell] = {
+    "target": _text("target"),
+    "run": _word("run"),
+    ">sessions": _number("sessions"),
+    ">at most": _number("max_sessions"),
+    ">queued": _number("queued"),
+    ">under way at most": _number("max_requests"),
+    ">held": _size("reply_bytes_held"),
+    ">held at most": _size("max_reply_bytes"),
+    ">refused": _count("refused"),
 }
 _SESSIONS: dict[str, Cell] = {
     "target": _text("target"),

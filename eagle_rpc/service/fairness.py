@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import EagleRpcError, RequestExpired, TargetBusy
 from eagle_rpc.process.waiting import Clock
+from eagle_rpc.service.quotas import Quotas
 from eagle_rpc.supervision import EncodedSupervision, ServiceTimes
 
 # Seconds after which a refused sender may ask again.
@@ -53,12 +54,14 @@ def set_outcome(answer: Future[Any], outcome: Any) -> None:
 
 
 class Demand:
-    """Counts the runs that ask. Each may take an equal share of a bound, a sole run all of it.
+    """Counts the runs that ask. Each may take an equal share of a bound, a sole run all of it, up to its quota.
 
     Without it a run that fills the queue, and refills it as it empties, would leave no room for another.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, quotas: Quotas | None = None) -> None:
+        """`quotas` None: no run has any."""
+        self.quotas = quotas or Quotas()
         self._clock = clock
         self._lock = threading.Lock()
         self._asked: dict[str, float] = {}  # run -> when
@@ -99,18 +102,22 @@ class FairQueue:
     def put(self, work: Work, running: Iterable[Work]) -> Work | None:
         """Adds `work` behind its session's other work, or in the place of a request with the same id.
 
-        Returns the replaced request. Raises `TargetBusy` if there is none and the queue, the session with
-        its `running` work, or the run's equal share of the queue is full.
+        Returns the replaced request. Raises `TargetBusy` if there is none and the queue, the session or the quota
+        of the run with their `running` work, or the run's equal share of the queue is full.
         """
         replaced = self._of_session(work.run, work.session).get(work.request_id)
         if replaced is None:
-            self._check_room(work, sum(one.session == work.session for one in running))
+            self._check_room(work, list(running))
         self._runs.setdefault(work.run, OrderedDict()).setdefault(work.session, {})[work.request_id] = work
         return replaced
 
-    def _check_room(self, work: Work, num_running: int) -> None:
-        num_runs = self._demand.note(work.run)
-        share = max(1, self._most // num_runs)
+    def _check_room(self, work: Work, running: Sequence[Work]) -> None:
+        num_runs, quotas = self._demand.note(work.run), self._demand.quotas
+        share, quota = max(1, self._most // num_runs), quotas.of(work.run).requests
+        num_running = sum(one.session == work.session for one in running)
+        num_of_run = self._num_of_run(work.run) + sum(one.run == work.run for one in running)
+        if quota is not None and num_of_run >= quota:
+            raise quotas.refusal(work.run, f"have at most {quota} requests under way")
         if self.num_of_session(work.run, work.session) + num_running >= self._most_of_session:
             rule = f"a session must have at most {self._most_of_session} requests under way"
             raise TargetBusy(f"{rule} {self._session_setting}")

@@ -66,4 +66,5 @@ class SessionOpener:
             self._answers.check()
         session, config = self._sessions.open(spec, mapping), self._config
         credits = config.max_answers if spec.answers else config.max_queued_per_session
+        credits = min(credits, self._sessions.quotas.of(spec.run).requests or credits)
         return OpenedSession(id=session.id, credits=credits, lease=config.session_lease)

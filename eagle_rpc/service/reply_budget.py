@@ -58,28 +58,45 @@ class ReplyBudget:
         with self._lock:
             return self._of_session[session]
 
+    def quota(self, run: str) -> int | None:
+        """Bytes that the run may hold at most; None: it has no quota of its own."""
+        share = self._demand.quotas.of(run).reply_share
+        return None if share is None else int(share * self._max_bytes)
+
     def promise(self, num_bytes: int, *, run: str, session: str) -> ReplyBytes:
         """Reserves `num_bytes` for a reply; `fulfil` or `release` must follow.
 
         Raises `InvalidRequest` if a bound is smaller than `num_bytes`, and `TargetBusy` if too little is free
-        of the session's bound, of the bound of all, or of the run's equal share, which a run that holds
-        nothing may exceed.
+        of the session's bound, of the bound of all, of the run's quota, or of its equal share, which a run that
+        holds nothing may exceed.
         """
+        quota = self.quota(run)
         for name, bound in (
             ("max_reply_bytes_per_session", self._max_bytes_per_session),
             ("max_reply_bytes", self._max_bytes),
+            ("quotas", self._max_bytes if quota is None else quota),
         ):
             if num_bytes > bound:
                 need = f"the reply would need {num_bytes} bytes, target.{name} is {bound}"
                 raise InvalidRequest(f"{need}; send fewer tokens at a time")
         promised, num_runs = ReplyBytes(session, run, num_bytes), self._demand.note(run)
         with self._lock:
-            if self._lack(promised, num_runs):
+            if self._over_quota(promised) or self._lack(promised, num_runs):
                 self._release_sent()
+            if rule := self._over_quota(promised):
+                raise self._demand.quotas.refusal(run, rule)
             if lack := self._lack(promised, num_runs):
                 raise TargetBusy(lack)
             self._count(promised, num_bytes)
         return promised
+
+    def _over_quota(self, wanted: ReplyBytes) -> str:
+        """The rule that the run would break; empty if it breaks none."""
+        quota, held = self.quota(wanted.run), self._of_run[wanted.run]
+        if quota is None or held + wanted.num_bytes <= quota:
+            return ""
+        found = f"holds {held} and would need {wanted.num_bytes} more"
+        return f"hold at most {quota} bytes of unsent replies, {found}"
 
     def _lack(self, wanted: ReplyBytes, num_runs: int) -> str:
         """The message for the bound that leaves too little; empty if there is room."""

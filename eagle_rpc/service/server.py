@@ -26,6 +26,7 @@ from eagle_rpc.service.forward_pass import ForwardPass, PassRequest
 from eagle_rpc.service.head_rows import HeadRows
 from eagle_rpc.service.opening import SessionOpener
 from eagle_rpc.service.passes import Passes
+from eagle_rpc.service.quotas import Quotas
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
 from eagle_rpc.service.sessions import Session, SessionTable, most_reply_bytes
@@ -94,9 +95,9 @@ class TargetModelServer:
         self._embeddings = own_storage(target.get_input_embeddings().weight.cpu())
         self.device = device_of(self._target)
         """The device of the supervision: the target's, or its last one."""
-        self.sessions = SessionTable(config, self.device, clock)
+        demand = Demand(clock, Quotas(config.quotas))
+        self.sessions = SessionTable(config, self.device, clock, demand.quotas)
         self.throughput = Throughput(clock)
-        demand = Demand(clock)
         self._answers = AnswerDesk(answering, config, demand, clock)
         passes = passes or ForwardPass(self._target, config)
         self._scheduler = ForwardScheduler(passes, self._answers, config, demand, clock)

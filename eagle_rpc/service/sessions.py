@@ -14,6 +14,7 @@ from eagle_rpc.config.schema import TargetConfig
 from eagle_rpc.errors import TargetBusy, UnknownSession
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.fairness import LONGEST_RETRY
+from eagle_rpc.service.quotas import Quotas
 from eagle_rpc.supervision import (
     ENCODINGS,
     DraftVocabOnDevice,
@@ -60,7 +61,8 @@ def most_reply_bytes(info: ModelInfo, session: Session, tokens: TokenBatch, num_
 class SessionTable:
     """Open sessions, each while its trainer renews the lease. Equal mappings are held once."""
 
-    def __init__(self, config: TargetConfig, device: torch.device, clock: Clock) -> None:
+    def __init__(self, config: TargetConfig, device: torch.device, clock: Clock, quotas: Quotas) -> None:
+        self.quotas = quotas
         self._max_sessions, self._lease = config.max_sessions, config.session_lease
         self._device = device
         self._clock = clock
@@ -74,12 +76,10 @@ class SessionTable:
             return iter(list(self._open.values()))
 
     def open(self, spec: SessionSpec, mapping: VocabMapping) -> Session:
-        """Registers a checked spec; raises `TargetBusy` when there are too many sessions."""
+        """Registers a checked spec; raises `TargetBusy` when there are too many sessions, or too many of its run."""
         digest = mapping.digest
         with self._lock:
-            if len(self._open) >= self._max_sessions:
-                rule = f"the target must hold at most {self._max_sessions} sessions"
-                busy = TargetBusy(f"{rule} (target.max_sessions)")
+            if (busy := self._lack_of_room(spec.run)) is not None:
                 busy.retry_after = LONGEST_RETRY
                 raise busy
             shared = next((one.vocab for one in self._open.values() if one.mapping_digest == digest), None)
@@ -91,6 +91,15 @@ class SessionTable:
         sizes, settings = (len(mapping), mapping.target_vocab_size), (spec.encoding, spec.rows)
         logger.info(line, str(session), spec.run or "(unnamed)", *sizes, *settings)
         return session
+
+    def _lack_of_room(self, run: str) -> TargetBusy | None:
+        quota = self.quotas.of(run).sessions
+        if len(self._open) >= self._max_sessions:
+            rule = f"the target must hold at most {self._max_sessions} sessions"
+            return TargetBusy(f"{rule} (target.max_sessions)")
+        if quota is not None and sum(one.spec.run == run for one in self._open.values()) >= quota:
+            return self.quotas.refusal(run, f"hold at most {quota} sessions")
+        return None
 
     def serves(self, mapping_digest: str, encoding: str) -> bool:
         """Whether an open session has this mapping and encoding: both were checked at the target then."""

@@ -14,6 +14,7 @@ import torch
 from eagle_rpc.errors import EagleRpcError, TargetFailed
 from eagle_rpc.process.waiting import Clock
 from eagle_rpc.service.answering import AnswerDesk
+from eagle_rpc.service.quotas import Quotas
 from eagle_rpc.service.rates import RecentRate
 from eagle_rpc.service.reply_budget import ReplyBudget
 from eagle_rpc.service.scheduler import ForwardScheduler
@@ -91,10 +92,11 @@ def describe_load(
 
     `passes`: forward passes so far; `busy_seconds`: with a pass under way; `busy_share`: of the last
     ten seconds; `prompts_*`: of answers; `lease_left`: seconds; `requests`, `tokens`: of a session, answered;
-    `reply_bytes_held`: promised, or made and not yet sent.
+    `reply_bytes_held`: promised, or made and not yet sent; `runs`: those with a session, as `_describe_runs`.
     """
     # First: it forgets the bytes that were sent.
     held = budget.held
+    described = _describe_sessions(sessions, scheduler, budget)
     return {
         "draining": scheduler.draining,
         "queued": scheduler.num_queued,
@@ -105,21 +107,51 @@ def describe_load(
         "prompts_waiting": answers.num_waiting,
         "prompts_running": answers.num_running,
         "reply_bytes_held": held,
-        "sessions": [
-            {
-                "id": one.id[:8],
-                "run": one.spec.run,
-                "trainer": one.spec.trainer,
-                "encoding": one.spec.encoding,
-                "queued": scheduler.num_queued_of(one.spec.run, one.id),
-                "lease_left": sessions.lease_left(one),
-                "requests": one.num_requests,
-                "tokens": one.num_tokens,
-                "reply_bytes_held": budget.held_of(one.id),
-            }
-            for one in sessions
-        ],
+        "sessions": described,
+        "runs": _describe_runs(described, sessions.quotas, budget),
     }
+
+
+def _describe_sessions(
+    sessions: SessionTable, scheduler: ForwardScheduler, budget: ReplyBudget
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": one.id[:8],
+            "run": one.spec.run,
+            "trainer": one.spec.trainer,
+            "encoding": one.spec.encoding,
+            "queued": scheduler.num_queued_of(one.spec.run, one.id),
+            "lease_left": sessions.lease_left(one),
+            "requests": one.num_requests,
+            "tokens": one.num_tokens,
+            "reply_bytes_held": budget.held_of(one.id),
+        }
+        for one in sessions
+    ]
+
+
+def _describe_runs(
+    sessions: list[dict[str, Any]], quotas: Quotas, budget: ReplyBudget
+) -> list[dict[str, Any]]:
+    """What each run uses, and its quota: null where it has none. `refused`: how often it met its quota."""
+    names = list(dict.fromkeys(one["run"] for one in sessions))
+    refused, runs = quotas.refused(names), []
+    for name in names:
+        own, quota = [one for one in sessions if one["run"] == name], quotas.of(name)
+        runs.append(
+            {
+                "run": name,
+                "sessions": len(own),
+                "max_sessions": quota.sessions,
+                "queued": sum(one["queued"] for one in own),
+                "max_requests": quota.requests,
+                "reply_bytes_held": sum(one["reply_bytes_held"] for one in own),
+                "max_reply_bytes": budget.quota(name),
+                "refused": refused[name],
+            }
+        )
+    return runs
 
 
 def describe_memory(devices: Collection[torch.device]) -> dict[str, int]:

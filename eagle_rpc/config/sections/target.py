@@ -47,6 +47,23 @@ class VLLMConfig:
     """Seconds for one forward pass; then the process ends, as nothing else stops an engine that hangs."""
 
 
+EVERY_RUN = "*"
+
+
+@dataclass(kw_only=True, slots=True)
+class QuotaConfig:
+    """What one run may use of each target at a time; null: as much as the others leave."""
+
+    run: Annotated[str, rules.NAME] = EVERY_RUN
+    """`run.name` of the run; `*`: each run that no other quota names."""
+    requests: Positive[int] | None = None
+    """Requests that may wait or run, over all sessions of the run; of prompts so many more."""
+    sessions: Positive[int] | None = None
+    """Open sessions: one for each trainer, and for each regeneration."""
+    reply_share: Annotated[float, rules.SHARE_ABOVE_0] | None = None
+    """Share of `target.max_reply_bytes` that promised and unsent replies may take."""
+
+
 @dataclass(kw_only=True, slots=True)
 class TargetConfig:
     """The frozen language model and the service around it."""
@@ -104,6 +121,9 @@ class TargetConfig:
     """Tokens whose keys and values answers may hold: the prompts answered at a time x the longest of them."""
     max_sessions: Positive[int] = 256
     """Sessions that may be open at a time."""
+    quotas: Annotated[list[QuotaConfig], rules.EACH_RUN_ONCE] = field(default_factory=list)
+    """Bounds of single runs, as `[{run: mine, requests: 8}, {run: "*", sessions: 16, reply_share: 0.25}]`. What
+    exceeds them is delayed as by a full target."""
     session_lease: Positive[float] = 60.0
     """Seconds without heartbeat or request after which a session is closed and its queue is dropped."""
 

@@ -159,6 +159,17 @@ def test_a_target_is_shown_with_what_it_is_and_does():
     ]
 
 
+def test_a_run_with_a_quota_is_shown_beside_it_and_one_without_is_not():
+    runs = [
+        {"run": "sweep", "sessions": 2, "max_sessions": 16, "queued": 3, "max_requests": None}
+        | {"reply_bytes_held": 2**20, "max_reply_bytes": 2**30, "refused": 1234},
+        {"run": "free", "sessions": 1, "max_sessions": None, "max_requests": None, "max_reply_bytes": None},
+    ]
+    lines = drawn([worker("target0", {**TARGET_STATUS, "runs": runs})], [])
+    rows = words(lines[lines.index("Quotas of runs") : lines.index("Sessions")], "target0")
+    assert stripped(rows) == [["target0", "sweep", "2", "16", "3", "-", "1.0 MiB", "1.0 GiB", "1.2k"]]
+
+
 def test_a_trainer_is_shown_with_its_pace_and_what_it_thinks_of_targets():
     trainer, opinion = stripped(
         words(drawn([], [worker("trainer0", TRAINER_STATUS, run="smollm2")]), "trainer0")

@@ -26,6 +26,7 @@ KEYS = {
         "passes",
         "busy_seconds",
         "busy_share",
+        "runs",
         "sessions",
         "requests",
         "tokens",
