@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 CONTROL_TIMEOUT = 10.0
 # Weight of the newest request in the average of a replica's pace.
 _NEWEST = 0.3
+# A measured pace, while nothing is under way, is half forgotten after so many times itself.
+_HALF_FORGOTTEN = 3
 # Expected waits that differ by less count as equal: paces of equal replicas differ by chance.
 _EQUAL_WAITS = 1.2
 
@@ -105,9 +107,20 @@ class Replica:
 
         `usual_pace`: seconds per request of a replica that has not answered any yet.
         """
-        pace = usual_pace if self.seconds_per_request is None else self.seconds_per_request
+        pace = self._expected_pace(now, usual_pace)
         oldest = max((now - sent for sent in self._under_way.values()), default=0.0)
         return (self.num_outstanding + 1) * max(pace, oldest / max(1, self.num_outstanding))
+
+    def _expected_pace(self, now: float, usual: float) -> float:
+        """The measured pace, which nears `usual` as it gets old: a slow moment must not count until the end, since
+        a replica that is avoided is not measured again.
+        """
+        measured = self.seconds_per_request
+        if measured is None:
+            return usual
+        if self._under_way or measured <= usual:
+            return measured
+        return usual + (measured - usual) * 0.5 ** ((now - self.last_answer) / (_HALF_FORGOTTEN * measured))
 
     # --- the session
 

@@ -16,6 +16,7 @@ def replica(
         session=OpenedSession(id="s", credits=credits, lease=60.0),
         not_before=0.0,
         seconds_per_request=pace,
+        last_answer=0.0,
         _under_way={str(number): -age for number in range(outstanding)},
     )
     return made
@@ -57,6 +58,13 @@ def test_a_slow_replica_keeps_a_share_in_proportion_to_its_pace():
         one._under_way[f"n{number}"] = 0.0
         given.append(one.name)
     assert given.count("slow") == 2
+
+
+def test_a_replica_that_was_slow_once_is_tried_again_after_a_while():
+    fast, slow = replica("fast", outstanding=1, pace=1.0), replica("slow", pace=4.0)
+    assert chosen(Router(offset=0), [fast, slow], now=1.0) == ["fast"]
+    fast._under_way = {"0": 100.0}
+    assert chosen(Router(offset=0), [fast, slow], now=100.0) == ["slow"]
 
 
 def test_a_replica_that_has_stopped_answering_is_avoided_though_it_used_to_be_fast():
