@@ -1,9 +1,11 @@
-"""The path of a batch, counted from the code, and the tables of it in docs/architecture.md."""
+"""The three paths of docs/architecture.md: those of a batch counted from the code, that of SIGTERM compared with it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.documents import path_table
+from support.ending_target import end_by_sigterm
 from support.journey import Files, travel
 from support.workers import run_workers
 
@@ -34,3 +36,17 @@ def test_supervision_reaches_the_loss_through_at_most_25_files_which_the_documen
 ):
     assert len(paths[1]) <= 25
     check_table("Supervision, from", paths[1])
+
+
+def test_a_target_ends_by_the_functions_that_the_document_lists_in_its_order(tmp_path: Path):
+    code, acts = run_workers(end_by_sigterm, 1, tmp_path)[0]
+    assert code == 0
+    table = path_table("SIGTERM")
+    # The thread that reads signals sets an event and goes on to wait for the next one.
+    del table["process/signals.py"]
+    steps = []
+    for file, functions in table.items():
+        names = {function.rpartition(".")[2] for function in functions}
+        assert names <= {name for acting, name in acts if acting == file}, file
+        steps.append(min(acts.index((file, name)) for name in names))
+    assert steps == sorted(steps), dict(zip(table, steps, strict=True))
