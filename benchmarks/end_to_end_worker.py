@@ -1,7 +1,7 @@
-"""Target and trainer of `end_to_end.py`: in one process, or in two over RPC. They answer questions in lines
-of JSON.
+"""Targets and trainers of `end_to_end.py` and `many_gpus.py`: in one process, or in several over RPC. They answer
+questions in lines of JSON.
 
-python -m end_to_end_worker colocated|target|trainer HYDRA_OVERRIDE...
+python -m end_to_end_worker colocated|target|trainer|elastic_trainer HYDRA_OVERRIDE...
 """
 
 import contextlib
@@ -15,20 +15,30 @@ from collections.abc import Callable, Iterator
 import torch
 from lines import questions, say
 from measuring import synchronise
+from target_lab.serving import served_rate
+from target_lab.work import full_batch
 from workers import compose, connected, joined
 
 from eagle_rpc.config import Config
-from eagle_rpc.jobs.assembly import make_draft
-from eagle_rpc.jobs.serve import load_server
+from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
+from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.train import DONE, READY
+from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
+from eagle_rpc.rpc import attempt_store
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.server import TargetModelServer
-from eagle_rpc.supervision import Eagle3TargetBackend, SessionSettings, TokenBatch, VocabMapping
+from eagle_rpc.supervision import (
+    Eagle3TargetBackend,
+    Eagle3TargetBatch,
+    SessionSettings,
+    TokenBatch,
+    VocabMapping,
+)
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.target.model_files import load_target_config
-from eagle_rpc.topology import resolve_device
+from eagle_rpc.target.model_files import load_target_shape
+from eagle_rpc.topology import Role, assign_elastic_roles, resolve_device, resolve_devices
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -40,9 +50,9 @@ _NUM_BATCHES = 8
 _LOOK_SECONDS = 0.002
 
 
-def token_batches(config: Config, vocab_size: int) -> Iterator[TokenBatch]:
-    """Random tokens [B, T], all of them real."""
-    generator = torch.Generator().manual_seed(config.run.seed)
+def token_batches(config: Config, vocab_size: int, rank: int) -> Iterator[TokenBatch]:
+    """Random tokens [B, T], all of them real, others for each trainer."""
+    generator = torch.Generator().manual_seed(config.run.seed + rank)
     shape = (config.train.batch_size, config.data.max_length)
     ids = [torch.randint(vocab_size, shape, generator=generator) for _ in range(_NUM_BATCHES)]
     masks = [(torch.rand(shape, generator=generator) < _SUPERVISED_SHARE).long() for _ in range(_NUM_BATCHES)]
@@ -50,27 +60,36 @@ def token_batches(config: Config, vocab_size: int) -> Iterator[TokenBatch]:
         yield TokenBatch(input_ids=one, attention_mask=torch.ones_like(one), loss_mask=mask)
 
 
-def train(config: Config, backend: Eagle3TargetBackend, device: torch.device) -> None:
-    """For each question, trains the number of optimiser steps that it names and answers with times in seconds."""
-    target_config = load_target_config(config.target, cache_dir=config.run.cache_dir)
-    vocab_size, generator = target_config.vocab_size, torch.Generator().manual_seed(1)
+def mapping_of(config: Config, vocab_size: int) -> VocabMapping:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(1)
     selected = torch.randperm(vocab_size, generator=generator)[: config.draft.vocab_size].sort().values
-    backend.open_session(VocabMapping.from_token_ids(selected, vocab_size))
-    draft = make_draft(config, target_config, backend, device)
-    learner = Learner(draft, config.train, config.draft, TrainerGroup(), total_steps=config.train.max_steps)
-    with contextlib.closing(backend.stream(token_batches(config, vocab_size))) as stream:
+    return VocabMapping.from_token_ids(selected, vocab_size)
 
-        def steps(count: int) -> None:
+
+def train(config: Config, backend: Eagle3TargetBackend, device: torch.device, group: TrainerGroup) -> None:
+    """For each question, trains the number of optimiser steps that it names and answers with times in seconds.
+
+    With `kept` in the question, it does so on one batch of supervision, which is there: no target is asked.
+    """
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
+    backend.open_session(mapping_of(config, shape.vocab_size))
+    draft = make_draft(config, shape, backend, device)
+    learner = Learner(draft, config.train, config.draft, group, total_steps=config.train.max_steps)
+    with contextlib.closing(backend.stream(token_batches(config, shape.vocab_size, group.rank))) as stream:
+
+        def steps(count: int, batches: Iterator[Eagle3TargetBatch]) -> None:
             for _ in range(count):
-                learner.learn(itertools.islice(stream, config.train.accumulation))
+                learner.learn(itertools.islice(batches, config.train.accumulation))
             synchronise(device)
 
         say(ready=True)
         for question in questions():
+            batches = itertools.repeat(next(stream)) if question.get("kept") else stream
             # After warm-up as many requests are under way as during training.
-            steps(question["warmups"])
+            steps(question["warmups"], batches)
             started, waited = time.monotonic(), backend.totals.seconds_waited
-            steps(question["steps"])
+            steps(question["steps"], batches)
             ended = time.monotonic()
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
             say(started=started, ended=ended, waited=backend.totals.seconds_waited - waited, peak_bytes=peak)
@@ -83,24 +102,52 @@ def train_colocated(config: Config) -> None:
         config.target, device, cache_dir=config.run.cache_dir, seed=config.run.seed
     )
     settings = SessionSettings(encoding=supervision.encoding.value, rows=supervision.rows.value)
-    train(config, ColocatedEagle3TargetModel(target, config.target, settings), device)
+    train(config, ColocatedEagle3TargetModel(target, config.target, settings), device, TrainerGroup())
 
 
 def train_remote(config: Config) -> None:
-    with joined(config) as (membership, device), connected(config, membership, device) as backend:
-        train(config, backend, device)
+    with (
+        joined(config) as (membership, device),
+        connected(config, membership, device) as backend,
+        join_group(config, membership.cast, membership.store, device) as group,
+    ):
+        train(config, backend, device, group)
+
+
+def train_elastic(config: Config) -> None:
+    """A trainer of a job without targets, which finds them in the registry."""
+    world, stop = read_world(), threading.Event()
+    cast = assign_elastic_roles(Role.trainer, config.topology, world)
+    name = cast.me.name
+    start_worker(config, name)
+    device = torch.device(resolve_device(config.train.device, local_rank=world.local_rank))
+    store = attempt_store(world, timeout=config.rpc.start_timeout)
+    shape = load_target_shape(config.target, cache_dir=config.run.cache_dir)
+    with announced(config, name, Role.trainer, device, stop, when_superseded=stop.set) as membership:
+        backend = connect_target(config, shape, None, device, cast, membership, stop)
+        with contextlib.closing(backend), join_group(config, cast, store, device) as group:
+            train(config, backend, device, group)
 
 
 def serve(config: Config) -> None:
-    """For each question, a span of time, answers with the share of it in which the forward thread had no work."""
-    with joined(config) as (membership, device), contextlib.ExitStack() as stack:
-        server = load_server(config, [device])
+    """Answers a span of time with the share of it in which the forward thread had no work.
+
+    A number of `requests` instead: with the target's tokens per second by itself, while no trainer asks it.
+    """
+    with joined(config) as (membership, _), contextlib.ExitStack() as stack:
+        devices = resolve_devices(
+            config.target.device, config.topology.devices_per_target, local_rank=read_world().local_rank
+        )
+        target = HFEagle3TargetModel.load(
+            config.target, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed
+        )
+        server = TargetModelServer(target, config.target)
         life = TargetLifecycle(server=server, config=config.rpc, stop=threading.Event())
         stack.enter_context(life.hosted())
         looks: list[tuple[float, int]] = []
         done = threading.Event()
         threading.Thread(target=watch, args=(server, looks, done.is_set), daemon=True).start()
-        threading.Thread(target=answer, args=(looks,), daemon=True).start()
+        threading.Thread(target=answer, args=(looks, config, target), daemon=True).start()
         membership.mark(READY)
         membership.wait_for(membership.cast.trainer_names, DONE, timeout=math.inf)
         done.set()
@@ -113,12 +160,36 @@ def watch(server: TargetModelServer, looks: list[tuple[float, int]], done: Calla
         time.sleep(_LOOK_SECONDS)
 
 
-def answer(looks: list[tuple[float, int]]) -> None:
+def answer(looks: list[tuple[float, int]], config: Config, target: HFEagle3TargetModel) -> None:
     for span in questions():
+        if "requests" in span:
+            say(tokens_per_second=rate_alone(config, target, span["requests"]))
+            continue
         seen = [running for moment, running in looks if span["started"] <= moment <= span["ended"]]
         say(idle_share=1 - sum(seen) / len(seen))
 
 
+def rate_alone(config: Config, target: HFEagle3TargetModel, requests: int) -> float:
+    """Tokens per second of the requests that trainers send, in a server whose queue is never empty."""
+    vocab_size, device = target.model.config.get_text_config().vocab_size, target.devices[-1]
+    shape = (config.train.batch_size, config.data.max_length)
+    return served_rate(
+        target,
+        full_batch(*shape, vocab_size, _SUPERVISED_SHARE, device),
+        mapping_of(config, vocab_size),
+        encoding=config.supervision.encoding.value,
+        chunk_rows=config.target.chunk_rows,
+        requests=requests,
+        device=device,
+    )
+
+
+ROLES = {
+    "colocated": train_colocated,
+    "target": serve,
+    "trainer": train_remote,
+    "elastic_trainer": train_elastic,
+}
+
 if __name__ == "__main__":
-    role = {"colocated": train_colocated, "target": serve, "trainer": train_remote}[sys.argv[1]]
-    role(compose(sys.argv[2:]))
+    ROLES[sys.argv[1]](compose(sys.argv[2:]))

@@ -38,14 +38,22 @@ def python_module(
     return Command(name, [python, "-m", *arguments], {**_ENVIRONMENT, **(environment or {})}, answers)
 
 
-def static_job(module: str, *arguments: str, threads: int = 1, target_answers: bool = False) -> list[Command]:
-    """Target and trainer of a static job, `python -m MODULE target|trainer ARGUMENTS`, as torchrun would start them."""
-    port = free_port()
+def static_job(
+    module: str,
+    *arguments: str,
+    threads: int = 1,
+    target_answers: bool = False,
+    targets: int = 1,
+    trainers: int = 1,
+) -> list[Command]:
+    """Targets and trainers of a static job, `python -m MODULE ROLE ARGUMENTS`, as torchrun would start them."""
+    port, roles = free_port(), ["target"] * targets + ["trainer"] * trainers
     commands = []
-    for rank, role in enumerate(("target", "trainer")):
-        environment = {**torchrun_environment(rank, 2, port), "OMP_NUM_THREADS": str(threads)}
+    for rank, role in enumerate(roles):
+        environment = {**torchrun_environment(rank, len(roles), port), "OMP_NUM_THREADS": str(threads)}
+        name = f"{role}{rank - targets * (role == 'trainer')}"
         answers = target_answers or role == "trainer"
-        command = python_module(role, module, role, *arguments, environment=environment, answers=answers)
+        command = python_module(name, module, role, *arguments, environment=environment, answers=answers)
         commands.append(command)
     return commands
 
@@ -61,5 +69,7 @@ def running(
             process = command.start(log=logs / f"{command.name}.log", directory=_BENCHMARKS)
             stack.callback(process.end, _END_TIMEOUT)
             processes.append(process)
+        # All before any is waited for: workers of one job wait for each other when they end.
+        stack.callback(lambda: [process.hang_up() for process in processes])
         processes[-1].answer(start_timeout)
         yield processes[:-1], processes[-1]

@@ -131,20 +131,29 @@ class Process:
         """Closes the stdin of a process that answers, sends SIGTERM to another one, and kills either after
         `within` seconds.
         """
-        if self._popen is not None and self._popen.stdin is not None:
-            self._popen.stdin.close()
-        else:
+        if not self.hang_up():
             self.send(signal.SIGTERM)
         if not self.ends(within):
             self.kill()
             self.ends(_KILL_SECONDS)
 
+    def hang_up(self) -> bool:
+        """Closes the stdin of a process that answers, which then ends by itself; whether it is one."""
+        answers = self._popen is not None and self._popen.stdin is not None
+        if answers:
+            self._popen.stdin.close()
+        return answers
+
     def ask(self, *, seconds: float = 300.0, **question: Any) -> dict[str, Any]:
         """Sends a question and returns the answer. Raises as `answer` does."""
+        self.tell(**question)
+        return self.answer(seconds)
+
+    def tell(self, **question: Any) -> None:
+        """Sends a question, whose answer `answer` returns: so several processes work on theirs at a time."""
         assert self._popen is not None and self._popen.stdin is not None
         self._popen.stdin.write(json.dumps(question) + "\n")
         self._popen.stdin.flush()
-        return self.answer(seconds)
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """The next line that it says. Raises `RuntimeError` with the end of its log if there is none in `seconds`."""
