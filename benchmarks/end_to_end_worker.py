@@ -1,7 +1,7 @@
 """Targets and trainers of `end_to_end.py` and `many_gpus.py`: in one process, or in several over RPC. They answer
 questions in lines of JSON.
 
-python -m end_to_end_worker colocated|target|trainer|elastic_trainer HYDRA_OVERRIDE...
+python -m end_to_end_worker colocated|target|trainer|elastic_target|elastic_trainer HYDRA_OVERRIDE...
 """
 
 import contextlib
@@ -16,14 +16,14 @@ import torch
 from lines import questions, say
 from measuring import synchronise
 from target_lab.serving import served_rate
-from target_lab.work import full_batch
+from target_lab.work import full_batch, make_model
 from workers import compose, connected, joined
 
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.train import DONE, READY
-from eagle_rpc.process import read_world
+from eagle_rpc.process import read_world, stop_signals
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import attempt_store
 from eagle_rpc.service.lifecycle import TargetLifecycle
@@ -135,12 +135,7 @@ def serve(config: Config) -> None:
     A number of `requests` instead: with the target's tokens per second by itself, while no trainer asks it.
     """
     with joined(config) as (membership, _), contextlib.ExitStack() as stack:
-        devices = resolve_devices(
-            config.target.device, config.topology.devices_per_target, local_rank=read_world().local_rank
-        )
-        target = HFEagle3TargetModel.load(
-            config.target, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed
-        )
+        target = make_target(config)
         server = TargetModelServer(target, config.target)
         life = TargetLifecycle(server=server, config=config.rpc, stop=threading.Event())
         stack.enter_context(life.hosted())
@@ -151,6 +146,40 @@ def serve(config: Config) -> None:
         membership.mark(READY)
         membership.wait_for(membership.cast.trainer_names, DONE, timeout=math.inf)
         done.set()
+
+
+def make_target(config: Config) -> HFEagle3TargetModel:
+    """The target of this worker. On GPUs random weights are drawn where they belong, in seconds for large ones."""
+    settings, number = config.target, config.topology.devices_per_target
+    devices = resolve_devices(settings.device, number, local_rank=read_world().local_rank)
+    if not settings.random or devices[0] == "cpu":
+        return HFEagle3TargetModel.load(
+            settings, *devices, cache_dir=config.run.cache_dir, seed=config.run.seed
+        )
+    model, spread = make_model(settings.random, settings.attention, [torch.device(one) for one in devices])
+    kernels = {"fused_rows": settings.fused_rows, "fused_mlp": settings.fused_mlp}
+    target = HFEagle3TargetModel(model, spread=spread, **kernels)
+    if settings.compile_shapes:
+        target.compile(settings.compile_shapes, packed=False, mode=settings.compile_mode)
+    return target
+
+
+def serve_elastic(config: Config) -> None:
+    """A target of its own, which trainers find in the registry, until it is told to stop."""
+    name = assign_elastic_roles(Role.target, config.topology, read_world()).me.name
+    start_worker(config, name)
+    with stop_signals() as stop:
+        target = make_target(config)
+        device = target.devices[-1]
+        with announced(config, name, Role.target, device, stop, when_superseded=stop.set) as membership:
+            server = TargetModelServer(target, config.target, incarnation=membership.me.incarnation)
+            life = TargetLifecycle(
+                server=server,
+                config=config.rpc,
+                stop=stop,
+                when_serving=lambda: membership.report(server.status),
+            )
+            life.run()
 
 
 def watch(server: TargetModelServer, looks: list[tuple[float, int]], done: Callable[[], bool]) -> None:
@@ -188,6 +217,7 @@ ROLES = {
     "colocated": train_colocated,
     "target": serve,
     "trainer": train_remote,
+    "elastic_target": serve_elastic,
     "elastic_trainer": train_elastic,
 }
 

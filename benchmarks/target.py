@@ -73,7 +73,7 @@ class Bench:
         if self.device.type == "cuda":
             # Events are recorded where supervision is made.
             torch.cuda.set_device(self.device)
-        self.model, self.spread = make_model(shape, attention, devices, options.quantization)
+        self.model, self.spread = make_model(SHAPES[shape], attention, devices, options.quantization)
         self.mapping: VocabMapping = make_mapping(self.model.config)
         self.vocab = DraftVocabOnDevice.of(self.mapping, self.device)
         self._targets: dict[str, HFEagle3TargetModel] = {}

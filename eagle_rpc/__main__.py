@@ -55,8 +55,9 @@ def _say_what_loads(config: Config) -> None:
         # In JSON, the last words of a quick job are an object as well.
         setup_logging(name, log_format=config.run.log_format)
     if slow:
+        target = "a random target" if config.target.random else config.target.model
         logging.getLogger(__package__).info(
-            "loading PyTorch and transformers for job=%s of %s", config.job.name.value, config.target.model
+            "loading PyTorch and transformers for job=%s of %s", config.job.name.value, target
         )
 
 

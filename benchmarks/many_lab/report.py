@@ -80,7 +80,8 @@ def _topology_row(name: str, figures: Entry, one: Entry | None) -> Cells:
         later = figures["tokens_per_second_later"]
         told = (
             f"{figures['optimiser_steps']} steps in {figures['seconds']:.0f} s, "
-            f"killed after {figures['killed_after'] or 0:.0f} s, longest wait {figures['longest_look']:.1f} s"
+            f"killed after {_seconds(figures['killed_after'])}, serving again after "
+            f"{_seconds(figures['serving_again_after'])}, longest wait {figures['longest_look']:.1f} s"
         )
         return name, f"{rate}, then {later or 0:,.0f}", told, "", "", ""
     return (
@@ -111,6 +112,10 @@ def _divided_row(name: str, figures: Entry, done: Mapping[str, Entry]) -> Cells:
     peer = done.get(f"tensor parallelism over {figures['devices']} cards")
     beside = f"{rate / peer['tokens_per_second']:.2f}" if peer else ""
     return name, f"{rate:,.0f}", f"{figures['served_share_of_shape_ceiling']:.0%}", beside, ""
+
+
+def _seconds(seconds: float | None) -> str:
+    return "never" if seconds is None else f"{seconds:.0f} s"
 
 
 def _shares(shares: list[float]) -> str:

@@ -107,7 +107,7 @@ def _run(*words: str, seconds: float, directory: Path) -> None:
         if not process.ends(seconds):
             raise RuntimeError(f"took over {seconds:.0f} s; its output ends: {process.end_of_log(5)}")
         if code := process.poll():
-            raise RuntimeError(f"ended with {code}: {process.end_of_log(15)}")
+            raise RuntimeError(f"ended with {code}, see {process.log}: {process.end_of_log(15)}")
     finally:
         process.end(_END_SECONDS)
 

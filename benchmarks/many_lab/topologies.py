@@ -120,13 +120,15 @@ def _endure(lab: Lab, seconds: float, directory: Path) -> Figures:
 
     Raises `RuntimeError` if a look at the trainers takes as long as the start may: they are locked.
     """
-    with _elastic_service(lab, directory) as (trainers, restart_target):
+    again = directory / "target0_again.log"
+    with _elastic_service(lab, directory, again) as (trainers, restart_target):
         started, looks, killed, returned = time.monotonic(), [], None, None
         while (now := time.monotonic() - started) < lab.seconds:
             if killed is None and now > lab.seconds / 3:
                 killed = now
                 restart_target()
-                returned = time.monotonic() - started
+            elif killed and returned is None and " serving " in again.read_text():
+                returned = now
             deadline = time.monotonic() + _PATIENCE
             figures = _trained(lab, trainers, deadline, warmups=0, steps=_STEPS_OF_A_LOOK)
             looks.append((now, figures["ended"] - figures["started"], figures["tokens_per_second"]))
@@ -136,7 +138,7 @@ def _endure(lab: Lab, seconds: float, directory: Path) -> Figures:
         "seconds": lab.seconds,
         "optimiser_steps": _STEPS_OF_A_LOOK * len(looks),
         "killed_after": killed,
-        "restarted_after": returned,
+        "serving_again_after": returned,
         "longest_look": max(took for _, took, _ in looks),
         "tokens_per_second": sum(before) / len(before),
         "tokens_per_second_later": sum(after) / len(after) if after else None,
@@ -144,17 +146,19 @@ def _endure(lab: Lab, seconds: float, directory: Path) -> Figures:
 
 
 @contextlib.contextmanager
-def _elastic_service(lab: Lab, directory: Path) -> Iterator[tuple[list[Process], Callable[[], None]]]:
-    """Its trainers, which are ready, and a function that kills target 0 and starts it anew."""
+def _elastic_service(
+    lab: Lab, directory: Path, again: Path
+) -> Iterator[tuple[list[Process], Callable[[], None]]]:
+    """Its trainers, which are ready, and a function that kills target 0 and starts it anew with the log `again`."""
     meeting = ["rpc=elastic", f"rpc.registry=127.0.0.1:{free_port()}", f"rpc.token_file={directory}/token"]
     settings = [*lab.overrides(lab.work.trained, directory), *meeting]
-    serving = [*(word for word in settings if word != "job=train"), "job=serve"]
     registry = python_module("registry", "eagle_rpc", "job=registry", *meeting, f"run.dir={directory}/run")
     targets = [
         python_module(
             f"target{number}",
-            "eagle_rpc",
-            *serving,
+            _WORKER,
+            "elastic_target",
+            *settings,
             f"topology.first_target={number}",
             environment=_card(lab, number),
         )
@@ -180,7 +184,7 @@ def _elastic_service(lab: Lab, directory: Path) -> Iterator[tuple[list[Process],
 
         def restart_target() -> None:
             others[1].kill()
-            fresh = targets[0].start(log=directory / "target0_again.log", directory=Path(__file__).parents[1])
+            fresh = targets[0].start(log=again, directory=Path(__file__).parents[1])
             stack.callback(fresh.end, 60.0)
 
         yield [others[-1], last], restart_target

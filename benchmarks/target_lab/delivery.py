@@ -85,7 +85,7 @@ def serve_target(spec: dict[str, Any], config: Config) -> None:
     with joined(config) as (membership, device):
         settings = config.target
         devices = devices_of(settings.device, config.topology.devices_per_target)
-        model, spread = make_model(spec["shape"], spec["attention"], devices)
+        model, spread = make_model(SHAPES[spec["shape"]], spec["attention"], devices)
         kernels = {"fused_rows": settings.fused_rows, "fused_mlp": settings.fused_mlp}
         target = HFEagle3TargetModel(model, spread=spread, **kernels)
         if settings.compile_shapes:

@@ -4,12 +4,12 @@ Legend: B batch, T sequence, H hidden, V target vocab, K draft vocab.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from measuring import median_seconds
-from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -34,18 +34,24 @@ def devices_of(device: str, number: int) -> list[torch.device]:
 
 
 def make_model(
-    shape: str, attention: str, devices: Sequence[torch.device], quantization: str | None = None
+    fields: Mapping[str, Any],
+    attention: str,
+    devices: Sequence[torch.device],
+    quantization: str | None = None,
 ) -> tuple[PreTrainedModel, Spread | None]:
-    """In bf16, drawn on its devices, equal in its processes. `quantization`: one of torchao's."""
+    """Of a configuration's fields in bf16, drawn on its devices, equal in its processes.
+
+    `quantization`: one of torchao's.
+    """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **SHAPES[shape]})
+    config = AutoConfig.for_model(**{"bos_token_id": None, "eos_token_id": None, **fields})
     form = {"dtype": torch.bfloat16, "attn_implementation": attention}
     device, spread = devices[0], None
     if len(devices) == 1:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, **form)
     else:
-        placement = plan_placement(TargetConfig(model=shape), config, len(devices))
+        placement = plan_placement(TargetConfig(model="random"), config, len(devices))
         # A checkpoint without tensors: transformers draws each where the map puts it.
         kind = AutoModelForCausalLM._model_mapping[type(config)]
         # It reports all of them as missing.
@@ -53,7 +59,7 @@ def make_model(
         placed = {"device_map": placement.device_map(devices), "state_dict": {}}
         model = kind.from_pretrained(None, config=config, **placed, **form)
         remove_device_hooks(model)
-        place_tensors(model, placement, devices)
+        place_tensors(model, placement.device_map(devices))
         spread = Spread(model, placement, devices)
     if quantization is not None:
         from torchao.quantization import quantize_
