@@ -37,6 +37,8 @@ def report(content: Mapping[str, Any]) -> str:
     named = ("device", "cards", "cores", "python", "torch", "transformers", "nccl", "date")
     machine = ", ".join(f"{name} {content[name]}" for name in named if content.get(name) is not None)
     lines = ["# Several GPUs of one host", "", machine, "", f"    {content['command']}", ""]
+    if content["nccl"] is None:
+        lines += ["On a CPU processes take the places of cards: these figures say nothing about GPUs.", ""]
     if content["environment"]:
         settings = ", ".join(f"`{name}={value}`" for name, value in content["environment"].items())
         lines += [f"Set by the machine: {settings}.", ""]

@@ -1,6 +1,7 @@
 """Parts 1 and 2: targets and trainers of one static job, and an elastic one that lives through a kill."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ _PATIENCE = 300.0
 # Optimiser steps between two looks at an endurance run.
 _STEPS_OF_A_LOOK = 4
 _WORKER = "end_to_end_worker"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def topology_runs(lab: Lab) -> Iterator[Run]:
@@ -192,4 +194,7 @@ def _elastic_service(
 
 def _card(lab: Lab, number: int) -> dict[str, str]:
     """Each worker of an elastic service sees a GPU of its own."""
-    return {"CUDA_VISIBLE_DEVICES": str(number)} if lab.on_gpus else {}
+    if not lab.on_gpus:
+        return {}
+    visible = os.environ.get(_VISIBLE, "").split(",")
+    return {_VISIBLE: visible[number] if number < len(visible) and visible[number] else str(number)}

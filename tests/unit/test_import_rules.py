@@ -104,7 +104,7 @@ def loaded_by(imports: str, *modules: str) -> list[str]:
 
 
 def test_the_entry_point_imports_nothing_heavy():
-    rooms = "config.compose process topology registry errors sizes".split()
+    rooms = "config.compose config.launch process topology registry errors sizes".split()
     modules = [*rooms, *(f"jobs.{job}" for job in ("plan", "registry", "report", "status"))]
     imports = "import " + ", ".join(f"eagle_rpc.{module}" for module in modules)
     assert loaded_by(imports, "torch", "transformers") == []
