@@ -21,7 +21,7 @@ from eagle_rpc.process import World, read_world, stop_signals, tolerate_stop
 from eagle_rpc.process.rundir import RunDirectory
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.report.trackers import require_installed
-from eagle_rpc.rpc import StaticMembership, attempt_store, join_static
+from eagle_rpc.rpc import StaticMembership, attempt_store, gathered_store, join_static
 from eagle_rpc.service.lifecycle import TargetLifecycle
 from eagle_rpc.service.stage_chain import StageChain
 from eagle_rpc.service.stage_lifecycle import StageLifecycle
@@ -57,7 +57,12 @@ def run(config: Config) -> int:
         if static and config.topology.devices_per_target * config.topology.stages_per_target > 1:
             # Too few GPUs are told before any input is read.
             _devices(config, cast, world)
-        store = attempt_store(world, timeout=config.rpc.start_timeout)
+        seconds = config.rpc.start_timeout
+        store = (
+            attempt_store(world, timeout=seconds)
+            if static
+            else gathered_store(world, timeout=seconds, stop=stop)
+        )
         loaded = load_inputs_once(config, cast, store, stop)
         if loaded is None:
             return int(not stop.is_set())

@@ -3,6 +3,7 @@
 from eagle_rpc.rpc.calls import PendingCall
 from eagle_rpc.rpc.elastic import ElasticMembership, join_elastic
 from eagle_rpc.rpc.fence import Permissions
+from eagle_rpc.rpc.gathering import gathered_store
 from eagle_rpc.rpc.internals import WORLD_FUNCTIONS
 from eagle_rpc.rpc.link import Link, ServiceCall, host, withdraw
 from eagle_rpc.rpc.membership import Membership, TargetAddress
@@ -19,6 +20,7 @@ __all__ = [
     "StaticMembership",
     "TargetAddress",
     "attempt_store",
+    "gathered_store",
     "host",
     "join_elastic",
     "join_static",

@@ -148,13 +148,21 @@ def join_static(
 
 
 def attempt_store(world: World, *, timeout: float) -> dist.Store:
-    """The store of this torchrun attempt, in a namespace of its own; rank 0 hosts it where torchrun does not.
+    """The store of this torchrun attempt, in a namespace of its own. `timeout` as of `torchrun_store`."""
+    if world.master_addr is None:
+        return dist.HashStore()
+    return dist.PrefixStore(
+        f"eagle_rpc/{world.run_id}/{world.restart_count}", torchrun_store(world, timeout=timeout)
+    )
+
+
+def torchrun_store(world: World, *, timeout: float) -> dist.Store:
+    """The store of torchrun, with all keys; rank 0 hosts it where torchrun does not.
 
     `timeout` in seconds is for connecting and for reads that block.
     """
-    if world.master_addr is None:
-        return dist.HashStore()
-    tcp = dist.TCPStore(
+    assert world.master_addr is not None, "torchrun names the place of its store"
+    return dist.TCPStore(
         world.master_addr,
         world.master_port,
         is_master=_hosts_store(world),
@@ -163,7 +171,6 @@ def attempt_store(world: World, *, timeout: float) -> dist.Store:
         # Two stores of one process share the server.
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"eagle_rpc/{world.run_id}/{world.restart_count}", tcp)
 
 
 def _hosts_store(world: World) -> bool:
