@@ -27,7 +27,7 @@ _PREFETCH = 4
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", type=int, default=4)
     parser.add_argument("--trainers", type=int, default=8)
-    parser.add_argument("--steps-per-restart", type=int, default=10)
+    parser.add_argument("--steps-per-restart", type=int, default=25)
 
 
 def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, isolation: Isolation) -> Report:

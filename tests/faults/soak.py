@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from support.processes import Process, ended_at_last
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--targets", type=int, default=3, help="the first one is never ended")
     parser.add_argument("--pause", type=float, default=5.0, help="mean seconds between two events")
-    parser.add_argument("--guest-steps", type=int, default=10, help="optimiser steps of a trainer that comes")
+    parser.add_argument("--guest-steps", type=int, default=60, help="optimiser steps of a trainer that comes")
     parser.add_argument(
         "--train-seconds", type=float, default=0.1, help="of the steady trainer for each batch"
     )
@@ -60,7 +61,18 @@ class Guest:
     """A trainer that comes and goes."""
 
     process: Process
+    metrics: Path
     codes: tuple[int, ...] = (0,)  # with which it may end
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has begun; before that, a signal ends it as any program."""
+        return self.process.alive and self.metrics.exists()
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether its last line is there; after that as well."""
+        return "/report.html" in self.process.end_of_log(1)
 
 
 @dataclass
@@ -96,9 +108,10 @@ class Soak:
         ]
         if len(self._living_guests()) < _MOST_GUESTS:
             events += [("trainer comes", self._invite)] * 2
-        if self._living_guests():
-            events.append(("trainer killed", lambda: self._end_guest(signal.SIGKILL)))
-            events.append(("trainer told to stop", lambda: self._end_guest(signal.SIGTERM)))
+        if training := [guest for guest in self.guests if guest.trains]:
+            guest = self.draw.choice(training)
+            events.append(("trainer killed", lambda: self._end_guest(guest, signal.SIGKILL)))
+            events.append(("trainer told to stop", lambda: self._end_guest(guest, signal.SIGTERM)))
         return events
 
     # --- events
@@ -127,10 +140,9 @@ class Soak:
         settings = [*service.workspace.service_settings(service.address), *training, f"run.name={name}"]
         log = service.workspace.logs / f"{name}.log"
         process = service.zygote.command_line(["job=train", "rpc=elastic", *settings], log=log)
-        self.guests.append(Guest(process))
+        self.guests.append(Guest(process, service.workspace.run_dir(name) / "metrics.jsonl"))
 
-    def _end_guest(self, number: int) -> None:
-        guest = self.draw.choice(self._living_guests())
+    def _end_guest(self, guest: Guest, number: int) -> None:
         # It may have finished just before.
         guest.codes = (0,) if number == signal.SIGTERM else (0, -number)
         guest.process.send(number)
@@ -157,7 +169,7 @@ class Soak:
     def _part_from_guests(self) -> None:
         for guest in [guest for guest in self.guests if not guest.process.alive]:
             self.guests.remove(guest)
-            if guest.process.poll() not in guest.codes:
+            if guest.process.poll() not in guest.codes and not guest.has_finished:
                 log = guest.process.end_of_log()
                 self.wrong.append(f"a guest ended with code {guest.process.poll()}: ...\n{log}")
 

@@ -54,6 +54,12 @@ def test_a_rolling_restart_of_all_targets_loses_no_batch_and_changes_no_bit(tmp_
     }
 
 
+def test_targets_and_trainers_that_come_and_go_for_a_minute_end_as_promised(tmp_path: Path):
+    report = report_of(tmp_path, "soak", "--minutes", "1", "--pause", "2", "--guest-steps", "3")
+    assert sum(report["events"].values()) >= 3
+    assert set(report["samples"]) == {"registry", "target0", "steady trainer"}
+
+
 def test_every_mode_ends_after_its_signal_and_leaves_nothing_behind(tmp_path: Path):
     report = report_of(tmp_path, "cycles", "--count", "8", "--seed", "3")
     assert len({cycle["mode"] for cycle in report["cycles"]}) == 6
