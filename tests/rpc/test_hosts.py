@@ -35,13 +35,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 @pytest.fixture(scope="module")
 def zygote(workspace: Workspace) -> Iterator[Zygote]:
+    others = {process.pid for process in descendants(without=set())}
     with Zygote(workspace.path, workspace.environment) as zygote:
         log = workspace.logs / "model.log"
         maker = zygote.fork("faults.workspace:make_model", [str(workspace.model)], log=log)
         with ended_at_last(lambda: [maker]):
             assert maker.ends(within=60) and maker.poll() == 0, maker.end_of_log()
         yield zygote
-        for process in descendants(without={zygote.pid}):
+        for process in descendants(without={zygote.pid, *others}):
             process.kill()
 
 
