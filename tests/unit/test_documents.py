@@ -26,7 +26,9 @@ SUFFIXES = {"py", "md", "html", "json", "yaml", "sh"}
 # Words before a command that starts this package, whether by `launch.sh`, from an environment or under torchrun.
 OWN_COMMAND = re.compile(r"(srun [^&]*?)?((\./|\S+/bin/)?(launch|eagle-rpc)|torchrun|python -m eagle)")
 # What a shell does itself, what a test runs (`test_examples.py`), and installations, of which a test knows the extras.
-EASY_COMMAND = re.compile(r"\w+=|(trap|wait|kill)\b|python examples/\w+\.py|pip install|python -m venv")
+EASY_COMMAND = re.compile(
+    r"\w+=(\S+|\$?\(.*\))$|(trap|wait|kill)\b|python examples/\w+\.py|pip install|python -m venv"
+)
 FILE_NAME = re.compile(r"`((?:eagle_rpc|tests|benchmarks|examples|docs|conf)/[\w./-]+|[a-z_]+/[\w/]+\.py)`")
 
 
@@ -59,14 +61,15 @@ def defined(file: Path) -> set[str]:
 
 
 def command_lines(page: Path) -> list[str]:
-    """The lines of code blocks without a language or in bash, without their comments."""
+    """The lines of code blocks without a language or in bash, without comments and variables before a command."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     lines = (
         "".join(text for language, text in blocks if language in ("", "bash"))
         .replace("\\\n", " ")
         .splitlines()
     )
-    return [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+    bare = [re.sub(r"^(\w+=\S+ +)+(?=\w)", "", line.partition("#")[0].strip()) for line in lines]
+    return [line for line in bare if line]
 
 
 def commands(page: Path) -> list[str]:
