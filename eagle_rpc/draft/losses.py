@@ -7,7 +7,8 @@ probability that rejection sampling accepts the draft's token.
 A new loss takes four steps; tests compare 1 with the definition and 3 with 1:
 
 1. here, a function such as `_kl` and its entry in `LOSSES`;
-2. `config/choices.py`: its name in `DraftLoss`, from which `draft.loss` is chosen;
+2. `config/choices.py`: its name in `DraftLoss`, from which `draft.loss` is chosen; `_broken_in_draft` of
+   `config/checks.py`, if it may be blended with KL or reads P;
 3. `fused/triton_losses.py`: the same formula for GPUs, under a flag that the entry names;
 4. `tests/unit/draft/test_losses.py`: the definition, in `by_hand`.
 

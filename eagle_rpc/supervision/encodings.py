@@ -1,8 +1,14 @@
 """The encodings: how the target's distribution at a supervised row travels from the target to the trainer.
 
-A new encoding is its size in `eagle_rpc/sizes/wire.py`, a class in this file, an entry in `ENCODINGS`, and a name
-in `eagle_rpc.config.choices.Encoding`. Legend: N supervised rows, n rows of a slice, H target hidden, K draft
-vocab.
+A new encoding takes four steps:
+
+1. `sizes/wire.py`: its bytes, a `WireSize`;
+2. here, a class: a `LogitEncoding` if its values come from draft-vocab logits, a `ProjectedTargets` if trainers
+   project hidden states;
+3. here, its entry in `ENCODINGS`;
+4. `config/choices.py`: its name in `Encoding`, from which `supervision.encoding` is chosen.
+
+Legend: N supervised rows, n rows of a slice, H target hidden, K draft vocab.
 """
 
 from abc import abstractmethod

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from eagle_rpc.config.choices import DraftLoss, JobName
+from eagle_rpc.config.choices import DraftLoss, Encoding, JobName
 from eagle_rpc.config.compose import from_sections
-from eagle_rpc.config.schema import DraftConfig, JobConfig, TargetConfig
+from eagle_rpc.config.schema import DraftConfig, JobConfig, SupervisionConfig, TargetConfig
 from eagle_rpc.draft.losses import LAMBDA_DECAY, LOSSES, LOWEST_LOG_PROBABILITY, row_losses
 from eagle_rpc.errors import ConfigError
 
@@ -121,3 +121,13 @@ def test_the_configuration_mixes_exactly_the_losses_that_mix():
         refused = contextlib.nullcontext() if loss.mixes else pytest.raises(ConfigError, match="kl_share")
         with refused:
             from_sections(draft=draft, target=TargetConfig(model="any"), job=JobConfig(name=JobName.evaluate))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_configuration_refuses_probs_exactly_for_losses_that_read_the_full_vocabulary(loss):
+    sections = {"draft": DraftConfig(loss=DraftLoss(loss)), "target": TargetConfig(model="any")}
+    reads_all = "ACCEPTANCE" in LOSSES[loss].kernel_flags
+    refused = pytest.raises(ConfigError, match="encoding=probs") if reads_all else contextlib.nullcontext()
+    with refused:
+        probs = SupervisionConfig(encoding=Encoding.probs)
+        from_sections(job=JobConfig(name=JobName.evaluate), supervision=probs, **sections)
