@@ -12,12 +12,12 @@ from eagle_rpc.client import RemoteEagle3TargetModel
 from eagle_rpc.config import Config
 from eagle_rpc.jobs.assembly import connect_target
 from eagle_rpc.jobs.permissions import permissions
-from eagle_rpc.jobs.train import DONE, READY
+from eagle_rpc.jobs.train import DONE, READY, job_devices
 from eagle_rpc.process import read_world
 from eagle_rpc.process.startup import start_worker
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.model_files import load_target_shape
-from eagle_rpc.topology import assign_roles, plan_devices
+from eagle_rpc.topology import assign_roles
 
 __all__ = ["compose", "connected", "elastic_trainer", "joined", "processes"]
 
@@ -28,13 +28,7 @@ def joined(config: Config) -> Iterator[tuple[StaticMembership, torch.device]]:
     world = read_world()
     cast = assign_roles(config.topology, world)
     start_worker(config, cast.me.name)
-    devices = plan_devices(
-        cast,
-        world,
-        target=config.target.device,
-        trainer=config.train.device,
-        devices_per_target=config.topology.devices_per_target,
-    )
+    devices = job_devices(config, cast, world)
     device = torch.device(devices.device)
     if device.type == "cuda":
         # Before RPC, which looks for devices when it starts.

@@ -56,7 +56,7 @@ def run(config: Config) -> int:
         static = config.rpc.membership is MembershipKind.static
         if static and config.topology.devices_per_target * config.topology.stages_per_target > 1:
             # Too few GPUs are told before any input is read.
-            _devices(config, cast, world)
+            job_devices(config, cast, world)
         seconds = config.rpc.start_timeout
         store = (
             attempt_store(world, timeout=seconds)
@@ -78,7 +78,7 @@ def run(config: Config) -> int:
 def _train_static(
     config: Config, inputs: Inputs | None, cast: Cast, world: World, stop: threading.Event
 ) -> None:
-    devices = _devices(config, cast, world)
+    devices = job_devices(config, cast, world)
     device = torch.device(devices.device)
     permitted = permissions(config.rpc, None, hand_over_bytes=hand_over_bytes(config))
     with join_static(cast, world, config.rpc, devices, permitted) as membership:
@@ -98,7 +98,8 @@ def _train_static(
             membership.mark(DONE)
 
 
-def _devices(config: Config, cast: Cast, world: World) -> DevicePlan:
+def job_devices(config: Config, cast: Cast, world: World) -> DevicePlan:
+    """The devices of the workers of a static job."""
     return plan_devices(
         cast,
         world,

@@ -9,7 +9,7 @@ from gpu_targets import FORMS, MAPPING, VOCAB, batch_of, config_of, pass_request
 from gpu_waits import waiting_forbidden
 from support.families import tiny_config, tiny_model
 from support.service_training import service_config, take_part
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 from support.workers import run_workers
 
 from eagle_rpc.config.choices import DType
@@ -84,8 +84,7 @@ def test_two_gpus_give_the_bits_of_one(loaded, encoding, packed):
 def test_stored_families_over_two_gpus_give_the_bits_of_one(family, tmp_path):
     """Read from their files to both GPUs; two of them have heads tied to their embeddings."""
     layers = {"layer_types": None} if family == "gemma3_text" else {}
-    tiny_model(family, num_hidden_layers=6, **layers).save_pretrained(tmp_path / "model")
-    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(tiny_model(family, num_hidden_layers=6, **layers), tmp_path / "model")
     config = TargetConfig(model=str(tmp_path / "model"), dtype=DType.bfloat16, aux_layer_ids=[0, 2, 4])
     one, two = (
         HFEagle3TargetModel.load(config, *devices, cache_dir=tmp_path) for devices in (DEVICES[:1], DEVICES)

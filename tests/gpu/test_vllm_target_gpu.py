@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpu_marks import ON_A_GPU
 from gpu_targets import MAPPING, RANDOM, VOCAB, batch_of
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.config.choices import DType, TargetEngine
@@ -28,9 +28,7 @@ pytestmark = [
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**RANDOM)).save_pretrained(path)
-    make_tiny_tokenizer().save_pretrained(path)
-    return path
+    return save_with_tokenizer(LlamaForCausalLM(LlamaConfig(**RANDOM)), path)
 
 
 @pytest.fixture(scope="module")

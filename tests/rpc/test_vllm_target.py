@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_target import tensors_of
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 from support.workers import run_workers
 from test_service import as_lists, joined, remote_target, serve
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,9 +59,9 @@ def save_model(directory: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": VOCAB_SIZE}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1)).save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_with_tokenizer(
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1)), directory
+    )
 
 
 def config_of(directory: str | Path, engine: TargetEngine, **settings: Any) -> TargetConfig:

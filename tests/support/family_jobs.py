@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from support.families import runs_alone, tiny_model
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 from transformers import PreTrainedModel
 
 from eagle_rpc import library
@@ -51,8 +51,7 @@ class Outcome:
 def save_tiny_family(family: str, directory: Path) -> str:
     """Writes a tiny model with a tokenizer; returns its class."""
     model = tiny_model(family)
-    model.save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
+    save_with_tokenizer(model, directory)
     return type(model).__name__
 
 

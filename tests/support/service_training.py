@@ -16,11 +16,11 @@ from eagle_rpc.config.choices import DType
 from eagle_rpc.config.schema import DraftConfig, RunConfig, TopologyConfig, TrainConfig
 from eagle_rpc.jobs.assembly import connect_target, join_group, make_draft
 from eagle_rpc.jobs.permissions import permissions
-from eagle_rpc.jobs.train import DONE, READY, serve_until_done
+from eagle_rpc.jobs.train import DONE, READY, job_devices, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import StaticMembership, join_static
 from eagle_rpc.target.model_files import load_target_shape
-from eagle_rpc.topology import Role, assign_roles, plan_devices
+from eagle_rpc.topology import Role, assign_roles
 from eagle_rpc.train import TrainerGroup
 from eagle_rpc.train.learner import Learner
 
@@ -55,13 +55,7 @@ def take_part(config: Config, steps: int, group_of: GroupMaker = all_trainers) -
     torch.set_num_threads(1)
     world = read_world()
     cast = assign_roles(config.topology, world)
-    devices = plan_devices(
-        cast,
-        world,
-        target=config.target.device,
-        trainer=config.train.device,
-        devices_per_target=config.topology.devices_per_target,
-    )
+    devices = job_devices(config, cast, world)
     device = torch.device(devices.device)
     with join_static(cast, world, config.rpc, devices, permissions(config.rpc, None)) as membership:
         if cast.me.has(Role.target):

@@ -24,12 +24,12 @@ from eagle_rpc.jobs.assembly import client_settings
 from eagle_rpc.jobs.permissions import permissions
 from eagle_rpc.jobs.serve import elastic_stage, elastic_target
 from eagle_rpc.jobs.stages import hand_over_bytes
-from eagle_rpc.jobs.train import DONE, READY, serve_until_done
+from eagle_rpc.jobs.train import DONE, READY, job_devices, serve_until_done
 from eagle_rpc.process import read_world
 from eagle_rpc.rpc import join_static
 from eagle_rpc.supervision import SessionSettings, TargetExpectation, TokenBatch
 from eagle_rpc.target.model import HFEagle3TargetModel
-from eagle_rpc.topology import Role, assign_elastic_roles, assign_roles, plan_devices
+from eagle_rpc.topology import Role, assign_elastic_roles, assign_roles
 
 _SECONDS = 120.0
 ENCODINGS = ("hidden", "logits", "probs")
@@ -81,7 +81,7 @@ def take_part(config: Config, link: Link, train: Callable[..., Any]) -> Any:
     """One process: a stage, or the trainer, which returns what `train` does."""
     world = read_world()
     cast = assign_roles(config.topology, world)
-    devices = plan_devices(cast, world, target=config.target.device, trainer=config.train.device)
+    devices = job_devices(config, cast, world)
     permitted = permissions(config.rpc, None, hand_over_bytes=hand_over_bytes(config))
     with join_static(cast, world, config.rpc, devices, permitted) as membership:
         if not cast.me.has(Role.trainer):

@@ -1,7 +1,9 @@
 """A small tokenizer that encodes any text and has a chat template."""
 
+from pathlib import Path
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 300
 
@@ -42,3 +44,10 @@ def make_tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokeniz
     )
     fast.chat_template = chat_template
     return fast
+
+
+def save_with_tokenizer(model: PreTrainedModel, directory: Path) -> Path:
+    """Writes the model and a tiny tokenizer; returns the directory."""
+    model.save_pretrained(directory)
+    make_tiny_tokenizer().save_pretrained(directory)
+    return directory

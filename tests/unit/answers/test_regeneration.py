@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_tokenizer import CHATML, VOCAB_SIZE, make_tiny_tokenizer
+from support.tiny_tokenizer import CHATML, VOCAB_SIZE, make_tiny_tokenizer, save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.answers import own
@@ -58,9 +58,7 @@ def model_dir(tmp_path_factory) -> Path:
     # Many tokens end an answer, so that about half of them end before their time.
     model.generation_config.eos_token_id = [2, *range(0, VOCAB_SIZE, 14)]
     directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_with_tokenizer(model, directory)
 
 
 @pytest.fixture

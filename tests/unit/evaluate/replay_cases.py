@@ -64,11 +64,15 @@ def tiny_draft(model, seed, texts, **form):
     )
     draft = Eagle3Draft(config, model.get_input_embeddings().weight)
     draft.initialise(seed)
+    sharpen_attention(draft)
+    return draft, mapping
+
+
+def sharpen_attention(draft):
+    """Guesses hang on what the draft attends to, so that a wrong slot in its cache changes them."""
     for name, weight in draft.named_parameters():
-        # Guesses then hang on what the draft attends to.
         if weight.requires_grad and "norm" not in name and name != "fc.weight":
             weight.data.mul_(60 if "o_proj" in name else 15)
-    return draft, mapping
 
 
 def random_prompts(seed, lengths):

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from replay_cases import sharpen_attention
 from support.ttt_cases import every_slot
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
@@ -41,10 +42,7 @@ def tiny_draft(model, seed, likely_tokens):
     config = Eagle3DraftConfig.from_target(TargetShape.of(model.config), draft_vocab_size=len(mapping))
     draft = Eagle3Draft(config, model.get_input_embeddings().weight)
     draft.initialise(seed)
-    # Guesses hang on what the draft attends to, so that a wrong slot in its cache changes them.
-    for name, weight in draft.named_parameters():
-        if weight.requires_grad and "norm" not in name and name != "fc.weight":
-            weight.data.mul_(60 if "o_proj" in name else 15)
+    sharpen_attention(draft)
     return draft, mapping
 
 

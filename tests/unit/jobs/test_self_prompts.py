@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer
+from support.tiny_tokenizer import VOCAB_SIZE, make_tiny_tokenizer, save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle_rpc.answers.answerer import Answer
@@ -33,9 +33,7 @@ def model_dir(tmp_path_factory) -> Path:
     # Many tokens end a turn, so that some attempts end before their time.
     model.generation_config.eos_token_id = [END, *range(3, VOCAB_SIZE, 8)]
     directory = tmp_path_factory.mktemp("model")
-    model.save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_with_tokenizer(model, directory)
 
 
 @pytest.fixture

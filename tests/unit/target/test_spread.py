@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.cards import MixedCards, placed_on_cards
 from support.families import tiny_config, tiny_model
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 
 from eagle_rpc.config.choices import CompileMode, DType
 from eagle_rpc.config.schema import TargetConfig
@@ -117,9 +117,7 @@ def test_cards_of_the_tests_are_told_apart():
 
 
 def save(directory, family, **changes):
-    tiny_model(family, **changes).save_pretrained(directory)
-    make_tiny_tokenizer().save_pretrained(directory)
-    return directory
+    return save_with_tokenizer(tiny_model(family, **changes), directory)
 
 
 @pytest.fixture(scope="module")

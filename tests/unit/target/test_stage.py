@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support.families import tiny_config, tiny_model
-from support.tiny_tokenizer import make_tiny_tokenizer
+from support.tiny_tokenizer import save_with_tokenizer
 from unit.target.test_spread import AUX, KINDS_OF_LAYERS, LAYERS, batch_of
 
 from eagle_rpc.config.choices import CompileMode, DType
@@ -76,8 +76,7 @@ def test_compiled_stages_have_the_bits_of_one_process(tmp_path):
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_moe", "gemma3"])
 def test_stages_of_a_stored_model_hold_their_own_weights_alone_and_together_its_identity(family, tmp_path):
     """With a tied head; with experts that transformers stacks while it reads them; in a vision-language model."""
-    tiny_model(family).save_pretrained(tmp_path / "model")
-    make_tiny_tokenizer().save_pretrained(tmp_path / "model")
+    save_with_tokenizer(tiny_model(family), tmp_path / "model")
     config = TargetConfig(model=str(tmp_path / "model"), dtype=DType.float32, aux_layer_ids=[0, 1, 2])
     assert_bits_of_one_process(config, 2, batch_of(1), tmp_path)
     alone = HFEagle3TargetModel.load(config, "cpu", cache_dir=tmp_path)
