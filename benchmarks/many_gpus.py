@@ -1,6 +1,7 @@
 """Several GPUs of one host: topologies, a target over several cards, RPC between cards, sharded trainers.
 
     python benchmarks/many_gpus.py --out DIR [--parts 1 2 3 4] [--minutes 9] [--seconds 240]
+    python benchmarks/many_gpus.py --out DIR --parts 1 --minutes 30 --seconds 1200      20 minutes with a kill
     python benchmarks/many_gpus.py --out DIR --parts 1 2 3 --device cpu --shapes small      a try on a CPU
 
 Part 1: trained tokens/s of targets x trainers (1 x 1; 2 x 2, 1 x 3 and 3 x 1 with 4 cards; 4 x 4, 2 x 6 and 1 x 7
@@ -10,9 +11,9 @@ Part 3: GB/s by size between pairs of cards, all at once: torch's RPC, NCCL, cop
 Part 4: trainers of a large draft on 1, 2 and 4 cards with whole and sharded state, at 4 x 2048 and 1 x 131,072.
 
 Parts 1 to 3 have Llama-3.1-8B's and -70B's shapes and random weights. A run that needs more cards than there are
-is skipped, and DIR/many_gpus.md says so. No run begins that may not end in --minutes, and what has figures in
-DIR/many_gpus.json is not repeated: the same command again goes on. NVLink multicast stays as the environment sets
-it. On a CPU processes take the places of cards, so its figures say nothing about GPUs.
+is skipped, and DIR/many_gpus.md says so. A run is given up when --minutes are over, and does not begin shortly
+before. What has figures in DIR/many_gpus.json is not repeated: the same command again goes on. NVLink multicast
+stays as the environment sets it. On a CPU processes take the places of cards, so its figures say nothing about GPUs.
 """
 
 import argparse
