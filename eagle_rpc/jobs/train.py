@@ -10,6 +10,7 @@ import torch.distributed as dist
 from eagle_rpc.config import Config
 from eagle_rpc.config.choices import MembershipKind
 from eagle_rpc.config.compose import write_config
+from eagle_rpc.errors import ConnectionLost
 from eagle_rpc.jobs.elastic_worker import announced
 from eagle_rpc.jobs.inputs import Inputs, load_inputs_once
 from eagle_rpc.jobs.permissions import permissions
@@ -180,4 +181,7 @@ def _train_elastic(
         resolve_device(config.train.device, field="train.device", local_rank=world.local_rank)
     )
     with announced(config, cast.me.name, Role.trainer, device, stop, when_superseded=give_way) as membership:
-        train_until_done(config, inputs, device, cast, membership, store, stop)
+        others_leave = train_until_done(config, inputs, device, cast, membership, store, stop)
+    # Of several agents of torchrun one leaves: those that remain start their trainers again.
+    if others_leave and world.num_agents > 1 and world.restart_count < world.max_restarts:
+        raise ConnectionLost("another trainer was told to stop; torchrun starts those that remain again")

@@ -44,10 +44,11 @@ def train_until_done(
     membership: Membership,
     store: dist.Store,
     stop: threading.Event,
-) -> None:
-    """Connects to the target, builds the draft and trains it; returns early if `stop` is set.
+) -> bool:
+    """Connects to the target, builds the draft and trains it; returns early if `stop` is set at any trainer.
 
-    Over `store` the trainers of this job find each other.
+    Whether another trainer was told to stop, and this one was not. Over `store` the trainers of this job find each
+    other.
     """
     index = cast.me.index
     shape, tokenizer = inputs.shape, inputs.tokenizer
@@ -94,6 +95,7 @@ def train_until_done(
     if summary is not None:
         write_summary(summary, RunDirectory.of(config).training)
         _log_lines(make_report(config).splitlines())
+    return trainer.was_stopped and not stop.is_set()
 
 
 def _train(

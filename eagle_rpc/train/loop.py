@@ -114,6 +114,8 @@ class Trainer:
         self._pace = Pace(backend)
         self.has_trained = False
         """Whether `train` has made a step."""
+        self.was_stopped = False
+        """Whether `train` ended before the last step because this trainer or another one was told to stop."""
         self.times = list[list[float]]()
         """Seconds of each trainer by `TIMES`, once training has ended."""
         self._latest_pace: Figures = {}
@@ -163,6 +165,7 @@ class Trainer:
         """Whether any trainer was told to stop; all stop after the same step."""
         if not self._group.any_(self._stop.is_set(), "the request to stop"):
             return False
+        self.was_stopped = True
         self._save_unless_saved("told to stop")
         return True
 

@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.elastic import HEARTBEATS, WAIT, Link, Registry, Worker, remote_target
+from support.elastic import (
+    HEARTBEATS,
+    WAIT,
+    Link,
+    Registry,
+    Worker,
+    remote_target,
+    serve_as_a_job,
+    service_config,
+)
 from support.tiny_target import tensors_of, tiny_batch, tiny_mapping, tiny_target_config
 from support.waiting import until
 
-from eagle_rpc.config import Config
-from eagle_rpc.config.choices import MembershipKind
-from eagle_rpc.config.schema import RpcConfig, RunConfig
-from eagle_rpc.jobs.serve import elastic_target
 from eagle_rpc.registry import Beat, Record
 from eagle_rpc.supervision import SessionSettings, tensors_digest
 from eagle_rpc.target.colocated import ColocatedEagle3TargetModel
@@ -26,13 +31,6 @@ pytestmark = pytest.mark.rpc
 
 # Batches that the trainer asks for again and again.
 NUM_BATCHES = 16
-
-
-def serve_as_a_job(link: Link, name: str, config: Config) -> None:
-    """A target that lives as in `job=serve`; says when it has left and what it has answered."""
-    with elastic_target(config, name, ["cpu"], threading.Event(), hosts_registry=False) as life:
-        life.run()
-    link.send(life.server.throughput.requests)
 
 
 def stream_until_told(link: Link, name: str, address: str, token: bytes) -> None:
@@ -93,15 +91,7 @@ def drain(registry: Registry, *overrides: str) -> subprocess.CompletedProcess[st
 
 
 def start_targets(registry: Registry, workers: dict[str, Worker], directory: Path, number: int) -> None:
-    rpc = RpcConfig(
-        membership=MembershipKind.elastic,
-        registry=registry.address,
-        token_file=str(registry.token_file),
-        start_timeout=WAIT,
-        **HEARTBEATS,
-    )
-    run = RunConfig(dir=str(directory), cache_dir=str(directory))
-    config = Config(run=run, rpc=rpc, target=tiny_target_config())
+    config = service_config(registry, directory, tiny_target_config())
     for name in (f"target{index}" for index in range(number)):
         workers[name] = Worker(serve_as_a_job, name, config)
     until(lambda: len(serving(registry)) == number, "all targets serve", seconds=WAIT)

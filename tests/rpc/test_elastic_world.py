@@ -1,16 +1,17 @@
-"""torchrun's elastic world size: trainers join a run that trains, and each sample of the epoch counts once."""
+"""torchrun's elastic world size: trainers join a run and leave it, and each sample of the epoch counts once."""
 
 import json
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.elastic import Registry, Worker, serve_target
+from support.elastic import Registry, Worker, serve_as_a_job, service_config
 from support.processes import Command, Process, ended_at_last, free_port
-from support.recording_trainer import STEPS_OF_TWO
+from support.recording_trainer import STEPS_OF_THREE
 from support.tiny_model import save_tiny_model
 from support.waiting import until
 
@@ -51,7 +52,7 @@ def agent(name: str, workers: int, port: int, overrides: list[str]) -> Command:
         "--rdzv-id=run",
         "--max-restarts=2",
     ]
-    fast = ["--rdzv-conf=last_call_timeout=1", "--local-addr=127.0.0.1"]
+    fast = ["--rdzv-conf=last_call_timeout=1,keep_alive_interval=1", "--local-addr=127.0.0.1"]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     # With a store that starts share, torch does not tell a new agent where it is.
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
@@ -64,20 +65,21 @@ def trained(directory: Path) -> list[tuple[int, tuple[int, ...]]]:
     return [(size, tuple(ids)) for size, ids in map(json.loads, lines)]
 
 
-def two_train(first: Process, directory: Path) -> bool:
+def wait_in(first: Process, directory: Path, size: int) -> bool:
+    """Whether one of `size` trainers waits to be told to stop."""
     assert first.alive, first.end_of_log(60)
-    return len(trained(directory)) >= 2 * (STEPS_OF_TWO - 1)
+    return (directory / f"waiting-{size}").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_third_trainer_joins_two_from_their_checkpoint_on_and_each_chat_is_trained_on_once(
+def test_a_third_trainer_joins_two_and_leaves_again_and_each_chat_is_trained_on_once(
     registry: Registry, tmp_path: Path
 ):
     model = save_tiny_model(tmp_path / "model")
     write_chats(tmp_path / "chats.jsonl")
     target_config = TargetConfig(model=str(model), dtype=DType.float32, device="cpu")
-    target = Worker(serve_target, "target0", target_config, registry.address, registry.token)
+    target = Worker(serve_as_a_job, "target0", service_config(registry, tmp_path, target_config))
     overrides = [
         *["job=train", "rpc=elastic", "run.name=grown", "train.resume=auto", "train.max_epochs=1"],
         *["train.max_steps=1000", "train.batch_size=1", "train.accumulation=1", "train.autocast=null"],
@@ -92,23 +94,25 @@ def test_a_third_trainer_joins_two_from_their_checkpoint_on_and_each_chat_is_tra
         *[f"rpc.token_file={registry.token_file}", f"run.shared_dir={tmp_path}"],
     ]
     port, agents = free_port(), list[Process]()
+
+    def start(name: str, workers: int) -> None:
+        command = agent(name, workers, port, overrides)
+        agents.append(command.start(log=tmp_path / f"{name}.log", directory=tmp_path))
+
+    def until_waiting(size: int) -> None:
+        until(lambda: wait_in(agents[0], tmp_path, size), f"{size} trainers train", seconds=PATIENCE)
+
     with ended_at_last(lambda: agents):
-        target.receive()
-        agents.append(
-            agent("first", 2, port, overrides).start(log=tmp_path / "first.log", directory=tmp_path)
-        )
-        until(lambda: two_train(agents[0], tmp_path), "two trainers train", seconds=PATIENCE)
-        agents.append(
-            agent("second", 1, port, overrides).start(log=tmp_path / "second.log", directory=tmp_path)
-        )
-        for one in agents:
-            assert one.ends(PATIENCE) and one.poll() == 0, one.end_of_log(60)
+        start("first", 2)
+        until_waiting(2)
+        start("second", 1)
+        until_waiting(3)
+        agents[1].send(signal.SIGTERM)
+        assert agents[1].ends(PATIENCE), agents[1].end_of_log(60)
+        assert agents[0].ends(PATIENCE) and agents[0].poll() == 0, agents[0].end_of_log(60)
     target.end()
     found = trained(tmp_path)
+    assert Counter(ids for _, ids in found) == Counter({ids: 1 for _, ids in found})
+    assert len(found) == NUM_CHATS
     sizes = Counter(size for size, _ in found)
-    assert sizes[2] == 2 * STEPS_OF_TWO and sizes.keys() == {2, 3}
-    # The last step of three trainers reaches into the next epoch.
-    chats = Counter(ids for _, ids in found)
-    surplus = sum(chats.values()) - NUM_CHATS
-    assert 0 <= surplus < 3
-    assert len(chats) == NUM_CHATS and sorted(chats.values(), reverse=True)[: surplus + 1][-1] == 1
+    assert sizes == {2: NUM_CHATS - 3 * STEPS_OF_THREE, 3: 3 * STEPS_OF_THREE}

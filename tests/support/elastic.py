@@ -15,10 +15,13 @@ from support.tiny_target import tiny_target_config
 from support.workers import forking
 
 from eagle_rpc.client import ClientSettings, RemoteEagle3TargetModel
-from eagle_rpc.config.schema import RpcConfig, TargetConfig
+from eagle_rpc.config import Config
+from eagle_rpc.config.choices import MembershipKind
+from eagle_rpc.config.schema import RpcConfig, RunConfig, TargetConfig
 from eagle_rpc.config.texts import parse_address
 from eagle_rpc.jobs.answering import EngineAnswering
 from eagle_rpc.jobs.permissions import permissions
+from eagle_rpc.jobs.serve import elastic_target
 from eagle_rpc.registry import Directory, IdFile, RegistryClient, RegistryServer, load_or_create_token
 from eagle_rpc.rpc import ElasticMembership, host, join_elastic
 from eagle_rpc.service.endpoint import CONTROL_METHODS, TargetEndpoint
@@ -151,6 +154,25 @@ def serve_target(link: Link, name: str, config: TargetConfig, address: str, toke
             link.send("drained")
             link.receive()
         server.close()
+
+
+def service_config(registry: Registry, directory: Path, target: TargetConfig) -> Config:
+    """The configuration of a target as a job."""
+    rpc = RpcConfig(
+        membership=MembershipKind.elastic,
+        registry=registry.address,
+        token_file=str(registry.token_file),
+        start_timeout=WAIT,
+        **HEARTBEATS,
+    )
+    return Config(run=RunConfig(dir=str(directory), cache_dir=str(directory)), rpc=rpc, target=target)
+
+
+def serve_as_a_job(link: Link, name: str, config: Config) -> None:
+    """A target that lives as in `job=serve` until it is drained; says then what it has answered."""
+    with elastic_target(config, name, ["cpu"], threading.Event(), hosts_registry=False) as life:
+        life.run()
+    link.send(life.server.throughput.requests)
 
 
 def client_settings(name: str, **changes: Any) -> ClientSettings:

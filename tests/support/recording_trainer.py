@@ -1,6 +1,7 @@
 """`python -m eagle_rpc`, whose trainers write down the chats that they train on.
 
-Two trainers wait before their fourth step until they are told to stop, as torchrun does when a third one comes.
+Two trainers wait before their fourth step until they are told to stop, as torchrun does when a third one comes. The
+third one waits before its second step. Who waits leaves the file `waiting-N` with the number of trainers.
 """
 
 import json
@@ -12,8 +13,10 @@ from eagle_rpc.__main__ import main
 from eagle_rpc.train.learner import Learner
 from eagle_rpc.train.loop import Trainer
 
-# Steps of two trainers; the last of them when they know that they have to stop.
-STEPS_OF_TWO = 4
+# Steps of two trainers and then of three; the last of them when they know that they have to stop.
+STEPS_OF_TWO, STEPS_OF_THREE = 4, 2
+# By the number of trainers: who waits, and the step before which it does.
+_WAITS = {2: ((0, 1), STEPS_OF_TWO - 1), 3: ((2,), STEPS_OF_TWO + STEPS_OF_THREE - 1)}
 _PATIENCE = 240.0
 
 
@@ -25,8 +28,10 @@ def record_training() -> None:
     def train_step(self: Trainer, *arguments: Any) -> None:
         nonlocal num_trainers
         num_trainers = self._group.size
-        if num_trainers == 2 and self.learner.steps_done == STEPS_OF_TWO - 1:
-            assert self._stop.wait(_PATIENCE), "two trainers are told to stop when a third one comes"
+        ranks, steps = _WAITS[num_trainers]
+        if self._group.rank in ranks and self.learner.steps_done == steps:
+            Path(f"waiting-{num_trainers}").touch()
+            assert self._stop.wait(_PATIENCE), "trainers are told to stop when one comes or goes"
         step(self, *arguments)
 
     def learn_micro_batch(self: Learner, batch: Any, *arguments: Any) -> Any:
