@@ -21,7 +21,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1re
 td, th { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid var(--line); }
 td, th { text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.path { overflow-wrap: anywhere; min-width: 8rem; }
+td.path { overflow-wrap: anywhere; min-width: 7rem; }
 .dim { color: var(--dim); }
 .bar { background: var(--bar); height: .8rem; min-width: 1px; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); padding: .7rem; }

@@ -222,7 +222,8 @@ def _conditions(sources: Sources) -> Iterator[tuple[str, str]]:
         yield "training", line
     for kind, content in (("evaluation", sources.evaluation), ("comparison", sources.comparison)):
         for name, value in (content or {}).get("settings", {}).items():
-            if name != "versions":
+            # A comparison has drafts of its own, and does not read `evaluate.draft`.
+            if name != "versions" and (kind, name) != ("comparison", "draft"):
                 yield f"{kind}, {name}", str(value)
     for kind, content in (
         ("training", sources.training),

@@ -37,7 +37,8 @@ TEMPLATE = """\
 {% for name, line in workers %}<tr><td>{{ name }}</td><td>{{ line }}</td></tr>{% endfor %}</table>{% endif %}
 {% if rows %}<h2>Drafts in figures</h2><table><tr><th></th>
 {% for head in rows[0] %}<th>{{ head }}</th>{% endfor %}</tr>
-{% for row in rows[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>{% endif %}
+{% for row in rows[1:] %}<tr>{% for cell in row %}<td{% if loop.first %} class="path"{% endif %}>{{ cell }}</td>\
+{% endfor %}</tr>{% endfor %}</table>{% endif %}
 {% if texts %}<h2>Texts</h2>
 <p>Without colour: the target's own tokens. Coloured: guesses that it accepted, by position:
 {% for shade in range(1, shades + 1) %}<span class="key p{{ shade }}">{{ shade }}{{ "+" if shade == most }}</span>

@@ -25,8 +25,8 @@ addEventListener("message", () => 0);
     const page = frame.contentDocument, root = page.documentElement;
     const charts = page.querySelectorAll(".charts figure > div");
     const drawn = [...charts].filter((one) => one.querySelector("svg.main-svg")).length;
-    const cut = [...page.querySelectorAll("figure, .tile, pre, h1, li, summary")]
-      .filter((one) => one.getBoundingClientRect().right > width + 1).length;
+    const cut = [...page.querySelectorAll("figure, .tile, pre, h1, li, summary, table")]
+      .filter((one) => one.getBoundingClientRect().right > width + 1 || one.scrollWidth > one.clientWidth + 1).length;
     found.push([width, root.scrollWidth, charts.length, drawn, cut].join(" "));
     frame.remove();
   }

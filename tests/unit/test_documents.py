@@ -68,7 +68,7 @@ def command_lines(page: Path) -> list[str]:
         .replace("\\\n", " ")
         .splitlines()
     )
-    bare = [re.sub(r"^(\w+=\S+ +)+(?=\w)", "", line.partition("#")[0].strip()) for line in lines]
+    bare = [re.sub(r"^(\w+=[\w./-]+ +)+(?=\w)", "", line.partition("#")[0].strip()) for line in lines]
     return [line for line in bare if line]
 
 
