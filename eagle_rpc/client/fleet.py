@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -224,6 +224,7 @@ class Fleet:
             near = nearest(usable, self._settings) if self.elastic else addresses
             # Who refuses is remembered, since a wait for targets ends when all of them do.
             self._addresses = near or addresses
+            self._forget_others({address.incarnation for address in addresses})
             for address in near:
                 target = self._targets.setdefault(address.incarnation, _Target())
                 replica = target.replica
@@ -236,6 +237,12 @@ class Fleet:
                     thread = threading.Thread(target=self._attach, args=(address, target), name=name)
                     thread.daemon = True
                     thread.start()
+
+    def _forget_others(self, serving: Collection[str]) -> None:
+        """Forgets incarnations that have ended: each target that returns is a new one. To be called with the lock."""
+        for incarnation, target in list(self._targets.items()):
+            if incarnation not in serving and target.replica is None and not target.attaching:
+                del self._targets[incarnation]
 
     def _retire_others(self, serving: Sequence[TargetAddress]) -> None:
         """Leaves targets that serve and are not among the nearest any more, once all of those are usable."""

@@ -59,7 +59,11 @@ class PendingCall:
         try:
             return self._future.wait()
         except Exception as error:  # noqa: BLE001 - torch raises any class that the peer raised
-            raise classify(error, peer=self._peer, what=self._what) from None
+            failure = classify(error, peer=self._peer, what=self._what)
+            # The future holds the error in C++, where Python collects no cycle: by the frames of its traceback
+            # the error would hold the future, and all that the caller holds, for ever.
+            error.__traceback__ = None
+            raise failure from None
 
 
 def classify(error: Exception, *, peer: str, what: str) -> EagleRpcError:

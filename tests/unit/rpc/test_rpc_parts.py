@@ -1,4 +1,6 @@
+import gc
 import threading
+import weakref
 
 import pytest
 from torch.futures import Future
@@ -62,6 +64,23 @@ def test_whatever_class_the_peer_raised_becomes_ours(raised: type[Exception]):
     future.set_exception(raised("On WorkerInfo(id=0, name=target0):\nTraceback ...\nthe last line\n"))
     with pytest.raises(TargetFailed, match=r"^target0 raised during request 7: the last line$"):
         calls.PendingCall(future, peer="target0", what="request 7", timeout=30).result()
+
+
+def test_a_call_that_failed_keeps_nothing_alive_that_its_caller_held():
+    class Held:
+        pass
+
+    def fail() -> weakref.ref[Held]:
+        held = Held()
+        future: Future = Future()
+        future.set_exception(RuntimeError("eof (this error originated at tensorpipe/transport/x.cc:1)"))
+        with pytest.raises(ConnectionLost):
+            calls.PendingCall(future, peer="target0", what="request 7", timeout=30).result()
+        return weakref.ref(held)
+
+    held = fail()
+    gc.collect()
+    assert held() is None
 
 
 def test_loopback_is_found_and_an_unknown_interface_is_refused():
