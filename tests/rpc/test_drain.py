@@ -65,13 +65,6 @@ def expected_digests() -> list[str]:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
-
-
-@pytest.fixture
 def workers() -> Iterator[dict[str, Worker]]:
     started: dict[str, Worker] = {}
     yield started

@@ -32,13 +32,6 @@ from eagle_rpc.target.model import HFEagle3TargetModel
 pytestmark = pytest.mark.rpc
 
 
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
-
-
 class Service:
     """Workers of one registry, ended with the test."""
 

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,6 @@ pytestmark = pytest.mark.rpc
 NUM_CHATS = 26
 PATIENCE = 240.0
 PROGRAM = Path(__file__).parents[1] / "support" / "recording_trainer.py"
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
 
 
 def write_chats(path: Path) -> None:

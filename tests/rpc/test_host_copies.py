@@ -68,13 +68,6 @@ def mapped_files(directory: Path | None) -> dict[str, int]:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
-
-
-@pytest.fixture
 def workers() -> Iterator[list[Worker]]:
     started: list[Worker] = []
     yield started

@@ -2,8 +2,6 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,13 +43,6 @@ def knock_as(link: Link, run: str, name: str, address: str, token: bytes) -> Non
             backend.open_session(tiny_mapping())
     except TargetUnavailable as error:
         link.send(str(error))
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
 
 
 def test_a_run_waits_at_its_quota_while_another_streams_and_the_status_tells_both(registry: Registry):

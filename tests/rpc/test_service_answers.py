@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,13 +55,6 @@ def _answers(model: Any, stop: tuple[int, ...]) -> dict[str, Any]:
     for number, ids in enumerate(prompts()):
         engine.submit(str(number), ids)
     return {answer.key: (answer.said_ids, answer.truncated) for answer in engine.answers()}
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
-    made = Registry(tmp_path)
-    yield made
-    made.end()
 
 
 @pytest.fixture
