@@ -39,14 +39,8 @@ class HostCopies:
 
         `patience`: seconds that another process has to fetch; `stop`: once set, waiting ends.
         """
-        self._patience, self._stop = patience, stop
-        self._root: Path | None = None
+        self._parent, self._patience, self._stop = directory, patience, stop
         self._held: list[tuple[Path, int]] = []  # directories of copies, and the descriptors of their locks
-        if directory is not None:
-            try:
-                self._root = _own_directory(directory)
-            except OSError as error:
-                logger.warning("this trainer keeps its own copies (run.shared_dir): %s", error)
 
     def take(self, what: str, identity: Sequence[object], fetch: Callable[[], Tensors]) -> Tensors:
         """The CPU tensors that `fetch` gives to one process of this host; those of equal `identity` are equal.
@@ -54,16 +48,19 @@ class HostCopies:
         `what` is for log and waits. Where the directory has no room, or another process takes too long, this
         process fetches for itself alone. Raises what `fetch` raises.
         """
-        if self._root is None:
+        if self._parent is None:
             return fetch()
         key = hashlib.sha256(repr(tuple(identity)).encode()).hexdigest()[:24]
-        _remove_unused(self._root, but=key)
-        copy, wait = (
-            self._root / key,
-            BoundedWait(f"another trainer of this host to fetch {what}", self._patience),
-        )
+        wait = BoundedWait(f"another trainer of this host to fetch {what}", self._patience)
         while not (wait.over or self._stop.is_set()):
-            found = self._map_or_make(copy, what, fetch)
+            try:
+                # Each time: a trainer that leaves removes it when it is empty.
+                root = _own_directory(self._parent)
+            except OSError as error:
+                logger.warning("this trainer keeps its own copy of %s (run.shared_dir): %s", what, error)
+                return fetch()
+            _remove_unused(root, but=key)
+            found = self._map_or_make(root / key, what, fetch)
             if found is not None:
                 return found
             wait.say()
@@ -115,8 +112,7 @@ class HostCopies:
 def _own_directory(parent: Path) -> Path:
     """Raises `OSError` if another user could read or change what is in it."""
     root = parent / f"eagle_rpc-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        root.mkdir(mode=0o700)
+    root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if root.is_symlink() or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{root} must be a directory that this user alone may use")
@@ -162,11 +158,19 @@ def _remove(copy: Path, lock: int) -> None:
     # Another process may have begun a new copy.
     with contextlib.suppress(OSError):
         copy.rmdir()
+        copy.parent.rmdir()
+
+
+def _directories(root: Path) -> list[Path]:
+    try:
+        return list(root.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def _remove_unused(root: Path, *, but: str) -> None:
     """Removes the copies that no living process maps."""
-    for copy in root.iterdir():
+    for copy in _directories(root):
         if copy.name != but and (lock := _locked(copy, fcntl.LOCK_EX)) is not None:
             logger.info("%s is removed: its trainers were killed", copy)
             _remove(copy, lock)

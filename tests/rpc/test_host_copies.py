@@ -122,7 +122,8 @@ def test_the_last_trainer_that_leaves_removes_the_copy(target: Worker, start: An
     for trainer, left in zip(trainers, (2, 0), strict=True):
         trainer.send("leave")
         assert trainer.receive() == "left"
-        assert len(list(own.iterdir())) == left
+        assert len(list(own.glob("*"))) == left
+    assert not own.exists()
 
 
 def test_copies_of_trainers_that_were_killed_are_used_again_or_removed(
