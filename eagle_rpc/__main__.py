@@ -7,6 +7,7 @@ import gc
 import importlib
 import logging
 import os
+import signal
 import sys
 from itertools import pairwise
 from typing import NoReturn
@@ -26,6 +27,7 @@ from eagle_rpc.errors import EagleRpcError
 from eagle_rpc.process import die_with_parent, read_world
 from eagle_rpc.process.ending import end_with
 from eagle_rpc.process.logs import setup_logging
+from eagle_rpc.process.signals import on_interrupt
 from eagle_rpc.topology import worker_name
 
 # Their first output comes at once.
@@ -40,7 +42,8 @@ def _run(composed: DictConfig) -> None:
         config = to_config(composed)
         _say_what_loads(config)
         job = importlib.import_module(f"eagle_rpc.jobs.{config.job.name.value}")
-        sys.exit(job.run(config))
+        with on_interrupt(signal.default_int_handler):
+            sys.exit(job.run(config))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:  # noqa: BLE001 - every error ends in words
@@ -67,7 +70,9 @@ def _run_sweep(words: list[str]) -> NoReturn:
         sweep = read_sweep(words)
         if read_world().launched:
             die_with_parent()
-        sys.exit(importlib.import_module("eagle_rpc.jobs.sweep").run(sweep))
+        job = importlib.import_module("eagle_rpc.jobs.sweep")
+        with on_interrupt(signal.default_int_handler):
+            sys.exit(job.run(sweep))
     except Exception as error:  # noqa: BLE001 - every error ends in words
         end_with(error)
 
@@ -77,8 +82,13 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         sys.stdout.write(usage())
         return
-    if is_sweep(sys.argv[1:]):
-        _run_sweep(sys.argv[1:])
+    with on_interrupt(signal.SIG_DFL):
+        if is_sweep(sys.argv[1:]):
+            _run_sweep(sys.argv[1:])
+        _run_job()
+
+
+def _run_job() -> None:
     register_schema()
     typed = list(sys.argv)
     sys.argv[1:] = map(for_hydra, typed[1:])

@@ -7,11 +7,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from eagle_rpc.errors import ConnectionLost, NameTaken, TargetUnavailable, WaitTimeout
 
 logger = logging.getLogger(__name__)
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 _PR_SET_PDEATHSIG = 1
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -29,6 +32,24 @@ def die_with_parent() -> None:
     # The parent may have ended before the request.
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def on_interrupt(handler: Handler) -> Iterator[None]:
+    """Handles Ctrl-C so while the body runs; one that is ignored, as in a shell's background, stays ignored.
+
+    With `signal.SIG_DFL` it ends the process at once. Python's own handler raises, and what is raised inside a
+    `__del__`, as while modules load, is lost. Only for the main thread.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    if previous in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextlib.contextmanager
