@@ -1,4 +1,4 @@
-"""What a worker's errors mean once it has been told to stop."""
+"""What signals do, and what errors mean once a worker has been told to stop."""
 
 import logging
 import signal
