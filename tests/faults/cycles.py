@@ -138,6 +138,7 @@ MODES = (
     Mode("target that hosts the registry", start_hosting, hosting_target_serves, finishes=False, share=5),
     Mode("registry", start_registry, registry_listens, finishes=False, share=3),
 )
+_SHARED_COPY = "/dev/shm/eagle_rpc-"
 _FINISH, _TERMINATE, _INTERRUPT, _TWICE, _KILL = "finish", "SIGTERM", "SIGINT", "SIGINT twice", "SIGKILL"
 _SIGNALS = {
     _TERMINATE: signal.SIGTERM,
@@ -178,9 +179,9 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, iso
         cycle.early = cycle.stop != _FINISH and draw.random() < _EARLY_SHARE
         with ended_at_last(lambda trial=trial: list(trial.processes.values())):
             perform(trial, mode, cycle, draw)
-            happens(lambda found=surroundings: not found.leftovers(), within=_END_TIMEOUT)
+            happens(lambda now=(surroundings, cycle): not left_behind(*now), within=_END_TIMEOUT)
             cycle.seconds = time.monotonic() - cycle.stopped
-            cycle.leftovers = surroundings.leftovers()
+            cycle.leftovers = left_behind(surroundings, cycle)
         for process in descendants(without={zygote.pid}):
             process.kill()
         cycles.append(cycle)
@@ -192,6 +193,14 @@ def run(arguments: argparse.Namespace, zygote: Zygote, workspace: Workspace, iso
         )
     _fill(report, cycles)
     return report
+
+
+def left_behind(surroundings: Surroundings, cycle: Cycle) -> list[str]:
+    """Without the shared copy of a trainer that ended at once: the next trainer of the host removes it."""
+    found = surroundings.leftovers()
+    if cycle.stop in (_KILL, _TWICE):
+        found = [one for one in found if not one.startswith(_SHARED_COPY)]
+    return found
 
 
 def perform(trial: Trial, mode: Mode, cycle: Cycle, draw: random.Random) -> None:
