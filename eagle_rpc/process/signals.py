@@ -36,7 +36,7 @@ def die_with_parent() -> None:
 
 @contextlib.contextmanager
 def on_interrupt(handler: Handler) -> Iterator[None]:
-    """Handles Ctrl-C so while the body runs; one that is ignored, as in a shell's background, stays ignored.
+    """Handles Ctrl-C by `handler` while the body runs. If it is ignored, as in a shell's background, it stays so.
 
     With `signal.SIG_DFL` it ends the process at once. Python's own handler raises, and what is raised inside a
     `__del__`, as while modules load, is lost. Only for the main thread.
